@@ -1,0 +1,92 @@
+"""Compress a checkpoint with every packaged weight recipe; one table of bits, size, perplexity and time.
+
+Usage: python scripts/quickstart.py [MODEL] [--text FILE] [--calibration FILE] [--samples N] [--seqlen L] [--windows N]
+                                    [--recipe NAME ...] [--keep DIR] [--json FILE]
+
+Without arguments it takes the bundled demo checkpoint and its held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from vqcompress import recipe as recipes
+from vqcompress.checkpoint import resolve
+from vqcompress.evaluate import perplexity
+from vqcompress.quantize import quantize
+from vqcompress.report import size
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--text", help="evaluation text; default: the demo's held-out text")
+    parser.add_argument("--calibration", help="calibration text; default: the built-in one")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int)
+    parser.add_argument("--recipe", action="append", help="may be repeated; default: every packaged weight recipe")
+    parser.add_argument("--keep", type=Path, help="leave the artifacts in this directory")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Compress, evaluate, print."""
+    a = parse()
+    transformers.logging.set_verbosity_error()
+    text = a.text or str(resolve("demo") / "evaluation.txt")
+    names = a.recipe or [name for name in recipes.packaged() if not name.startswith("kv-")]
+    console = Console()
+    original = perplexity(a.model, text, a.seqlen, None, a.windows)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            out = (a.keep or Path(folder)) / name
+            console.print(f"{name} …", style="dim")
+            start, cpu = time.perf_counter(), time.process_time()
+            texts = [a.calibration] if a.calibration else []
+            report = quantize(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True)
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            figure = perplexity(str(out), text, a.seqlen, None, a.windows)["perplexity"]
+            rows.append(
+                {
+                    "recipe": name,
+                    "bits_per_weight": report["bits_per_weight"],
+                    "artifact_bytes": report["artifact_bytes"],
+                    "perplexity": figure,
+                    "ratio": figure / original["perplexity"],
+                    "seconds": round(seconds, 1),
+                    "cpu_seconds": round(cpu, 1),
+                }
+            )
+    table = Table("recipe", "bits per weight", "artifact", "perplexity", "ratio", "seconds", "CPU s")
+    table.add_row("(original)", "16", size(report["source_bytes"]), f"{original['perplexity']:.3f}", "1", "", "")
+    for r in rows:
+        table.add_row(
+            r["recipe"],
+            f"{r['bits_per_weight']:.3f}",
+            size(r["artifact_bytes"]),
+            f"{r['perplexity']:.3f}",
+            f"{r['ratio']:.4f}",
+            str(r["seconds"]),
+            str(r["cpu_seconds"]),
+        )
+    console.print(table)
+    windows, seqlen = original["windows"], original["seqlen"]
+    console.print(f"perplexity: {Path(text).name}, {windows} windows of {seqlen} tokens, no overlap, no BOS")
+    if a.json:
+        a.json.write_text(json.dumps({"model": a.model, "original": original, "recipes": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What all tests run under: no network, quiet threads, uninitialized memory filled with NaN; and shared fixtures."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts its threads: spinning ones would starve whoever shares the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from toys import toy_checkpoint, toy_text
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+# Recipes by name, small enough to run in a second; a name that is not here is a packaged recipe.
+RECIPES = {
+    "vq-small": "rules:\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 3, refits: 1}\n",
+    "int8-plain": "rules:\n  - {match: '*', method: int8}\n",
+    "int8-runtime": "rules:\n  - match: '*'\n    method: int8\n"
+    "    smoothing: {alpha: 0.5, norm: runtime, attention: runtime, mlp: runtime}\n",
+    "mixed": "rules:\n"
+    "  - {match: 're:.*o_proj', method: keep}\n"
+    "  - {match: '*.self_attn.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+    "  - {match: '*.down_proj', method: fp8}\n"
+    "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n",
+}
+
+Toy = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison() -> None:
+    """`torch.empty` and its kin are filled with NaN (the largest integer for integers), so a forgotten element shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # The switch that makes torch fill; an operator without a deterministic variant is none of our business here.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of trained models and texts beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the trained models in ../shared, beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few thousand tokens of the toy tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(toy_text(3000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """toy(family, **arguments of toy_checkpoint) → a checkpoint's directory, made once; do not write into it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", **arguments: Any) -> Path:
+        key = f"{family}-{sorted(arguments.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = toy_checkpoint(folder, family, **{"hidden": 64, **arguments})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """recipe_file(name or YAML text) → what to give as --recipe."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def write(name: str) -> str:
+        text = RECIPES.get(name, name)
+        if "rules" not in text:
+            return name
+        path = folder / f"{name if name in RECIPES else hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """quantized(recipe, family, seed=0, **arguments of toy_checkpoint) → an artifact, made once; do not write into it."""
+    from vqcompress.quantize import quantize
+
+    made: dict[str, Path] = {}
+
+    def make(recipe: str = "int8-plain", family: str = "llama", seed: int = 0, **arguments: Any) -> Path:
+        key = f"{recipe} {family} {seed} {sorted(arguments.items())}"
+        if key not in made:
+            out = tmp_path_factory.mktemp("artifact") / "artifact"
+            model = toy(family, **arguments)
+            quantize(str(model), out, recipe_file(recipe), [str(text)], samples=8, seqlen=64, seed=seed)
+            made[key] = out
+        return made[key]
+
+    return make

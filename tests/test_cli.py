@@ -1,0 +1,373 @@
+"""The command line: its options, its errors, and the whole way from a checkpoint to text and back to a dense one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toys import toy_checkpoint, toy_text
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import vqcompress
+from vqcompress import errors, show
+from vqcompress.cli import app
+from vqcompress.targets import Block, Target
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUANTIZE = {"--recipe", "--calibration", "--samples", "--seqlen", "--seed", "--device", "--json", "--debug"}
+# The scripts of users rely on every one of these; one that goes away, or a new one, is a decision.
+OPTIONS = {
+    "": {"--version", "--debug", "--install-completion", "--show-completion"},
+    "quantize": QUANTIZE | {"--output", "-o", "--dry-run", "--overwrite"},
+    "plan": QUANTIZE,
+    "eval perplexity": {
+        "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug",
+    },
+    "eval speed": {"--prompt-tokens", "--new-tokens", "--batch", "--json", "--debug"},
+    "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
+    "inspect": {"--json", "--debug"},
+    "verify": {"--json", "--debug"},
+    "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--debug"},
+    "doctor": {"--json", "--debug"},
+    "recipes": {"--debug"},
+}  # fmt: skip
+COMMANDS = [name for name in OPTIONS if name]
+
+
+def call(*words: str | Path) -> Any:
+    """The result of a command, run in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words], prog_name="vqcompress")
+
+
+def line(result: Any) -> str:
+    """The one line that a failure wrote to stderr."""
+    assert result.stdout == ""
+    lines = [text for text in result.stderr.splitlines() if not text.startswith("reading ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_checkpoint(tmp_path_factory.mktemp("toy") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(toy_text(1500))
+    return path
+
+
+@pytest.fixture(scope="module")
+def job(text: Path) -> list[str]:
+    """The options of a small run."""
+    return ["--recipe", "vq-2bit", "--calibration", str(text), "--samples", "8", "--seqlen", "32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def artifact(toy: Path, job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "artifact"
+    result = call("quantize", toy, "-o", out, *job, "--json", out.parent / "report.json")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[1] == "14 weights in 2 blocks to do"
+    assert re.fullmatch(
+        r"block 1/2 model\.layers\.0: 7 weights, 2\.\d\d bits, relative error 0\.\d+, [\d.]+ s, about [\d.]+ s left",
+        lines[2],
+    )
+    assert f"vqcompress eval perplexity {out} --text FILE --baseline {toy}" in result.stdout
+    assert json.loads((out.parent / "report.json").read_text()) == json.loads((out / "report.json").read_text())
+    return out
+
+
+def test_help_and_recipes_load_no_torch() -> None:
+    calls = [["--help"], ["recipes"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)]
+    script = f"""
+import sys, contextlib, io
+from vqcompress.cli import app
+for words in {calls}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        app(words)
+print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    # The best of three: other tests may run beside this one.
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "vqcompress", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+
+
+def test_commands_and_options_are_frozen() -> None:
+    found: dict[str, set[str]] = {}
+
+    def walk(command: Any, name: str) -> None:
+        options = {o for p in command.params if p.param_type_name == "option" for o in (*p.opts, *p.secondary_opts)}
+        if not hasattr(command, "commands") or not name:
+            found[name] = options
+        for child, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{name} {child}".strip())
+
+    walk(get_command(app), "")
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name: str) -> None:
+    result = call(*name.split(), "--help")
+    assert result.exit_code == 0
+    assert f"Example: vqcompress {name}" in result.stdout
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"vqcompress {vqcompress.__version__}\n"
+
+
+def test_recipes_lists_every_packaged_file() -> None:
+    lines = call("recipes").stdout.splitlines()
+    expected = {path.stem: yaml.safe_load(path.read_text())["description"] for path in CONFIGS.glob("*.yaml")}
+    assert {text.split()[0]: text.split(maxsplit=1)[1] for text in lines} == expected
+
+
+def test_wrong_words_exit_2(toy: Path, artifact: Path, tmp_path: Path) -> None:
+    unknown = call("plan", toy, "--recipe", "vq-2bt")
+    assert (unknown.exit_code, line(unknown)) == (2, "error: no recipe 'vq-2bt'. Did you mean 'vq-2bit'?")
+    assert call("plan", toy, "--recipe", "vq-2bit", "--sample", "3").exit_code == 2
+    assert call("quantise").exit_code == 2
+    assert call("plan", toy, "--recipe", "vq-2bit", "--device", "tpu").exit_code == 2
+    missing = call("quantize", toy, "--recipe", "vq-2bit")
+    assert missing.exit_code == 2
+    assert "-o OUT is missing" in line(missing)
+    unknown = call("export", artifact, "--format", "dens", "-o", tmp_path / "x")
+    assert unknown.exit_code == 2
+    assert "'dense'" in line(unknown)
+    nowhere = call("plan", toy, "--recipe", "vq-2bit", "--json", tmp_path / "no" / "x.json")
+    assert nowhere.exit_code == 2
+    assert "its directory does not exist" in line(nowhere)
+
+
+def test_failures_exit_1_with_one_line(toy: Path, text: Path, artifact: Path, tmp_path: Path) -> None:
+    for words in (["inspect"], ["verify"], ["doctor"], ["plan", "--recipe", "vq-2bit"], ["eval", "speed"]):
+        result = call(*words, tmp_path / "nowhere")
+        assert (result.exit_code, line(result)) == (1, f"error: no such directory: {tmp_path / 'nowhere'}")
+    plain = call("inspect", toy)
+    assert plain.exit_code == 1
+    assert "is a plain checkpoint, not an artifact" in line(plain)
+    short = call("eval", "perplexity", toy, "--text", tmp_path / "no.txt")
+    assert (short.exit_code, line(short)) == (1, f"error: no such text file: {tmp_path / 'no.txt'}")
+    again = call("quantize", toy, "-o", artifact, "--recipe", "fp8-tile")
+    assert again.exit_code == 1
+    assert "already holds a finished artifact; choose another directory or give --overwrite" in line(again)
+
+
+@pytest.mark.parametrize("error", [errors.VQCompressError("it broke"), ZeroDivisionError("it broke")])
+def test_a_traceback_only_with_debug(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("vqcompress.cli.packaged", fail)
+    result = call("recipes")
+    assert result.exit_code == 1
+    hint = "" if isinstance(error, errors.VQCompressError) else " (give --debug for the traceback)"
+    assert line(result).startswith("error: ")
+    assert line(result).endswith("it broke" + hint)
+    for words in (["recipes", "--debug"], ["--debug", "recipes"]):
+        result = call(*words)
+        assert result.exit_code == 1
+        assert "Traceback" in result.stderr
+    assert "Traceback" not in call("recipes").stderr
+
+
+def test_json_on_stdout_is_all_there_is(toy: Path, job: list[str], tmp_path: Path) -> None:
+    result = call("plan", toy, *job, "--json", "-")
+    plan = json.loads(result.stdout)
+    assert len(plan["targets"]) == 14
+    assert "model.layers.*.mlp.down_proj" in result.stderr
+    dry = call("quantize", toy, "-o", tmp_path / "out", *job, "--dry-run", "--json", tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["targets"] == plan["targets"]
+    assert not (tmp_path / "out").exists()
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj +2 +128 × 128 +vq", dry.stdout)
+    assert "dense   lm_head.weight" in dry.stdout
+
+
+def test_a_plan_needs_only_a_config(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((toy / "config.json").read_bytes())
+    result = call("plan", tmp_path, "--recipe", "vq-4bit")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_inspect_agrees_with_the_report(artifact: Path) -> None:
+    facts = json.loads(call("inspect", artifact, "--json", "-").stdout)
+    report = json.loads((artifact / "report.json").read_text())
+    for key in ("bits_per_weight", "weights_quantized", "artifact_bytes", "source_bytes"):
+        assert facts[key] == pytest.approx(report[key]), key
+    for row, expected in zip(facts["targets"], report["targets"], strict=True):
+        assert row["knobs"]["d"] == 4
+        for key in ("name", "shape", "bits_per_weight", "relative_error", "proxy_error", "tokens"):
+            assert row[key] == (pytest.approx(expected[key]) if isinstance(expected[key], float) else expected[key])
+    shown = call("inspect", artifact).stdout
+    assert all(row["name"] in shown for row in report["targets"])
+
+
+def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in artifact.iterdir():
+        if path.name != "report.json":
+            (copy / path.name).symlink_to(path)
+    result = call("inspect", copy, "--json", tmp_path / "facts.json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["targets"][0]["relative_error"] is None
+    (copy / "report.json").write_text("[]")
+    assert "is not a report of vqcompress" in line(call("inspect", copy))
+
+
+def test_verify(artifact: Path) -> None:
+    result = call("verify", artifact)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{artifact}: ok (3 files, 14 targets, ")
+
+
+def test_generate(artifact: Path, toy: Path) -> None:
+    result = call("generate", artifact, "--prompt", "river stone", "--max-new-tokens", "9")
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(r"\d tokens, [\d.]+ tokens/s\n", result.stderr)
+    assert result.stdout == call("generate", artifact, "--prompt", "river stone", "--max-new-tokens", "9").stdout
+    drawn = [
+        call("generate", toy, "--prompt", "river", "--max-new-tokens", "9", "--temperature", "2", "--seed", seed).stdout
+        for seed in "112"
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert call("generate", toy, "--prompt", "").exit_code == 2
+
+
+def test_generate_streams_the_text_that_it_returns(artifact: Path) -> None:
+    from vqcompress.generate import generate
+
+    pieces: list[str] = []
+    result = generate(str(artifact), "river stone", 12, 1.0, 4, pieces.append)
+    assert "".join(pieces) == result["text"]
+    assert result["new_tokens"] <= 12
+
+
+def test_eval(artifact: Path, toy: Path, text: Path) -> None:
+    words = ["--text", text, "--seqlen", "32", "--windows", "4"]
+    result = call("eval", "perplexity", artifact, *words, "--baseline", toy, "--json", "-")
+    facts = json.loads(result.stdout)
+    assert facts["baseline"]["perplexity"] > 1
+    assert f"{text}: 4 windows × 32 tokens, stride 32, no BOS, 124 tokens predicted" in result.stderr
+    speed = call("eval", "speed", artifact, "--prompt-tokens", "8", "--new-tokens", "3")
+    assert speed.exit_code == 0, speed.stderr
+    assert "measured             8 prompt tokens, 3 new, batch 1, on" in speed.stdout
+
+
+def test_export(artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dense"
+    result = call("export", artifact, "--format", "dense", "-o", out, "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["format"] == "dense"
+    assert call("generate", out, "--prompt", "river", "--max-new-tokens", "2").exit_code == 0
+
+
+def test_doctor(toy: Path) -> None:
+    result = call("doctor", toy)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("LlamaForCausalLM: ok\n")
+
+
+def test_doctor_fails(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "architecture": "Odd", "ok": False, "checks": [{"name": "a check", "ok": False, "detail": "no"}],
+        "targets": 0, "coverage": 0.0, "folds": [], "left_dense": {},
+    }  # fmt: skip
+    monkeypatch.setattr("vqcompress.doctor.examine", lambda model: facts)
+    result = call("doctor", toy)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "FAIL  a check: no" in result.stdout
+
+
+def test_an_interrupted_run_says_how_to_go_on(job: list[str], tmp_path: Path) -> None:
+    # Layers enough that the run is not over before the signal arrives.
+    toy = toy_checkpoint(tmp_path / "toy", layers=5)
+    command = [sys.executable, "-m", "vqcompress", "quantize", str(toy), "-o", str(tmp_path / "out"), *job]
+    # Python leaves Ctrl-C ignored if its parent does, as a job in the background of a shell is.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = []
+    for output in process.stderr:
+        seen.append(output)
+        if output.startswith("block 1/5"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, seen
+    assert seen[-1] == "interrupted: the finished blocks are kept, the same command again continues after them\n"
+    assert "model.layers.0" in json.loads((tmp_path / "out" / "journal.json").read_text())["blocks"]
+
+
+class TwoBlocks:
+    """As much of a plan as progress reads."""
+
+    blocks = (
+        Block("layers.0", (Target("layers.0.a", (8, 8), False), Target("layers.0.b", (8, 8), False))),
+        Block("layers.1", (Target("layers.1.a", (8, 8), False),)),
+    )
+
+    def compressed(self, block: Block) -> tuple[Target, ...]:
+        return block.targets
+
+
+def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
+    with show.watching("toy") as watch:
+        watch("plan", {"plan": TwoBlocks(), "done": ["layers.0"]})
+        watch("done", {"index": 0, "count": 2, "name": "layers.0", "record": {"targets": [row, row], "seconds": 9}})
+        watch("target", {"name": "layers.1.a"})
+        watch("done", {"index": 1, "count": 2, "name": "layers.1", "record": {"targets": [row], "seconds": 1.25}})
+    assert capsys.readouterr().err.splitlines() == [
+        "reading toy",
+        "1 weights in 1 blocks to do, 1 blocks are done already",
+        "block 1/2 layers.0: done by an earlier run",
+        "block 2/2 layers.1: 1 weights, 2.00 bits, relative error 0.0711, 1.2 s",
+    ]
+
+
+def test_the_bar_of_a_terminal(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    with show.watching("toy") as watch:
+        watch("plan", {"plan": TwoBlocks(), "done": []})
+        watch("block", {"index": 0, "count": 2, "name": "layers.0"})
+        watch("target", {"name": "layers.0.a"})
+        # Wait for the next refresh, ten of which come each second.
+        time.sleep(0.3)
+        watch("target", {"name": "layers.0.b"})
+    seen = terminal.getvalue()
+    assert "block 1/2" in seen
+    assert re.search(r"M weights/s about [\d.]+ s left layers\.0\.a", seen)

@@ -1,0 +1,306 @@
+"""Laws of vector quantization: what it stores, how well, and that no odd weight or Hessian breaks it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqcompress.methods.method import Parts, layout_bits
+from vqcompress.methods.vq import VQ, Metric, error_feedback, measure, nearest, pose, sum_entries
+from vqcompress.statistics import Statistics
+
+QUICK = {"iterations": 4, "refits": 1}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn((rows, columns), generator=seeded(seed))
+
+
+def hessian_of(x_TI: Tensor) -> Statistics:
+    hessian_II = x_TI.T @ x_TI / len(x_TI)
+    return Statistics(tokens=len(x_TI), hessian_II=hessian_II, sumsq_I=hessian_II.diagonal().clone())
+
+
+def correlated(columns: int) -> Statistics:
+    """Inputs that share a few directions, with channels of different size."""
+    mix_II = gaussian(columns, columns, 5) * torch.logspace(0, -2, columns)[:, None]
+    return hessian_of(gaussian(4 * columns, columns, 6) @ mix_II)
+
+
+def encode(method: VQ, weight_OI: Tensor, statistics: Statistics, seed: int = 0) -> Parts:
+    """All parts, checked against the layouts."""
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    shared = method.fit_shared([weight_OI], [statistics], seeded(seed))
+    stored = method.encode(weight_OI, statistics, seeded(seed + 1), shared)
+    for parts, layout in ((shared, method.shared_layout()), (stored, method.layout(shape))):
+        assert {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()} == layout
+    method.check(stored | shared, shape)
+    return stored | shared
+
+
+def relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
+    return float((weight_OI - decoded_OI).square().sum() / weight_OI.square().sum())
+
+
+def decode(method: VQ, parts: Parts, weight_OI: Tensor) -> Tensor:
+    decoded_OI = method.decode(parts, (weight_OI.shape[0], weight_OI.shape[1]))
+    assert decoded_OI.dtype == torch.float32
+    assert decoded_OI.shape == weight_OI.shape
+    assert torch.isfinite(decoded_OI).all()
+    return decoded_OI
+
+
+@pytest.mark.parametrize(
+    ("knobs", "bound"),
+    [
+        # The rate-distortion limit of a Gaussian is 4**-bits: 0.0625, 0.0156, 0.0039.
+        ({"d": 4, "bits": 8}, 0.10),
+        ({"d": 2, "bits": 6}, 0.031),
+        ({"d": 2, "bits": 8}, 0.0082),
+        ({"d": 1, "bits": 3}, 0.036),
+        ({"d": 4, "bits": 4, "stages": 2}, 0.12),
+        ({"d": 8, "bits": 5, "stages": 3, "iterations": 6, "refits": 1}, 0.125),
+    ],
+)
+def test_error_on_a_gaussian(knobs: dict[str, int], bound: float) -> None:
+    method = VQ(**knobs, feedback=False)
+    weight_OI = gaussian(256, 256) * 0.02
+    assert relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)) < bound
+
+
+def test_two_bits_are_two_bits() -> None:
+    method = VQ()
+    layouts = [method.layout((256, 256)) for _ in range(6)] + [method.shared_layout()]
+    assert sum(map(layout_bits, layouts)) / (6 * 256 * 256) <= 2.1
+
+
+def test_wider_entries_matter_at_high_rates() -> None:
+    weight_OI = gaussian(64, 256)
+    errors = []
+    for entry_bits in (8, 16):
+        method = VQ(d=1, bits=9, entry_bits=entry_bits, feedback=False, scope="target", **QUICK)
+        errors.append(relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)))
+    assert errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("scope", ["target", "block"])
+def test_same_seed_same_bytes_whatever_the_threads(scope: str) -> None:
+    method = VQ(scope=scope, stages=2, bits=5, **QUICK)
+    weight_OI, statistics = gaussian(96, 128), correlated(128)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(encode(method, weight_OI, statistics))
+    finally:
+        torch.set_num_threads(threads)
+    for parts in results[1:]:
+        assert all(torch.equal(part, results[0][name]) for name, part in parts.items())
+    assert not torch.equal(encode(method, weight_OI, statistics, seed=9)["codes"], results[0]["codes"])
+
+
+def test_feedback_lowers_the_error_of_the_output() -> None:
+    weight_OI, statistics = gaussian(128, 128), correlated(128)
+    errors = []
+    for feedback in (False, True):
+        method = VQ(bits=6, feedback=feedback, **QUICK)
+        assert method.needs == {"hessian" if feedback else "sumsq"}
+        errors.append(
+            statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
+        )
+    assert errors[0] is not None
+    assert errors[1] is not None
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(("knob", "low", "high"), [("iterations", 0, 20), ("refits", 0, 4), ("beam", 1, 8)])
+def test_effort_lowers_the_error(knob: str, low: int, high: int) -> None:
+    weight_OI, statistics = gaussian(256, 64), correlated(64)
+    errors = []
+    for value in (low, high):
+        method = VQ(d=4, bits=4, stages=2, **{"iterations": 5, "refits": 0, "beam": 4} | {knob: value})
+        errors.append(
+            statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
+        )
+    assert errors[0] is not None
+    assert errors[1] is not None
+    assert errors[1] < errors[0]
+
+
+def odd_weights() -> dict[str, Tensor]:
+    outlier_OI = gaussian(9, 33) * 0.02
+    outlier_OI[3, 7] = -3e4
+    mixed_OI = gaussian(9, 33) * torch.logspace(-36, 30, 9)[:, None]
+    mixed_OI[4] = 0
+    return {
+        "zero": torch.zeros(5, 12),
+        "constant": torch.full((5, 12), -0.3),
+        "single row": gaussian(1, 40),
+        "single number": torch.tensor([[3.0]]),
+        "ragged": gaussian(7, 131),
+        "fewer columns than d": gaussian(6, 3),
+        "outlier": outlier_OI,
+        "all magnitudes": mixed_OI,
+        "largest": torch.full((2, 8), torch.finfo(torch.float32).max),
+        "smallest": torch.full((2, 8), 1e-45),
+    }
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"d": 5, "bits": 3, "stages": 2, "scope": "target"}, {"feedback": False}], ids=str
+)
+@pytest.mark.parametrize("name", odd_weights())
+def test_odd_weights(name: str, knobs: dict[str, int]) -> None:
+    weight_OI = odd_weights()[name]
+    method = VQ(**QUICK, **knobs)
+    decoded_OI = decode(method, encode(method, weight_OI, hessian_of(gaussian(64, weight_OI.shape[1], 1))), weight_OI)
+    assert torch.equal(decoded_OI[(weight_OI == 0).all(1)], weight_OI[(weight_OI == 0).all(1)])
+    # No sum of squares here: it overflows for the largest weights.
+    assert (weight_OI - decoded_OI).abs().max() <= weight_OI.abs().max()
+
+
+def odd_statistics(columns: int) -> dict[str, Statistics]:
+    dead_TI = gaussian(100, columns, 1)
+    dead_TI[:, ::3] = 0
+    loud_TI = gaussian(100, columns, 1)
+    loud_TI[:, 5] *= 1e4
+    huge = hessian_of(gaussian(100, columns, 1))
+    assert huge.hessian_II is not None
+    return {
+        "dead channels": hessian_of(dead_TI),
+        "loud channel": hessian_of(loud_TI),
+        "zero": hessian_of(torch.zeros(4, columns)),
+        "rank one": hessian_of(gaussian(1, columns, 1)),
+        "equal channels": hessian_of(torch.ones(4, columns)),
+        "slightly indefinite": Statistics(hessian_II=torch.eye(columns) - 0.5 * torch.ones(columns, columns)),
+        "tiny": Statistics(hessian_II=huge.hessian_II * 1e-38),
+        "huge": Statistics(hessian_II=huge.hessian_II * 1e36),
+        "only the diagonal": Statistics(sumsq_I=torch.rand(columns, generator=seeded())),
+        "none": Statistics(),
+    }
+
+
+@pytest.mark.parametrize("name", odd_statistics(24))
+def test_odd_statistics(name: str) -> None:
+    weight_OI = gaussian(64, 24)
+    method = VQ(bits=7, **QUICK)
+    decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)[name]), weight_OI)
+    assert relative_error(weight_OI, decoded_OI) < 0.5
+
+
+def test_dead_channels_are_still_encoded() -> None:
+    weight_OI = gaussian(64, 24)
+    method = VQ(bits=8, **QUICK)
+    decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)["dead channels"]), weight_OI)
+    assert relative_error(weight_OI[:, ::3], decoded_OI[:, ::3]) < 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scope", ["target", "block"])
+def test_weights_that_are_not_finite_are_refused(value: float, scope: str) -> None:
+    weight_OI = gaussian(4, 8)
+    method = VQ(scope=scope, **QUICK)
+    shared = method.fit_shared([weight_OI], [Statistics()], seeded())
+    weight_OI[2, 3] = value
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        method.encode(weight_OI, Statistics(), seeded(), shared)
+
+
+def test_statistics_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="statistics"):
+        VQ(scope="target").encode(gaussian(4, 8), Statistics(hessian_II=torch.full((8, 8), math.inf)), seeded())
+
+
+def test_block_shares_one_codebook() -> None:
+    method = VQ(bits=5, **QUICK)
+    weights = [gaussian(32, 64, 1), 1e-3 * gaussian(16, 30, 2)]
+    statistics = [correlated(64), Statistics()]
+    shared = method.fit_shared(weights, statistics, seeded())
+    assert set(shared) == {"codebook", "step"} == set(method.shared_layout())
+    for weight_OI, known in zip(weights, statistics, strict=True):
+        stored = method.encode(weight_OI, known, seeded(), shared)
+        assert set(stored) == {"codes", "scale"}
+        assert relative_error(weight_OI, decode(method, stored | shared, weight_OI)) < 0.6
+    with pytest.raises(ValueError, match="fit_shared"):
+        method.encode(weights[0], statistics[0], seeded())
+    alone = VQ(scope="target", bits=5, **QUICK)
+    assert alone.shared_layout() == {}
+    assert alone.fit_shared(weights, statistics, seeded()) == {}
+
+
+def test_entries_are_sorted_by_use() -> None:
+    method = VQ(bits=4, feedback=False, scope="target", training_vectors=10**6)
+    weight_OI = gaussian(64, 64).sign() * gaussian(64, 64).square()
+    parts = encode(method, weight_OI, Statistics())
+    uses_K = torch.bincount(parts["codes"].flatten() & 15, minlength=16) + torch.bincount(parts["codes"].flatten() >> 4)
+    # The integers of the codebook are rounded after the sort, which moves a few vectors.
+    assert (uses_K.diff() <= 0.02 * uses_K.sum()).all()
+    assert uses_K[0] > uses_K[-1]
+
+
+def test_check_names_the_part() -> None:
+    method = VQ(d=3, bits=3, scope="target", **QUICK)
+    shape = (4, 8)
+    parts = encode(method, gaussian(*shape), Statistics())
+    stray = parts["codes"].clone()
+    stray[0, -1] |= 0x80
+    broken = {
+        "codes": stray,
+        "scale": torch.full((4,), math.nan, dtype=torch.bfloat16),
+        "codebook": parts["codebook"][:, :-1],
+        "step": parts["step"].double(),
+    }
+    for name, part in broken.items():
+        with pytest.raises(ValueError, match=name):
+            method.check(parts | {name: part}, shape)
+    with pytest.raises(ValueError, match="scale is missing"):
+        method.check({name: part for name, part in parts.items() if name != "scale"}, shape)
+
+
+@pytest.mark.parametrize("beam", [1, 3, 64])
+def test_nearest_against_all_sums(beam: int) -> None:
+    codebooks_RKd = torch.randn((2, 8, 3), generator=seeded(1))
+    target_Nd = gaussian(50, 3, 2)
+    sums_Nd = (codebooks_RKd[0][:, None] + codebooks_RKd[1]).flatten(0, 1)
+    best_N = torch.cdist(target_Nd, sums_Nd).amin(1)
+    codes_NR = nearest(target_Nd, codebooks_RKd, beam)
+    found_N = (target_Nd - sum_entries(codes_NR[:, None], codebooks_RKd)).norm(dim=1)
+    assert (found_N >= best_N - 1e-5).all()
+    if beam == 64:
+        torch.testing.assert_close(found_N, best_N)
+
+
+def naive_feedback(weight_OI: Tensor, metric: Metric, codebook_Kd: Tensor) -> Tensor:
+    """The codes by the textbook's inverse (GPTQ's, d columns at a time): error / R_gg pushed to all later columns."""
+    hessian_JJ = metric.factor_JJ.double() @ metric.factor_JJ.double().T
+    weight_OJ, d = weight_OI.double().clone(), metric.d
+    codes = []
+    for at in range(0, weight_OJ.shape[1], d):
+        inverse_JJ = torch.linalg.inv(hessian_JJ[at:, at:])
+        cost_dd = torch.linalg.inv(inverse_JJ[:d, :d])
+        gap_OKd = weight_OJ[:, None, at : at + d] - codebook_Kd.double()
+        code_O = torch.einsum("okd,de,oke->ok", gap_OKd, cost_dd, gap_OKd).argmin(1)
+        error_Od = weight_OJ[:, at : at + d] - codebook_Kd[code_O].double()
+        weight_OJ[:, at:] -= error_Od @ cost_dd @ inverse_JJ[:d]
+        codes.append(code_O)
+    return torch.stack(codes, 1)
+
+
+def test_error_feedback_is_that_of_the_inverse_hessian() -> None:
+    # More columns than a span, so that both ways of carrying the error are used.
+    method = VQ(d=4, bits=4)
+    weight_OI = gaussian(6, 160)
+    metric = measure(correlated(160), weight_OI, method)
+    codebook_Kd = gaussian(16, 4, 3)
+    problem = pose(weight_OI, metric)
+    codes_OGR, error_OJ = error_feedback(problem, codebook_Kd[None], 1)
+    torch.testing.assert_close(error_OJ, problem.unit_OJ - sum_entries(codes_OGR, codebook_Kd[None]))
+    assert (codes_OGR[..., 0] == naive_feedback(problem.unit_OJ, metric, codebook_Kd)).float().mean() > 0.99

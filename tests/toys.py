@@ -1,0 +1,95 @@
+"""Tiny random checkpoints of several architectures, and text for them, that tests share."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+STEMS = ("river", "stone", "light", "winter", "garden", "paper", "silver", "engine", "letter", "mountain")
+ENDS = ("", "s", "ed", "ing", "er", "ly")
+
+
+def toy_text(words: int = 400, seed: int = 0) -> str:
+    """So many random words in sentences, the same for the same seed."""
+    draw = random.Random(seed)
+    chosen = [draw.choice(STEMS) + draw.choice(ENDS) for _ in range(words)]
+    return "".join(word + (". " if draw.random() < 0.1 else " ") for word in chosen)
+
+
+def toy_tokenizer(vocab: int = 384) -> Any:
+    """A byte-level BPE tokenizer trained on a few hundred bytes; has at most `vocab` tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([toy_text(200, 1)], trainer)
+    unk, bos, eos = SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos)
+
+
+def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab: int = 384, **extra: Any) -> Any:
+    """A transformers config of a family: llama, qwen3, gemma, opt, gpt_neox or mixtral. extra: more of its fields."""
+    import transformers
+
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    gated = {**common, "intermediate_size": 2 * hidden, "num_key_value_heads": 2, "head_dim": hidden // 4}
+    families: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("LlamaConfig", gated),
+        "qwen3": ("Qwen3Config", gated),
+        "gemma": ("GemmaConfig", {**gated, "pad_token_id": 0, "tie_word_embeddings": True}),
+        "opt": ("OPTConfig", {**common, "ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden, "pad_token_id": 0}),
+        "gpt_neox": ("GPTNeoXConfig", {**common, "intermediate_size": 2 * hidden}),
+        "mixtral": ("MixtralConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    }
+    name, fields = families[family]
+    return getattr(transformers, name)(**{**fields, **extra})
+
+
+def toy_checkpoint(
+    path: Path | str,
+    family: str = "llama",
+    layers: int = 2,
+    hidden: int = 128,
+    vocab: int = 384,
+    seed: int = 0,
+    dtype: str = "float32",
+    **extra: Any,
+) -> Path:
+    """Save a random model of a family with a tokenizer into `path`, which is returned; the same for the same seed.
+
+    Its weights are larger than at the start of a training, so that its logits tell tokens apart.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = Path(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(toy_config(family, layers, hidden, vocab, **extra))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    toy_tokenizer(vocab).save_pretrained(path)
+    return path

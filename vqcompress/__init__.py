@@ -1,0 +1,24 @@
+"""vqcompress: SmoothQuant INT8, tile-wise FP8 and vector quantization for large language models.
+
+Importing it teaches `transformers.AutoModelForCausalLM.from_pretrained` to load compressed artifacts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vqcompress import _autoload
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+_autoload.install()
+
+
+def __getattr__(name: str) -> Any:
+    """`vqcompress.load`, imported when asked for: it brings torch and transformers along."""
+    if name == "load":
+        from vqcompress.runtime.load import load
+
+        return load
+    raise AttributeError(f"module 'vqcompress' has no attribute '{name}'")

@@ -1,0 +1,323 @@
+"""The compressed artifact: a directory in Hugging Face layout, written so that a kill at any moment loses nothing.
+
+    config.json                        the model's own, with a `quantization_config` that names every compressed weight
+    model-00001-of-0000N.safetensors   what lies outside of the blocks, then one shard per block
+    model.safetensors.index.json       tensor → shard
+    SHA256SUMS                         of every file above and of the tokenizer's (`sha256sum -c` reads it)
+    report.json, README.md             what was done, and how to load it
+    journal.json                       only while a run is unfinished: its inputs and the blocks that are on disk
+
+A compressed weight `X.weight` is stored as `X.weight_PART`; parts that the targets of a block share lie under
+`BLOCK.shared_parts.K.PART`. `config.json` is written last: a directory without it is no artifact.
+The first compressed weight also has a marker under its own name, text in a shape that no weight has: transformers,
+if it was not told of the format, would skip what it does not know and load a model with random weights. A wrong shape
+stops it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqcompress import methods
+from vqcompress.checkpoint import INDEX, Checkpoint, read_json
+from vqcompress.errors import VQCompressError
+from vqcompress.methods import Layout, Method, Parts
+from vqcompress.targets import Target
+
+QUANT_METHOD = "vqcompress"
+FORMAT_VERSION = 1
+JOURNAL = "journal.json"
+SUMS = "SHA256SUMS"
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
+SMOOTHING = "smoothing"
+OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
+HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
+MARKER = torch.tensor(list(f"vqcompress: {HOW_TO_LOAD}".encode()), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one target is stored. smoothed: the input is divided by a stored vector at run time.
+
+    shared: the path under which the parts lie that it shares with other targets of its block, or None.
+    """
+
+    target: Target
+    method: Method
+    smoothed: bool = False
+    shared: str | None = None
+
+    def layout(self) -> Layout:
+        """Type and shape of the parts that are the target's own, the smoothing vector included."""
+        layout = dict(self.method.layout(self.target.shape))
+        if self.smoothed:
+            layout[SMOOTHING] = (torch.float32, (self.target.shape[1],))
+        return layout
+
+    def decode(self, parts: Parts) -> Tensor:
+        """The float32 (O, I) weight that the parts stand for, smoothing undone. `parts` includes the shared ones."""
+        own = dict(parts)
+        smoothing = own.pop(SMOOTHING, None)
+        weight = self.method.decode(own, self.target.shape)
+        return weight if smoothing is None else weight / smoothing
+
+
+def part_name(weight_name: str, part: str) -> str:
+    """The stored name of a part of the weight with that name in the checkpoint."""
+    return f"{weight_name}_{part}"
+
+
+def quantization_config(entries: list[Entry], version: str) -> dict[str, Any]:
+    """The JSON that tells a loader, without the recipe, how every target is stored."""
+    described = [entry.method.describe() for entry in entries]
+    distinct = [d for i, d in enumerate(described) if d not in described[:i]]
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "vqcompress_version": version,
+        "how_to_load": HOW_TO_LOAD,
+        "methods": distinct,
+        "targets": {
+            entry.target.name: {
+                "method": distinct.index(entry.method.describe()),
+                "shape": list(entry.target.shape),
+                "bias": entry.target.bias,
+                "smoothed": entry.smoothed,
+                "shared": entry.shared,
+            }
+            for entry in entries
+        },
+    }
+
+
+def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
+    """The entries of a `quantization_config`; VQCompressError naming what is wrong."""
+    if config.get("quant_method") != QUANT_METHOD:
+        raise VQCompressError(f"{where} is no vqcompress artifact (quant_method: {config.get('quant_method')!r})")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise VQCompressError(
+            f"{where} has format version {config.get('format_version')!r}; this vqcompress reads {FORMAT_VERSION}"
+        )
+    try:
+        settings = [methods.from_description(d) for d in config["methods"]]
+        return [
+            Entry(
+                Target(name, _shape(t["shape"]), bool(t["bias"])),
+                settings[t["method"]],
+                bool(t["smoothed"]),
+                None if t["shared"] is None else str(t["shared"]),
+            )
+            for name, t in config["targets"].items()
+        ]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise VQCompressError(f"the quantization_config of {where} is damaged: {error!r}") from error
+
+
+def _shape(value: object) -> tuple[int, int]:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**31 for n in value)):
+        raise ValueError(f"shape {value!r} is not two positive numbers")
+    return value[0], value[1]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Artifact:
+    """A finished artifact on disk. entries: by target name. weights: its tensors, as a Checkpoint."""
+
+    def __init__(self, path: Path):
+        if not (path / "config.json").is_file() and (path / JOURNAL).is_file():
+            raise VQCompressError(f"{path} holds an unfinished run; give its quantize command again to finish it")
+        self.path = path
+        self.weights = Checkpoint(path)
+        config = self.weights.config.get("quantization_config")
+        if not isinstance(config, dict):
+            raise VQCompressError(f"{path} is a plain checkpoint, not an artifact (no quantization_config)")
+        self.entries = {entry.target.name: entry for entry in parse_entries(config, str(path))}
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether the directory says of itself that it is an artifact, finished or not."""
+        if not (path / "config.json").is_file():
+            return (path / JOURNAL).is_file()
+        config = read_json(path / "config.json")
+        config = config.get("quantization_config") if isinstance(config, dict) else None
+        return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+
+    def check_files(self) -> None:
+        """Compare every file with SHA256SUMS; VQCompressError naming the first that differs or is missing."""
+        try:
+            lines = (self.path / SUMS).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise VQCompressError(f"{self.path / SUMS} is missing or damaged") from error
+        listed = set()
+        for line in lines:
+            digest, _, name = line.partition("  ")
+            if not re.fullmatch(r"[0-9a-f]{64}", digest) or Path(name).name != name or not name:
+                raise VQCompressError(f"{self.path / SUMS} is damaged: {line!r}")
+            if not (self.path / name).is_file():
+                raise VQCompressError(f"{self.path / name} is missing")
+            if sha256(self.path / name) != digest:
+                raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
+            listed.add(name)
+        needed = {"config.json", INDEX, *(info.file for info in self.weights.tensors.values())}
+        if missing := sorted(needed - listed):
+            raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
+
+
+class Writer:
+    """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
+
+    inputs: names → fingerprints of all that determines the bytes. A directory with a journal of the same inputs is
+    continued: `done` then holds the records of the blocks that are on disk.
+    """
+
+    def __init__(self, out: Path, inputs: dict[str, str], overwrite: bool):
+        self.out, self.inputs = out, inputs
+        self.done: dict[str, dict[str, Any]] = {}
+        if out.is_file():
+            raise VQCompressError(f"{out} is a file, not a directory to write an artifact to")
+        # A run that is killed in its very first write leaves only this.
+        if out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in out.iterdir()):
+            self._continue_or_clear(overwrite)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VQCompressError(f"cannot make the directory {out}: {error}") from error
+        self._write_journal()
+        # From here on the directory holds an unfinished run of these inputs, whatever it held before.
+        for name in ("config.json", INDEX, SUMS):
+            (out / name).unlink(missing_ok=True)
+        kept = {record["file"] for record in self.done.values()}
+        for path in out.iterdir():
+            if path.is_file() and OURS.fullmatch(path.name) and path.name not in kept:
+                path.unlink()
+
+    def _continue_or_clear(self, overwrite: bool) -> None:
+        """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""
+        holds = "something else"
+        if (self.out / JOURNAL).is_file():
+            differing = self._read_journal()
+            if not differing:
+                return
+            holds = f"an unfinished run with another {', '.join(differing)}"
+        elif Artifact.is_one(self.out):
+            holds = "a finished artifact"
+        elif (self.out / "config.json").exists() or any(self.out.glob("*.safetensors")):
+            raise VQCompressError(f"{self.out} holds a model that vqcompress did not write; choose another directory")
+        if not overwrite:
+            raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
+
+    def _read_journal(self) -> list[str]:
+        """The inputs in which an earlier run differs; if there are none, `done` holds its blocks that are intact."""
+        earlier = read_json(self.out / JOURNAL)
+        try:
+            differing = sorted(name for name, value in self.inputs.items() if earlier["inputs"].get(name) != value)
+            if earlier["format_version"] != FORMAT_VERSION:
+                differing.append("format version")
+            for name, record in earlier["blocks"].items() if not differing else ():
+                file = self.out / Path(record["file"]).name
+                if not file.is_file() or sha256(file) != record["sha256"]:
+                    # What follows was made from this block's output, so it is made again too.
+                    break
+                self.done[name] = record
+        except (KeyError, TypeError, AttributeError) as error:
+            raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
+        return differing
+
+    def _write_journal(self) -> None:
+        journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
+        self._write(JOURNAL, json.dumps(journal, indent=1).encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        partial = self.out / f"{name}.partial"
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(self.out / name)
+            self._sync_directory()
+        except OSError as error:
+            raise self._explain(error, len(data)) from error
+
+    def _sync_directory(self) -> None:
+        handle = os.open(self.out, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _explain(self, error: Exception, needed: int) -> VQCompressError:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full:
+            for partial in self.out.glob("*.partial"):
+                partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.out).free
+            return VQCompressError(
+                f"no space left in {self.out}: the next file needs {needed} bytes and {free} are free;"
+                " make room and give the same command again, the finished blocks are kept"
+            )
+        return VQCompressError(f"cannot write to {self.out}: {error}")
+
+    def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> Path:
+        """Write a shard so that it is either whole or absent, then journal it. Returns its path.
+
+        name: the block's. number of count: the shard's place. record: JSON kept for the report.
+        """
+        file = SHARD.format(number, count)
+        partial = self.out / f"{file}.partial"
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            digest = sha256(partial)
+            partial.replace(self.out / file)
+            self._sync_directory()
+        except (OSError, SafetensorError) as error:
+            raise self._explain(error, size) from error
+        self.done[name] = {"file": file, "sha256": digest, **record}
+        self._write_journal()
+        return self.out / file
+
+    def finish(self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str) -> None:
+        """Write everything beside the shards, the config last, and drop the journal."""
+        sums = {record["file"]: record["sha256"] for record in self.done.values()}
+        weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
+        total = sum((self.out / file).stat().st_size for file in sums)
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
+        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
+        last = json.dumps(config, indent=2).encode()
+        for name, data in files.items():
+            self._write(name, data)
+        for name, data in {**files, "config.json": last}.items():
+            sums[name] = hashlib.sha256(data).hexdigest()
+        self._write("report.json", json.dumps(report, indent=1).encode())
+        self._write("README.md", card.encode())
+        self._write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+        self._write("config.json", last)
+        (self.out / JOURNAL).unlink()
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """All tensors of one shard."""
+    from safetensors.torch import load_file
+
+    return load_file(path)

@@ -1,0 +1,187 @@
+"""A model run block by block, with one block in memory at a time.
+
+The calls to the blocks are learned by running the model's own `forward` once with every block replaced by a recorder,
+so no architecture needs a table. Shape legend: B rows, L tokens of a row, H hidden channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqcompress.artifact import Artifact, Entry
+from vqcompress.checkpoint import Checkpoint
+from vqcompress.errors import VQCompressError
+from vqcompress.runtime.modules import swap
+from vqcompress.runtime.weights import Names, assign, finish_loading, load_config, skeleton
+from vqcompress.targets import blocks_of, find_blocks
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+BATCH_TOKENS = 4096
+
+
+class _Reached(Exception):
+    """The forward pass has come to the end of the blocks; what follows is not wanted."""
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: notes how it is called, and answers with its input or with `reply`."""
+
+    def __init__(self, block: nn.Module, last: bool):
+        super().__init__()
+        # Not as a submodule: the model's state then names no tensor of a block that is not in memory.
+        self.__dict__.update(block=block, last=last, seen=None, call=None, reply=None, tuples=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Record the call; the last block's recorder ends the pass unless it has a reply."""
+        state = self.__dict__
+        answer = state["reply"]
+        if answer is None:
+            answer, rest, kwargs = _split(args, kwargs)
+            state["seen"], state["call"] = answer, (rest, kwargs)
+            if state["last"]:
+                raise _Reached
+        return (answer,) if state["tuples"] else answer
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+
+
+class BlockStream:
+    """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
+
+    blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
+    model's. Tensors are read when needed.
+    """
+
+    def __init__(self, source: Checkpoint | Artifact, device: torch.device, dtype: torch.dtype):
+        self.source = source.weights if isinstance(source, Artifact) else source
+        self.entries = list(source.entries.values()) if isinstance(source, Artifact) else []
+        self.device, self.dtype = device, dtype
+        self.model = skeleton(load_config(self.source.path), dtype)
+        self.blocks = blocks_of(self.model)
+        if self.entries:
+            known = {t.name: t for block in self.blocks for t in block.targets}
+            for entry in self.entries:
+                if known.get(entry.target.name) != entry.target:
+                    raise VQCompressError(
+                        f"{self.source.path}: {entry.target} is not a linear layer of the model in config.json"
+                    )
+            swap(self.model, "", self.entries, dtype)
+        self.names = Names(self.model, self.source.tensors)
+        self._path, self._layers = find_blocks(self.model)
+        self.skeletons = list(self._layers)
+        self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
+        for i, recorder in enumerate(self._recorders):
+            self._layers[i] = recorder
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._rest_loaded = False
+
+    @property
+    def rest(self) -> list[str]:
+        """The checkpoint names of what lies outside of the blocks."""
+        inside = {name for block in self.blocks for name in self.names.under(block.name)}
+        return [name for name in self.source.tensors if name not in inside]
+
+    def load_rest(self) -> None:
+        """Load embeddings, final norm and head; begin and finish need them."""
+        if not self._rest_loaded:
+            assign(self.model, self.source.read(self.rest), self.dtype)
+            self.model.tie_weights()
+            finish_loading(self.model, self.model, "", self.device)
+            self._rest_loaded = True
+
+    def load_block(self, i: int, tensors: dict[str, Tensor] | None = None, entries: Iterable[Entry] = ()) -> nn.Module:
+        """Block i, filled, on the device. Its memory is freed when the caller lets go of it.
+
+        tensors: what to fill it with, by checkpoint name, instead of reading the source. entries: of targets that
+        those tensors hold compressed.
+        """
+        block = copy.deepcopy(self.skeletons[i])
+        swap(block, self.blocks[i].name + ".", entries, self.dtype)
+        if tensors is None:
+            tensors = self.source.read(self.names.under(self.blocks[i].name))
+        self._layers[i] = block
+        try:
+            assign(self.model, tensors, self.dtype)
+        finally:
+            self._layers[i] = self._recorders[i]
+        finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
+        return block
+
+    @torch.inference_mode()
+    def begin(self, ids_BL: Tensor) -> Tensor:
+        """The hidden states (B, L, H) that enter the first block; also learns how blocks are called at this shape."""
+        self.load_rest()
+        with contextlib.suppress(_Reached):
+            self.model(ids_BL.to(self.device), use_cache=False)
+        first, *others = [recorder.__dict__ for recorder in self._recorders]
+        if others and not first["tuples"] and others[0]["seen"].shape != first["seen"].shape:
+            # The model took the first item of what the first block gave, so its blocks return tuples.
+            for state in (first, *others):
+                state["tuples"] = True
+            return self.begin(ids_BL)
+        calls = [recorder.__dict__["call"] for recorder in self._recorders]
+        shape = (ids_BL.shape[0], ids_BL.shape[1])
+        if shape in self._calls:
+            self._compare(self._calls[shape], calls)
+        self._calls[shape] = calls
+        return self._recorders[0].__dict__["seen"]
+
+    def _compare(self, earlier: list[Call], calls: list[Call]) -> None:
+        for block, a, b in zip(self.blocks, earlier, calls, strict=True):
+            for x, y in zip(_tensors(a), _tensors(b), strict=False):
+                if x.shape != y.shape or not torch.equal(x, y):
+                    raise VQCompressError(
+                        f"{block.name} is called with a tensor that depends on the tokens (beside the hidden states);"
+                        f" {type(self.model).__name__} cannot be run block by block"
+                    )
+
+    @torch.inference_mode()
+    def run(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
+        """The output (B, L, H) of a block loaded for place i; `begin` must have seen rows of this shape."""
+        args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
+        out = block(hidden_BLH, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, block: nn.Module, i: int, states: list[Tensor]) -> None:
+        """Replace each batch of hidden states by the block's output, in place."""
+        for k, hidden in enumerate(states):
+            states[k] = self.run(block, i, hidden)
+            if not torch.isfinite(states[k]).all():
+                raise VQCompressError(f"{self.blocks[i].name} puts out NaN or Inf")
+
+    @torch.inference_mode()
+    def finish(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
+        """The logits (B, L, V) that follow from the last block's output."""
+        self._recorders[-1].__dict__["reply"] = hidden_BLH
+        try:
+            return self.model(ids_BL.to(self.device), use_cache=False).logits
+        finally:
+            self._recorders[-1].__dict__["reply"] = None
+
+    def batches(self, rows_NL: Tensor) -> list[Tensor]:
+        """Rows cut into batches of about 4,096 tokens; the same whatever the machine, since sums depend on it."""
+        return list(rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1])))

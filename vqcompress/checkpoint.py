@@ -1,0 +1,186 @@
+"""A Hugging Face checkpoint as files: its config, and its tensors by name without loading what nobody asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqcompress.errors import VQCompressError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON_BYTES = 256 * 2**20
+# What a checkpoint may carry beside its weights, and an artifact takes along.
+COMPANIONS = re.compile(
+    r"(generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|spiece\.model|sentencepiece.*\.model|chat_template\.(jinja|json)|preprocessor_config\.json|LICENSE.*|NOTICE.*)"
+)
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, from a safetensors header."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def resolve(model: str, weights: bool = True) -> Path:
+    """The local directory of MODEL: a directory, the packaged `demo`, or a hub id (downloaded into the hub's cache).
+
+    weights: False fetches only the config and the tokenizer of a hub id.
+    """
+    if model == "demo" and not Path(model).is_dir():
+        return Path(__file__).parent / "demo"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise VQCompressError(f"{model} is a file; MODEL is a Hugging Face directory, a hub id, or 'demo'")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise VQCompressError(f"no such directory: {model}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub's client has a dozen error types; all mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise VQCompressError(f"no such directory: {model}, and as a hub id it cannot be fetched: {reason}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file; a VQCompressError naming it if it is missing, too large or not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise VQCompressError(f"{path} is larger than {MAX_JSON_BYTES} bytes, too large for a JSON file of a model")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise VQCompressError(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise VQCompressError(f"{path} is not valid JSON: {error}") from error
+
+
+class Checkpoint:
+    """The config and the tensors of a directory in Hugging Face layout.
+
+    path: the directory. config: the parsed config.json. tensors: name → TensorInfo, empty if there are no weights
+    (then only planning is possible).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise VQCompressError(f"{path} has no config.json, so it is not a Hugging Face checkpoint")
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        if not isinstance(self.config, dict):
+            raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self._files():
+            self.tensors |= self.header(path / file)
+
+    def _files(self) -> list[str]:
+        if (self.path / INDEX).is_file():
+            index = read_json(self.path / INDEX)
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+                raise VQCompressError(f"{self.path / INDEX} has no weight_map of names to files")
+            files = sorted(set(weight_map.values()))
+            for file in files:
+                if Path(file).name != file:
+                    raise VQCompressError(f"{self.path / INDEX} names a file outside of its directory: {file!r}")
+            return files
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        if list(self.path.glob("*.bin")):
+            raise VQCompressError(f"{self.path} holds only .bin (pickle) weights; convert them to safetensors first")
+        return []
+
+    @staticmethod
+    def header(file: Path) -> dict[str, TensorInfo]:
+        """What a safetensors file holds; VQCompressError naming the file if it is missing or damaged."""
+        tensors = {}
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                    view = handle.get_slice(name)
+                    dtype = view.get_dtype()
+                    if dtype not in DTYPES:
+                        raise VQCompressError(f"{name} in {file} has the unsupported type {dtype}")
+                    tensors[name] = TensorInfo(file.name, DTYPES[dtype], tuple(view.get_shape()))
+        except FileNotFoundError as error:
+            raise VQCompressError(f"{file} is missing") from error
+        except SafetensorError as error:
+            raise VQCompressError(f"{file} is damaged or not safetensors: {error}") from error
+        return tensors
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on the CPU in their stored type."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            if name not in self.tensors:
+                raise VQCompressError(f"{self.path} has no tensor {name}")
+            by_file[self.tensors[name].file].append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            # Opened anew each time: a mapping that stayed open would count every page ever read as our memory.
+            with safe_open(self.path / file, framework="pt") as handle:
+                for name in wanted:
+                    found[name] = handle.get_tensor(name)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    def companions(self) -> list[Path]:
+        """The tokenizer's and similar files beside the weights."""
+        return sorted(p for p in self.path.iterdir() if p.is_file() and COMPANIONS.fullmatch(p.name))
+
+    def fingerprint(self) -> str:
+        """A SHA-256 over the config, every header and slices of every weight file.
+
+        Hashing a few hundred gigabytes in full would cost as much as reading the model once more; 64 KiB at each of
+        33 evenly spaced places of a file finds another version of a model, though not one flipped bit.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info}".encode())
+        for file in sorted({info.file for info in self.tensors.values()}):
+            with (self.path / file).open("rb") as stream:
+                size = stream.seek(0, 2)
+                for k in range(33):
+                    stream.seek(max(0, size - 2**16) * k // 32)
+                    digest.update(stream.read(2**16))
+        return digest.hexdigest()

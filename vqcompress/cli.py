@@ -1,0 +1,403 @@
+"""The command line. Everything heavy is imported inside a command, so that help answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+import vqcompress
+from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.packaged import description, packaged
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEBUG = "vqcompress.debug"
+INTERRUPTED = {
+    "quantize": "the finished blocks are kept, the same command again continues after them",
+    None: "the same command again starts from the beginning",
+}
+
+
+class _Commands(TyperGroup):
+    """Turns whatever a command raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Abort, BrokenPipeError):
+            # Typer ends quietly; the reader of a pipe had enough.
+            raise
+        except KeyboardInterrupt:
+            hint = INTERRUPTED.get(ctx.invoked_subcommand, INTERRUPTED[None])
+            print(f"interrupted: {hint}", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if hasattr(error, "exit_code"):
+                # Typer's own: an exit, or wrong usage that it explains itself.
+                raise
+            _fail(error, bool(ctx.meta.get(DEBUG)))
+
+
+def _fail(error: Exception, debug: bool) -> NoReturn:
+    """Explain an error in one line and exit."""
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    kind, words = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, VQCompressError):
+        text = words
+    elif isinstance(error, OSError):
+        text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else words
+    elif kind in ("OutOfMemoryError", "MemoryError"):
+        text = f"out of memory; a smaller --seqlen, --samples or --batch, or --device cpu, needs less ({words})"
+    else:
+        text = f"internal error: {kind}: {words} (give --debug for the traceback)"
+    print(f"error: {text}", file=sys.stderr)
+    raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compress large language models: SmoothQuant INT8, tile-wise FP8 and vector quantization.",
+)
+evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fast a model is.")
+app.add_typer(evaluation, name="eval")
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.meta[DEBUG] = True
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"vqcompress {vqcompress.__version__}")
+        raise typer.Exit
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in packaged() if name.startswith(incomplete)]
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, or 'demo'.")]
+Either = Annotated[str, typer.Argument(metavar="MODEL", help="An artifact, a directory, a hub id, or 'demo'.")]
+Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `quantize` wrote: a directory or a hub id.")]
+Recipe = Annotated[
+    str,
+    typer.Option("--recipe", help="A packaged recipe (see `recipes`) or a file.", autocompletion=_complete_recipe),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", help="Text, JSONL, Parquet or dataset id; repeatable. Default: a built-in text."),
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Rows of calibration. Default: up to 128.")]
+Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a row. Default: the context, ≤ 2048.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Where = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
+
+
+@contextlib.contextmanager
+def _session(json_file: str | None = None) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
+    """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
+
+    With `--json -` everything else, a library's stray print included, goes to stderr.
+    """
+    if json_file not in (None, "-") and not Path(json_file).expanduser().absolute().parent.is_dir():
+        raise UsageError(f"--json {json_file}: its directory does not exist")
+    stdout = sys.stdout
+    with contextlib.ExitStack() as stack:
+        if json_file == "-":
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        _quiet()
+        from vqcompress import show
+
+        def write(result: dict[str, Any]) -> None:
+            text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+            if json_file == "-":
+                stdout.write(text)
+            elif json_file is not None:
+                Path(json_file).expanduser().write_text(text, encoding="utf-8")
+
+        yield show.console(stderr=json_file == "-"), write
+
+
+def _quiet() -> None:
+    """Silence transformers. The hub's bars stay on a terminal: a download may take an hour."""
+    import transformers
+    from huggingface_hub.utils import enable_progress_bars
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Compress large language models: SmoothQuant INT8, tile-wise FP8 and vector quantization."""
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: Recipe,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Directory to write the artifact to.")
+    ] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    device: Where = Device.auto,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Compress a model; the same command again continues a run that was cut off.
+
+    Example: vqcompress quantize demo -o out --recipe vq-2bit
+    """
+    if dry_run:
+        _plan(model, recipe, calibration, samples, seqlen, seed, device, json_file)
+        return
+    if output is None:
+        raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
+    with _session(json_file) as (console, write):
+        from vqcompress import show
+        from vqcompress.quantize import quantize as run
+
+        with show.watching(model) as watch:
+            report = run(
+                model, output, recipe, calibration, samples, seqlen, seed, device.value, overwrite, watch=watch
+            )
+        write(report)
+        show.quantized(console, report, str(output), model)
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: Recipe,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    device: Where = Device.auto,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Show what quantize would do: targets, sizes, memory, time. A config.json is enough.
+
+    Example: vqcompress plan demo --recipe vq-2bit
+    """
+    _plan(model, recipe, calibration, samples, seqlen, seed, device, json_file)
+
+
+def _plan(
+    model: str,
+    recipe: str,
+    calibration: list[str] | None,
+    samples: int | None,
+    seqlen: int | None,
+    seed: int,
+    device: Device,
+    json_file: str | None,
+) -> None:
+    with _session(json_file) as (console, write):
+        from vqcompress import show
+        from vqcompress.quantize import dry_run
+
+        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value)
+        write(summary)
+        show.planned(console, summary)
+
+
+@evaluation.command()
+def perplexity(
+    model: Either,
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")],
+    seqlen: Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a window.")] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="Tokens from window to window. Default: no overlap.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many windows.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="The original: also KL and top-1 agreement.")
+    ] = None,
+    device: Where = Device.auto,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Perplexity on a text; with --baseline also KL divergence and top-1 agreement.
+
+    Example: vqcompress eval perplexity out --text test.txt --baseline demo
+    """
+    with _session(json_file) as (console, write):
+        from vqcompress import evaluate, show
+
+        result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value)
+        write(result)
+        show.perplexity(console, result, text)
+
+
+@evaluation.command()
+def speed(
+    model: Either,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Prefill and decode tokens per second, time to first token, peak memory.
+
+    Example: vqcompress eval speed out --prompt-tokens 512
+    """
+    with _session(json_file) as (console, write):
+        from vqcompress import evaluate, show
+
+        result = evaluate.speed(model, prompt_tokens, new_tokens, batch)
+        write(result)
+        show.speed(console, result)
+
+
+@app.command()
+def export(
+    artifact: Source,
+    format: Annotated[str, typer.Option("--format", help="The format to write: dense.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write to.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Rewrite an artifact in a format that other runtimes load.
+
+    Example: vqcompress export out --format dense -o out-dense --verify
+    """
+    with _session(json_file) as (console, write):
+        from vqcompress import show
+        from vqcompress.export import export as run
+
+        result = run(artifact, format, output, verify, overwrite)
+        write(result)
+        show.exported(console, result, str(output))
+
+
+@app.command()
+def inspect(artifact: Source, json_file: Json = None, debug: Debug = False) -> None:
+    """Show what an artifact holds, a row per compressed weight.
+
+    Example: vqcompress inspect out
+    """
+    with _session(json_file) as (console, write):
+        from vqcompress import show
+        from vqcompress.inspect import inspect as run
+
+        facts = run(artifact)
+        write(facts)
+        show.inspected(console, facts)
+
+
+@app.command()
+def verify(artifact: Source, json_file: Json = None, debug: Debug = False) -> None:
+    """Check an artifact: checksums, shapes, ranges of codes, finiteness.
+
+    Example: vqcompress verify out
+    """
+    with _session(json_file) as (console, write):
+        from vqcompress.report import size
+        from vqcompress.verify import verify as run
+
+        facts = run(artifact)
+        write(facts)
+        counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
+        console.print(f"{artifact}: ok ({counts}, {facts['seconds']:.1f} s)", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    artifact: Source,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt; then tokens per second, on stderr.
+
+    Example: vqcompress generate out --prompt "Once upon a time"
+    """
+    with _session():
+        from vqcompress.generate import generate as run
+
+        result = run(artifact, prompt, max_new_tokens, temperature, seed, lambda text: print(text, end="", flush=True))
+        print(flush=True)
+        print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
+
+
+@app.command()
+def doctor(model: Model, json_file: Json = None, debug: Debug = False) -> None:
+    """Try an architecture: does it run block by block, what can be compressed, what stays dense.
+
+    Example: vqcompress doctor demo
+    """
+    with _session(json_file) as (console, write):
+        from vqcompress import show
+        from vqcompress.doctor import examine
+
+        facts = examine(model)
+        write(facts)
+        show.examined(console, facts)
+        if not facts["ok"]:
+            raise typer.Exit(1)
+
+
+@app.command()
+def recipes(debug: Debug = False) -> None:
+    """List the packaged recipes.
+
+    Example: vqcompress recipes
+    """
+    known = packaged()
+    width = max((len(name) for name in known), default=0)
+    for name, path in known.items():
+        print(f"{name:{width}}  {description(path)}")
+
+
+def main() -> None:
+    """The entry point of the `vqcompress` command."""
+    app(prog_name="vqcompress")

@@ -1,0 +1,21 @@
+"""Failures that one line explains. Anything else that escapes is a bug and shows its traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VQCompressError(Exception):
+    """What went wrong, naming the tensor or the setting, its value, and what to do (exit code 1)."""
+
+
+class UsageError(VQCompressError):
+    """The words of the command or of a recipe are off (exit code 2)."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' with the nearest known name, else the list of all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."

@@ -1,0 +1,76 @@
+"""Text from a model, written as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from vqcompress.artifact import Artifact
+from vqcompress.checkpoint import resolve
+from vqcompress.errors import UsageError
+from vqcompress.runtime.load import load, load_dense
+from vqcompress.runtime.tokens import load_tokenizer
+
+
+class _Streamer(TextStreamer):
+    """Hands on text as soon as its characters are certain."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What transformers calls with every new piece."""
+        self.on_text(text)
+
+
+@torch.inference_mode()
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    on_text: Callable[[str], None],
+) -> dict[str, Any]:
+    """Continue a prompt with an artifact or a dense checkpoint; returns text, new_tokens, seconds, tokens_per_second.
+
+    temperature: 0 takes the likeliest token each time. seed: of the draws otherwise. on_text: called with each new
+    piece of text; the prompt is none. seconds: from the prompt to the last token, loading excluded.
+    """
+    if not prompt or max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need a prompt, at least one token and a"
+            " temperature from 0 on"
+        )
+    path = resolve(model)
+    tokenizer = load_tokenizer(path)
+    network: Any = load(path) if Artifact.is_one(path) else load_dense(path)
+    ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
+    # Sampling reads torch's global generator, and there is no other way to seed it.
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    settings = network.generation_config
+    pad = settings.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
+    start = time.perf_counter()
+    out_BL = network.generate(
+        ids_BL,
+        attention_mask=torch.ones_like(ids_BL),
+        max_new_tokens=max_new_tokens,
+        # One row needs no padding, but transformers asks for the token all the same.
+        pad_token_id=pad[0] if isinstance(pad, list) else pad,
+        streamer=_Streamer(tokenizer, on_text),
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    new = out_BL[0, ids_BL.shape[1] :]
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(len(new) / max(seconds, 1e-9), 1),
+    }

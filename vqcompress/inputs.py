@@ -1,0 +1,183 @@
+"""Which weights of a block read the same input, and what produces it: found by watching a block run, and proven.
+
+A fold (dividing a producer's output by s, so that its consumers may multiply their columns by s) is accepted only if
+the block's output stays what it was with random factors in place. That is why no architecture needs a table, and why
+a router or any other consumer that nobody knows of cannot be forgotten.
+Shape legend: I input channels, R rows of the producer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqcompress.targets import Block
+
+Kind = Literal["norm", "norm_plus_one", "rows"]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A module whose output can be divided by s (R,). rows_I: the row that makes each input channel.
+
+    kind: `norm` multiplies by its weight, `norm_plus_one` by 1 + weight (Gemma), `rows` is a linear layer.
+    """
+
+    path: str
+    kind: Kind
+    rows_I: Tensor
+
+
+@dataclass(frozen=True)
+class Input:
+    """An activation that targets read. consumers: their paths inside the block. channels: I.
+
+    place: what the input comes from, as the knobs of smoothing name it. producer: what a fold can go into, or None.
+    """
+
+    consumers: tuple[str, ...]
+    channels: int
+    place: Literal["norm", "attention", "mlp"]
+    producer: Producer | None
+
+
+@torch.no_grad()
+def scale_producer(block: nn.Module, producer: Producer, s_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Divide what a producer puts out by s (R,), in place; returns the factors that were really applied, (R,).
+
+    dtype: what the norm's weight will be stored in. Its rounding then counts as part of the factor, so that the fold
+    stays exact; a weight of zero keeps a factor of 1.
+    """
+    module = block.get_submodule(producer.path)
+    weight = module.get_parameter("weight")
+    if producer.kind == "rows":
+        weight.copy_(weight / s_R.to(weight)[:, None])
+    else:
+        offset = 1.0 if producer.kind == "norm_plus_one" else 0.0
+        folded = (weight + offset) / s_R.to(weight) - offset
+        if dtype is not None:
+            folded = folded.to(dtype).to(weight.dtype)
+        applied = (weight + offset) / (folded + offset)
+        sound = torch.isfinite(applied) & (applied > 0)
+        folded, s_R = torch.where(sound, folded, weight), torch.where(sound, applied, 1.0)
+        weight.copy_(folded)
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        bias.copy_(bias / s_R.to(bias))
+    return s_R
+
+
+@torch.no_grad()
+def scale_consumers(block: nn.Module, consumers: tuple[str, ...], s_I: Tensor) -> None:
+    """Multiply the columns of the consumers' weights by s (I,), in place."""
+    for path in consumers:
+        weight = block.get_submodule(path).get_parameter("weight")
+        weight.copy_(weight * s_I.to(weight))
+
+
+def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tensor]) -> list[Input]:
+    """The inputs of a block's targets in the order in which they are read.
+
+    run: calls the block on a small batch and returns its output; it is called a few times. The block is left as it was.
+    """
+    local = [layout.local(target) for target in layout.targets]
+    groups, norms, reference = _watch(block, local, run)
+    inputs = []
+    for number, (consumers, x) in enumerate(groups):
+        norm = norms.get(_storage(x))
+        earlier = [path for group, _ in groups[:number] for path in group]
+        candidates = _norm_candidates(norm, x.shape[-1]) if norm else _row_candidates(block, earlier, x.shape[-1])
+        producer = next((c for c in candidates if _is_exact(block, c, consumers, run, reference)), None)
+        attention = any("attn" in path or "attention" in path for path in consumers)
+        place: Literal["norm", "attention", "mlp"] = "norm" if norm else "attention" if attention else "mlp"
+        inputs.append(Input(consumers, x.shape[-1], place, producer))
+    return inputs
+
+
+def _storage(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    """What tells a tensor from others that are alive; a view with the channels kept counts as the same tensor."""
+    return x.data_ptr(), (x.numel(), x.shape[-1])
+
+
+def _watch(
+    block: nn.Module, targets: list[str], run: Callable[[nn.Module], Tensor]
+) -> tuple[list[tuple[tuple[str, ...], Tensor]], dict[tuple[int, tuple[int, ...]], str], Tensor]:
+    """Run the block once: the targets grouped by the tensor they read, which norm made which tensor, the output."""
+    reads: dict[tuple[int, tuple[int, ...]], tuple[list[str], Tensor]] = {}
+    made: dict[tuple[int, tuple[int, ...]], str] = {}
+    # Everything seen stays alive until the run is over, or a new tensor could take an old one's address.
+    alive: list[Tensor] = []
+    handles = []
+    for path, module in block.named_modules():
+        if path in targets:
+
+            def read(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                reads.setdefault(_storage(args[0]), ([], args[0]))[0].append(path)
+
+            handles.append(module.register_forward_pre_hook(read))
+        elif isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:
+
+            def write(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, path: str = path) -> None:
+                alive.append(out)
+                made[_storage(out)] = path
+
+            handles.append(module.register_forward_hook(write))
+    try:
+        reference = run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(tuple(paths), x) for paths, x in reads.values()], made, reference
+
+
+def _norm_candidates(path: str, channels: int) -> Iterator[Producer]:
+    yield Producer(path, "norm", torch.arange(channels))
+    yield Producer(path, "norm_plus_one", torch.arange(channels))
+
+
+def _row_candidates(block: nn.Module, earlier: list[str], channels: int) -> Iterator[Producer]:
+    """Linear layers that ran before and could make the input row by row, the latest first."""
+    for path in reversed(earlier):
+        rows = block.get_submodule(path).out_features
+        assert isinstance(rows, int)
+        if rows == channels:
+            yield Producer(path, "rows", torch.arange(channels))
+        elif channels % rows == 0:
+            # Grouped-query attention: each value head serves channels / rows query heads in a row.
+            head = getattr(block.get_submodule(path.rpartition(".")[0]), "head_dim", None)
+            if isinstance(head, int) and rows % head == 0:
+                heads = torch.arange(rows).view(-1, head)
+                yield Producer(path, "rows", heads.repeat_interleave(channels // rows, 0).flatten())
+
+
+@torch.no_grad()
+def _is_exact(
+    block: nn.Module,
+    producer: Producer,
+    consumers: tuple[str, ...],
+    run: Callable[[nn.Module], Tensor],
+    reference: Tensor,
+) -> bool:
+    """Whether dividing the producer's output undoes, to 1 %, what multiplying the consumers' columns does.
+
+    Measured on the block's output with random powers of two, which cost no rounding. A consumer that was overlooked
+    would see a changed input, and the output would move by as much as it matters.
+    """
+    touched = [block.get_submodule(path) for path in (producer.path, *consumers)]
+    saved = [{name: p.clone() for name, p in module.named_parameters(recurse=False)} for module in touched]
+    rows = int(producer.rows_I.max()) + 1
+    s_R = torch.randint(-1, 2, (rows,), generator=torch.Generator().manual_seed(0)).float().exp2()
+    try:
+        scale_consumers(block, consumers, s_R[producer.rows_I])
+        alone = (run(block) - reference).abs().max()
+        scale_producer(block, producer, s_R)
+        both = (run(block) - reference).abs().max()
+    finally:
+        for module, parameters in zip(touched, saved, strict=True):
+            for name, value in parameters.items():
+                module.get_parameter(name).copy_(value)
+    return bool(both < 0.01 * alone)

@@ -1,0 +1,83 @@
+"""FP8 in DeepSeek-V3's layout: E4M3 weights in 128×128 tiles times E4M3 activations in 1×128 tiles, no calibration.
+
+Source: DeepSeek-V3, arXiv 2412.19437, section 3.3; stored as its checkpoints are, without padding.
+Shape legend: T tokens, O output rows, I input columns, P = ceil(O / 128) and J = ceil(I / 128) tiles.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqcompress import ops
+from vqcompress.methods.method import Layout, Method, Parts, Shape
+from vqcompress.statistics import Statistics
+
+
+def expand_tiles(scale_PJ: Tensor, shape: Shape) -> Tensor:
+    """The scale of every element, (O, I), from one scale per 128×128 tile; edge tiles are cropped."""
+    return scale_PJ.repeat_interleave(ops.TILE, 0)[: shape[0]].repeat_interleave(ops.TILE, 1)[:, : shape[1]]
+
+
+def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Codes float8_e4m3fn (O, I) and scales float32 (P, J) of a finite float32 weight, one scale per 128×128 tile.
+
+    scale = max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; code = w / scale rounded to E4M3. A tile at
+    the edge holds fewer weights.
+    """
+    rows, columns = weight_OI.shape
+    padded = F.pad(weight_OI.abs(), (0, -columns % ops.TILE, 0, -rows % ops.TILE))
+    tiles = padded.reshape(padded.shape[0] // ops.TILE, ops.TILE, padded.shape[1] // ops.TILE, ops.TILE)
+    scale_PJ = ops.e4m3_scale(tiles.amax((1, 3)), power_of_two)
+    return ops.to_e4m3(weight_OI / expand_tiles(scale_PJ, (rows, columns))), scale_PJ
+
+
+class FP8(Method):
+    """ŵ = code · scale of its tile; |w − ŵ| ≤ max(|w| · 2⁻⁴, scale · 2⁻¹⁰).
+
+    Parts: `codes` float8_e4m3fn (O, I); `scale` float32 (P, J), a multiplier (`weight_scale_inv` in a checkpoint).
+    power_of_two_scales: round the scales of weights and activations up to powers of two (UE8M0), which some GPUs need.
+    """
+
+    name: ClassVar[str] = "fp8"
+    power_of_two_scales: bool = False
+
+    def layout(self, shape: Shape) -> Layout:
+        """Codes and scale."""
+        tiles = (-(-shape[0] // ops.TILE), -(-shape[1] // ops.TILE))
+        return {"codes": (torch.float8_e4m3fn, shape), "scale": (torch.float32, tiles)}
+
+    def encode(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
+    ) -> Parts:
+        """The parts of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
+        super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
+        codes_OI, scale_PJ = quantize_tiles(weight_OI.float(), self.power_of_two_scales)
+        return {"codes": codes_OI, "scale": scale_PJ}
+
+    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+        """Code · scale of its tile, float32 (O, I)."""
+        return parts["codes"].float() * expand_tiles(parts["scale"], shape)
+
+    def check(self, parts: Parts, shape: Shape) -> None:
+        """Raise ValueError for NaN codes and for scales that are not positive, finite and, if asked, powers of two."""
+        super().check(parts, shape)
+        scale_PJ = parts["scale"]
+        if not (scale_PJ > 0).all():
+            raise ValueError("scale holds a value that is not positive")
+        if self.power_of_two_scales and not (torch.frexp(scale_PJ).mantissa == 0.5).all():
+            raise ValueError("scale holds a value that is not a power of two, but power_of_two_scales is on")
+
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Parts:
+        """The parts; on a CPU, which has no FP8 product, with `codes` as float32 made once."""
+        if parts["codes"].device.type != "cpu":
+            return dict(parts)
+        return {**parts, "codes": parts["codes"].float()}
+
+    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """x Wᵀ of `ops.fp8_linear`, the activation in 1×128 tiles."""
+        y_TO: Tensor = ops.fp8_linear(x_TI, prepared["codes"], prepared["scale"], self.power_of_two_scales)
+        return y_TO

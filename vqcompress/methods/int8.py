@@ -1,0 +1,84 @@
+"""W8A8: INT8 weights per output row times INT8 activations (SmoothQuant, arXiv 2211.10438, without the smoothing).
+
+Smoothing changes the weight and the statistics before `encode`; this method sees only the result.
+Shape legend: T tokens, O output rows, I input columns.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vqcompress import ops
+from vqcompress.methods.method import Layout, Method, Parts, Shape
+from vqcompress.statistics import Statistics
+
+
+class INT8(Method):
+    """ŵ = code · scale with scale = max(row absmax / 127, 2⁻¹²⁶) and code = round(w / scale), so |w − ŵ| ≤ scale / 2.
+
+    Parts: `codes` int8 (O, I) in ±127; `scale` float32 (O,); with `per_tensor` also `input_scale` float32 ().
+    activations: "per_token" scales every row of x by itself at run time (SmoothQuant's O1, table 2); "per_tensor" uses
+    one scale for all of x, max absmax / 127 over the calibration tokens (O3), and clips what lies beyond.
+    """
+
+    name: ClassVar[str] = "int8"
+    activations: Literal["per_token", "per_tensor"] = "per_token"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """`absmax` for a static activation scale."""
+        return frozenset({"absmax"}) if self.activations == "per_tensor" else frozenset()
+
+    def layout(self, shape: Shape) -> Layout:
+        """Codes, scale and, with per_tensor, input_scale."""
+        layout: Layout = {"codes": (torch.int8, shape), "scale": (torch.float32, (shape[0],))}
+        if self.activations == "per_tensor":
+            layout["input_scale"] = (torch.float32, ())
+        return layout
+
+    def encode(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
+    ) -> Parts:
+        """The parts of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration token to go by."""
+        super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
+        codes_OI, scale_O1 = ops.int8_quantize(weight_OI)
+        parts = {"codes": codes_OI, "scale": scale_O1.flatten()}
+        if self.activations == "per_tensor":
+            parts["input_scale"] = self._input_scale(statistics).to(weight_OI.device)
+        return parts
+
+    def _input_scale(self, statistics: Statistics) -> Tensor:
+        if statistics.absmax_I is None or statistics.tokens == 0:
+            raise ValueError(
+                "int8 with activations='per_tensor' needs absmax over at least one calibration token; "
+                "calibrate with more text or use activations='per_token'"
+            )
+        super().check({"statistics.absmax": statistics.absmax_I}, (1, len(statistics.absmax_I)))
+        return (statistics.absmax_I.float().max() / ops.INT8_MAX).clamp_min(ops.SCALE_MIN)
+
+    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+        """Code · scale of its row, float32 (O, I)."""
+        return parts["codes"].float() * parts["scale"][:, None]
+
+    def check(self, parts: Parts, shape: Shape) -> None:
+        """Raise ValueError for a code of −128 and for scales that are not positive and finite."""
+        super().check(parts, shape)
+        if (parts["codes"] == -128).any():
+            raise ValueError("codes holds -128; INT8 codes are in ±127")
+        for name in parts.keys() & {"scale", "input_scale"}:
+            if not (parts[name] > 0).all():
+                raise ValueError(f"{name} holds a value that is not positive")
+
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Parts:
+        """The parts; on a CPU, which multiplies floats faster than bytes, with `codes` as float32 made once."""
+        if parts["codes"].device.type != "cpu":
+            return dict(parts)
+        return {**parts, "codes": parts["codes"].float()}
+
+    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """x Wᵀ of `ops.int8_linear`, the activation per token or with the stored scale."""
+        y_TO: Tensor = ops.int8_linear(x_TI, prepared["codes"], prepared["scale"], prepared.get("input_scale"))
+        return y_TO

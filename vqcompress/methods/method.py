@@ -1,0 +1,84 @@
+"""The contract of a compression method: a frozen description of its knobs with `encode` and `decode` on one 2-D weight.
+
+Defaults go through `decode`, so a method works end to end before it has a kernel. Methods see tensors only: never a
+path, a module, a model's name or a rank. Shape legend: O output rows, I input columns, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from vqcompress.statistics import Statistics
+
+Parts = dict[str, Tensor]
+Shape = tuple[int, int]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Method(BaseModel):
+    """Knobs, validated and frozen; a subclass adds fields for them and overrides what differs from storing a matrix.
+
+    name: what recipes call it. version: raised when the meaning of the stored parts changes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The names of the `statistics` that encode wants; empty means data-free."""
+        return frozenset()
+
+    def layout(self, shape: Shape) -> Layout:
+        """Type and shape of every part that `encode` stores for an (O, I) weight, without the shared ones."""
+        raise TypeError(f"{type(self).__name__} does not define layout")
+
+    def shared_layout(self) -> Layout:
+        """Type and shape of the parts that all targets of a block with these knobs share; usually none."""
+        return {}
+
+    def fit_shared(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> Parts:
+        """The shared parts of a block, fitted on its (O, I) float32 weights; called if `shared_layout` names any."""
+        return {}
+
+    def encode(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
+    ) -> Parts:
+        """The parts to store for a finite float32 weight. Deterministic in its arguments and `generator`."""
+        raise TypeError(f"{type(self).__name__} does not define encode")
+
+    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+        """The float32 (O, I) weight that was stored, by definition. `parts` includes the shared ones."""
+        raise TypeError(f"{type(self).__name__} does not define decode")
+
+    def check(self, parts: Parts, shape: Shape) -> None:
+        """Raise ValueError naming the part if a stored value is out of its range or not finite."""
+        for name, part in parts.items():
+            if part.is_floating_point() and not torch.isfinite(part.float()).all():
+                raise ValueError(f"{name} holds NaN or Inf")
+
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Parts:
+        """What `linear` reads for inputs of a type, made once and never stored. Default: the decoded weight."""
+        return {"weight": self.decode(parts, shape).to(dtype)}
+
+    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """x Wᵀ, (T, O) in the type of x, from the prepared parts."""
+        return x_TI @ prepared["weight"].T
+
+    def encode_flops(self, shape: Shape) -> float:
+        """About how much arithmetic `encode` does, for estimates of time."""
+        return 50.0 * shape[0] * shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON for an artifact's config: the method's name, version and every knob."""
+        return {"method": self.name, "version": self.version, **self.model_dump(mode="json")}
+
+
+def layout_bits(layout: Layout) -> int:
+    """Number of bits that the parts of a layout take."""
+    return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())

@@ -1,0 +1,162 @@
+"""INT8 and FP8 matrix products as torch operators; the body of each is its meaning, to the last bit where it says so.
+
+`torch.library.custom_op` lets `torch.compile`, fake tensors and `opcheck` see them, and lets a device's kernel replace
+the body (`op.register_kernel("cuda")`) under the same contract. Everything is computed in float32 whatever the type of
+x, division is division (never a multiplication by the reciprocal), and rounding is to nearest, half to even.
+
+Shape legend: T tokens, O output rows, I input columns, P = ceil(O / 128) and J = ceil(I / 128) tiles.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INT8_MAX = 127.0
+E4M3_MAX = 448.0
+TILE = 128
+# The smallest normal float32. A scale is never below it, so zero and subnormal rows divide safely and round to zero.
+SCALE_MIN = 2.0**-126
+# Columns whose int8 products add up exactly in float32: 1024 · 127² < 2²⁴.
+EXACT_COLUMNS = 1024
+# Partial sums that the FP8 product holds at a time, 64 MiB of them.
+PARTIALS = 2**24
+
+
+def power_of_two_ceil(scale: Tensor) -> Tensor:
+    """The smallest power of two that is ≥ each element of a float32 tensor of normal positive numbers (UE8M0)."""
+    # Adding a full mantissa carries into the exponent unless the mantissa is zero; exact, unlike exp2(ceil(log2)).
+    return ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def e4m3_scale(amax: Tensor, power_of_two: bool) -> Tensor:
+    """max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; float32, the shape of `amax`."""
+    scale = (amax / E4M3_MAX).clamp_min_(SCALE_MIN)
+    return power_of_two_ceil(scale) if power_of_two else scale
+
+
+def to_e4m3(ratio: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn, ties to even, saturating at ±448; only NaN gives NaN."""
+    return ratio.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _int8_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of `int8_quantize` still as float32, and its scales."""
+    x_TI = x_TI.float()
+    scale_T1 = (x_TI.abs().amax(1, keepdim=True) / INT8_MAX).clamp_min_(SCALE_MIN)
+    return (x_TI / scale_T1).round_().clamp_(-INT8_MAX, INT8_MAX), scale_T1
+
+
+def _fp8_tiles(x_TI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """The codes of `fp8_quantize` with the last tile padded by zeros, (T, J·128), and its scales."""
+    tokens, columns = x_TI.shape
+    tiles = -(-columns // TILE)
+    x_TJC = F.pad(x_TI.float(), (0, tiles * TILE - columns)).view(tokens, tiles, TILE)
+    scale_TJ = e4m3_scale(x_TJC.abs().amax(2), power_of_two)
+    return to_e4m3(x_TJC / scale_TJ[:, :, None]).view(tokens, tiles * TILE), scale_TJ
+
+
+@torch.library.custom_op("vqcompress::int8_quantize", mutates_args=())
+def int8_quantize(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 (T, I) and scales float32 (T, 1) of any float x: per-token, symmetric, dynamic.
+
+    scale = max(absmax / 127, 2⁻¹²⁶); code = round(x / scale) clamped to ±127, so −128 never occurs. A zero row gets
+    zero codes. A row that holds NaN or Inf gets a scale that is not finite and unspecified codes.
+    Source: SmoothQuant, arXiv 2211.10438, equation 1 and section 2 (per-token activation).
+    """
+    codes_TI, scale_T1 = _int8_rows(x_TI)
+    return codes_TI.to(torch.int8).contiguous(), scale_T1
+
+
+@int8_quantize.register_fake
+def _(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TI, dtype=torch.int8, memory_format=torch.contiguous_format), x_TI.new_empty(
+        (x_TI.shape[0], 1), dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("vqcompress::int8_linear", mutates_args=())
+def int8_linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None) -> Tensor:
+    """x Wᵀ, (T, O) in the type of x, for W = codes · scale per row and x rounded to INT8 on the way in.
+
+    codes_OI: integers in ±127, as int8 or as float32 that carries the same integers. scale_O: float32.
+    input_scale: None for the per-token scales of `int8_quantize`; else one positive float32 scale () for all of x,
+    code = round(x / input_scale) clamped to ±127.
+    y = float32(acc) · (scale_x · scale_w), where acc is the exact integer sum, rounded to float32 once; then y is
+    rounded to the type of x. I ≤ 131,072, so that acc fits in 32 bits. Bit-exact.
+    Source: SmoothQuant, arXiv 2211.10438, section 4 (O1 per token, O3 static per tensor).
+    """
+    if input_scale is None:
+        codes_TI, scale_x = _int8_rows(x_TI)
+    else:
+        scale_x = input_scale
+        codes_TI = (x_TI.float() / scale_x).round_().clamp_(-INT8_MAX, INT8_MAX)
+    codes_OI = codes_OI.float()
+    columns = codes_TI.shape[1]
+    if columns <= EXACT_COLUMNS:
+        acc_TO = codes_TI @ codes_OI.T
+    else:
+        # Each chunk is exact in float32; float64 keeps their sum exact, so the only rounding is the last one.
+        total_TO = codes_TI.new_zeros((codes_TI.shape[0], codes_OI.shape[0]), dtype=torch.float64)
+        for i in range(0, columns, EXACT_COLUMNS):
+            total_TO += codes_TI[:, i : i + EXACT_COLUMNS] @ codes_OI[:, i : i + EXACT_COLUMNS].T
+        acc_TO = total_TO.float()
+    return acc_TO.mul_(scale_x * scale_O).to(x_TI.dtype)
+
+
+@int8_linear.register_fake
+def _(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None) -> Tensor:
+    return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))
+
+
+@torch.library.custom_op("vqcompress::fp8_quantize", mutates_args=())
+def fp8_quantize(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes float8_e4m3fn (T, I) and scales float32 (T, J) of any float x, in tiles of 1×128, dynamic.
+
+    scale = max(amax / 448, 2⁻¹²⁶), with `power_of_two` rounded up to a power of two (UE8M0); code = x / scale rounded
+    to E4M3, saturating at ±448. The last tile holds the I mod 128 columns that are left. A zero tile gets zero codes;
+    no finite x gives a NaN; NaN and Inf give NaN codes. Bit-exact.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (fine-grained quantization).
+    """
+    codes_TI, scale_TJ = _fp8_tiles(x_TI, power_of_two)
+    return codes_TI[:, : x_TI.shape[1]].contiguous(), scale_TJ.contiguous()
+
+
+@fp8_quantize.register_fake
+def _(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    tokens, columns = x_TI.shape
+    return (
+        x_TI.new_empty((tokens, columns), dtype=torch.float8_e4m3fn),
+        x_TI.new_empty((tokens, (columns + TILE - 1) // TILE), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("vqcompress::fp8_linear", mutates_args=())
+def fp8_linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
+    """x Wᵀ, (T, O) in the type of x, for W = codes · the scale of their 128×128 tile and x through `fp8_quantize`.
+
+    codes_OI: float8_e4m3fn, or float32 that carries the same values. scale_PJ: float32.
+    y = Σ_j (partial_j · scale_x[t, j]) · scale_w[o // 128, j] in float32, where partial_j is the float32 sum over the
+    128 products of slice j (each product is exact); then y is rounded to the type of x. The order of additions and the
+    fusing of a multiplication with an addition are free; the codes and scales of x are those of `fp8_quantize`.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (promotion to float32 every N_C = 128 elements).
+    """
+    codes_TI, scale_TJ = _fp8_tiles(x_TI, power_of_two)
+    rows, tiles = codes_OI.shape[0], scale_TJ.shape[1]
+    codes_OI = codes_OI.float()
+    if padding := codes_TI.shape[1] - codes_OI.shape[1]:
+        codes_OI = F.pad(codes_OI, (0, padding))
+    codes_JCO = codes_OI.view(rows, tiles, TILE).permute(1, 2, 0)
+    scale_J1O = scale_PJ.T.repeat_interleave(TILE, 1)[:, None, :rows]
+    y_TO = x_TI.new_empty((x_TI.shape[0], rows))
+    # All slices in one batched product; a few tokens at a time, so that the partial sums stay small.
+    step = max(1, PARTIALS // (tiles * rows))
+    for t in range(0, x_TI.shape[0], step):
+        codes_JtC = codes_TI[t : t + step].float().view(-1, tiles, TILE).transpose(0, 1)
+        partial_JtO = (codes_JtC @ codes_JCO).mul_(scale_TJ[t : t + step].T[:, :, None]).mul_(scale_J1O)
+        y_TO[t : t + step] = partial_JtO.sum(0)
+    return y_TO
+
+
+@fp8_linear.register_fake
+def _(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
+    return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))

@@ -1,0 +1,165 @@
+"""What a recipe will do to a model, from its config alone: targets, sizes, peak memory, time."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vqcompress.artifact import Entry
+from vqcompress.blocks import BATCH_TOKENS, BlockStream
+from vqcompress.errors import UsageError
+from vqcompress.methods import Method, layout_bits
+from vqcompress.methods.keep import Keep
+from vqcompress.recipe import Recipe, Rule
+from vqcompress.targets import Block, Target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which target gets which method. rules: target name → rule, for every linear layer of the blocks.
+
+    left_dense: what stays as it is although it is a large weight → why.
+    """
+
+    recipe: Recipe
+    blocks: list[Block]
+    rules: dict[str, Rule]
+    left_dense: dict[str, str]
+
+    def compressed(self, block: Block) -> list[Target]:
+        """The targets of a block whose rule is more than to keep them."""
+        return [t for t in block.targets if not isinstance(self.rules[t.name].method, Keep)]
+
+    @property
+    def targets(self) -> list[Target]:
+        """All targets that will be compressed."""
+        return [target for block in self.blocks for target in self.compressed(block)]
+
+    @property
+    def methods(self) -> list[Method]:
+        """The distinct methods, in the order of the recipe; their places name shared parts on disk."""
+        return list(dict.fromkeys(rule.method for rule in self.recipe.rules))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any target asks for statistics; if not, the model is never run."""
+        rules = [self.rules[target.name] for target in self.targets]
+        return any(rule.method.needs or rule.smoothing for rule in rules)
+
+    def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
+        """How the target will be stored."""
+        method = self.rules[target.name].method
+        shared = f"{block.name}.shared_parts.{self.methods.index(method)}" if method.shared_layout() else None
+        return Entry(target, method, smoothed, shared)
+
+
+def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
+    """The plan for a model; UsageError for a rule that matches nothing or a recipe that compresses nothing."""
+    plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
+    if not plan.targets:
+        raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
+    return plan
+
+
+def dense_weights(stream: BlockStream) -> dict[str, str]:
+    """The large weights that no recipe reaches → why; names of blocks have a * for their number."""
+    found: dict[str, str] = {}
+    for module, role in (
+        (stream.model.get_input_embeddings(), "read by lookup"),
+        (stream.model.get_output_embeddings(), "the output head stays dense"),
+    ):
+        name = next((name for name, m in stream.model.named_modules() if m is module), None)
+        if name is not None:
+            found[f"{name}.weight"] = role
+    counts: Counter[str] = Counter()
+    for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
+        known = {f"{block.local(target)}.weight" for target in block.targets}
+        for path, tensor in layer.named_parameters():
+            if tensor.dim() > 1 and path not in known:
+                name = f"{block.name.rpartition('.')[0]}.*.{path}"
+                counts[name] += tensor.numel()
+                fused = "the experts of a mixture are fused into one parameter"
+                found[name] = f"{fused if tensor.dim() == 3 else 'not an nn.Linear'} ({counts[name]:,} weights)"
+    return found
+
+
+def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str, Any]:
+    """JSON for `plan`: sizes before and after, bits per weight, and estimates of peak memory and time.
+
+    rows, seqlen: of the calibration, 0 rows for a data-free recipe.
+    """
+    stored = stream.source.config.get("dtype") or stream.source.config.get("torch_dtype")
+    itemsize = getattr(torch, str(stored), torch.bfloat16).itemsize
+    parameters = sum(p.numel() for p in stream.model.parameters())
+    parameters += sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
+    source = stream.source.bytes or parameters * itemsize
+    targets, bits, weights = [], 0, 0
+    for block in plan.blocks:
+        shared: Counter[Method] = Counter()
+        for target in plan.compressed(block):
+            rule = plan.rules[target.name]
+            runtime = rule.smoothing is not None and rule.smoothing.norm == "runtime"
+            own = layout_bits(plan.entry(block, target, runtime).layout())
+            shared[rule.method] = layout_bits(rule.method.shared_layout())
+            bits, weights = bits + own, weights + target.weights
+            targets.append(
+                {
+                    "name": target.name,
+                    "method": rule.method.name,
+                    "shape": list(target.shape),
+                    "experts": None,
+                    "bits_per_weight": own / target.weights,
+                }
+            )
+        bits += sum(shared.values())
+    return {
+        "recipe": plan.recipe.name,
+        "bits_per_weight": bits / weights,
+        "weights_quantized": weights,
+        "source_bytes": source,
+        "artifact_bytes": source - weights * itemsize + bits // 8,
+        "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen),
+        "seconds": _seconds(plan, stream, rows * seqlen),
+        "calibration_tokens": rows * seqlen,
+        "targets": targets,
+        "left_dense": plan.left_dense,
+    }
+
+
+def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int) -> int:
+    """The process as it is, what lies outside of the blocks, one block and what its encoding needs, the states."""
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    width = max(t.shape[1] for t in plan.targets)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in stream.skeletons)
+    rest = sum(p.numel() for p in stream.model.parameters())
+    hidden = stream.model.config.get_text_config().hidden_size
+    # A block in its stored type and in float32, its encoded parts, and the work of encoding one weight.
+    block = largest * (2 + 4 + 2) + max(t.weights for t in plan.targets) * 4 * 4
+    if not tokens:
+        return now + rest * 2 + block
+    hessian = any("hessian" in plan.rules[t.name].method.needs for t in plan.targets)
+    # Hessians of the inputs of one block (about four distinct ones), and the factorization in float64.
+    statistics = (4 * width * width * 4 + 3 * width * width * 8) if hessian else 0
+    activations = BATCH_TOKENS * (width * 4 + hidden * 6) * 4
+    return now + rest * 4 + block + statistics + activations + tokens * hidden * 4
+
+
+def _seconds(plan: Plan, stream: BlockStream, tokens: int) -> float:
+    """Arithmetic over the speed of a matrix product measured now, at the share of it that such runs reach."""
+    a = torch.ones(768, 768)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    rate = 0.4 * 4 * 2 * 768**3 / (time.perf_counter() - start)
+    work = sum(plan.rules[t.name].method.encode_flops(t.shape) for t in plan.targets)
+    if tokens:
+        inside = sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
+        work += 2 * 2 * inside * tokens
+        work += sum(2 * t.shape[1] ** 2 * tokens for t in plan.targets if "hessian" in plan.rules[t.name].method.needs)
+    return work / rate + 1.0

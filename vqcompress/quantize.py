@@ -1,0 +1,134 @@
+"""The main job: a checkpoint in, a compressed artifact out, block by block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import vqcompress
+from vqcompress import recipe as recipes
+from vqcompress.artifact import Artifact, Writer, quantization_config, tensors_of
+from vqcompress.blocks import BlockStream
+from vqcompress.calibration import calibration_rows, fingerprint
+from vqcompress.checkpoint import Checkpoint, resolve
+from vqcompress.compress import check_finite, compress_block, entries_of, first_states
+from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.plan import Plan, make_plan, summary
+from vqcompress.report import model_card, run_report
+from vqcompress.runtime.device import choose_device, model_dtype
+from vqcompress.runtime.tokens import load_tokenizer, tokenize
+
+Watch = Callable[[str, dict[str, Any]], None]
+REST = "(outside of the blocks)"
+
+
+def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
+    """The dense checkpoint that MODEL names; VQCompressError if it is compressed already or has no weights."""
+    path = resolve(model, weights)
+    if Artifact.is_one(path):
+        raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
+    source = Checkpoint(path)
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method")
+        raise VQCompressError(f"{model} is quantized already ({method}); start from its dense weights")
+    if weights and not source.tensors:
+        raise VQCompressError(f"{path} has no safetensors weights; `vqcompress plan` works from the config alone")
+    return source
+
+
+def calibration(source: Checkpoint, texts: list[str], samples: int | None, seqlen: int | None, seed: int) -> Tensor:
+    """The calibration rows (N, L) for a checkpoint; L is 2,048 or the model's context if that is shorter."""
+    context = source.config.get("max_position_embeddings") or source.config.get("n_positions") or 2048
+    length = seqlen if seqlen is not None else min(2048, int(context))
+    if length < 2 or (samples is not None and samples < 1):
+        raise UsageError(f"--seqlen {length} and --samples {samples} must be at least 2 and 1")
+    tokenizer = load_tokenizer(source.path)
+    return calibration_rows(texts, lambda text: tokenize(tokenizer, text), samples, length, seed)
+
+
+def dry_run(
+    model: str,
+    recipe: str,
+    texts: list[str] | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """What `quantize` would do, as JSON: see `plan.summary`. Works from a config alone."""
+    source = open_checkpoint(model, weights=False)
+    chosen = choose_device(device)
+    stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
+    plan = make_plan(stream, recipes.load(recipe))
+    rows, length = 0, 0
+    if plan.calibrated:
+        if source.tensors:
+            rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
+        else:
+            rows, length = samples or 128, seqlen or 2048
+    return {"model": model, "seed": seed, **summary(plan, stream, rows, length)}
+
+
+def quantize(
+    model: str,
+    out: Path,
+    recipe: str,
+    texts: list[str] | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    watch: Watch = lambda event, facts: None,
+) -> dict[str, Any]:
+    """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
+
+    A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
+    with "plan", "block", "target" and "done" and what is known about each.
+    """
+    start = time.perf_counter()
+    source, chosen = open_checkpoint(model), choose_device(device)
+    stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
+    plan = make_plan(stream, recipes.load(recipe))
+    rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
+    writer = Writer(out, _inputs(source, plan, rows, seed, stream), overwrite)
+    watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
+    count = len(plan.blocks) + 1
+    if REST not in writer.done:
+        rest = source.read(stream.rest)
+        check_finite(rest)
+        writer.commit(REST, 1, count, rest, {"targets": [], "seconds": 0.0})
+    states = first_states(stream, rows) if rows is not None else []
+    entries = []
+    for i, block in enumerate(plan.blocks):
+        if block.name not in writer.done:
+            watch("block", {"index": i, "count": len(plan.blocks), "name": block.name})
+            encoded = compress_block(stream, plan, i, states, seed, lambda name: watch("target", {"name": name}))
+            writer.commit(block.name, i + 2, count, encoded.tensors, encoded.record)
+        record = writer.done[block.name]
+        entries += entries_of(plan, block, record)
+        if states and i + 1 < len(plan.blocks):
+            # What the next block sees is what was stored: its errors are made up for where they can still be.
+            compressed = stream.load_block(i, tensors_of(out / record["file"]), entries_of(plan, block, record))
+            stream.advance(compressed, i, states)
+        watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
+    config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
+    report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
+    writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()))
+    return report
+
+
+def _inputs(source: Checkpoint, plan: Plan, rows: Tensor | None, seed: int, stream: BlockStream) -> dict[str, str]:
+    """All that determines the bytes of an artifact, by the name that an error will show."""
+    return {
+        "checkpoint": source.fingerprint(),
+        "recipe": plan.recipe.fingerprint(),
+        "calibration": "none" if rows is None else fingerprint(rows),
+        "seed": str(seed),
+        "device": f"{stream.device.type} {stream.dtype}",
+        "version of vqcompress": vqcompress.__version__,
+    }

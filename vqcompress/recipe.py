@@ -1,0 +1,132 @@
+"""Recipes: YAML rules, first match wins, from the names of modules to a method, its knobs and a transform."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from vqcompress import methods
+from vqcompress.errors import UsageError, did_you_mean
+from vqcompress.methods import Method
+from vqcompress.packaged import packaged
+from vqcompress.targets import Block, Target
+from vqcompress.transforms import Smoothing
+
+KEEP = methods.make("keep", {})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """match: a shell pattern over module names, or `re:` and a regular expression that the whole name must match."""
+
+    match: str
+    method: Method
+    smoothing: Smoothing | None = None
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule speaks of the module."""
+        if self.match.startswith("re:"):
+            return re.fullmatch(self.match[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """name: what the user called it. rules: in order; a target that none matches is kept as it is."""
+
+    name: str
+    description: str
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, target: Target) -> Rule:
+        """The first rule that matches the target's name."""
+        return next((rule for rule in self.rules if rule.matches(target.name)), Rule("*", KEEP))
+
+    def assign(self, blocks: list[Block]) -> dict[str, Rule]:
+        """Target name → rule; UsageError for a rule whose pattern matches no target of the model."""
+        names = [target.name for block in blocks for target in block.targets]
+        for rule in self.rules:
+            if not any(rule.matches(name) for name in names):
+                raise UsageError(
+                    f"recipe {self.name}: the rule '{rule.match}' matches no linear layer of the model's blocks;"
+                    f" their names look like {names[0] if names else '(there are none)'}"
+                )
+        return {target.name: self.rule_for(target) for block in blocks for target in block.targets}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what the rules mean (not over the file's words)."""
+        meaning = [
+            [rule.match, rule.method.describe(), rule.smoothing.model_dump(mode="json") if rule.smoothing else None]
+            for rule in self.rules
+        ]
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+def load(name: str) -> Recipe:
+    """The packaged recipe of that name, or the recipe in that file."""
+    recipes = packaged()
+    path = recipes.get(name, Path(name))
+    if name not in recipes and not path.is_file():
+        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            raise UsageError(f"no such recipe file: {name}")
+        raise UsageError(f"no recipe '{name}'.{did_you_mean(name, recipes)}")
+    return parse(path.read_text(encoding="utf-8"), name)
+
+
+def parse(text: str, name: str) -> Recipe:
+    """The recipe in a YAML text; UsageError naming the key, its value and the nearest known one."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
+    _only(data, {"description", "rules"}, f"recipe {name}")
+    rules = data.get("rules")
+    if not isinstance(rules, list) or not rules:
+        raise UsageError(f"recipe {name} needs a list 'rules' with at least one rule")
+    return Recipe(name, str(data.get("description", "")), tuple(_rule(r, i, name) for i, r in enumerate(rules, 1)))
+
+
+def _only(data: dict[str, Any], known: set[str], where: str) -> None:
+    for key in data:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key '{key}'.{did_you_mean(str(key), known)}")
+
+
+def _rule(data: object, number: int, recipe: str) -> Rule:
+    where = f"recipe {recipe}, rule {number}"
+    if not isinstance(data, dict) or not isinstance(data.get("match"), str) or not isinstance(data.get("method"), str):
+        raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's knobs")
+    if data["match"].startswith("re:"):
+        try:
+            re.compile(data["match"][3:])
+        except re.error as error:
+            raise UsageError(f"{where}: '{data['match']}' is no regular expression: {error}") from error
+    knobs = {key: value for key, value in data.items() if key not in ("match", "method", "smoothing")}
+    try:
+        method = methods.make(data["method"], knobs)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+    return Rule(data["match"], method, _smoothing(data.get("smoothing"), where))
+
+
+def _smoothing(data: object, where: str) -> Smoothing | None:
+    if data is None or data is False:
+        return None
+    if not isinstance(data, dict):
+        raise UsageError(f"{where}: 'smoothing' is a mapping such as {{alpha: 0.5}}, not {data!r}")
+    _only(data, set(Smoothing.model_fields), f"{where}, smoothing")
+    try:
+        return Smoothing(**data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{where}: smoothing {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,134 @@
+"""What a run did, for machines (report.json) and for people (the model card)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import vqcompress
+from vqcompress.artifact import Writer
+from vqcompress.checkpoint import Checkpoint
+from vqcompress.plan import Plan
+from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
+
+CARD = """---
+library_name: vqcompress
+base_model: {base}
+tags: [vqcompress, quantized, {recipe}]
+---
+
+# {title}
+
+`{base}` compressed by [vqcompress](https://pypi.org/project/vqcompress/) {version} with the recipe `{recipe}`:
+{bits:.3f} bits per quantized weight, {source} → {artifact} in all.
+
+**Import `vqcompress` before you load this model.** Its weights are stored compressed; transformers alone cannot read
+them and stops with a size mismatch.
+
+```python
+import vqcompress  # registers the format with transformers (5.21 or newer)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{here}")
+tokenizer = AutoTokenizer.from_pretrained("{here}")
+inputs = tokenizer("The first thing to know is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+`vqcompress.load("{here}")` does the same with any transformers from 5.17 on. From a shell:
+
+```
+vqcompress generate {here} --prompt "The first thing to know is"
+vqcompress eval perplexity {here} --text FILE --baseline {base}
+vqcompress verify {here}
+```
+
+| method | weights | bits per weight | mean relative error |
+| --- | --- | --- | --- |
+{rows}
+
+Calibration: {calibration}. Seed {seed}. `report.json` has a row per weight; `SHA256SUMS` has the checksums.
+"""
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def run_report(
+    model: str,
+    plan: Plan,
+    source: Checkpoint,
+    writer: Writer,
+    rows: Tensor | None,
+    seed: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The report of a run, JSON; see docs/report.md for every key.
+
+    bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights.
+    """
+    targets = [row for record in writer.done.values() for row in record["targets"]]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
+    bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in targets)
+    return {
+        "recipe": plan.recipe.name,
+        "model": model,
+        "seed": seed,
+        "bits_per_weight": bits / weights,
+        "weights_quantized": weights,
+        "source_bytes": source.bytes,
+        "artifact_bytes": sum((writer.out / record["file"]).stat().st_size for record in writer.done.values()),
+        "seconds": round(seconds, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+        "calibration": None if rows is None else {"samples": rows.shape[0], "seqlen": rows.shape[1]},
+        "inputs": writer.inputs,
+        "versions": {
+            "vqcompress": vqcompress.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "left_dense": plan.left_dense,
+        "blocks": {name: record["seconds"] for name, record in writer.done.items()},
+        "targets": targets,
+    }
+
+
+def model_card(model: str, report: dict[str, Any], out: Path) -> str:
+    """The README.md of an artifact. A local path is shown by its last part only: it means nothing to others."""
+    base = model if not Path(model).is_absolute() else Path(model).name
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in report["targets"]:
+        by_method.setdefault(row["method"], []).append(row)
+    lines = []
+    for method, rows in by_method.items():
+        counts = [r["shape"][0] * r["shape"][1] for r in rows]
+        bits = sum(r["bits_per_weight"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
+        error = sum(r["relative_error"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
+        lines.append(f"| {method} | {sum(counts):,} | {bits:.3f} | {error:.2e} |")
+    rows_of = report["calibration"]
+    return CARD.format(
+        base=base,
+        title=f"{Path(base).name} · {report['recipe']}",
+        version=vqcompress.__version__,
+        recipe=report["recipe"],
+        bits=report["bits_per_weight"],
+        source=size(report["source_bytes"]),
+        artifact=size(report["artifact_bytes"]),
+        here=out.name,
+        rows="\n".join(lines),
+        calibration="none, the method needs no data"
+        if rows_of is None
+        else f"{rows_of['samples']} rows of {rows_of['seqlen']} tokens",
+        seed=report["seed"],
+    )

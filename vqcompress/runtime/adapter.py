@@ -1,0 +1,72 @@
+"""`AutoModelForCausalLM.from_pretrained(artifact)`: a thin HfQuantizer over the runtime's modules."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vqcompress.artifact import QUANT_METHOD, parse_entries
+from vqcompress.runtime.modules import swap
+
+if TYPE_CHECKING:
+    # Imported for real, it would come back here: this runs in the middle of transformers' own imports.
+    from transformers import PreTrainedModel
+
+
+class VQCompressConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an artifact, kept as it is."""
+
+    def __init__(self, quant_method: str = QUANT_METHOD, **settings: Any):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"quant_method": self.quant_method, **self.settings}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: there are no defaults to leave out."""
+        return self.to_dict()
+
+
+class VQCompressQuantizer(HfQuantizer):
+    """Puts CompressedLinear modules in place before transformers loads their tensors by name."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a transformers whose loader lacks what the adapter relies on."""
+        if not hasattr(HfQuantizer, "serialized_names"):
+            raise ImportError(
+                "from_pretrained of a vqcompress artifact needs transformers 5.21 or newer; with this one, use"
+                " vqcompress.load(path)"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        entries = parse_entries(self.quantization_config.to_dict(), "the model")
+        with torch.device("meta"):
+            swap(model, "", entries, model.dtype)
+        # The marker that stops a process which forgot to import vqcompress is no news to one that did.
+        known = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(entries[0].target.name)}\\.weight$"}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` writes the stored parts back as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def register() -> None:
+    """Make the format known to transformers; once."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(VQCompressConfig)
+        register_quantizer(QUANT_METHOD)(VQCompressQuantizer)

@@ -1,0 +1,38 @@
+"""Where a model runs and in which type, and how much memory that took."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+
+from vqcompress.errors import UsageError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda` (`auto` takes a GPU if there is one); UsageError if it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {name}: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The type to compute in: float32 on a CPU, the checkpoint's own 16-bit type on a GPU."""
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if device.type == "cpu" or stored not in ("float16", "bfloat16"):
+        return torch.float32
+    dtype: torch.dtype = getattr(torch, stored)
+    return dtype
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_device_bytes() -> int:
+    """The most memory that torch has held on a GPU, 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -1,0 +1,50 @@
+"""An artifact as a model that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from vqcompress.artifact import Artifact
+from vqcompress.checkpoint import Checkpoint, resolve
+from vqcompress.runtime.device import choose_device, model_dtype
+from vqcompress.runtime.modules import swap
+from vqcompress.runtime.weights import assign, finish_loading, load_config, skeleton
+
+
+def load(
+    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, check: bool = True
+) -> PreTrainedModel:
+    """The compressed model, in eval mode, ready for `generate`.
+
+    path: an artifact's directory or hub id. dtype: to compute in; float32 on a CPU and the checkpoint's own type on a
+    GPU unless given. check: compare the files with their checksums first (about a second per gigabyte).
+    Raises VQCompressError naming what is missing or damaged.
+    """
+    artifact = Artifact(resolve(str(path)))
+    if check:
+        artifact.check_files()
+    chosen = choose_device(device)
+    dtype = dtype or model_dtype(artifact.weights.config, chosen)
+    model = skeleton(load_config(artifact.path), dtype)
+    swap(model, "", artifact.entries.values(), dtype)
+    for file in sorted({info.file for info in artifact.weights.tensors.values()}):
+        names = [name for name, info in artifact.weights.tensors.items() if info.file == file]
+        # One shard at a time: what a merge needs (the experts of a block) lies in one shard.
+        assign(model, artifact.weights.read(names), dtype)
+    model.tie_weights()
+    finish_loading(model, model, "", chosen)
+    if (artifact.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(artifact.path)
+    return model
+
+
+def load_dense(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A plain checkpoint as a model, as transformers loads it, with the defaults of `load`."""
+    source = Checkpoint(resolve(str(path)))
+    chosen = choose_device(device)
+    load_config(source.path)
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or model_dtype(source.config, chosen))
+    return model.eval().to(chosen)

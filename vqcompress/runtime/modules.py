@@ -1,0 +1,134 @@
+"""The modules that stand in for linear layers in a compressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vqcompress.artifact import SMOOTHING, Entry, part_name
+from vqcompress.methods import Parts
+
+
+class _Stored(nn.Module):
+    """A module whose buffers are stored parts: they move between devices but never change their type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stored:
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, part in stored.items():
+            moved = self._buffers[name]
+            # `model.to(torch.bfloat16)` means the arithmetic; a rounded scale would be another weight.
+            if part is not None and moved is not None and moved.dtype != part.dtype:
+                self._buffers[name] = part.to(moved.device)
+        return self
+
+
+class SharedParts(_Stored):
+    """Parts that several targets of a block read, as buffers under the parts' own names."""
+
+    def __init__(self, entry: Entry):
+        super().__init__()
+        for name, (dtype, shape) in entry.method.shared_layout().items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+class CompressedLinear(_Stored):
+    """y = method.linear(x / smoothing) + bias, from the stored parts.
+
+    The parts are buffers `weight_PART`, as they lie on disk, and stay untouched; what the method's `linear` reads is
+    prepared from them at the first call on a device.
+    """
+
+    def __init__(self, entry: Entry, bias_dtype: torch.dtype, shared: SharedParts | None):
+        super().__init__()
+        self.entry = entry
+        self.out_features, self.in_features = entry.target.shape
+        for name, (dtype, shape) in entry.layout().items():
+            self.register_buffer(part_name("weight", name), torch.empty(shape, dtype=dtype, device="meta"))
+        empty = torch.empty(self.out_features, dtype=bias_dtype, device="meta")
+        self.bias = nn.Parameter(empty, requires_grad=False) if entry.target.bias else None
+        # Behind a tuple, so that the block's parts are not listed once more under every layer.
+        self._shared = (shared,)
+        self._prepared: Parts | None = None
+        self._prepared_for = bias_dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        # What was prepared is for another device or type.
+        self._prepared = None
+        super()._apply(fn, recurse)
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, for code that reads a layer's `weight` (its device or type, say)."""
+        return self.decoded().to(self._buffers_dtype())
+
+    def _buffers_dtype(self) -> torch.dtype:
+        return self.bias.dtype if self.bias is not None else torch.get_default_dtype()
+
+    def parts(self) -> Parts:
+        """The stored parts by name, shared ones included."""
+        own = {name: self.get_buffer(part_name("weight", name)) for name in self.entry.layout()}
+        shared = dict(self._shared[0].named_buffers()) if self._shared[0] is not None else {}
+        return own | shared
+
+    def decoded(self) -> Tensor:
+        """The float32 (O, I) weight that this layer stands for, smoothing undone."""
+        return self.entry.decode(self.parts())
+
+    def prepare(self, dtype: torch.dtype) -> Parts:
+        """What `linear` will read for inputs of a type, made once."""
+        if self._prepared is None or self._prepared_for != dtype:
+            parts = self.parts()
+            smoothing = parts.pop(SMOOTHING, None)
+            self._prepared, self._prepared_for = self.entry.method.prepare(parts, self.entry.target.shape, dtype), dtype
+            if smoothing is not None:
+                self._prepared[SMOOTHING] = smoothing.to(dtype)
+        return self._prepared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, I) → (…, O), in the type of x."""
+        prepared = self.prepare(x.dtype)
+        x_TI = x.reshape(-1, self.in_features)
+        if SMOOTHING in prepared:
+            x_TI = x_TI / prepared[SMOOTHING]
+        y_TO = self.entry.method.linear(x_TI, prepared, self.entry.target.shape)
+        if self.bias is not None:
+            y_TO = y_TO + self.bias
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, {self.entry.method!r}"
+
+
+def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype) -> None:
+    """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
+
+    root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
+    dtype: of the biases.
+    """
+    for entry in entries:
+        shared = None
+        if entry.shared is not None:
+            shared = _shared_module(root, entry.shared.removeprefix(prefix), entry)
+        parent, _, name = entry.target.name.removeprefix(prefix).rpartition(".")
+        setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared))
+
+
+def _shared_module(root: nn.Module, path: str, entry: Entry) -> SharedParts:
+    """The SharedParts at `BLOCK.shared_parts.K`, made if the block has none yet."""
+    holder_path, _, key = path.rpartition(".")
+    block_path, _, holder_name = holder_path.rpartition(".")
+    block = root.get_submodule(block_path)
+    if holder_name not in block._modules:
+        block.add_module(holder_name, nn.ModuleDict())
+    holder = block.get_submodule(holder_name)
+    assert isinstance(holder, nn.ModuleDict)
+    if key not in holder:
+        holder[key] = SharedParts(entry)
+    shared = holder[key]
+    assert isinstance(shared, SharedParts)
+    return shared

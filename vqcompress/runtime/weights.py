@@ -1,0 +1,115 @@
+"""A model's skeleton without memory, and tensors put into it under the names of a checkpoint.
+
+The renamings and merges of a checkpoint's names (per-expert tensors into fused experts, a missing prefix) are
+transformers' own, so what loads there loads here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from vqcompress.errors import VQCompressError
+
+
+def load_config(path: Path) -> transformers.PretrainedConfig:
+    """The transformers config of a directory; VQCompressError if transformers does not know it."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise VQCompressError(f"transformers cannot read the config of {path}: {reason}") from error
+
+
+def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config in eval mode: parameters on the meta device, buffers (rotary tables …) real."""
+    # A quantization_config would make transformers look for a quantizer; the caller swaps modules itself.
+    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise VQCompressError(f"no causal language model can be built from this config: {reason}") from error
+    return model.eval()
+
+
+def drop_parameters(module: nn.Module) -> None:
+    """Put every parameter back on the meta device."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class Names:
+    """Which parameter of a model each tensor of a checkpoint becomes.
+
+    parameter: checkpoint name → the model's name (of the merged parameter, where several become one).
+    tensor: the model's name → checkpoint name, for those that are stored one to one.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint_names: Iterable[str]):
+        mapping = get_model_conversion_mapping(model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        known = model.state_dict()
+        self.parameter: dict[str, str] = {}
+        self.tensor: dict[str, str] = {}
+        for name in checkpoint_names:
+            renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+            if renamed not in known and name in known:
+                renamed, merged = name, None
+            self.parameter[name] = renamed
+            if merged is None:
+                self.tensor[renamed] = name
+
+    def under(self, prefix: str) -> list[str]:
+        """The checkpoint names of what belongs to a module."""
+        return [name for name, parameter in self.parameter.items() if parameter.startswith(prefix + ".")]
+
+
+def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put tensors, under their checkpoint names, into a model's meta parameters, in the types those have."""
+    mapping: Any = get_model_conversion_mapping(model)
+    load = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype)
+    # transformers shows a bar for every call, and a streaming run makes one call a block.
+    was_on = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, load)
+    finally:
+        if was_on:
+            transformers.utils.logging.enable_progress_bar()
+    if info.mismatched_keys:
+        name, *shapes = sorted(info.mismatched_keys, key=str)[0]
+        raise VQCompressError(
+            f"{name} has the shape {tuple(shapes[0])} on disk, the config asks for {tuple(shapes[1])}"
+        )
+    if info.conversion_errors or info.error_msgs:
+        raise VQCompressError(f"a weight cannot be loaded: {next(iter(info.conversion_errors), info.error_msgs)}")
+
+
+def finish_loading(model: PreTrainedModel, module: nn.Module, prefix: str, device: torch.device) -> None:
+    """Move a filled module to its device; VQCompressError naming a parameter that the checkpoint did not have."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type == "meta":
+            raise VQCompressError(f"the checkpoint has no tensor for {prefix + name}")
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    module.to(device)

@@ -1,0 +1,239 @@
+"""What people see: progress, tables and closing lines. Machines read the JSON instead."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from vqcompress.report import size
+
+Watch = Callable[[str, dict[str, Any]], None]
+
+
+def console(stderr: bool = False) -> Console:
+    """Where messages go; wide where there is no terminal, so that a log keeps whole lines."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 160)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _table(*columns: str) -> Table:
+    """A table whose first column is on the left and wraps, all others on the right and whole."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    return table
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def kind(name: str) -> str:
+    """A name with every number in it replaced, so that the weights of all blocks and experts fall together."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+class _Run:
+    """Counts what a run of quantize has done, in weights: blocks differ in size."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, int] = {}
+        self.earlier: set[str] = set()
+        self.done = self.total = 0
+        self.start = time.perf_counter()
+
+    def plan(self, facts: dict[str, Any]) -> None:
+        """Start counting; what an earlier run did costs little and is left out."""
+        self.earlier = set(facts["done"])
+        blocks = [block for block in facts["plan"].blocks if block.name not in self.earlier]
+        self.weights = {t.name: t.weights for block in blocks for t in facts["plan"].compressed(block)}
+        self.total, self.start = sum(self.weights.values()), time.perf_counter()
+
+    def rate(self) -> float:
+        """Weights per second so far."""
+        return self.done / max(time.perf_counter() - self.start, 1e-9)
+
+    def left(self) -> str:
+        """The time left at that rate."""
+        if not 0 < self.done < self.total:
+            return ""
+        return f"about {duration((self.total - self.done) / self.rate())} left"
+
+
+@contextmanager
+def watching(model: str) -> Iterator[Watch]:
+    """A `watch` for quantize: a bar on a terminal, else a line per block on stderr."""
+    run = _Run()
+    if not sys.stderr.isatty():
+
+        def log(event: str, facts: dict[str, Any]) -> None:
+            _log(run, event, facts)
+
+        print(f"reading {model}", file=sys.stderr, flush=True)
+        yield log
+        return
+    columns = ("{task.description}", "{task.fields[rate]}", "{task.fields[left]}", "{task.fields[target]}")
+    texts = [TextColumn(text, markup=False) for text in columns]
+    with Progress(SpinnerColumn(), texts[0], BarColumn(24), *texts[1:], console=console(True), transient=True) as bar:
+        task = bar.add_task(f"reading {model}", total=None, rate="", left="", target="")
+
+        def draw(event: str, facts: dict[str, Any]) -> None:
+            if event == "plan":
+                run.plan(facts)
+                bar.update(task, total=run.total or 1)
+            elif event == "block":
+                text = f"block {facts['index'] + 1}/{facts['count']}"
+                bar.update(task, description=text, target=f"{facts['name']}: measuring its inputs")
+            elif event == "target":
+                run.done += run.weights[facts["name"]]
+                rate = f"{run.rate() / 1e6:.2f} M weights/s"
+                bar.update(task, completed=run.done, target=facts["name"], rate=rate, left=run.left())
+
+        yield draw
+
+
+def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
+    if event == "plan":
+        run.plan(facts)
+        resumed = f", {len(run.earlier)} blocks are done already" if run.earlier else ""
+        text = f"{len(run.weights)} weights in {len(facts['plan'].blocks) - len(run.earlier)} blocks to do{resumed}"
+    elif event == "target":
+        run.done += run.weights[facts["name"]]
+        return
+    elif event == "done":
+        text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: "
+        rows = facts["record"]["targets"]
+        if facts["name"] in run.earlier:
+            text += "done by an earlier run"
+        elif not rows:
+            text += "nothing to compress"
+        else:
+            counts = [row["shape"][0] * row["shape"][1] for row in rows]
+            bits, error = (_mean(rows, counts, key) for key in ("bits_per_weight", "relative_error"))
+            text += f"{len(rows)} weights, {bits:.2f} bits, relative error {error:.3g}, "
+            text += duration(facts["record"]["seconds"]) + (f", {run.left()}" if run.left() else "")
+    else:
+        return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _mean(rows: list[dict[str, Any]], counts: list[int], key: str) -> float:
+    return float(sum(row[key] * n for row, n in zip(rows, counts, strict=True)) / sum(counts))
+
+
+def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None:
+    """The end of `quantize`: what came out and what to type next."""
+    before, after = report["source_bytes"], report["artifact_bytes"]
+    device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
+    worst = max(report["targets"], key=lambda row: row["relative_error"])
+    to.print(f"{out}: {report['bits_per_weight']:.3f} bits per weight over {report['weights_quantized']:,} weights")
+    to.print(f"size    {size(before)} → {size(after)}, {before / after:.2f} times smaller")
+    to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
+    to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
+    command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
+    to.print(f"next    {command}", soft_wrap=True)
+
+
+def planned(to: Console, plan: dict[str, Any]) -> None:
+    """A plan: a row per kind of weight, sizes, memory, time, and what is left as it is."""
+    counts: Counter[tuple[str, str, str, float]] = Counter()
+    for row in plan["targets"]:
+        shape = " × ".join(map(str, row["shape"]))
+        counts[kind(row["name"]), shape, row["method"], row["bits_per_weight"]] += 1
+    table = _table("weight", "count", "shape", "method", "bits per weight")
+    for (name, shape, method, bits), count in counts.items():
+        table.add_row(name, f"{count:,}", shape, method, f"{bits:.3f}")
+    to.print(table)
+    before, after = plan["source_bytes"], plan["artifact_bytes"]
+    weights = f"{plan['weights_quantized']:,} weights"
+    to.print(f"total   {len(plan['targets'])} targets, {weights}, {plan['bits_per_weight']:.3f} bits per weight in all")
+    to.print(f"size    {size(before)} → about {size(after)}, {before / max(after, 1):.2f} times smaller")
+    tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
+    to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory and {duration(plan['seconds'])} here; {tokens}")
+    left = Counter((kind(name), why) for name, why in plan["left_dense"].items())
+    for (name, why), count in left.items():
+        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}")
+
+
+def inspected(to: Console, facts: dict[str, Any]) -> None:
+    """An artifact: a row per target, the settings of its methods, totals."""
+    table = _table("weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens")
+    for row in facts["targets"]:
+        tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
+        errors = (_error(row["relative_error"]), _error(row["proxy_error"]))
+        shape = " × ".join(map(str, row["shape"]))
+        table.add_row(row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens)
+    to.print(table)
+    settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
+    for (method, knobs), count in settings.items():
+        to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in knobs)}")
+    before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
+    weights = f"{len(facts['targets'])} targets, {facts['weights_quantized']:,} weights"
+    to.print(f"total   {weights}, {facts['bits_per_weight']:.3f} bits per weight")
+    to.print(f"size    {before}{size(facts['artifact_bytes'])} in {facts['files']} files")
+
+
+def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
+    """A perplexity, and beside it how it was measured: figures of unequal protocols do not compare."""
+    to.print(f"perplexity  {facts['perplexity']:.4f}   ({facts['bits_per_byte']:.4f} bits per byte)")
+    if "baseline" in facts:
+        divergence = facts["kl_divergence"]
+        to.print(f"baseline    {facts['baseline']['perplexity']:.4f}")
+        to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
+        to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
+    bos = "BOS" if facts["bos"] else "no BOS"
+    cut = f"{facts['windows']} windows × {facts['seqlen']} tokens, stride {facts['stride']}, {bos}"
+    to.print(f"protocol    {text}: {cut}, {facts['tokens']:,} tokens predicted, float32", soft_wrap=True)
+    to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
+
+
+def speed(to: Console, facts: dict[str, Any]) -> None:
+    """Tokens per second, and on what."""
+    device = f", {size(facts['peak_device_bytes'])} on the GPU" if facts["peak_device_bytes"] else ""
+    to.print(f"prefill              {facts['prefill_tokens_per_second']:,.1f} tokens/s")
+    to.print(f"decode               {facts['decode_tokens_per_second']:,.1f} tokens/s")
+    to.print(f"time to first token  {1000 * facts['time_to_first_token']:.1f} ms")
+    to.print(f"peak memory          {size(facts['peak_rss_bytes'])}{device}")
+    shape = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
+    to.print(f"measured             {shape}, on {facts['device']} in {facts['dtype']}")
+
+
+def exported(to: Console, facts: dict[str, Any], out: str) -> None:
+    """What an export wrote, and how far its reader's logits are from the artifact's."""
+    written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
+    to.print(f"{out}: {facts['format']}, {written}", soft_wrap=True)
+    if "verified" in facts:
+        to.print(f"verified: {', '.join(f'{key} {value}' for key, value in facts['verified'].items())}")
+
+
+def examined(to: Console, facts: dict[str, Any]) -> None:
+    """The doctor's checks, and what is left as it is."""
+    to.print(f"{facts['architecture']}: {'ok' if facts['ok'] else 'FAIL'}")
+    for check in facts["checks"]:
+        to.print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}", soft_wrap=True)
+    to.print(f"{facts['targets']} targets hold {100 * facts['coverage']:.1f} % of the weights of the blocks")
+    for fold in facts["folds"]:
+        place = f"folds into {fold['producer']}" if fold["producer"] else "at run time"
+        to.print(f"smooth  {fold['input']}: {place}", soft_wrap=True)
+    left = Counter((kind(name), why) for name, why in facts["left_dense"].items())
+    for (name, why), count in left.items():
+        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)

@@ -1,0 +1,101 @@
+"""Facts about the activation that enters a weight, gathered over the calibration rows.
+
+Statistics belong to an *input*, not to a weight: q, k and v read the same tensor and share one object.
+Shape legend: T tokens, I input channels, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NAMES = frozenset({"absmax", "sumsq", "hessian", "sample"})
+SAMPLE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a method may know about the input of the weight that it encodes; a field nobody asked for is None.
+
+    tokens: number of calibration tokens seen.
+    absmax_I: largest magnitude per channel, float32.
+    sumsq_I: mean square per channel, float32 (the diagonal of the Hessian).
+    hessian_II: XᵀX / tokens, float32 (GPTQ, arXiv 2210.17323, section 2: half the Hessian of the squared error).
+    sample_SI: some of the inputs themselves, float32, at most about `SAMPLE_TOKENS`.
+    """
+
+    tokens: int = 0
+    absmax_I: Tensor | None = None
+    sumsq_I: Tensor | None = None
+    hessian_II: Tensor | None = None
+    sample_SI: Tensor | None = None
+
+    def divided(self, s_I: Tensor) -> Statistics:
+        """The statistics of x / s."""
+        return replace(
+            self,
+            absmax_I=None if self.absmax_I is None else self.absmax_I / s_I,
+            sumsq_I=None if self.sumsq_I is None else self.sumsq_I / s_I.square(),
+            hessian_II=None if self.hessian_II is None else self.hessian_II / s_I[:, None] / s_I[None, :],
+            sample_SI=None if self.sample_SI is None else self.sample_SI / s_I,
+        )
+
+    def proxy_error(self, weight_OI: Tensor, decoded_OI: Tensor) -> float | None:
+        """tr((W−Ŵ)H(W−Ŵ)ᵀ) / tr(WHWᵀ), the share of the output's energy that is lost; None without H and a sample."""
+
+        def energy(matrix_OI: Tensor) -> float:
+            if self.hessian_II is not None:
+                return ((matrix_OI @ self.hessian_II) * matrix_OI).sum(dtype=torch.float64).item()
+            assert self.sample_SI is not None
+            return (self.sample_SI @ matrix_OI.T).square().mean(0).sum(dtype=torch.float64).item()
+
+        if self.hessian_II is None and self.sample_SI is None:
+            return None
+        return energy(weight_OI - decoded_OI) / max(energy(weight_OI), 1e-30)
+
+
+class Accumulator:
+    """Adds up the `Statistics` of one input over batches, in bounded memory.
+
+    The sample takes every k-th token of the run, so it is the same whatever the batch size.
+    """
+
+    def __init__(self, needs: frozenset[str], channels: int, total_tokens: int, device: torch.device | str = "cpu"):
+        if unknown := needs - NAMES:
+            raise ValueError(f"unknown statistics {sorted(unknown)}; known are {sorted(NAMES)}")
+
+        def zeros(name: str, *shape: int) -> Tensor | None:
+            return torch.zeros(shape, dtype=torch.float32, device=device) if name in needs else None
+
+        self.tokens = 0
+        self.absmax_I = zeros("absmax", channels)
+        self.sumsq_I = zeros("sumsq", channels)
+        self.hessian_II = zeros("hessian", channels, channels)
+        self.sample: list[Tensor] | None = [] if "sample" in needs else None
+        self.stride = max(1, -(-total_tokens // SAMPLE_TOKENS))
+
+    def add(self, x: Tensor) -> None:
+        """Count the inputs x (…, I), any float type."""
+        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
+        if self.absmax_I is not None and len(x_TI):
+            torch.maximum(self.absmax_I, x_TI.abs().amax(0), out=self.absmax_I)
+        if self.sumsq_I is not None:
+            self.sumsq_I += x_TI.square().sum(0)
+        if self.hessian_II is not None:
+            self.hessian_II.addmm_(x_TI.T, x_TI)
+        if self.sample is not None:
+            self.sample.append(x_TI[-self.tokens % self.stride :: self.stride].clone())
+        self.tokens += len(x_TI)
+
+    def statistics(self) -> Statistics:
+        """The totals so far; means are over `tokens`."""
+        n = max(self.tokens, 1)
+        return Statistics(
+            tokens=self.tokens,
+            absmax_I=self.absmax_I,
+            sumsq_I=None if self.sumsq_I is None else self.sumsq_I / n,
+            hessian_II=None if self.hessian_II is None else self.hessian_II / n,
+            sample_SI=torch.cat(self.sample) if self.sample else None,
+        )

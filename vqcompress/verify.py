@@ -1,0 +1,75 @@
+"""Is an artifact what was written? Checksums, shapes against layouts, ranges of codes, finiteness."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqcompress.artifact import SMOOTHING, Artifact, Entry, part_name
+from vqcompress.blocks import BlockStream
+from vqcompress.checkpoint import resolve
+from vqcompress.compress import check_finite
+from vqcompress.errors import VQCompressError
+
+
+def stored_parts(stream: BlockStream, entry: Entry) -> dict[str, str]:
+    """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
+    wanted = {part: part_name(f"{entry.target.name}.weight", part) for part in entry.layout()}
+    if entry.shared is not None:
+        wanted |= {part: f"{entry.shared}.{part}" for part in entry.method.shared_layout()}
+    for part, name in wanted.items():
+        if name not in stream.names.tensor:
+            raise VQCompressError(f"{stream.source.path} has no tensor {name}")
+        wanted[part] = stream.names.tensor[name]
+    return wanted
+
+
+def check_layouts(stream: BlockStream, entries: list[Entry]) -> None:
+    """Compare type and shape of every part with its method's layout, from the headers; VQCompressError naming one."""
+    for entry in entries:
+        layout = entry.layout() | entry.method.shared_layout()
+        for part, name in stored_parts(stream, entry).items():
+            info = stream.source.tensors[name]
+            if (info.dtype, info.shape) != layout[part]:
+                raise VQCompressError(
+                    f"{name} is {info.dtype} {info.shape}; {entry.method.name} for a weight of {entry.target.shape}"
+                    f" stores {layout[part][0]} {layout[part][1]}"
+                )
+
+
+def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
+    """Codes in range, numbers finite; VQCompressError naming the weight and the part."""
+    own = dict(parts)
+    smoothing = own.pop(SMOOTHING, None)
+    try:
+        if smoothing is not None and not (torch.isfinite(smoothing).all() and (smoothing > 0).all()):
+            raise ValueError(f"{SMOOTHING} is not finite and positive")
+        entry.method.check(own, entry.target.shape)
+    except ValueError as error:
+        raise VQCompressError(f"{entry.target.name}: {error}") from error
+
+
+def verify(path: str) -> dict[str, Any]:
+    """Check an artifact whole; returns what was looked at, or raises VQCompressError naming the first thing wrong."""
+    start = time.perf_counter()
+    artifact = Artifact(resolve(path))
+    artifact.check_files()
+    stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
+    entries = list(artifact.entries.values())
+    check_layouts(stream, entries)
+    check_finite(stream.source.read(stream.rest))
+    for block in stream.blocks:
+        tensors = stream.source.read(stream.names.under(block.name))
+        check_finite(tensors)
+        for entry in entries:
+            if entry.target in block.targets:
+                check_values(entry, {part: tensors[name] for part, name in stored_parts(stream, entry).items()})
+    return {
+        "files": len({info.file for info in artifact.weights.tensors.values()}),
+        "targets": len(entries),
+        "bytes": artifact.weights.bytes,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
