@@ -2,7 +2,7 @@
 
 A compressor is best tried on a model which has *learned* something: the weights of an untrained network
 have no structure to keep, and no error in them shows in its (uniform) predictions. This script makes such a
-model in less than half an hour on two CPU cores, from nothing that has to be downloaded:
+model in less than half an hour on two idle CPU cores, from nothing that has to be downloaded:
 
 1. **Text.** The language reference behind ``help()`` (``pydoc_data.topics``), the docstrings and longer
    comments of the standard library (its sources are parsed, not imported; one document per module), and the
@@ -220,6 +220,7 @@ def bigram_perplexity(train: torch.Tensor, held: torch.Tensor) -> float:
 
 
 def main() -> None:
+    """Gather, train, save, measure."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=Path("vqcompress/demo"))
     parser.add_argument("--steps", type=int, default=5000)

@@ -138,6 +138,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def checksum_lines(sums: dict[str, str]) -> str:
+    """File name → digest as the text that `sha256sum -c` reads, sorted by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
 class Artifact:
     """A finished artifact on disk. entries: by target name. weights: its tensors, as a Checkpoint."""
 
@@ -163,21 +168,19 @@ class Artifact:
     def check_files(self) -> None:
         """Compare every file with SHA256SUMS; VQCompressError naming the first that differs or is missing."""
         try:
-            lines = (self.path / SUMS).read_text(encoding="utf-8").splitlines()
+            text = (self.path / SUMS).read_bytes().decode("ascii")
         except (OSError, UnicodeDecodeError) as error:
             raise VQCompressError(f"{self.path / SUMS} is missing or damaged") from error
-        listed = set()
-        for line in lines:
-            digest, _, name = line.partition("  ")
-            if not re.fullmatch(r"[0-9a-f]{64}", digest) or Path(name).name != name or not name:
-                raise VQCompressError(f"{self.path / SUMS} is damaged: {line!r}")
+        listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([\w.-]+)\n", text, re.ASCII)}
+        if text != checksum_lines(listed):
+            raise VQCompressError(f"{self.path / SUMS} is damaged")
+        for name, digest in listed.items():
             if not (self.path / name).is_file():
                 raise VQCompressError(f"{self.path / name} is missing")
             if sha256(self.path / name) != digest:
                 raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
-            listed.add(name)
         needed = {"config.json", INDEX, *(info.file for info in self.weights.tensors.values())}
-        if missing := sorted(needed - listed):
+        if missing := sorted(needed - listed.keys()):
             raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
 
 
@@ -311,7 +314,7 @@ class Writer:
             sums[name] = hashlib.sha256(data).hexdigest()
         self._write("report.json", json.dumps(report, indent=1).encode())
         self._write("README.md", card.encode())
-        self._write(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+        self._write(SUMS, checksum_lines(sums).encode())
         self._write("config.json", last)
         (self.out / JOURNAL).unlink()
 

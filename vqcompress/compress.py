@@ -255,7 +255,8 @@ def _encode(
             }
         )
         if path in rewrites.runtime:
-            parts = {**parts, SMOOTHING: rewrites.columns[path]}
+            # A copy of its own: safetensors refuses tensors that share memory, and q, k and v share this one.
+            parts = {**parts, SMOOTHING: rewrites.columns[path].clone()}
         encoded[path] = (entry, parts, common)
         tick(target.name)
     return encoded, rows

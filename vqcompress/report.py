@@ -30,7 +30,7 @@ tags: [vqcompress, quantized, {recipe}]
 them and stops with a size mismatch.
 
 ```python
-import vqcompress  # registers the format with transformers (5.21 or newer)
+import vqcompress  # registers the format with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{here}")
@@ -39,7 +39,7 @@ inputs = tokenizer("The first thing to know is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-`vqcompress.load("{here}")` does the same with any transformers from 5.17 on. From a shell:
+`vqcompress.load("{here}")` does the same and checks the files first. From a shell:
 
 ```
 vqcompress generate {here} --prompt "The first thing to know is"

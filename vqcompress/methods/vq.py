@@ -113,6 +113,15 @@ class VQ(Method):
         super().check(parts, shape)
         check_padding(parts["codes"], self.bits, self._groups(shape[1]) * self.stages)
 
+    def encode_flops(self, shape: Shape) -> float:
+        """The search and the feedback, once for the codes and once per round of the share that trains the codebook."""
+        weights, columns = shape[0] * shape[1], shape[1]
+        search = 2 * weights * (1 << self.bits) * (1 + (self.stages - 1) * self.beam)
+        # A block has about seven targets of this size, which share what is learned unless each has its own codebook.
+        learners = 7 if self.scope == "block" else 1
+        rounds = (self.iterations + self.refits + 1) * min(1.0, self.training_vectors * self.d / (learners * weights))
+        return (1 + rounds) * (search + 2 * weights * columns) + 4 * columns**3
+
     def _groups(self, columns: int) -> int:
         return -(-columns // self.d)
 

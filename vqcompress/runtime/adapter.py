@@ -39,14 +39,6 @@ class VQCompressQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a transformers whose loader lacks what the adapter relies on."""
-        if not hasattr(HfQuantizer, "serialized_names"):
-            raise ImportError(
-                "from_pretrained of a vqcompress artifact needs transformers 5.21 or newer; with this one, use"
-                " vqcompress.load(path)"
-            )
-
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
