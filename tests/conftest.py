@@ -45,7 +45,7 @@ Toy = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def poison() -> None:
-    """`torch.empty` and its kin are filled with NaN (the largest integer for integers), so a forgotten element shows."""
+    """`torch.empty` and its kin are filled with NaN (integers with their maximum), so a forgotten element shows."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     # The switch that makes torch fill; an operator without a deterministic variant is none of our business here.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -101,7 +101,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
 @pytest.fixture(scope="session")
 def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """quantized(recipe, family, seed=0, **arguments of toy_checkpoint) → an artifact, made once; do not write into it."""
+    """quantized(recipe, family, seed=0, **of toy_checkpoint) → an artifact, made once; do not write into it."""
     from vqcompress.quantize import quantize
 
     made: dict[str, Path] = {}

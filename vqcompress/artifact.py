@@ -113,17 +113,24 @@ def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
         )
     try:
         settings = [methods.from_description(d) for d in config["methods"]]
-        return [
-            Entry(
-                Target(name, _shape(t["shape"]), bool(t["bias"])),
-                settings[t["method"]],
-                bool(t["smoothed"]),
-                None if t["shared"] is None else str(t["shared"]),
-            )
-            for name, t in config["targets"].items()
-        ]
+        return [_entry(name, stored, settings) for name, stored in config["targets"].items()]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise VQCompressError(f"the quantization_config of {where} is damaged: {error!r}") from error
+
+
+def _entry(name: str, stored: dict[str, Any], settings: list[Method]) -> Entry:
+    """The entry of a target; KeyError, TypeError or ValueError if its JSON is not what `quantization_config` writes."""
+    number, shared = stored["method"], stored["shared"]
+    if type(number) is not int or not 0 <= number < len(settings):
+        raise ValueError(f"{name}: method {number!r} is not one of the {len(settings)}")
+    if (shared is None) == bool(settings[number].shared_layout()):
+        raise ValueError(f"{name}: shared is {shared!r}, which {settings[number].name} does not store")
+    if shared is not None:
+        block = re.fullmatch(r"(.+)\.shared_parts\.\d+", shared)
+        if not block or not name.startswith(block[1] + "."):
+            raise ValueError(f"{name}: shared parts at {shared!r} do not belong to its block")
+    target = Target(name, _shape(stored["shape"]), bool(stored["bias"]))
+    return Entry(target, settings[number], bool(stored["smoothed"]), shared)
 
 
 def _shape(value: object) -> tuple[int, int]:
@@ -216,7 +223,12 @@ class Writer:
         """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""
         holds = "something else"
         if (self.out / JOURNAL).is_file():
-            differing = self._read_journal()
+            try:
+                differing = self._read_journal()
+            except VQCompressError:
+                if not overwrite:
+                    raise
+                self.done, differing = {}, ["damaged journal"]
             if not differing:
                 return
             holds = f"an unfinished run with another {', '.join(differing)}"

@@ -82,14 +82,7 @@ class BlockStream:
         self.device, self.dtype = device, dtype
         self.model = skeleton(load_config(self.source.path), dtype)
         self.blocks = blocks_of(self.model)
-        if self.entries:
-            known = {t.name: t for block in self.blocks for t in block.targets}
-            for entry in self.entries:
-                if known.get(entry.target.name) != entry.target:
-                    raise VQCompressError(
-                        f"{self.source.path}: {entry.target} is not a linear layer of the model in config.json"
-                    )
-            swap(self.model, "", self.entries, dtype)
+        swap(self.model, "", self.entries, dtype)
         self.names = Names(self.model, self.source.tensors)
         self._path, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)

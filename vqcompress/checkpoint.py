@@ -117,7 +117,7 @@ class Checkpoint:
                 raise VQCompressError(f"{self.path / INDEX} has no weight_map of names to files")
             files = sorted(set(weight_map.values()))
             for file in files:
-                if Path(file).name != file:
+                if not file or Path(file).name != file:
                     raise VQCompressError(f"{self.path / INDEX} names a file outside of its directory: {file!r}")
             return files
         if (self.path / SINGLE).is_file():

@@ -24,6 +24,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 CAPS = {"vocab_size": 512, "max_position_embeddings": 256, "n_positions": 256}
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "ffn_dim": 256}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
+ROUTES = {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 TOKENS = 48
 
 
@@ -68,13 +69,14 @@ def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers
     if not widths:
         return config
     heads, kv = getattr(config, "num_attention_heads", 4), getattr(config, "num_key_value_heads", None)
-    for name, most in {**WIDTHS, **EXPERTS}.items():
+    for name, most in {**WIDTHS, **EXPERTS, **ROUTES}.items():
         cap(name, most)
     if isinstance(heads, int) and heads > 4:
         config.num_attention_heads = 4
         if isinstance(kv, int):
             config.num_key_value_heads = max(1, 4 * kv // heads)
-    if isinstance(getattr(config, "head_dim", None), int):
+    # Latent attention calls the width of its rotary part head_dim, and that part does not shrink here.
+    if isinstance(getattr(config, "head_dim", None), int) and not hasattr(config, "qk_rope_head_dim"):
         cap("head_dim", 32)
     return config
 

@@ -96,8 +96,8 @@ def perplexity(
     start = time.perf_counter()
     source, chosen = open_model(model), choose_device(device)
     config = source.weights.config if isinstance(source, Artifact) else source.config
-    length = seqlen or min(2048, int(config.get("max_position_embeddings") or 2048))
-    step = stride or length
+    length = seqlen if seqlen is not None else min(2048, int(config.get("max_position_embeddings") or 2048))
+    step = stride if stride is not None else length
     tokenizer = load_tokenizer(source.path)
     windows_NL = windows(tokenize(tokenizer, read_text(text)), length, step, limit)
     ours = Pass(source, chosen, windows_NL)

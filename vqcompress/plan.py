@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from vqcompress.errors import UsageError
 from vqcompress.methods import Method, layout_bits
 from vqcompress.methods.keep import Keep
 from vqcompress.recipe import Recipe, Rule
+from vqcompress.runtime.device import peak_rss_bytes
 from vqcompress.targets import Block, Target
 
 
@@ -133,7 +133,7 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
 
 def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int) -> int:
     """The process as it is, what lies outside of the blocks, one block and what its encoding needs, the states."""
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    now = peak_rss_bytes()
     width = max(t.shape[1] for t in plan.targets)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in stream.skeletons)
     rest = sum(p.numel() for p in stream.model.parameters())

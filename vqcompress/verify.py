@@ -61,9 +61,12 @@ def verify(path: str) -> dict[str, Any]:
     entries = list(artifact.entries.values())
     check_layouts(stream, entries)
     check_finite(stream.source.read(stream.rest))
-    for block in stream.blocks:
+    # Loading names what is missing of the dense tensors, or has another shape.
+    stream.load_rest()
+    for i, block in enumerate(stream.blocks):
         tensors = stream.source.read(stream.names.under(block.name))
         check_finite(tensors)
+        stream.load_block(i, tensors)
         for entry in entries:
             if entry.target in block.targets:
                 check_values(entry, {part: tensors[name] for part, name in stored_parts(stream, entry).items()})

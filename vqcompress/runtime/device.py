@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +33,11 @@ def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
 
 def peak_rss_bytes() -> int:
     """The largest resident size that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would also count what the parent held when it forked.
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_device_bytes() -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqcompress.artifact import SMOOTHING, Entry, part_name
+from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
 
 
@@ -108,9 +109,14 @@ def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dt
     """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
 
     root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
-    dtype: of the biases.
+    dtype: of the biases. VQCompressError for an entry that is no linear layer of the model.
     """
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
     for entry in entries:
+        layer = layers.get(entry.target.name.removeprefix(prefix))
+        found = layer and ((layer.out_features, layer.in_features), layer.bias is not None)
+        if found != (entry.target.shape, entry.target.bias):
+            raise VQCompressError(f"{entry.target} is not a linear layer of the model that config.json describes")
         shared = None
         if entry.shared is not None:
             shared = _shared_module(root, entry.shared.removeprefix(prefix), entry)

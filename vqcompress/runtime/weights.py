@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -36,12 +37,26 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason}") from error
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty` takes no memory. Parameters start as such; accelerate moves them only once they are there.
+
+    The experts of one layer of a large mixture are 30 GB, which a laptop that only plans does not have. Buffers are
+    computed, so they stay real.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config in eval mode: parameters on the meta device, buffers (rotary tables …) real."""
     # A quantization_config would make transformers look for a quantizer; the caller swaps modules itself.
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
         reason = " ".join(str(error).split())[:300]

@@ -1,0 +1,351 @@
+"""A killed run loses nothing: resumed, it ends in the bytes of an uninterrupted one, and never looks finished early."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from vqcompress import artifact
+from vqcompress.artifact import Artifact
+from vqcompress.errors import VQCompressError
+from vqcompress.quantize import quantize
+from vqcompress.verify import verify
+
+# What says how long the run took; everything else is a function of the inputs.
+TIMED = {"report.json", "README.md"}
+
+# Forks once per kill, so that torch is imported once. Dies of SIGKILL before the n-th call that changes the directory;
+# a file that was written but not synced loses its second half first, as after a power cut.
+DRIVER = """
+import json, os, signal, stat, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from vqcompress import artifact
+from vqcompress.artifact import Artifact
+from vqcompress.errors import VQCompressError
+from vqcompress.quantize import quantize
+model, recipe, text, folder, chain = sys.argv[1:]
+
+def run(out, limit):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    calls = 0
+    def mortal(function):
+        def call(first, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == limit:
+                if isinstance(first, int) and stat.S_ISREG(os.fstat(first).st_mode):
+                    os.truncate(f"/proc/self/fd/{first}", os.fstat(first).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(first, *args, **kwargs)
+        return call
+    os.fsync, Path.replace, Path.unlink = mortal(os.fsync), mortal(Path.replace), mortal(Path.unlink)
+    artifact.save_file = mortal(artifact.save_file)
+    try:
+        quantize(model, Path(out), recipe, [text], samples=2, seqlen=16)
+    except BaseException as error:
+        print(f"limit {limit}: {error!r}", flush=True)
+        os._exit(3)
+    os._exit(0)
+
+def taken_for_an_artifact(out):
+    try:
+        Artifact(Path(out))
+    except VQCompressError:
+        return False
+    return True
+
+log = []
+if chain == "chain":
+    # One directory, killed again and again, ever later.
+    for limit in range(1, 200):
+        status = run(f"{folder}/chain", limit)
+        log.append([limit, status, 0, taken_for_an_artifact(f"{folder}/chain")])
+        if status != signal.SIGKILL:
+            break
+else:
+    for limit in range(1, 200):
+        out = f"{folder}/{limit:03d}"
+        killed = run(out, limit)
+        if killed != signal.SIGKILL:
+            log.append([limit, killed, 0, True])
+            break
+        early = taken_for_an_artifact(out)
+        if early:
+            # Then it must be whole already: what follows only tidies up.
+            os.system(f"cp -r {out} {folder}/early-{limit:03d}")
+        resumed = run(out, 0)
+        log.append([limit, killed, resumed, early])
+print(json.dumps(log))
+"""
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, of the files that the inputs determine."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name not in TIMED
+    }
+
+
+@pytest.fixture
+def job(toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path) -> Callable[..., dict[str, Any]]:
+    """Quantize a toy with the mixed recipe into a directory; any argument of `quantize` can be replaced."""
+
+    def run(out: Path, **changes: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"model": str(toy()), "recipe": recipe_file("mixed"), "texts": [str(text)]}
+        return quantize(**{**arguments, "out": out, "samples": 4, "seqlen": 32, **changes})
+
+    return run
+
+
+class Killed(BaseException):
+    """Stands for a kill where the process of the tests must live on."""
+
+
+@pytest.fixture
+def unfinished(job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped with the rest and the first block on disk."""
+    out = tmp_path / "unfinished"
+    save, saved = artifact.save_file, []
+
+    def save_two(*args: Any, **kwargs: Any) -> None:
+        if len(saved) == 2:
+            raise Killed
+        saved.append(1)
+        save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_file", save_two)
+        with pytest.raises(Killed):
+            job(out)
+    return out
+
+
+@pytest.mark.parametrize("chain", ["each", "chain"])
+def test_killed_at_every_write_and_resumed_gives_the_same_bytes(
+    chain: str,
+    toy: Callable[..., Path],
+    recipe_file: Callable[[str], str],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = [str(toy()), recipe_file("mixed"), str(text), str(tmp_path), chain]
+    done = subprocess.run([sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = json.loads(done.stdout.splitlines()[-1])
+    assert log[-1][1] == 0, done.stdout[-2000:]
+    assert all(resumed == 0 for _, _, resumed, _ in log), done.stdout[-2000:]
+    assert len(log) > 20
+    folders = sorted(path for path in tmp_path.iterdir() if not path.name.startswith("early"))
+    quantize(str(toy()), tmp_path / "straight", recipe_file("mixed"), [str(text)], samples=2, seqlen=16)
+    expected = contents(tmp_path / "straight")
+    for folder in folders:
+        assert contents(folder) == expected, folder.name
+    # A directory that is taken for an artifact is one in full, at most its journal is still there.
+    for folder in tmp_path.glob("early-*"):
+        assert {name: digest for name, digest in contents(folder).items() if name != artifact.JOURNAL} == expected
+
+
+def test_an_unfinished_run_is_no_artifact(unfinished: Path) -> None:
+    with pytest.raises(VQCompressError, match="unfinished run"):
+        Artifact(unfinished)
+
+
+def test_a_resumed_run_does_not_encode_again_what_is_done(
+    unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    encoded: list[str] = []
+    job(unfinished, watch=lambda event, facts: encoded.append(facts["name"]) if event == "block" else None)
+    assert encoded == ["model.layers.1"]
+
+
+@pytest.mark.parametrize("what", ["seed", "recipe", "calibration", "checkpoint"])
+def test_a_resume_with_other_inputs_is_refused_and_names_the_difference(
+    what: str,
+    unfinished: Path,
+    job: Callable[..., dict[str, Any]],
+    toy: Callable[..., Path],
+    recipe_file: Callable[[str], str],
+) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 1},
+        "recipe": {"recipe": recipe_file("vq-small")},
+        "calibration": {"seqlen": 16},
+        "checkpoint": {"model": str(toy("llama", seed=1))},
+    }
+    before = contents(unfinished)
+    with pytest.raises(VQCompressError, match=f"another .*{what}"):
+        job(unfinished, **changes[what])
+    assert contents(unfinished) == before
+
+
+def test_an_unfinished_run_of_other_inputs_is_replaced_with_overwrite(
+    unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    job(unfinished, seed=1, overwrite=True)
+    job(tmp_path / "fresh", seed=1)
+    assert contents(unfinished) == contents(tmp_path / "fresh")
+
+
+def test_a_finished_artifact_is_refused_without_overwrite(job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    job(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(VQCompressError, match="finished artifact"):
+        job(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    job(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_stay(overwrite: bool, job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "sub").mkdir()
+    (out / "sub" / "model-00001-of-00002.safetensors").write_text("mine too")
+    if overwrite:
+        job(out, overwrite=True)
+        verify(str(out))
+    else:
+        with pytest.raises(VQCompressError, match="something else"):
+            job(out)
+        assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "sub"]
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "sub" / "model-00001-of-00002.safetensors").read_text() == "mine too"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_plain_checkpoint_is_never_cleared_away(
+    overwrite: bool, toy: Callable[..., Path], job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """-o MODEL instead of -o OUT must not cost anybody the model."""
+    out = tmp_path / "precious"
+    out.mkdir()
+    for path in toy().iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    before = contents(out)
+    with pytest.raises(VQCompressError):
+        job(out, model=str(out), overwrite=overwrite)
+    assert contents(out) == before
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(VQCompressError, match="is a file"):
+        job(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_shard_of_an_unfinished_run_is_made_again(
+    number: int, damage: str, unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    shard = unfinished / f"model-0000{number}-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    if damage == "gone":
+        shard.unlink()
+    else:
+        data[-5] ^= 1
+        shard.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    job(unfinished)
+    job(tmp_path / "straight")
+    assert contents(unfinished) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"format_version": 1}',
+        b'{"inputs": 3, "blocks": {}}',
+        b"\xff\xfe",
+        "blocks-missing",
+        "blocks-list",
+        "record-empty",
+        "record-path",
+    ],
+    ids=str,
+)
+def test_a_damaged_journal_is_a_named_error_or_a_fresh_start(
+    journal: bytes | str, unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    path = unfinished / artifact.JOURNAL
+    if isinstance(journal, str):
+        data = json.loads(path.read_text())
+        if journal == "blocks-missing":
+            del data["blocks"]
+        elif journal == "blocks-list":
+            data["blocks"] = []
+        elif journal == "record-empty":
+            data["blocks"] = {name: {} for name in data["blocks"]}
+        else:
+            data["blocks"] = {name: {**record, "file": "../../x"} for name, record in data["blocks"].items()}
+        journal = json.dumps(data).encode()
+    path.write_bytes(journal)
+    try:
+        job(unfinished)
+    except VQCompressError:
+        # What the message proposes must work.
+        job(unfinished, overwrite=True)
+    job(tmp_path / "straight")
+    assert contents(unfinished) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["ENOSPC", "EDQUOT", "safetensors"],
+)
+def test_a_full_disk_is_said_clearly_and_the_run_can_be_continued(
+    error: Exception, job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save, saved = tmp_path / "out", artifact.save_file, []
+
+    def save_two(tensors: dict[str, torch.Tensor], path: Path, **kwargs: Any) -> None:
+        if len(saved) == 2:
+            Path(path).write_bytes(b"half a sh")
+            raise error
+        saved.append(1)
+        save(tensors, path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_file", save_two)
+        with pytest.raises(VQCompressError, match=r"no space left.*needs \d+ bytes and \d+ are free"):
+            job(out)
+    assert not list(out.glob("*.partial")), "what was written of a shard still takes up the space that is needed"
+    job(out)
+    job(tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+def test_a_directory_that_cannot_be_written_is_a_named_error(
+    job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VQCompressError):
+        job(tmp_path / "file" / "out")
