@@ -70,6 +70,7 @@ def main() -> None:
                 }
             )
     table = Table("recipe", "bits per weight", "artifact", "perplexity", "ratio", "seconds", "CPU s")
+    table.columns[0].no_wrap = True
     table.add_row("(original)", "16", size(report["source_bytes"]), f"{original['perplexity']:.3f}", "1", "", "")
     for r in rows:
         table.add_row(

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv in the repository's root and installs vqcompress into it.
-# Usage: source scripts/venv.sh [EXTRA]     (EXTRA: test)
+# Usage: source scripts/venv.sh EXTRA       EXTRA: "" or test
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -73,7 +73,7 @@ def run_report(
     seed: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """The report of a run, JSON; see docs/report.md for every key.
+    """The report of a run, JSON; docs/artifact.md lists every key.
 
     bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights.
     """
