@@ -90,11 +90,11 @@ def compress_block(
         inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe))
         statistics = gather(stream, plan, index, module, states, inputs)
     originals = {
-        block.local(t): module.get_submodule(block.local(t)).get_parameter("weight").detach().clone()
+        block.local(t): module.get_submodule(block.local(t)).get_parameter("weight").detach().float().clone()
         for t in plan.compressed(block)
     }
     rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
-    encoded, rows = _encode(plan, block, module, statistics, originals, rewrites, seed, tick)
+    encoded, rows = _encode(plan, block, statistics, originals, rewrites, seed, tick)
     tensors, entries = _on_disk(stream, plan, block, module, stored, encoded, rewrites)
     record = {
         "seconds": round(time.perf_counter() - start, 3),
@@ -182,7 +182,7 @@ def smooth(
         )
         s_R, alpha = fit_smoothing(
             wish,
-            [module.get_submodule(path).get_parameter("weight").float().cpu() for path in readers],
+            [module.get_submodule(path).get_parameter("weight").float() for path in readers],
             [plan.rules[targets[path].name].method for path in readers],
             statistics[readers[0]],
             rows_I,
@@ -193,7 +193,7 @@ def smooth(
             dtype = stream.source.tensors[stream.names.tensor[f"{block.name}.{producer.path}.weight"]].dtype
             s_R = scale_producer(module, producer, s_R, dtype)
             if producer.kind == "rows" and producer.path in targets:
-                rewrites.rows[producer.path] = 1 / s_R
+                rewrites.rows[producer.path] = 1 / s_R[:, None]
             rewrites.dense.add(producer.path)
             rewrites.dense.update(set(smoothed) - set(readers))
         else:
@@ -210,7 +210,6 @@ def smooth(
 def _encode(
     plan: Plan,
     block: Block,
-    module: nn.Module,
     statistics: dict[str, Statistics],
     originals: dict[str, Tensor],
     rewrites: _Rewrites,
@@ -219,7 +218,8 @@ def _encode(
 ) -> tuple[dict[str, tuple[Entry, Parts, Parts]], list[dict[str, Any]]]:
     """Encode every target: by path its entry, its own parts and the shared ones; and rows for the report."""
     targets = {block.local(t): t for t in plan.compressed(block)}
-    weights = {p: module.get_submodule(p).get_parameter("weight").detach().float() for p in targets}
+    # From the originals rather than the module, whose type may be too short for the factors.
+    weights = {path: _rescaled(original, path, rewrites) for path, original in originals.items()}
     shared: dict[Method, Parts] = {}
     for method in plan.methods:
         members = [p for p, t in targets.items() if plan.rules[t.name].method == method]
@@ -262,12 +262,17 @@ def _encode(
     return encoded, rows
 
 
+def _rescaled(weight: Tensor, path: str, rewrites: _Rewrites, back: bool = False) -> Tensor:
+    """The weight with the factors of smoothing on its columns and rows, or with them taken off again."""
+    for factor in (rewrites.columns.get(path), rewrites.rows.get(path)):
+        if factor is not None:
+            weight = weight / factor if back else weight * factor
+    return weight
+
+
 def _relative_error(original: Tensor, decoded: Tensor, path: str, rewrites: _Rewrites) -> float:
     """‖W − Ŵ‖² / ‖W‖² with all that smoothing did to W undone."""
-    if path in rewrites.columns:
-        decoded = decoded / rewrites.columns[path]
-    if path in rewrites.rows:
-        decoded = decoded / rewrites.rows[path][:, None]
+    decoded = _rescaled(decoded, path, rewrites, back=True)
     return ((original - decoded).square().sum() / original.square().sum().clamp(min=1e-30)).item()
 
 

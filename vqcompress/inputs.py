@@ -54,20 +54,20 @@ def scale_producer(block: nn.Module, producer: Producer, s_R: Tensor, dtype: tor
     """
     module = block.get_submodule(producer.path)
     weight = module.get_parameter("weight")
+    s_R = s_R.to(weight.device, torch.float32)
     if producer.kind == "rows":
-        weight.copy_(weight / s_R.to(weight)[:, None])
+        weight.copy_(weight / s_R[:, None])
     else:
         offset = 1.0 if producer.kind == "norm_plus_one" else 0.0
-        folded = (weight + offset) / s_R.to(weight) - offset
-        if dtype is not None:
-            folded = folded.to(dtype).to(weight.dtype)
-        applied = (weight + offset) / (folded + offset)
+        gain = weight.float() + offset
+        stored = (gain / s_R - offset).to(dtype or weight.dtype)
+        applied = gain / (stored.float() + offset)
         sound = torch.isfinite(applied) & (applied > 0)
-        folded, s_R = torch.where(sound, folded, weight), torch.where(sound, applied, 1.0)
-        weight.copy_(folded)
+        weight.copy_(torch.where(sound, stored, weight))
+        s_R = torch.where(sound, applied, 1.0)
     bias = getattr(module, "bias", None)
     if bias is not None:
-        bias.copy_(bias / s_R.to(bias))
+        bias.copy_(bias / s_R)
     return s_R
 
 
@@ -76,7 +76,7 @@ def scale_consumers(block: nn.Module, consumers: tuple[str, ...], s_I: Tensor) -
     """Multiply the columns of the consumers' weights by s (I,), in place."""
     for path in consumers:
         weight = block.get_submodule(path).get_parameter("weight")
-        weight.copy_(weight * s_I.to(weight))
+        weight.copy_(weight * s_I.to(weight.device))
 
 
 def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tensor]) -> list[Input]:

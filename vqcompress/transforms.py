@@ -59,7 +59,7 @@ def smoothing_factors(absmax_I: Tensor, weight_absmax_I: Tensor, alpha: float) -
 
 def tied_max(values_I: Tensor, rows_I: Tensor, rows: int) -> Tensor:
     """The largest of the values (I,) that belong to each of R rows."""
-    return torch.zeros(rows).scatter_reduce(0, rows_I, values_I, "amax", include_self=True)
+    return values_I.new_zeros(rows).scatter_reduce(0, rows_I.to(values_I.device), values_I, "amax")
 
 
 def output_error(
@@ -106,7 +106,7 @@ def fit_smoothing(
 
     if smoothing.alpha != "auto":
         return factors(smoothing.alpha), smoothing.alpha
-    candidates = [(torch.ones(rows), float("nan")), *((factors(a), a) for a in smoothing.grid)]
+    candidates = [(torch.ones_like(absmax_R), float("nan")), *((factors(a), a) for a in smoothing.grid)]
     errors = [
         output_error(weights, methods, statistics, s_R[rows_I], torch.Generator().manual_seed(seed))
         for s_R, _ in candidates
