@@ -74,8 +74,6 @@ def _case(name: str, **knobs: object) -> tuple[str, Method]:
 
 METHOD_CASES: list[tuple[str, Method]] = [
     _case("keep"),
-    _case("keep", dtype="bfloat16"),
-    _case("keep", dtype="float16"),
     _case("int8"),
     _case("int8", activations="per_tensor"),
     _case("fp8"),

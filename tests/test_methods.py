@@ -213,14 +213,11 @@ def test_only_static_activations_need_calibration() -> None:
 
 
 def test_keep_returns_what_a_checkpoint_held() -> None:
+    keep = make("keep", {})
     for dtype in DTYPES:
-        method = make("keep", {"dtype": str(dtype).removeprefix("torch.")})
         weight = gaussian((64, 128)).to(dtype)
-        for exact in (method, make("keep", {})):
-            parts = exact.encode(weight.float(), Statistics(), generator())
-            assert torch.equal(exact.decode(parts, (64, 128)), weight.float())
-    with pytest.raises(ValueError, match="beyond dtype=float16"):
-        make("keep", {"dtype": "float16"}).encode(torch.full((2, 2), 1e6), Statistics(), generator())
+        parts = keep.encode(weight.float(), Statistics(), generator())
+        assert torch.equal(keep.decode(parts, (64, 128)), weight.float())
 
 
 def test_check_names_codes_and_scales_out_of_range() -> None:

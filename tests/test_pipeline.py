@@ -47,7 +47,7 @@ def raw(tensor: Tensor) -> bytes:
 def parts_on_disk(artifact: Artifact) -> set[str]:
     """The names of everything stored in place of compressed weights, found without asking the writer."""
     weights = tuple(f"{name}.weight_" for name in artifact.entries)
-    return {n for n in artifact.weights.tensors if n.startswith(weights) or ".shared_parts." in n}
+    return {n for n in artifact.tensors if n.startswith(weights) or ".shared_parts." in n}
 
 
 @every_case
@@ -75,8 +75,8 @@ def test_what_is_not_compressed_keeps_its_name_and_its_bytes(
     compressed = {f"{name}.weight" for name in artifact.entries}
     kept = source.tensors.keys() - compressed
     marker = f"{next(iter(artifact.entries))}.weight"
-    assert artifact.weights.tensors.keys() - parts_on_disk(artifact) == kept | {marker}
-    before, after = tensors(source), tensors(artifact.weights)
+    assert artifact.tensors.keys() - parts_on_disk(artifact) == kept | {marker}
+    before, after = tensors(source), tensors(artifact)
     # Smoothing folds into norms, nothing else.
     untouched = {n for n in kept if "norm" not in n} if recipe in ("smoothquant-int8", "mixed") else kept
     untouched |= {n for n in kept if "experts" in n}
@@ -97,7 +97,7 @@ def test_checksums_are_as_sha256sum_reads_them(family: str, recipe: str, quantiz
 def test_bits_per_weight_are_the_bits_on_disk(family: str, recipe: str, quantized: Make) -> None:
     folder = quantized(recipe, family)
     artifact, report = Artifact(folder), report_of(folder)
-    bits = sum(8 * artifact.weights.tensors[name].bytes for name in parts_on_disk(artifact))
+    bits = sum(8 * artifact.tensors[name].bytes for name in parts_on_disk(artifact))
     weights = sum(entry.target.weights for entry in artifact.entries.values())
     assert report["weights_quantized"] == weights
     assert report["bits_per_weight"] == pytest.approx(bits / weights, rel=1e-12)
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_bytes(
 
 
 def test_another_seed_gives_other_codebooks(quantized: Make) -> None:
-    first, second = (tensors(Artifact(quantized("vq-small", seed=seed)).weights) for seed in (0, 1))
+    first, second = (tensors(Artifact(quantized("vq-small", seed=seed))) for seed in (0, 1))
     name = "model.layers.0.shared_parts.0.codebook"
     assert not torch.equal(first[name], second[name])
 
@@ -176,12 +176,12 @@ def test_a_recipe_that_misses_the_model_is_refused(
 def test_tied_and_untied_embeddings(tied: bool, quantized: Make, toy: Make) -> None:
     folder = quantized("int8-plain", "llama", tie_word_embeddings=tied)
     verify(str(folder))
-    assert ("lm_head.weight" in Artifact(folder).weights.tensors) != tied
+    assert ("lm_head.weight" in Artifact(folder).tensors) != tied
 
 
 def test_experts_stay_dense_and_are_named(quantized: Make, toy: Make) -> None:
     folder = quantized("vq-small", "mixtral")
-    before, after = tensors(Checkpoint(toy("mixtral"))), tensors(Artifact(folder).weights)
+    before, after = tensors(Checkpoint(toy("mixtral"))), tensors(Artifact(folder))
     experts = [name for name in before if ".experts." in name]
     assert experts
     assert all(raw(before[name]) == raw(after[name]) for name in experts)

@@ -17,11 +17,14 @@ stops it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqcompress import methods
-from vqcompress.checkpoint import INDEX, Checkpoint, read_json
+from vqcompress.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
 from vqcompress.errors import VQCompressError
-from vqcompress.methods import Layout, Method, Parts
+from vqcompress.methods import Layout, Method, Parts, layout_bits
 from vqcompress.targets import Target
 
 QUANT_METHOD = "vqcompress"
@@ -139,10 +142,17 @@ def _shape(value: object) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def stored_bits(entries: Iterable[Entry]) -> dict[str, float]:
+    """Target → bits stored in its place, its share (by weights) of its block's shared parts included."""
+    entries = list(entries)
+    sharing: Counter[str] = Counter()
+    for entry in entries:
+        sharing[entry.shared or ""] += entry.target.weights
+    return {
+        entry.target.name: layout_bits(entry.layout())
+        + layout_bits(entry.method.shared_layout()) * entry.target.weights / sharing[entry.shared or ""]
+        for entry in entries
+    }
 
 
 def checksum_lines(sums: dict[str, str]) -> str:
@@ -150,15 +160,14 @@ def checksum_lines(sums: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
-class Artifact:
-    """A finished artifact on disk. entries: by target name. weights: its tensors, as a Checkpoint."""
+class Artifact(Checkpoint):
+    """A finished artifact on disk: a checkpoint, and how its targets are stored. entries: by target name."""
 
     def __init__(self, path: Path):
         if not (path / "config.json").is_file() and (path / JOURNAL).is_file():
             raise VQCompressError(f"{path} holds an unfinished run; give its quantize command again to finish it")
-        self.path = path
-        self.weights = Checkpoint(path)
-        config = self.weights.config.get("quantization_config")
+        super().__init__(path)
+        config = self.config.get("quantization_config")
         if not isinstance(config, dict):
             raise VQCompressError(f"{path} is a plain checkpoint, not an artifact (no quantization_config)")
         self.entries = {entry.target.name: entry for entry in parse_entries(config, str(path))}
@@ -186,7 +195,7 @@ class Artifact:
                 raise VQCompressError(f"{self.path / name} is missing")
             if sha256(self.path / name) != digest:
                 raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
-        needed = {"config.json", INDEX, *(info.file for info in self.weights.tensors.values())}
+        needed = {"config.json", INDEX, *(info.file for info in self.tensors.values())}
         if missing := sorted(needed - listed.keys()):
             raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
 
@@ -195,7 +204,8 @@ class Writer:
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
     inputs: names → fingerprints of all that determines the bytes. A directory with a journal of the same inputs is
-    continued: `done` then holds the records of the blocks that are on disk.
+    continued: `done` then holds the records of the blocks that are on disk. A context manager: the directory is locked
+    against other processes until it is left.
     """
 
     def __init__(self, out: Path, inputs: dict[str, str], overwrite: bool):
@@ -203,6 +213,7 @@ class Writer:
         self.done: dict[str, dict[str, Any]] = {}
         if out.is_file():
             raise VQCompressError(f"{out} is a file, not a directory to write an artifact to")
+        ours = (out / JOURNAL).is_file() or (out.is_dir() and Artifact.is_one(out))
         # A run that is killed in its very first write leaves only this.
         if out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in out.iterdir()):
             self._continue_or_clear(overwrite)
@@ -210,14 +221,31 @@ class Writer:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise VQCompressError(f"cannot make the directory {out}: {error}") from error
-        self._write_journal()
-        # From here on the directory holds an unfinished run of these inputs, whatever it held before.
-        for name in ("config.json", INDEX, SUMS):
-            (out / name).unlink(missing_ok=True)
-        kept = {record["file"] for record in self.done.values()}
-        for path in out.iterdir():
-            if path.is_file() and OURS.fullmatch(path.name) and path.name not in kept:
-                path.unlink()
+        self._lock = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise VQCompressError(f"another process is writing to {out}") from error
+        try:
+            self._write_journal()
+            # From here on the directory holds an unfinished run of these inputs, whatever it held before.
+            for name in ("config.json", INDEX, SUMS):
+                (out / name).unlink(missing_ok=True)
+            kept = {record["file"] for record in self.done.values()}
+            for path in out.iterdir():
+                stale = OURS.fullmatch(path.name) or (ours and COMPANIONS.fullmatch(path.name))
+                if stale and path.is_file() and path.name not in kept:
+                    path.unlink()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._lock)
 
     def _continue_or_clear(self, overwrite: bool) -> None:
         """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""

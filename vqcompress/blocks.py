@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqcompress.artifact import Artifact, Entry
+from vqcompress.artifact import Artifact, Entry, part_name
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime.modules import swap
@@ -76,15 +76,15 @@ class BlockStream:
     model's. Tensors are read when needed.
     """
 
-    def __init__(self, source: Checkpoint | Artifact, device: torch.device, dtype: torch.dtype):
-        self.source = source.weights if isinstance(source, Artifact) else source
-        self.entries = list(source.entries.values()) if isinstance(source, Artifact) else []
+    def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.source = source
         self.device, self.dtype = device, dtype
         self.model = skeleton(load_config(self.source.path), dtype)
         self.blocks = blocks_of(self.model)
-        swap(self.model, "", self.entries, dtype)
+        if isinstance(source, Artifact):
+            swap(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
-        self._path, self._layers = find_blocks(self.model)
+        _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
         self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
         for i, recorder in enumerate(self._recorders):
@@ -97,6 +97,17 @@ class BlockStream:
         """The checkpoint names of what lies outside of the blocks."""
         inside = {name for block in self.blocks for name in self.names.under(block.name)}
         return [name for name in self.source.tensors if name not in inside]
+
+    def stored_parts(self, entry: Entry) -> dict[str, str]:
+        """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
+        wanted = {part: part_name(f"{entry.target.name}.weight", part) for part in entry.layout()}
+        if entry.shared is not None:
+            wanted |= {part: f"{entry.shared}.{part}" for part in entry.method.shared_layout()}
+        for part, name in wanted.items():
+            if name not in self.names.tensor:
+                raise VQCompressError(f"{self.source.path} has no tensor {name}")
+            wanted[part] = self.names.tensor[name]
+        return wanted
 
     def load_rest(self) -> None:
         """Load embeddings, final norm and head; begin and finish need them."""

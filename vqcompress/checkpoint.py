@@ -20,6 +20,8 @@ from vqcompress.errors import VQCompressError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 256 * 2**20
+# Files up to this size are fingerprinted whole.
+WHOLE = 4 * 2**30
 # What a checkpoint may carry beside its weights, and an artifact takes along.
 COMPANIONS = re.compile(
     r"(generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
@@ -71,12 +73,33 @@ def resolve(model: str, weights: bool = True) -> Path:
         raise VQCompressError(f"no such directory: {model}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "SHA256SUMS", "LICENSE*", "NOTICE*"] + (
+        ["*.safetensors"] if weights else []
+    )
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub's client has a dozen error types; all mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise VQCompressError(f"no such directory: {model}, and as a hub id it cannot be fetched: {reason}") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """VQCompressError naming the first tensor that holds NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise VQCompressError(f"the tensor {name} holds NaN or Inf")
+
+
+def stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The type that a config says its weights have; float32 if it says none that is known."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(name), torch.float32)
 
 
 def read_json(path: Path) -> Any:
@@ -119,7 +142,8 @@ class Checkpoint:
             for file in files:
                 if not file or Path(file).name != file:
                     raise VQCompressError(f"{self.path / INDEX} names a file outside of its directory: {file!r}")
-            return files
+            # An index alone, as `resolve(weights=False)` fetches it, is enough to plan.
+            return files if any((self.path / file).exists() for file in files) else []
         if (self.path / SINGLE).is_file():
             return [SINGLE]
         if list(self.path.glob("*.bin")):
@@ -169,18 +193,20 @@ class Checkpoint:
         return sorted(p for p in self.path.iterdir() if p.is_file() and COMPANIONS.fullmatch(p.name))
 
     def fingerprint(self) -> str:
-        """A SHA-256 over the config, every header and slices of every weight file.
+        """A SHA-256 over the config and the weight files.
 
-        Hashing a few hundred gigabytes in full would cost as much as reading the model once more; 64 KiB at each of
-        33 evenly spaced places of a file finds another version of a model, though not one flipped bit.
+        Of a file over 4 GiB it takes the date and 64 KiB at each of 33 evenly spaced places: hashing hundreds of
+        gigabytes in full would cost as much as reading the model once more.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info}".encode())
         for file in sorted({info.file for info in self.tensors.values()}):
+            size, date = (self.path / file).stat().st_size, (self.path / file).stat().st_mtime_ns
+            if size <= WHOLE:
+                digest.update(f"{file} {sha256(self.path / file)}".encode())
+                continue
+            digest.update(f"{file} {size} {date}".encode())
             with (self.path / file).open("rb") as stream:
-                size = stream.seek(0, 2)
                 for k in range(33):
-                    stream.seek(max(0, size - 2**16) * k // 32)
+                    stream.seek((size - 2**16) * k // 32)
                     digest.update(stream.read(2**16))
         return digest.hexdigest()

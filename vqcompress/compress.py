@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vqcompress.artifact import MARKER, SMOOTHING, Entry, part_name
+from vqcompress.artifact import MARKER, SMOOTHING, Entry, part_name, stored_bits
 from vqcompress.blocks import BlockStream
+from vqcompress.checkpoint import check_finite
 from vqcompress.errors import VQCompressError
 from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_producer
-from vqcompress.methods import Method, Parts, layout_bits
+from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.statistics import Accumulator, Statistics
 from vqcompress.targets import Block
@@ -42,15 +44,6 @@ class _Rewrites:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A block ready to be written. tensors: by their names on disk. record: JSON for the journal and the report."""
-
-    tensors: dict[str, Tensor]
-    entries: list[Entry]
-    record: dict[str, Any]
-
-
 def generator_for(seed: int, name: str) -> torch.Generator:
     """Random state that depends on the seed and the target only, never on what was done before."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -70,45 +63,32 @@ def compress_block(
     index: int,
     states: list[Tensor],
     seed: int,
-    tick: Callable[[str], None] = lambda name: None,
-) -> Encoded:
-    """Compress one block of a checkpoint.
+    tick: Callable[[dict[str, Any]], None] = lambda facts: None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Compress one block of a checkpoint: its tensors by their names on disk, and JSON for journal and report.
 
     states: the hidden states that enter it, by batch; empty for a data-free plan. tick: called with the name of every
     target that is done.
     """
     start = time.perf_counter()
     block = plan.blocks[index]
-    names = stream.names.under(block.name)
-    stored = stream.source.read(names)
-    check_finite(stored)
-    module = stream.load_block(index, stored)
+    tensors = stream.source.read(stream.names.under(block.name))
+    check_finite(tensors)
+    module = stream.load_block(index, tensors)
     statistics: dict[str, Statistics] = {}
     inputs: list[Input] = []
     if states:
         probe = states[0][:1, :PROBE_TOKENS]
-        inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe))
+        smoothing = any(plan.rules[target.name].smoothing for target in plan.compressed(block))
+        inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe), prove=smoothing)
         statistics = gather(stream, plan, index, module, states, inputs)
-    originals = {
-        block.local(t): module.get_submodule(block.local(t)).get_parameter("weight").detach().float().clone()
-        for t in plan.compressed(block)
-    }
     rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
-    encoded, rows = _encode(plan, block, statistics, originals, rewrites, seed, tick)
-    tensors, entries = _on_disk(stream, plan, block, module, stored, encoded, rewrites)
-    record = {
-        "seconds": round(time.perf_counter() - start, 3),
-        "smoothed": sorted(rewrites.runtime),
-        "targets": rows,
-    }
-    return Encoded(tensors, entries, record)
-
-
-def check_finite(tensors: dict[str, Tensor]) -> None:
-    """VQCompressError naming the first tensor that holds NaN or Inf."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise VQCompressError(f"the tensor {name} of the checkpoint holds NaN or Inf")
+    changed = _changed(stream, plan, block, module, rewrites)
+    # The weights are encoded from what was stored: the module's type may be too short for the factors.
+    del module
+    rows = _encode(stream, plan, block, tensors, statistics, rewrites, seed, tick)
+    seconds = round(time.perf_counter() - start, 3)
+    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), "targets": rows}
 
 
 def gather(
@@ -171,11 +151,13 @@ def smooth(
         if wish is None or place == "none":
             continue
         producer = entrance.producer if place == "fold" else None
-        if place == "fold" and producer is not None and set(wishes.values()) != {wish}:
+        # A fold changes the input for all that read it; at run time each layer divides for itself.
+        if set(wishes.values()) - ({None} if producer is None else set()) != {wish}:
             raise VQCompressError(
-                f"{block.name}: {', '.join(entrance.consumers)} read one input, so their rules need the same smoothing"
+                f"{block.name}: {', '.join(readers)} read one input, so their rules need the same smoothing"
             )
         smoothed = list(entrance.consumers) if producer else [p for p in readers if wishes[p]]
+        readers = [path for path in readers if path in smoothed]
         rows_I = producer.rows_I if producer else torch.arange(entrance.channels)
         short = producer is not None and (
             len(readers) < len(smoothed) or (producer.kind == "rows" and producer.path not in targets)
@@ -194,8 +176,7 @@ def smooth(
             s_R = scale_producer(module, producer, s_R, dtype)
             if producer.kind == "rows" and producer.path in targets:
                 rewrites.rows[producer.path] = 1 / s_R[:, None]
-            rewrites.dense.add(producer.path)
-            rewrites.dense.update(set(smoothed) - set(readers))
+            rewrites.dense |= {producer.path} | (set(smoothed) - set(targets))
         else:
             rewrites.runtime.update(smoothed)
         s_I = s_R[rows_I]
@@ -207,59 +188,92 @@ def smooth(
     return rewrites
 
 
+def _changed(
+    stream: BlockStream, plan: Plan, block: Block, module: nn.Module, rewrites: _Rewrites
+) -> dict[str, Tensor]:
+    """By their names on disk, the dense tensors that smoothing changed: norms, biases, weights that are kept."""
+    encoded = {f"{block.local(target)}.weight" for target in plan.compressed(block)}
+    changed = {}
+    for path, parameter in module.named_parameters():
+        if path.rpartition(".")[0] in rewrites.dense and path not in encoded:
+            name = stream.names.tensor[f"{block.name}.{path}"]
+            changed[name] = parameter.detach().to(stream.source.tensors[name].dtype).cpu()
+    return changed
+
+
 def _encode(
+    stream: BlockStream,
     plan: Plan,
     block: Block,
+    tensors: dict[str, Tensor],
     statistics: dict[str, Statistics],
-    originals: dict[str, Tensor],
     rewrites: _Rewrites,
     seed: int,
-    tick: Callable[[str], None],
-) -> tuple[dict[str, tuple[Entry, Parts, Parts]], list[dict[str, Any]]]:
-    """Encode every target: by path its entry, its own parts and the shared ones; and rows for the report."""
+    tick: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Put the parts of every target in the place of its weight in `tensors`; returns rows for the report."""
     targets = {block.local(t): t for t in plan.compressed(block)}
-    # From the originals rather than the module, whose type may be too short for the factors.
-    weights = {path: _rescaled(original, path, rewrites) for path, original in originals.items()}
-    shared: dict[Method, Parts] = {}
-    for method in plan.methods:
-        members = [p for p, t in targets.items() if plan.rules[t.name].method == method]
-        if members and method.shared_layout():
-            shared[method] = method.fit_shared(
-                [weights[p] for p in members],
-                [statistics.get(p, Statistics()) for p in members],
-                generator_for(seed, f"{block.name}.shared_parts.{plan.methods.index(method)}"),
+    names = {path: stream.names.tensor[f"{target.name}.weight"] for path, target in targets.items()}
+    entries = {path: plan.entry(block, target, path in rewrites.runtime) for path, target in targets.items()}
+    bits = stored_bits(entries.values())
+
+    def weight_of(path: str) -> Tensor:
+        return tensors[names[path]].to(stream.device).float()
+
+    shared: dict[str | None, Parts] = {None: {}}
+    for place in dict.fromkeys(entry.shared for entry in entries.values() if entry.shared):
+        members = [path for path, entry in entries.items() if entry.shared == place]
+        with _naming(place):
+            shared[place] = entries[members[0]].method.fit_shared(
+                [_rescaled(weight_of(path), path, rewrites) for path in members],
+                [statistics.get(path, Statistics()) for path in members],
+                generator_for(seed, place),
             )
-    encoded, rows = {}, []
+        # The block's path as the checkpoint spells it, which may lack the model's prefix.
+        prefix = names[members[0]].removesuffix(f"{members[0]}.weight") + place.removeprefix(block.name + ".")
+        tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
+    rows = []
     for path, target in targets.items():
         start = time.perf_counter()
-        method = plan.rules[target.name].method
-        entry = plan.entry(block, target, path in rewrites.runtime)
-        facts = statistics.get(path, Statistics())
-        common = shared.get(method, {})
-        parts = method.encode(weights[path], facts, generator_for(seed, target.name), common)
-        decoded = method.decode(parts | common, target.shape)
-        members_weights = sum(t.weights for t in targets.values() if plan.rules[t.name].method == method)
-        bits = layout_bits(entry.layout()) + layout_bits(method.shared_layout()) * target.weights / members_weights
+        entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
+        original = weight_of(path)
+        weight = _rescaled(original, path, rewrites)
+        with _naming(target.name):
+            parts = entry.method.encode(weight, facts, generator_for(seed, target.name), common)
+        decoded = entry.method.decode(parts | common, target.shape)
+        error = (original - _rescaled(decoded, path, rewrites, back=True)).square().sum()
         rows.append(
             {
                 "name": target.name,
-                "method": method.name,
+                "method": entry.method.name,
                 "shape": list(target.shape),
                 "experts": None,
-                "bits_per_weight": bits / target.weights,
-                "relative_error": _relative_error(originals[path], decoded, path, rewrites),
-                "proxy_error": facts.proxy_error(weights[path], decoded),
+                "bits_per_weight": bits[target.name] / target.weights,
+                "relative_error": (error / original.square().sum().clamp(min=1e-30)).item(),
+                "proxy_error": facts.proxy_error(weight, decoded),
                 "tokens": facts.tokens,
                 "seconds": round(time.perf_counter() - start, 3),
                 "smoothing": rewrites.notes.get(path),
             }
         )
-        if path in rewrites.runtime:
+        if entry.smoothed:
             # A copy of its own: safetensors refuses tensors that share memory, and q, k and v share this one.
             parts = {**parts, SMOOTHING: rewrites.columns[path].clone()}
-        encoded[path] = (entry, parts, common)
-        tick(target.name)
-    return encoded, rows
+        del tensors[names[path]]
+        tensors |= {part_name(names[path], part): tensor.cpu() for part, tensor in parts.items()}
+        if target == plan.targets[0]:
+            tensors[names[path]] = MARKER
+        tick({"name": target.name})
+    return rows
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """A method sees no names; what it refuses gets one here."""
+    try:
+        yield
+    except ValueError as error:
+        raise VQCompressError(f"{name}: {error}") from error
 
 
 def _rescaled(weight: Tensor, path: str, rewrites: _Rewrites, back: bool = False) -> Tensor:
@@ -268,44 +282,6 @@ def _rescaled(weight: Tensor, path: str, rewrites: _Rewrites, back: bool = False
         if factor is not None:
             weight = weight / factor if back else weight * factor
     return weight
-
-
-def _relative_error(original: Tensor, decoded: Tensor, path: str, rewrites: _Rewrites) -> float:
-    """‖W − Ŵ‖² / ‖W‖² with all that smoothing did to W undone."""
-    decoded = _rescaled(decoded, path, rewrites, back=True)
-    return ((original - decoded).square().sum() / original.square().sum().clamp(min=1e-30)).item()
-
-
-def _on_disk(
-    stream: BlockStream,
-    plan: Plan,
-    block: Block,
-    module: nn.Module,
-    stored: dict[str, Tensor],
-    encoded: dict[str, tuple[Entry, Parts, Parts]],
-    rewrites: _Rewrites,
-) -> tuple[dict[str, Tensor], list[Entry]]:
-    """The block's tensors under the checkpoint's own names, and the entries of its compressed targets."""
-    tensors = dict(stored)
-    parameters = dict(module.named_parameters())
-    for path, parameter in parameters.items():
-        if path.rpartition(".")[0] in rewrites.dense:
-            name = stream.names.tensor[f"{block.name}.{path}"]
-            if name in tensors:
-                tensors[name] = parameter.detach().to(stored[name].dtype).cpu()
-    for path, (entry, parts, common) in encoded.items():
-        name = stream.names.tensor[f"{entry.target.name}.weight"]
-        del tensors[name]
-        for part, tensor in parts.items():
-            tensors[part_name(name, part)] = tensor.cpu()
-        if entry.shared is not None:
-            # The block's path as the checkpoint spells it, which may lack the model's prefix.
-            prefix = name.removesuffix(f"{path}.weight")
-            place = prefix + entry.shared.removeprefix(block.name + ".")
-            tensors |= {f"{place}.{part}": tensor.cpu() for part, tensor in common.items()}
-        if entry.target == plan.targets[0]:
-            tensors[name] = MARKER
-    return tensors, [entry for entry, _, _ in encoded.values()]
 
 
 def entries_of(plan: Plan, block: Block, record: dict[str, Any]) -> list[Entry]:

@@ -19,13 +19,13 @@ from vqcompress.calibration import read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.runtime.device import choose_device, model_dtype, peak_device_bytes, peak_rss_bytes
-from vqcompress.runtime.load import load, load_dense
+from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
 LOGITS = 2**24
 
 
-def open_model(model: str) -> Checkpoint | Artifact:
+def open_model(model: str) -> Checkpoint:
     """The artifact or the dense checkpoint that MODEL names; an artifact's files are checked first."""
     path = resolve(model)
     if Artifact.is_one(path):
@@ -56,9 +56,8 @@ def scored(number: int, seqlen: int, stride: int) -> int:
 class Pass:
     """One model streamed over windows block by block; then logits, few windows at a time."""
 
-    def __init__(self, source: Checkpoint | Artifact, device: torch.device, windows_NL: Tensor):
-        config = source.weights.config if isinstance(source, Artifact) else source.config
-        self.stream = BlockStream(source, device, model_dtype(config, device))
+    def __init__(self, source: Checkpoint, device: torch.device, windows_NL: Tensor):
+        self.stream = BlockStream(source, device, model_dtype(source.config, device))
         batches = self.stream.batches(windows_NL)
         states = [self.stream.begin(batch) for batch in batches]
         for i in range(len(self.stream.blocks)):
@@ -95,8 +94,7 @@ def perplexity(
     """
     start = time.perf_counter()
     source, chosen = open_model(model), choose_device(device)
-    config = source.weights.config if isinstance(source, Artifact) else source.config
-    length = seqlen if seqlen is not None else min(2048, int(config.get("max_position_embeddings") or 2048))
+    length = seqlen if seqlen is not None else min(2048, int(source.config.get("max_position_embeddings") or 2048))
     step = stride if stride is not None else length
     tokenizer = load_tokenizer(source.path)
     windows_NL = windows(tokenize(tokenizer, read_text(text)), length, step, limit)
@@ -157,8 +155,7 @@ def speed(model: str, prompt_tokens: int = 128, new_tokens: int = 64, batch: int
     """
     if min(prompt_tokens, new_tokens, batch) < 1 or new_tokens < 2:
         raise UsageError("--prompt-tokens and --batch must be at least 1, --new-tokens at least 2")
-    path = resolve(model)
-    network = load(path) if Artifact.is_one(path) else load_dense(path)
+    network = load_any(model)
     device = next(network.parameters()).device
     vocabulary = network.config.get_text_config().vocab_size
     prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)

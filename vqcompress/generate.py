@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from vqcompress.artifact import Artifact
 from vqcompress.checkpoint import resolve
 from vqcompress.errors import UsageError
-from vqcompress.runtime.load import load, load_dense
+from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer
 
 
@@ -49,7 +48,7 @@ def generate(
         )
     path = resolve(model)
     tokenizer = load_tokenizer(path)
-    network: Any = load(path) if Artifact.is_one(path) else load_dense(path)
+    network: Any = load_any(model)
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     # Sampling reads torch's global generator, and there is no other way to seed it.
     torch.manual_seed(seed)

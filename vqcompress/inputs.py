@@ -3,6 +3,7 @@
 A fold (dividing a producer's output by s, so that its consumers may multiply their columns by s) is accepted only if
 the block's output stays what it was with random factors in place. That is why no architecture needs a table, and why
 a router or any other consumer that nobody knows of cannot be forgotten.
+Parameters get new tensors, never new values in place: they may share memory with what was read from disk.
 Shape legend: I input channels, R rows of the producer.
 """
 
@@ -47,7 +48,7 @@ class Input:
 
 @torch.no_grad()
 def scale_producer(block: nn.Module, producer: Producer, s_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Divide what a producer puts out by s (R,), in place; returns the factors that were really applied, (R,).
+    """Divide what a producer puts out by s (R,); returns the factors that were really applied, (R,).
 
     dtype: what the norm's weight will be stored in. Its rounding then counts as part of the factor, so that the fold
     stays exact; a weight of zero keeps a factor of 1.
@@ -56,33 +57,35 @@ def scale_producer(block: nn.Module, producer: Producer, s_R: Tensor, dtype: tor
     weight = module.get_parameter("weight")
     s_R = s_R.to(weight.device, torch.float32)
     if producer.kind == "rows":
-        weight.copy_(weight / s_R[:, None])
+        weight.data = weight / s_R[:, None].to(weight)
     else:
         offset = 1.0 if producer.kind == "norm_plus_one" else 0.0
         gain = weight.float() + offset
-        stored = (gain / s_R - offset).to(dtype or weight.dtype)
+        # As stored, and as the model then computes with it, whichever is shorter.
+        stored = (gain / s_R - offset).to(dtype or weight.dtype).to(weight.dtype)
         applied = gain / (stored.float() + offset)
         sound = torch.isfinite(applied) & (applied > 0)
-        weight.copy_(torch.where(sound, stored, weight))
+        weight.data = torch.where(sound, stored, weight)
         s_R = torch.where(sound, applied, 1.0)
     bias = getattr(module, "bias", None)
     if bias is not None:
-        bias.copy_(bias / s_R)
+        bias.data = bias / s_R.to(bias)
     return s_R
 
 
 @torch.no_grad()
 def scale_consumers(block: nn.Module, consumers: tuple[str, ...], s_I: Tensor) -> None:
-    """Multiply the columns of the consumers' weights by s (I,), in place."""
+    """Multiply the columns of the consumers' weights by s (I,)."""
     for path in consumers:
         weight = block.get_submodule(path).get_parameter("weight")
-        weight.copy_(weight * s_I.to(weight.device))
+        weight.data = weight * s_I.to(weight)
 
 
-def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tensor]) -> list[Input]:
+def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tensor], prove: bool = True) -> list[Input]:
     """The inputs of a block's targets in the order in which they are read.
 
     run: calls the block on a small batch and returns its output; it is called a few times. The block is left as it was.
+    prove: look for producers at all, which costs most of the runs.
     """
     local = [layout.local(target) for target in layout.targets]
     groups, norms, reference = _watch(block, local, run)
@@ -91,7 +94,8 @@ def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tens
         norm = norms.get(_storage(x))
         earlier = [path for group, _ in groups[:number] for path in group]
         candidates = _norm_candidates(norm, x.shape[-1]) if norm else _row_candidates(block, earlier, x.shape[-1])
-        producer = next((c for c in candidates if _is_exact(block, c, consumers, run, reference)), None)
+        proven = (c for c in candidates if _is_exact(block, c, consumers, run, reference))
+        producer = next(proven, None) if prove else None
         attention = any("attn" in path or "attention" in path for path in consumers)
         place: Literal["norm", "attention", "mlp"] = "norm" if norm else "attention" if attention else "mlp"
         inputs.append(Input(consumers, x.shape[-1], place, producer))
@@ -168,7 +172,7 @@ def _is_exact(
     would see a changed input, and the output would move by as much as it matters.
     """
     touched = [block.get_submodule(path) for path in (producer.path, *consumers)]
-    saved = [{name: p.clone() for name, p in module.named_parameters(recurse=False)} for module in touched]
+    saved = [(parameter, parameter.data) for module in touched for parameter in module.parameters(recurse=False)]
     rows = int(producer.rows_I.max()) + 1
     s_R = torch.randint(-1, 2, (rows,), generator=torch.Generator().manual_seed(0)).float().exp2()
     try:
@@ -177,7 +181,6 @@ def _is_exact(
         scale_producer(block, producer, s_R)
         both = (run(block) - reference).abs().max()
     finally:
-        for module, parameters in zip(touched, saved, strict=True):
-            for name, value in parameters.items():
-                module.get_parameter(name).copy_(value)
+        for parameter, data in saved:
+            parameter.data = data
     return bool(both < 0.01 * alone)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from vqcompress.artifact import Artifact
+from vqcompress.artifact import Artifact, stored_bits
 from vqcompress.checkpoint import read_json, resolve
 from vqcompress.errors import VQCompressError
-from vqcompress.methods import layout_bits
 
 # What only the run that wrote the artifact could measure.
 MEASURED = ("relative_error", "proxy_error", "tokens")
@@ -23,15 +21,9 @@ def inspect(path: str) -> dict[str, Any]:
     artifact = Artifact(resolve(path))
     report = _report(artifact)
     measured = {row["name"]: row for row in report.get("targets", [])}
-    sharing: Counter[str] = Counter()
-    for entry in artifact.entries.values():
-        sharing[entry.shared or ""] += entry.target.weights
-    rows, bits, weights = [], 0.0, 0
+    stored = stored_bits(artifact.entries.values())
+    rows = []
     for name, entry in artifact.entries.items():
-        own = float(layout_bits(entry.layout()))
-        if entry.shared:
-            own += layout_bits(entry.method.shared_layout()) * entry.target.weights / sharing[entry.shared]
-        bits, weights = bits + own, weights + entry.target.weights
         rows.append(
             {
                 "name": name,
@@ -39,16 +31,17 @@ def inspect(path: str) -> dict[str, Any]:
                 "knobs": entry.method.model_dump(mode="json"),
                 "shape": list(entry.target.shape),
                 "smoothed": entry.smoothed,
-                "bits_per_weight": own / entry.target.weights,
+                "bits_per_weight": stored[name] / entry.target.weights,
                 **{key: measured.get(name, {}).get(key) for key in MEASURED},
             }
         )
-    files = {info.file for info in artifact.weights.tensors.values()}
+    weights = sum(entry.target.weights for entry in artifact.entries.values())
+    files = {info.file for info in artifact.tensors.values()}
     return {
         "artifact": path,
         "recipe": report.get("recipe"),
         "model": report.get("model"),
-        "bits_per_weight": bits / max(weights, 1),
+        "bits_per_weight": sum(stored.values()) / max(weights, 1),
         "weights_quantized": weights,
         "source_bytes": report.get("source_bytes"),
         "artifact_bytes": sum((artifact.path / file).stat().st_size for file in files),

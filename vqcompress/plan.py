@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vqcompress.artifact import Entry
+from vqcompress.artifact import Entry, stored_bits
 from vqcompress.blocks import BATCH_TOKENS, BlockStream
+from vqcompress.checkpoint import stored_dtype
 from vqcompress.errors import UsageError
-from vqcompress.methods import Method, layout_bits
-from vqcompress.methods.keep import Keep
+from vqcompress.methods import Method
 from vqcompress.recipe import Recipe, Rule
 from vqcompress.runtime.device import peak_rss_bytes
 from vqcompress.targets import Block, Target
@@ -33,7 +33,7 @@ class Plan:
 
     def compressed(self, block: Block) -> list[Target]:
         """The targets of a block whose rule is more than to keep them."""
-        return [t for t in block.targets if not isinstance(self.rules[t.name].method, Keep)]
+        return [t for t in block.targets if not self.rules[t.name].method.dense]
 
     @property
     def targets(self) -> list[Target]:
@@ -91,38 +91,32 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
 def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str, Any]:
     """JSON for `plan`: sizes before and after, bits per weight, and estimates of peak memory and time.
 
+    Bits are those of folded smoothing; where a fold cannot be proven, a vector per input is added.
     rows, seqlen: of the calibration, 0 rows for a data-free recipe.
     """
-    stored = stream.source.config.get("dtype") or stream.source.config.get("torch_dtype")
-    itemsize = getattr(torch, str(stored), torch.bfloat16).itemsize
+    itemsize = stored_dtype(stream.source.config).itemsize
     parameters = sum(p.numel() for p in stream.model.parameters())
     parameters += sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
     source = stream.source.bytes or parameters * itemsize
-    targets, bits, weights = [], 0, 0
-    for block in plan.blocks:
-        shared: Counter[Method] = Counter()
-        for target in plan.compressed(block):
-            rule = plan.rules[target.name]
-            runtime = rule.smoothing is not None and rule.smoothing.norm == "runtime"
-            own = layout_bits(plan.entry(block, target, runtime).layout())
-            shared[rule.method] = layout_bits(rule.method.shared_layout())
-            bits, weights = bits + own, weights + target.weights
-            targets.append(
-                {
-                    "name": target.name,
-                    "method": rule.method.name,
-                    "shape": list(target.shape),
-                    "experts": None,
-                    "bits_per_weight": own / target.weights,
-                }
-            )
-        bits += sum(shared.values())
+    entries = [plan.entry(block, target, False) for block in plan.blocks for target in plan.compressed(block)]
+    stored = stored_bits(entries)
+    bits, weights = sum(stored.values()), sum(entry.target.weights for entry in entries)
+    targets = [
+        {
+            "name": entry.target.name,
+            "method": entry.method.name,
+            "shape": list(entry.target.shape),
+            "experts": None,
+            "bits_per_weight": stored[entry.target.name] / entry.target.weights,
+        }
+        for entry in entries
+    ]
     return {
         "recipe": plan.recipe.name,
         "bits_per_weight": bits / weights,
         "weights_quantized": weights,
         "source_bytes": source,
-        "artifact_bytes": source - weights * itemsize + bits // 8,
+        "artifact_bytes": source - weights * itemsize + int(bits) // 8,
         "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen),
         "seconds": _seconds(plan, stream, rows * seqlen),
         "calibration_tokens": rows * seqlen,

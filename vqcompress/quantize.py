@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 
 import vqcompress
@@ -14,8 +17,8 @@ from vqcompress import recipe as recipes
 from vqcompress.artifact import Artifact, Writer, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import calibration_rows, fingerprint
-from vqcompress.checkpoint import Checkpoint, resolve
-from vqcompress.compress import check_finite, compress_block, entries_of, first_states
+from vqcompress.checkpoint import Checkpoint, check_finite, resolve
+from vqcompress.compress import compress_block, entries_of, first_states
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.plan import Plan, make_plan, summary
 from vqcompress.report import model_card, run_report
@@ -95,40 +98,44 @@ def quantize(
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
     plan = make_plan(stream, recipes.load(recipe))
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
-    writer = Writer(out, _inputs(source, plan, rows, seed, stream), overwrite)
-    watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
-    count = len(plan.blocks) + 1
-    if REST not in writer.done:
-        rest = source.read(stream.rest)
-        check_finite(rest)
-        writer.commit(REST, 1, count, rest, {"targets": [], "seconds": 0.0})
-    states = first_states(stream, rows) if rows is not None else []
-    entries = []
-    for i, block in enumerate(plan.blocks):
-        if block.name not in writer.done:
-            watch("block", {"index": i, "count": len(plan.blocks), "name": block.name})
-            encoded = compress_block(stream, plan, i, states, seed, lambda name: watch("target", {"name": name}))
-            writer.commit(block.name, i + 2, count, encoded.tensors, encoded.record)
-        record = writer.done[block.name]
-        entries += entries_of(plan, block, record)
-        if states and i + 1 < len(plan.blocks):
-            # What the next block sees is what was stored: its errors are made up for where they can still be.
-            compressed = stream.load_block(i, tensors_of(out / record["file"]), entries_of(plan, block, record))
-            stream.advance(compressed, i, states)
-        watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
-    config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
-    report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
-    writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()))
+    with Writer(out, _inputs(source, plan, rows, seed, stream), overwrite) as writer:
+        watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
+        count = len(plan.blocks) + 1
+        if REST not in writer.done:
+            rest = source.read(stream.rest)
+            check_finite(rest)
+            writer.commit(REST, 1, count, rest, {"targets": [], "seconds": 0.0})
+        states = first_states(stream, rows) if rows is not None else []
+        entries = []
+        for i, block in enumerate(plan.blocks):
+            if block.name not in writer.done:
+                watch("block", {"index": i, "count": len(plan.blocks), "name": block.name})
+                tick = partial(watch, "target")
+                writer.commit(block.name, i + 2, count, *compress_block(stream, plan, i, states, seed, tick))
+            record = writer.done[block.name]
+            stored = entries_of(plan, block, record)
+            entries += stored
+            if states and i + 1 < len(plan.blocks):
+                # What the next block sees is what was stored: its errors are made up for where they can still be.
+                # The block has no name here, so that it is gone before the next one comes.
+                stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, states)
+            watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
+        config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
+        report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
+        writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()))
     return report
 
 
 def _inputs(source: Checkpoint, plan: Plan, rows: Tensor | None, seed: int, stream: BlockStream) -> dict[str, str]:
     """All that determines the bytes of an artifact, by the name that an error will show."""
+    gpu = f" {torch.cuda.get_device_name()}" if stream.device.type == "cuda" else ""
     return {
         "checkpoint": source.fingerprint(),
         "recipe": plan.recipe.fingerprint(),
         "calibration": "none" if rows is None else fingerprint(rows),
         "seed": str(seed),
-        "device": f"{stream.device.type} {stream.dtype}",
+        "device": f"{stream.device.type}{gpu} {stream.dtype}",
         "version of vqcompress": vqcompress.__version__,
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
     }

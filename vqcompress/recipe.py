@@ -78,7 +78,10 @@ def load(name: str) -> Recipe:
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise UsageError(f"no such recipe file: {name}")
         raise UsageError(f"no recipe '{name}'.{did_you_mean(name, recipes)}")
-    return parse(path.read_text(encoding="utf-8"), name)
+    try:
+        return parse(path.read_text(encoding="utf-8"), name)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {name} is not UTF-8 text: {error}") from error
 
 
 def parse(text: str, name: str) -> Recipe:
@@ -116,7 +119,10 @@ def _rule(data: object, number: int, recipe: str) -> Rule:
         method = methods.make(data["method"], knobs)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
-    return Rule(data["match"], method, _smoothing(data.get("smoothing"), where))
+    smoothing = _smoothing(data.get("smoothing"), where)
+    if smoothing and method.dense:
+        raise UsageError(f"{where}: {method.name} leaves a weight as it is, so there is nothing to smooth for")
+    return Rule(data["match"], method, smoothing)
 
 
 def _smoothing(data: object, where: str) -> Smoothing | None:

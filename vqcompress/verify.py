@@ -8,30 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress.artifact import SMOOTHING, Artifact, Entry, part_name
+from vqcompress.artifact import SMOOTHING, Artifact, Entry
 from vqcompress.blocks import BlockStream
-from vqcompress.checkpoint import resolve
-from vqcompress.compress import check_finite
+from vqcompress.checkpoint import check_finite, resolve
 from vqcompress.errors import VQCompressError
-
-
-def stored_parts(stream: BlockStream, entry: Entry) -> dict[str, str]:
-    """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
-    wanted = {part: part_name(f"{entry.target.name}.weight", part) for part in entry.layout()}
-    if entry.shared is not None:
-        wanted |= {part: f"{entry.shared}.{part}" for part in entry.method.shared_layout()}
-    for part, name in wanted.items():
-        if name not in stream.names.tensor:
-            raise VQCompressError(f"{stream.source.path} has no tensor {name}")
-        wanted[part] = stream.names.tensor[name]
-    return wanted
 
 
 def check_layouts(stream: BlockStream, entries: list[Entry]) -> None:
     """Compare type and shape of every part with its method's layout, from the headers; VQCompressError naming one."""
     for entry in entries:
         layout = entry.layout() | entry.method.shared_layout()
-        for part, name in stored_parts(stream, entry).items():
+        for part, name in stream.stored_parts(entry).items():
             info = stream.source.tensors[name]
             if (info.dtype, info.shape) != layout[part]:
                 raise VQCompressError(
@@ -69,10 +56,10 @@ def verify(path: str) -> dict[str, Any]:
         stream.load_block(i, tensors)
         for entry in entries:
             if entry.target in block.targets:
-                check_values(entry, {part: tensors[name] for part, name in stored_parts(stream, entry).items()})
+                check_values(entry, {part: tensors[name] for part, name in stream.stored_parts(entry).items()})
     return {
-        "files": len({info.file for info in artifact.weights.tensors.values()}),
+        "files": len({info.file for info in artifact.tensors.values()}),
         "targets": len(entries),
-        "bytes": artifact.weights.bytes,
+        "bytes": artifact.bytes,
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -60,7 +60,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
         save_file({name: t.contiguous() for name, t in tensors.items()}, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-    for path in source.weights.companions():
+    for path in source.companions():
         (out / path.name).write_bytes(path.read_bytes())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))

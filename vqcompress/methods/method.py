@@ -22,12 +22,14 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 class Method(BaseModel):
     """Knobs, validated and frozen; a subclass adds fields for them and overrides what differs from storing a matrix.
 
-    name: what recipes call it. version: raised when the meaning of the stored parts changes.
+    name: what recipes call it. version: raised when the meaning of the stored parts changes. dense: an artifact holds
+    the weight itself, under its own name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    dense: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:

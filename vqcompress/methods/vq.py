@@ -133,7 +133,10 @@ class VQ(Method):
         """codebook and step for rows sampled from the weights."""
         share = self.training_vectors / sum(w.shape[0] * self._groups(w.shape[1]) for w in weights)
         # Targets with the same input share its statistics, so its factorization too.
-        metrics = {id(s): measure(s, w, self) for w, s in zip(weights, statistics, strict=True)}
+        metrics: dict[int, Metric] = {}
+        for weight_OI, input_statistics in zip(weights, statistics, strict=True):
+            if id(input_statistics) not in metrics:
+                metrics[id(input_statistics)] = measure(input_statistics, weight_OI, self)
         rows = [sample_rows(w, share, generator) for w in weights]
         problems = [pose(rows_OI, metrics[id(s)]) for rows_OI, s in zip(rows, statistics, strict=True)]
         vectors_Nd = torch.cat([p.unit_OJ.reshape(-1, self.d) for p in problems])

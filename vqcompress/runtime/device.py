@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vqcompress.checkpoint import stored_dtype
 from vqcompress.errors import UsageError
 
 
@@ -24,11 +25,7 @@ def choose_device(name: str) -> torch.device:
 
 def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
     """The type to compute in: float32 on a CPU, the checkpoint's own 16-bit type on a GPU."""
-    stored = config.get("dtype") or config.get("torch_dtype")
-    if device.type == "cpu" or stored not in ("float16", "bfloat16"):
-        return torch.float32
-    dtype: torch.dtype = getattr(torch, stored)
-    return dtype
+    return torch.float32 if device.type == "cpu" else stored_dtype(config)
 
 
 def peak_rss_bytes() -> int:

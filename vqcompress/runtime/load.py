@@ -27,13 +27,13 @@ def load(
     if check:
         artifact.check_files()
     chosen = choose_device(device)
-    dtype = dtype or model_dtype(artifact.weights.config, chosen)
+    dtype = dtype or model_dtype(artifact.config, chosen)
     model = skeleton(load_config(artifact.path), dtype)
     swap(model, "", artifact.entries.values(), dtype)
-    for file in sorted({info.file for info in artifact.weights.tensors.values()}):
-        names = [name for name, info in artifact.weights.tensors.items() if info.file == file]
+    for file in sorted({info.file for info in artifact.tensors.values()}):
+        names = [name for name, info in artifact.tensors.items() if info.file == file]
         # One shard at a time: what a merge needs (the experts of a block) lies in one shard.
-        assign(model, artifact.weights.read(names), dtype)
+        assign(model, artifact.read(names), dtype)
     model.tie_weights()
     finish_loading(model, model, "", chosen)
     if (artifact.path / "generation_config.json").is_file():
@@ -41,10 +41,12 @@ def load(
     return model
 
 
-def load_dense(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A plain checkpoint as a model, as transformers loads it, with the defaults of `load`."""
-    source = Checkpoint(resolve(str(path)))
-    chosen = choose_device(device)
-    load_config(source.path)
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or model_dtype(source.config, chosen))
-    return model.eval().to(chosen)
+def load_any(model: str) -> PreTrainedModel:
+    """The model that MODEL names, an artifact or a plain checkpoint, with the defaults of `load`."""
+    path = resolve(model)
+    if Artifact.is_one(path):
+        return load(path)
+    load_config(path)
+    device = choose_device("auto")
+    dtype = model_dtype(Checkpoint(path).config, device)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)

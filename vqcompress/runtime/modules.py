@@ -63,11 +63,8 @@ class CompressedLinear(_Stored):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, for code that reads a layer's `weight` (its device or type, say)."""
-        return self.decoded().to(self._buffers_dtype())
-
-    def _buffers_dtype(self) -> torch.dtype:
-        return self.bias.dtype if self.bias is not None else torch.get_default_dtype()
+        """The decoded weight, for code that reads a layer's `weight`."""
+        return self.decoded().to(self._prepared_for)
 
     def parts(self) -> Parts:
         """The stored parts by name, shared ones included."""

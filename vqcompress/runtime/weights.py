@@ -64,14 +64,6 @@ def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTr
     return model.eval()
 
 
-def drop_parameters(module: nn.Module) -> None:
-    """Put every parameter back on the meta device."""
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
 class Names:
     """Which parameter of a model each tensor of a checkpoint becomes.
 
