@@ -162,7 +162,7 @@ def train_model(tokens: torch.Tensor, steps: int, seed: int) -> LlamaForCausalLM
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,

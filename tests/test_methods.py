@@ -182,7 +182,7 @@ def test_description_round_trip(method: Method) -> None:
         from_description({**description, "version": 99})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.model_fields])
 def test_unknown_knobs_give_the_nearest_name(name: str) -> None:
     knob = next(iter(METHODS[name].model_fields))
     with pytest.raises(ValueError, match=rf"^{name} has no knob '{knob}z'.*'{knob}'"):

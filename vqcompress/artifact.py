@@ -11,7 +11,7 @@ A compressed weight `X.weight` is stored as `X.weight_PART`; parts that the targ
 `BLOCK.shared_parts.K.PART`. `config.json` is written last: a directory without it is no artifact.
 The first compressed weight also has a marker under its own name, text in a shape that no weight has: transformers,
 if it was not told of the format, would skip what it does not know and load a model with random weights. A wrong shape
-stops it.
+stops it, and a tensor whose name says what to do stands in the report that it prints.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
 OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
+# Stands in the list of unexpected tensors that transformers then prints.
+HINT = "import_vqcompress_before_loading_this_model"
 MARKER = torch.tensor(list(f"vqcompress: {HOW_TO_LOAD}".encode()), dtype=torch.uint8)
 
 
@@ -116,7 +118,10 @@ def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
         )
     try:
         settings = [methods.from_description(d) for d in config["methods"]]
-        return [_entry(name, stored, settings) for name, stored in config["targets"].items()]
+        entries = [_entry(name, stored, settings) for name, stored in config["targets"].items()]
+        if not entries:
+            raise ValueError("it names no target")
+        return entries
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise VQCompressError(f"the quantization_config of {where} is damaged: {error!r}") from error
 
@@ -329,6 +334,8 @@ class Writer:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         try:
             save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read.
+            partial.chmod(0o644)
             with partial.open("rb+") as stream:
                 os.fsync(stream.fileno())
             digest = sha256(partial)

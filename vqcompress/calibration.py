@@ -35,6 +35,10 @@ def read_text(source: str) -> str:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise VQCompressError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".json":
+        raise VQCompressError(
+            f"{path}: give JSONL (one object with a 'text' a line, named .jsonl), Parquet or plain text"
+        )
     if path.suffix == ".jsonl":
         return "\n\n".join(_jsonl(content, path))
     return content
@@ -57,7 +61,7 @@ def _parquet_column(path: Path) -> list[str]:
     try:
         return [str(t) for t in parquet.read_table(path, columns=["text"])["text"].to_pylist() if t is not None]
     except (ArrowInvalid, KeyError, OSError) as error:
-        raise VQCompressError(f"{path} is not Parquet with a 'text' column: {error}") from error
+        raise VQCompressError(f"{path} is not a Parquet file with a 'text' column") from error
 
 
 def _dataset_text(source: str) -> str:

@@ -62,9 +62,11 @@ def resolve(model: str, weights: bool = True) -> Path:
 
     weights: False fetches only the config and the tokenizer of a hub id.
     """
-    if model == "demo" and not Path(model).is_dir():
+    if model == "demo":
         return Path(__file__).parent / "demo"
     path = Path(model).expanduser()
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
     if path.is_dir():
         return path
     if path.exists():
@@ -187,6 +189,11 @@ class Checkpoint:
     def bytes(self) -> int:
         """Size of all tensors."""
         return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def default_seqlen(self) -> int:
+        """Tokens of a row or window unless the user says otherwise: 2,048, or the model's context if that is less."""
+        return min(2048, int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048))
 
     def companions(self) -> list[Path]:
         """The tokenizer's and similar files beside the weights."""

@@ -268,7 +268,8 @@ def perplexity(
     with _session(json_file) as (console, write):
         from vqcompress import evaluate, show
 
-        result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value)
+        with show.counting(f"perplexity of {model}") as watch:
+            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch)
         write(result)
         show.perplexity(console, result, text)
 

@@ -109,7 +109,7 @@ def examine(model: str) -> dict[str, Any]:
     coverage = covered / max(matrices, 1)
     checks.append(
         {
-            "name": "every large weight of a block is a linear layer",
+            "name": "the blocks have weights to compress",
             "ok": coverage > 0,
             "detail": f"{coverage:.1%} of the blocks' weights can be compressed",
         }

@@ -18,4 +18,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' with the nearest known name, else the list of all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."
+    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names) or 'none'}."

@@ -1,12 +1,14 @@
 """How good and how fast a model is: perplexity, KL divergence and agreement with its original, tokens per second.
 
-Shape legend: N windows, B windows of a batch, L tokens of a window, V vocabulary.
+Shape legend: N windows, L tokens of a window, P predictions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from vqcompress.runtime.device import choose_device, model_dtype, peak_device_by
 from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
+# Numbers in the float32 logits that are scored at once.
 LOGITS = 2**24
 
 
@@ -54,27 +57,57 @@ def scored(number: int, seqlen: int, stride: int) -> int:
 
 
 class Pass:
-    """One model streamed over windows block by block; then logits, few windows at a time."""
+    """One model streamed over windows block by block; then logits, window by window."""
 
-    def __init__(self, source: Checkpoint, device: torch.device, windows_NL: Tensor):
+    def __init__(self, source: Checkpoint, device: torch.device, windows_NL: Tensor, step: Callable[[], None]):
         self.stream = BlockStream(source, device, model_dtype(source.config, device))
-        batches = self.stream.batches(windows_NL)
-        states = [self.stream.begin(batch) for batch in batches]
+        states = [self.stream.begin(batch) for batch in self.stream.batches(windows_NL)]
         for i in range(len(self.stream.blocks)):
             self.stream.advance(self.stream.load_block(i), i, states)
+            step()
         self.windows_NL = windows_NL
         self.rows = [row for state in states for row in state.split(1)]
 
-    @property
-    def windows_at_once(self) -> int:
-        """How many windows' logits fit into 64 MiB."""
-        vocabulary = self.stream.model.config.get_text_config().vocab_size
-        return max(1, LOGITS // (vocabulary * self.windows_NL.shape[1]))
+    def logits(self, number: int, first: int) -> Tensor:
+        """The logits (P, V) that predict the tokens after position `first` of a window."""
+        return self.stream.finish(self.windows_NL[number : number + 1], self.rows[number])[0, first:-1]
 
-    def logits(self, start: int, stop: int) -> Tensor:
-        """The float32 logits (B, L−1, V) that predict tokens 2…L of windows start…stop−1."""
-        hidden = torch.cat(self.rows[start:stop])
-        return self.stream.finish(self.windows_NL[start:stop], hidden)[:, :-1].float()
+
+class Scores:
+    """Sums over predictions: negative log-likelihood, and against a baseline's KL divergence and agreement."""
+
+    def __init__(self) -> None:
+        self.nll = self.baseline_nll = 0.0
+        self.tokens = self.same = 0
+        self.divergences: list[Tensor] = []
+
+    def add(self, logits_PV: Tensor, labels_P: Tensor, baseline_PV: Tensor | None) -> None:
+        """Score the predictions of labels, a few at a time: float32 logits of a large vocabulary are large."""
+        at_once = max(1, LOGITS // logits_PV.shape[1])
+        for start in range(0, len(labels_P), at_once):
+            part = slice(start, start + at_once)
+            labels, logits = labels_P[part], logits_PV[part].float()
+            self.nll += cross_entropy(logits, labels, reduction="sum").item()
+            self.tokens += len(labels)
+            if baseline_PV is not None:
+                baseline = baseline_PV[part].float()
+                self.baseline_nll += cross_entropy(baseline, labels, reduction="sum").item()
+                self.same += int((logits.argmax(-1) == baseline.argmax(-1)).sum())
+                p, q = log_softmax(baseline, -1), log_softmax(logits, -1)
+                self.divergences.append(kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu())
+
+    def against_baseline(self) -> dict[str, Any]:
+        """JSON: the baseline's perplexity, KL divergence of ours from it, how often the likeliest token is the same."""
+        kl = torch.cat(self.divergences).sort().values
+        return {
+            "baseline": {"perplexity": math.exp(self.baseline_nll / self.tokens)},
+            "kl_divergence": {
+                "mean": kl.mean(dtype=torch.float64).item(),
+                "p99": kl[min(len(kl) - 1, int(0.99 * len(kl)))].item(),
+                "max": kl[-1].item(),
+            },
+            "top1_agreement": self.same / self.tokens,
+        }
 
 
 def perplexity(
@@ -85,66 +118,51 @@ def perplexity(
     limit: int | None = None,
     baseline: str | None = None,
     device: str = "auto",
+    watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text, by the protocol of the GPTQ and AQLM papers; with a baseline also KL and top-1.
 
     The text is tokenized once without special tokens and cut into consecutive windows of `seqlen` without overlap, the
     tail dropped; tokens 2…seqlen of each are predicted; the mean negative log-likelihood over all of them, in float32,
     is exponentiated. With a smaller `stride` a window scores only the tokens that the one before it did not.
+    watch: called with the number of steps done and their total.
     """
     start = time.perf_counter()
-    source, chosen = open_model(model), choose_device(device)
-    length = seqlen if seqlen is not None else min(2048, int(source.config.get("max_position_embeddings") or 2048))
+    chosen = choose_device(device)
+    sources = [open_model(name) for name in (model, baseline) if name is not None]
+    length = seqlen if seqlen is not None else sources[0].default_seqlen
     step = stride if stride is not None else length
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(sources[0].path)
     windows_NL = windows(tokenize(tokenizer, read_text(text)), length, step, limit)
-    ours = Pass(source, chosen, windows_NL)
-    theirs = Pass(open_model(baseline), chosen, windows_NL) if baseline else None
-    sums = {"nll": 0.0, "baseline": 0.0, "same": 0.0, "tokens": 0}
-    divergences, scored_tokens = [], []
-    for number in range(0, len(windows_NL), ours.windows_at_once):
-        batch = windows_NL[number : number + ours.windows_at_once]
-        stop = number + len(batch)
-        first = torch.tensor([scored(number + row, length, step) for row in range(len(batch))])
-        counts = torch.arange(length - 1) >= first[:, None]
-        logits, labels = ours.logits(number, stop)[counts], batch[:, 1:][counts].to(chosen)
-        scored_tokens.append(labels.cpu())
-        sums["nll"] += cross_entropy(logits, labels, reduction="sum").item()
-        sums["tokens"] += len(labels)
-        if theirs:
-            reference = theirs.logits(number, stop)[counts]
-            if reference.shape != logits.shape:
-                raise VQCompressError(f"{model} and {baseline} have vocabularies of different sizes")
-            sums["baseline"] += cross_entropy(reference, labels, reduction="sum").item()
-            sums["same"] += (logits.argmax(-1) == reference.argmax(-1)).sum().item()
-            p, q = log_softmax(reference, -1), log_softmax(logits, -1)
-            divergences.append(kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu())
-    nll = sums["nll"] / sums["tokens"]
-    bytes_scored = len(str(tokenizer.decode(torch.cat(scored_tokens))).encode())
+    done = count(1)
+    total = len(windows_NL) + sum(int(source.config.get("num_hidden_layers") or 1) for source in sources)
+    passes = [Pass(source, chosen, windows_NL, lambda: watch(next(done), total)) for source in sources]
+    scores, labels = Scores(), []
+    for number, window_L in enumerate(windows_NL):
+        first = scored(number, length, step)
+        logits = [p.logits(number, first) for p in passes]
+        if logits[0].shape != logits[-1].shape:
+            raise VQCompressError(f"{model} and {baseline} have vocabularies of different sizes")
+        labels.append(window_L[first + 1 :])
+        scores.add(logits[0], labels[-1].to(chosen), logits[1] if baseline is not None else None)
+        watch(next(done), total)
+    nll = scores.nll / scores.tokens
+    bytes_scored = len(str(tokenizer.decode(torch.cat(labels))).encode())
     seconds = time.perf_counter() - start
-    result: dict[str, Any] = {
+    return {
         "perplexity": math.exp(nll),
         "nll_per_token": nll,
-        "bits_per_byte": sums["nll"] / math.log(2) / max(bytes_scored, 1),
-        "tokens": sums["tokens"],
+        "bits_per_byte": scores.nll / math.log(2) / max(bytes_scored, 1),
+        "tokens": scores.tokens,
         "windows": len(windows_NL),
         "seqlen": length,
         "stride": step,
         "bos": False,
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(sums["tokens"] / seconds, 1),
+        "tokens_per_second": round(scores.tokens / seconds, 1),
         "peak_rss_bytes": peak_rss_bytes(),
+        **(scores.against_baseline() if baseline is not None else {}),
     }
-    if theirs:
-        kl = torch.cat(divergences)
-        result["baseline"] = {"perplexity": math.exp(sums["baseline"] / sums["tokens"])}
-        result["kl_divergence"] = {
-            "mean": kl.mean(dtype=torch.float64).item(),
-            "p99": kl.sort().values[min(len(kl) - 1, int(0.99 * len(kl)))].item(),
-            "max": kl.max().item(),
-        }
-        result["top1_agreement"] = sums["same"] / sums["tokens"]
-    return result
 
 
 @torch.inference_mode()

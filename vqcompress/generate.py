@@ -41,18 +41,20 @@ def generate(
     temperature: 0 takes the likeliest token each time. seed: of the draws otherwise. on_text: called with each new
     piece of text; the prompt is none. seconds: from the prompt to the last token, loading excluded.
     """
-    if not prompt or max_new_tokens < 1 or not 0 <= temperature < float("inf"):
-        raise UsageError(
-            f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need a prompt, at least one token and a"
-            " temperature from 0 on"
-        )
-    path = resolve(model)
-    tokenizer = load_tokenizer(path)
+    if not prompt:
+        raise UsageError("--prompt is empty: give some text to continue")
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+        raise UsageError(f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need at least 1, at least 0")
     network: Any = load_any(model)
+    tokenizer = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     # Sampling reads torch's global generator, and there is no other way to seed it.
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     settings = network.generation_config
     pad = settings.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
     start = time.perf_counter()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import vqcompress
 from vqcompress import recipe as recipes
-from vqcompress.artifact import Artifact, Writer, quantization_config, tensors_of
+from vqcompress.artifact import HINT, MARKER, Artifact, Writer, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
-from vqcompress.calibration import calibration_rows, fingerprint
+from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states
 from vqcompress.errors import UsageError, VQCompressError
@@ -45,8 +45,7 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
 
 def calibration(source: Checkpoint, texts: list[str], samples: int | None, seqlen: int | None, seed: int) -> Tensor:
     """The calibration rows (N, L) for a checkpoint; L is 2,048 or the model's context if that is shorter."""
-    context = source.config.get("max_position_embeddings") or source.config.get("n_positions") or 2048
-    length = seqlen if seqlen is not None else min(2048, int(context))
+    length = seqlen if seqlen is not None else source.default_seqlen
     if length < 2 or (samples is not None and samples < 1):
         raise UsageError(f"--seqlen {length} and --samples {samples} must be at least 2 and 1")
     tokenizer = load_tokenizer(source.path)
@@ -72,7 +71,7 @@ def dry_run(
         if source.tensors:
             rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
         else:
-            rows, length = samples or 128, seqlen or 2048
+            rows, length = samples or DEFAULT_SAMPLES, seqlen or source.default_seqlen
     return {"model": model, "seed": seed, **summary(plan, stream, rows, length)}
 
 
@@ -94,6 +93,8 @@ def quantize(
     with "plan", "block", "target" and "done" and what is known about each.
     """
     start = time.perf_counter()
+    if str(out) == "demo":
+        raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     source, chosen = open_checkpoint(model), choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
     plan = make_plan(stream, recipes.load(recipe))
@@ -104,7 +105,7 @@ def quantize(
         if REST not in writer.done:
             rest = source.read(stream.rest)
             check_finite(rest)
-            writer.commit(REST, 1, count, rest, {"targets": [], "seconds": 0.0})
+            writer.commit(REST, 1, count, rest | {HINT: MARKER}, {"targets": [], "seconds": 0.0})
         states = first_states(stream, rows) if rows is not None else []
         entries = []
         for i, block in enumerate(plan.blocks):

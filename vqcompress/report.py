@@ -39,7 +39,8 @@ inputs = tokenizer("The first thing to know is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-`vqcompress.load("{here}")` does the same and checks the files first. From a shell:
+`vqcompress.load("{here}")` also checks the files first, and computes in float32 on a CPU unless told otherwise. From a
+shell:
 
 ```
 vqcompress generate {here} --prompt "The first thing to know is"

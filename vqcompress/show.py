@@ -111,6 +111,28 @@ def watching(model: str) -> Iterator[Watch]:
         yield draw
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of steps done and their total: a bar on a terminal, else a line on stderr at every quarter."""
+    start = time.perf_counter()
+
+    def left(done: int, total: int) -> str:
+        return f"about {duration((time.perf_counter() - start) / done * (total - done))} left" if done < total else ""
+
+    if not sys.stderr.isatty():
+
+        def log(done: int, total: int) -> None:
+            if done * 4 // total > (done - 1) * 4 // total:
+                print(f"{what}: {done * 100 // total} %, {left(done, total) or 'done'}", file=sys.stderr, flush=True)
+
+        yield log
+        return
+    text = TextColumn("{task.fields[left]}", markup=False)
+    with Progress(SpinnerColumn(), TextColumn(what), BarColumn(24), text, console=console(True), transient=True) as bar:
+        task = bar.add_task(what, total=None, left="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, left=left(done, total))
+
+
 def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
     if event == "plan":
         run.plan(facts)

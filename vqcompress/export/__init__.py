@@ -58,6 +58,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     for number, tensors in enumerate(groups, 1):
         file = SHARD.format(number, count)
         save_file({name: t.contiguous() for name, t in tensors.items()}, out / file, metadata={"format": "pt"})
+        (out / file).chmod(0o644)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     for path in source.companions():

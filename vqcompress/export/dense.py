@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vqcompress.artifact import Artifact
+from vqcompress.artifact import HINT, Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import stored_dtype
 
@@ -19,7 +19,7 @@ def export(stream: BlockStream, artifact: Artifact) -> tuple[dict[str, Any], Ite
 
 
 def _tensors(stream: BlockStream, artifact: Artifact) -> Iterator[dict[str, Tensor]]:
-    yield stream.source.read(stream.rest)
+    yield stream.source.read(name for name in stream.rest if name != HINT)
     dtype = stored_dtype(artifact.config)
     for block in stream.blocks:
         tensors = stream.source.read(stream.names.under(block.name))

@@ -10,7 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vqcompress.artifact import QUANT_METHOD, parse_entries
+from vqcompress.artifact import HINT, QUANT_METHOD, parse_entries
 from vqcompress.runtime.modules import swap
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class VQCompressQuantizer(HfQuantizer):
             swap(model, "", entries, model.dtype)
         # The marker that stops a process which forgot to import vqcompress is no news to one that did.
         known = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = known | {f"^{re.escape(entries[0].target.name)}\\.weight$"}
+        model._keys_to_ignore_on_load_unexpected = known | {
+            rf"^{re.escape(t)}$" for t in (HINT, f"{entries[0].target.name}.weight")
+        }
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the stored parts back as they are."""

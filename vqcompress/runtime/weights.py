@@ -61,6 +61,8 @@ def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTr
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
         reason = " ".join(str(error).split())[:300]
         raise VQCompressError(f"no causal language model can be built from this config: {reason}") from error
+    # On the meta device every parameter was made anew, tied ones too.
+    model.tie_weights()
     return model.eval()
 
 
