@@ -69,8 +69,9 @@ def main() -> None:
                     "cpu_seconds": round(cpu, 1),
                 }
             )
-    table = Table("recipe", "bits per weight", "artifact", "perplexity", "ratio", "seconds", "CPU s")
-    table.columns[0].no_wrap = True
+    table = Table("recipe", "bits", "artifact", "perplexity", "ratio", "seconds", "CPU s")
+    for column in table.columns:
+        column.no_wrap = True
     table.add_row("(original)", "16", size(report["source_bytes"]), f"{original['perplexity']:.3f}", "1", "", "")
     for r in rows:
         table.add_row(
@@ -84,6 +85,7 @@ def main() -> None:
         )
     console.print(table)
     windows, seqlen = original["windows"], original["seqlen"]
+    console.print("bits: all that is stored in place of the compressed weights, per weight")
     console.print(f"perplexity: {Path(text).name}, {windows} windows of {seqlen} tokens, no overlap, no BOS")
     if a.json:
         a.json.write_text(json.dumps({"model": a.model, "original": original, "recipes": rows}, indent=1))

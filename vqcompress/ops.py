@@ -18,8 +18,6 @@ TILE = 128
 SCALE_MIN = 2.0**-126
 # Columns whose int8 products add up exactly in float32: 1024 · 127² < 2²⁴.
 EXACT_COLUMNS = 1024
-# Partial sums that the FP8 product holds at a time, 64 MiB of them.
-PARTIALS = 2**24
 
 
 def power_of_two_ceil(scale: Tensor) -> Tensor:
@@ -141,20 +139,14 @@ def fp8_linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: b
     Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (promotion to float32 every N_C = 128 elements).
     """
     codes_TI, scale_TJ = _fp8_tiles(x_TI, power_of_two)
-    rows, tiles = codes_OI.shape[0], scale_TJ.shape[1]
-    codes_OI = codes_OI.float()
-    if padding := codes_TI.shape[1] - codes_OI.shape[1]:
-        codes_OI = F.pad(codes_OI, (0, padding))
-    codes_JCO = codes_OI.view(rows, tiles, TILE).permute(1, 2, 0)
-    scale_J1O = scale_PJ.T.repeat_interleave(TILE, 1)[:, None, :rows]
-    y_TO = x_TI.new_empty((x_TI.shape[0], rows))
-    # All slices in one batched product; a few tokens at a time, so that the partial sums stay small.
-    step = max(1, PARTIALS // (tiles * rows))
-    for t in range(0, x_TI.shape[0], step):
-        codes_JtC = codes_TI[t : t + step].float().view(-1, tiles, TILE).transpose(0, 1)
-        partial_JtO = (codes_JtC @ codes_JCO).mul_(scale_TJ[t : t + step].T[:, :, None]).mul_(scale_J1O)
-        y_TO[t : t + step] = partial_JtO.sum(0)
-    return y_TO
+    rows, columns = codes_OI.shape
+    codes_TI, codes_OI = codes_TI.float(), codes_OI.float()
+    scale_JO = scale_PJ.T.repeat_interleave(TILE, 1)[:, :rows]
+    y_TO = torch.zeros((len(x_TI), rows), dtype=torch.float32, device=x_TI.device)
+    for j, at in enumerate(range(0, columns, TILE)):
+        end = min(at + TILE, columns)
+        y_TO += (codes_TI[:, at:end] @ codes_OI[:, at:end].T).mul_(scale_TJ[:, j : j + 1]).mul_(scale_JO[j])
+    return y_TO.to(x_TI.dtype)
 
 
 @fp8_linear.register_fake
