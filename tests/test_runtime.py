@@ -210,3 +210,13 @@ def test_an_export_does_not_overwrite_what_is_there(quantized: Make, tmp_path: P
     with pytest.raises(UsageError, match="dense"):
         export(str(quantized()), "danse", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_generate_prepared_still_takes_gradients(quantized: Callable[..., Path]) -> None:
+    model = load(quantized("vq-small", "llama"))
+    ids = torch.arange(8)[None]
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    embedded = model.get_input_embeddings()(ids).clone().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+    assert torch.isfinite(embedded.grad).all()

@@ -79,11 +79,14 @@ class CompressedLinear(_Stored):
     def prepare(self, dtype: torch.dtype) -> Parts:
         """What `linear` will read for inputs of a type, made once."""
         if self._prepared is None or self._prepared_for != dtype:
-            parts = self.parts()
-            smoothing = parts.pop(SMOOTHING, None)
-            self._prepared, self._prepared_for = self.entry.method.prepare(parts, self.entry.target.shape, dtype), dtype
-            if smoothing is not None:
-                self._prepared[SMOOTHING] = smoothing.to(dtype)
+            # The first call may be inside of `generate`; what is made there could never meet autograd.
+            with torch.inference_mode(False), torch.no_grad():
+                parts = self.parts()
+                smoothing = parts.pop(SMOOTHING, None)
+                prepared = self.entry.method.prepare(parts, self.entry.target.shape, dtype)
+                if smoothing is not None:
+                    prepared[SMOOTHING] = smoothing.to(dtype)
+            self._prepared, self._prepared_for = prepared, dtype
         return self._prepared
 
     def forward(self, x: Tensor) -> Tensor:
