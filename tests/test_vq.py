@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from vqcompress.codebooks.feedback import Metric, error_feedback, measure, pose
+from vqcompress.codebooks.learned import Book, nearest, sum_entries
+from vqcompress.methods import make
 from vqcompress.methods.method import Parts, layout_bits
-from vqcompress.methods.vq import VQ, Metric, error_feedback, measure, nearest, pose, sum_entries
+from vqcompress.methods.vq import VQ
 from vqcompress.statistics import Statistics
 
 QUICK = {"iterations": 4, "refits": 1}
+# One of each family of words, small and quick.
+FAMILIES = {
+    "learned": {**QUICK},
+    "learned, rotated": {"rotation": True, **QUICK},
+    "universal": {"codebook": "universal"},
+    "lattice": {"codebook": "lattice"},
+    "lattice, 3 bits": {"codebook": "lattice", "bits": 24},
+    "trellis": {"codebook": "trellis", "states": 8},
+    "trellis, unrotated": {"codebook": "trellis", "bits": 3, "states": 9, "rotation": False},
+}
+each_family = pytest.mark.parametrize("knobs", FAMILIES.values(), ids=FAMILIES)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -67,9 +82,18 @@ def decode(method: VQ, parts: Parts, weight_OI: Tensor) -> Tensor:
         ({"d": 1, "bits": 3}, 0.036),
         ({"d": 4, "bits": 4, "stages": 2}, 0.12),
         ({"d": 8, "bits": 5, "stages": 3, "iterations": 6, "refits": 1}, 0.125),
+        ({"codebook": "universal", "d": 8, "bits": 8}, 0.33),
+        ({"codebook": "universal"}, 0.0995),
+        ({"codebook": "universal", "d": 1, "bits": 6}, 0.0008),
+        ({"codebook": "lattice"}, 0.093),
+        ({"codebook": "lattice", "bits": 24}, 0.031),
+        ({"codebook": "lattice", "bits": 32}, 0.0087),
+        ({"codebook": "trellis", "bits": 1, "states": 12}, 0.295),
+        ({"codebook": "trellis", "states": 12}, 0.077),
+        ({"codebook": "trellis", "states": 10, "bits": 4}, 0.0065),
     ],
 )
-def test_error_on_a_gaussian(knobs: dict[str, int], bound: float) -> None:
+def test_error_on_a_gaussian(knobs: dict[str, Any], bound: float) -> None:
     method = VQ(**knobs, feedback=False)
     weight_OI = gaussian(256, 256) * 0.02
     assert relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)) < bound
@@ -90,10 +114,21 @@ def test_wider_entries_matter_at_high_rates() -> None:
     assert errors[1] < errors[0] / 2
 
 
-@pytest.mark.parametrize("scope", ["target", "block"])
-def test_same_seed_same_bytes_whatever_the_threads(scope: str) -> None:
-    method = VQ(scope=scope, stages=2, bits=5, **QUICK)
-    weight_OI, statistics = gaussian(96, 128), correlated(128)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"scope": "target", "stages": 2, "bits": 5, **QUICK},
+        {"scope": "block", "stages": 2, "bits": 5, **QUICK},
+        {"codebook": "universal"},
+        {"codebook": "lattice"},
+        {"codebook": "trellis", "states": 8},
+    ],
+    ids=str,
+)
+def test_same_seed_same_bytes_whatever_the_threads(knobs: dict[str, Any]) -> None:
+    method = VQ(**knobs)
+    # More rows than one walk of a trellis, so that threads share them.
+    weight_OI, statistics = gaussian(600, 96), correlated(96)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -155,12 +190,14 @@ def odd_weights() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"d": 5, "bits": 3, "stages": 2, "scope": "target"}, {"feedback": False}], ids=str
+    "knobs",
+    [*FAMILIES.values(), {"d": 5, "bits": 3, "stages": 2, "scope": "target", **QUICK}, {"feedback": False, **QUICK}],
+    ids=str,
 )
 @pytest.mark.parametrize("name", odd_weights())
-def test_odd_weights(name: str, knobs: dict[str, int]) -> None:
+def test_odd_weights(name: str, knobs: dict[str, Any]) -> None:
     weight_OI = odd_weights()[name]
-    method = VQ(**QUICK, **knobs)
+    method = VQ(**knobs)
     decoded_OI = decode(method, encode(method, weight_OI, hessian_of(gaussian(64, weight_OI.shape[1], 1))), weight_OI)
     assert torch.equal(decoded_OI[(weight_OI == 0).all(1)], weight_OI[(weight_OI == 0).all(1)])
     # No sum of squares here: it overflows for the largest weights.
@@ -188,10 +225,11 @@ def odd_statistics(columns: int) -> dict[str, Statistics]:
     }
 
 
+@each_family
 @pytest.mark.parametrize("name", odd_statistics(24))
-def test_odd_statistics(name: str) -> None:
+def test_odd_statistics(name: str, knobs: dict[str, Any]) -> None:
     weight_OI = gaussian(64, 24)
-    method = VQ(bits=7, **QUICK)
+    method = VQ(**knobs)
     decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)[name]), weight_OI)
     assert relative_error(weight_OI, decoded_OI) < 0.5
 
@@ -296,11 +334,69 @@ def naive_feedback(weight_OI: Tensor, metric: Metric, codebook_Kd: Tensor) -> Te
 
 def test_error_feedback_is_that_of_the_inverse_hessian() -> None:
     # More columns than a span, so that both ways of carrying the error are used.
-    method = VQ(d=4, bits=4)
     weight_OI = gaussian(6, 160)
-    metric = measure(correlated(160), weight_OI, method)
+    metric = measure(correlated(160), weight_OI, d=4, feedback=True, damping=0.01)
     codebook_Kd = gaussian(16, 4, 3)
     problem = pose(weight_OI, metric)
-    codes_OGR, error_OJ = error_feedback(problem, codebook_Kd[None], 1)
-    torch.testing.assert_close(error_OJ, problem.unit_OJ - sum_entries(codes_OGR, codebook_Kd[None]))
+    codes, value_OJ = error_feedback(problem, Book(codebook_Kd[None], 1))
+    codes_OGR = torch.stack(codes, 1)
+    torch.testing.assert_close(value_OJ, sum_entries(codes_OGR, codebook_Kd[None]))
     assert (codes_OGR[..., 0] == naive_feedback(problem.unit_OJ, metric, codebook_Kd)).float().mean() > 0.99
+
+
+@each_family
+def test_what_is_stored_decodes_to_what_was_chosen(knobs: dict[str, Any]) -> None:
+    """300 rows: more than one walk of a trellis, and words of a lattice that reach over the end."""
+    method, weight_OI, statistics = VQ(**knobs), gaussian(299, 48), correlated(48)
+    parts = encode(method, weight_OI, statistics)
+    error = statistics.proxy_error(weight_OI, decode(method, parts, weight_OI))
+    blind = statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI))
+    assert error is not None
+    assert blind is not None
+    assert error < 0.7 * blind
+
+
+def test_rotation_spreads_outliers() -> None:
+    weight_OI = gaussian(128, 128) * 0.02
+    weight_OI[:, 5] *= 40
+    weight_OI[7] *= 40
+    errors = []
+    for rotation in (False, True):
+        method = VQ(codebook="universal", rotation=rotation, feedback=False)
+        errors.append(relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)))
+    assert errors[1] < 0.11 < errors[0]
+
+
+def test_weights_of_one_input_are_rotated_by_the_same_signs() -> None:
+    method = VQ(codebook="universal")
+    weights = [gaussian(32, 64, 1), gaussian(48, 64, 2)]
+    for seed, same in ((5, True), (None, False)):
+        signs = [method.encode(w, Statistics(seed=seed), seeded(i))["signs"] for i, w in enumerate(weights)]
+        assert torch.equal(*signs) == same
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"codebook": "universal", "d": 3, "bits": 7}, "no universal codebook for d 3 and bits 7"),
+        ({"codebook": "lattice", "bits": 20}, "bits 16, 24 or 32"),
+        ({"codebook": "trellis", "bits": 6}, "1 to 4 bits"),
+        ({"codebook": "trellis", "d": 2}, "d 1"),
+        ({"codebook": "trellis", "refits": 2}, "refits is a knob of learned codebooks"),
+        ({"codebook": "universal", "stages": 2}, "stages is a knob of learned codebooks"),
+        ({"states": 12}, "states is a knob of trellis codes"),
+        ({"bits": 20}, "at most 16 bits"),
+        ({"codebook": "lattices"}, "codebook='lattices' is not valid"),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_is_refused_with_the_reason(knobs: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make("vq", knobs)
+
+
+def test_a_family_brings_its_defaults() -> None:
+    method = VQ(codebook="lattice")
+    assert (method.d, method.bits, method.rotation) == (8, 16, True)
+    assert VQ(**method.model_dump()) == method
+    assert not VQ().rotation

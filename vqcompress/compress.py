@@ -46,8 +46,12 @@ class _Rewrites:
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """Random state that depends on the seed and the target only, never on what was done before."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(seed_for(seed, name))
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A seed that depends on the run's and a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
 
 
 def first_states(stream: BlockStream, rows_NL: Tensor) -> list[Tensor]:
@@ -81,7 +85,7 @@ def compress_block(
         probe = states[0][:1, :PROBE_TOKENS]
         smoothing = any(plan.rules[target.name].smoothing for target in plan.compressed(block))
         inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe), prove=smoothing)
-        statistics = gather(stream, plan, index, module, states, inputs)
+        statistics = gather(stream, plan, index, module, states, inputs, seed)
     rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
     changed = _changed(stream, plan, block, module, rewrites)
     # The weights are encoded from what was stored: the module's type may be too short for the factors.
@@ -92,7 +96,7 @@ def compress_block(
 
 
 def gather(
-    stream: BlockStream, plan: Plan, index: int, module: nn.Module, states: list[Tensor], inputs: list[Input]
+    stream: BlockStream, plan: Plan, index: int, module: nn.Module, states: list[Tensor], inputs: list[Input], seed: int
 ) -> dict[str, Statistics]:
     """Run the calibration rows through a dense block; statistics by the path of each target that reads an input.
 
@@ -124,7 +128,11 @@ def gather(
     finally:
         for handle in handles:
             handle.remove()
-    return {path: totals for entrance, a in accumulators for totals in [a.statistics()] for path in entrance.consumers}
+    found = {}
+    for entrance, accumulator in accumulators:
+        totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
+        found |= dict.fromkeys(entrance.consumers, totals)
+    return found
 
 
 @torch.no_grad()

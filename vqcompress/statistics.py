@@ -19,6 +19,7 @@ SAMPLE_TOKENS = 1024
 class Statistics:
     """What a method may know about the input of the weight that it encodes; a field nobody asked for is None.
 
+    seed: random state that belongs to the input, so that all weights that read it are rotated by the same signs.
     tokens: number of calibration tokens seen.
     absmax_I: largest magnitude per channel, float32.
     sumsq_I: mean square per channel, float32 (the diagonal of the Hessian).
@@ -26,6 +27,7 @@ class Statistics:
     sample_SI: some of the inputs themselves, float32, at most about `SAMPLE_TOKENS`.
     """
 
+    seed: int | None = None
     tokens: int = 0
     absmax_I: Tensor | None = None
     sumsq_I: Tensor | None = None
@@ -89,10 +91,11 @@ class Accumulator:
             self.sample.append(x_TI[-self.tokens % self.stride :: self.stride].clone())
         self.tokens += len(x_TI)
 
-    def statistics(self) -> Statistics:
-        """The totals so far; means are over `tokens`."""
+    def statistics(self, seed: int | None = None) -> Statistics:
+        """The totals so far; means are over `tokens`. seed: of the input."""
         n = max(self.tokens, 1)
         return Statistics(
+            seed=seed,
             tokens=self.tokens,
             absmax_I=self.absmax_I,
             sumsq_I=None if self.sumsq_I is None else self.sumsq_I / n,
