@@ -104,7 +104,7 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
     bits, weights = sum(stored.values()), sum(entry.target.weights for entry in entries)
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
     # Rotated, a head that was tied to the embeddings is stored by itself.
-    untied = plan.recipe.rotation and embedding.weight is head.weight
+    untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
     targets = [
         {
             "name": entry.target.name,
@@ -121,7 +121,7 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
         "bits_per_weight": bits / weights,
         "weights_quantized": weights,
         "source_bytes": source,
-        "artifact_bytes": source + (head.weight.numel() if untied else 0) * itemsize - weights * itemsize + int(bits) // 8,
+        "artifact_bytes": source + (untied - weights) * itemsize + int(bits) // 8,
         "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen),
         "seconds": _seconds(plan, stream, rows * seqlen),
         "calibration_tokens": rows * seqlen,

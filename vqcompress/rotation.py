@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -43,9 +44,7 @@ def _watch(root: nn.Module, run: Callable[[], Tensor]) -> tuple[dict[str, str | 
             seen[path] = x.reshape(-1, x.shape[-1])
 
     watched = [*_weights(root, 1), *_weights(root, 2)]
-    handles = [
-        root.get_submodule(p).register_forward_hook(lambda m, args, out, p=p: look(p, m, args, out)) for p in watched
-    ]
+    handles = [root.get_submodule(path).register_forward_hook(partial(look, path)) for path in watched]
     try:
         output = run()
     finally:
@@ -103,7 +102,7 @@ class Rotated(Checkpoint):
         self.tensors |= {name: self.tensors[original] for name, original in self._original.items()}
         self._stream = BlockStream(self, stream.device, torch.float32)
         self._block_of = {n: i for i, b in enumerate(stream.blocks) for n in self._stream.names.under(b.name)}
-        self._signs_H = random_signs(embedding.weight.shape[1], draw("rotation")).to(stream.device)
+        self._signs_H = random_signs(self.tensors[self._embedding].shape[1], draw("rotation")).to(stream.device)
         self._probe = self._prove_rest(paths[head].removesuffix(".weight"))
         structures = {repr(layer): i for i, layer in reversed(list(enumerate(self._stream.skeletons)))}
         for i in structures.values():
@@ -128,36 +127,41 @@ class Rotated(Checkpoint):
         return hadamard((x.movedim(dim, -1) * self._signs_H).movedim(-1, dim), dim)
 
     def _raw_rest(self) -> dict[str, Tensor]:
+        """What lies outside of the blocks as it was, tied embeddings twice."""
         names = {name: self._original.get(name, name) for name in self._stream.rest}
         raw = self._source.read(set(names.values()))
         check_finite(raw)
         return {name: raw[original] for name, original in names.items()}
 
-    def _rest(self, stored: bool = True) -> dict[str, Tensor]:
-        """What lies outside of the blocks, rotated; in float32 unless as stored."""
-        tensors = self._raw_rest()
-        device, gain_H = self._signs_H.device, torch.ones(())
+    def _turned_rest(self) -> dict[str, Tensor]:
+        """What changes outside of the blocks: embeddings, head and final norm, in float32."""
+        raw, device = self._raw_rest(), self._signs_H.device
+        changed = {name: raw[name].to(device).float() for name in (self._embedding, self._head)}
         if self._norm:
-            gain_H = tensors[self._norm].float() + self._offset
-            tensors[self._norm] = torch.full_like(gain_H, 1 - self._offset)
-        for name, gain in ((self._embedding, torch.ones(())), (self._head, gain_H)):
-            tensors[name] = self._turn(tensors[name].to(device).float() * gain.to(device)).cpu()
-        return {name: t.to(self.tensors[name].dtype) for name, t in tensors.items()} if stored else tensors
+            gain_H = raw[self._norm].to(device).float() + self._offset
+            # Not in place: tied embeddings are one tensor here.
+            changed[self._head] = changed[self._head] * gain_H
+            changed[self._norm] = torch.full_like(gain_H, 1 - self._offset)
+        return changed | {name: self._turn(changed[name]) for name in (self._embedding, self._head)}
+
+    def _rest(self) -> dict[str, Tensor]:
+        rest = self._raw_rest() | self._turned_rest()
+        return {name: tensor.to("cpu", self.tensors[name].dtype) for name, tensor in rest.items()}
 
     def _prove_rest(self, head: str) -> Tensor:
         """Prove what lies outside of the blocks; the hidden states (1, L, H) of the probe tokens."""
-        stream, model = self._stream, self._stream.model
+        stream = self._stream
+        model: nn.Module = stream.model
         stream.load_rest(self._raw_rest())
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = stream.model.config.get_text_config().vocab_size
         ids_BL = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         x_BLH = stream.begin(ids_BL)
         norms, logits = _watch(model, lambda: stream.finish(ids_BL, x_BLH))
         norm = norms[head]
         if norm is not None:
             self._norm, self._offset = stream.names.tensor[f"{norm}.weight"], _offset(model.get_submodule(norm), x_BLH)
-        for name, tensor in self._rest(stored=False).items():
-            if name in (self._embedding, self._head, self._norm):
-                model.get_parameter(stream.names.parameter[name]).data = tensor.to(stream.device)
+        for name, tensor in self._turned_rest().items():
+            model.get_parameter(stream.names.parameter[name]).data = tensor
         if not _close(stream.finish(ids_BL, self._turn(x_BLH)), logits):
             _refuse("the model", _reason(model, set(norms.values())))
         if not _close(stream.begin(ids_BL), self._turn(x_BLH)):
@@ -214,21 +218,17 @@ class Rotated(Checkpoint):
         if not isinstance(size, int) or weight.shape[1] % size:
             return
         for producer in row_candidates(module, earlier, weight.shape[1]):
-            maker = module.get_submodule(producer.path)
-            changed = [weight, *maker.parameters(recurse=False)]
-            saved = [parameter.data for parameter in changed]
-            rows = len(changed[1])
-            if rows % size:
-                continue
-            signs_R = random_signs(rows, self._draw(f"{self._stream.blocks[i].name}.{producer.path}")).to(weight.device)
-            turned_OC = weight * signs_R[producer.rows_I.to(weight.device)]
-            weight.data = hadamard(turned_OC.unflatten(1, (-1, size))).flatten(1)
-            for parameter in changed[1:]:
-                turned = (parameter.movedim(0, -1) * signs_R).movedim(-1, 0).unflatten(0, (-1, size))
-                parameter.data = hadamard(turned, 1).flatten(0, 1)
+            parameters = [weight, *module.get_submodule(producer.path).parameters(recurse=False)]
+            saved = [parameter.data for parameter in parameters]
+            draw = self._draw(f"{self._stream.blocks[i].name}.{producer.path}")
+            signs_R = random_signs(len(saved[1]), draw).to(weight.device)
+            weight.data = hadamard((weight * signs_R[producer.rows_I]).unflatten(1, (-1, size))).flatten(1)
+            for parameter in parameters[1:]:
+                signed = (parameter.movedim(0, -1) * signs_R).movedim(-1, 0)
+                parameter.data = hadamard(signed.unflatten(0, (-1, size)), 1).flatten(0, 1)
             if _close(self._stream.run(module, i, self._probe), reference, self._probe):
                 return
-            for parameter, data in zip(changed, saved, strict=True):
+            for parameter, data in zip(parameters, saved, strict=True):
                 parameter.data = data
 
 
