@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from toys import toy_config
 
 from vqcompress import artifact
@@ -25,7 +25,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.export import export
 from vqcompress.hadamard import block_size
 from vqcompress.quantize import dry_run, quantize
-from vqcompress.rotation import Rotated
+from vqcompress.rotation import Rotated, _watch
 from vqcompress.runtime.load import load
 from vqcompress.verify import verify
 
@@ -216,6 +216,31 @@ def test_outliers_are_spread(lively: Make, tmp_path: Path) -> None:
         return (w.abs().amax(1) / w.square().mean(1).sqrt()).mean().item()
 
     assert peak(weight) < 0.5 * peak(tensors[name])
+
+
+class Mixture(nn.Module):
+    """A router and three experts, of which the last gets no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.RMSNorm(8), nn.Linear(8, 3)
+        self.up = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(16, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        chosen, out = self.router(y).argmax(-1) % 2, torch.zeros_like(x)
+        for k in (0, 1):
+            out[chosen == k] = self.down[k](self.up[k](y[chosen == k]).relu())
+        return x + out
+
+
+def test_an_expert_that_reads_some_rows_of_a_norm_is_its_reader() -> None:
+    torch.manual_seed(0)
+    block, x = Mixture(), torch.randn(1, 32, 8)
+    roles, out = _watch(block, lambda: block(x))
+    assert roles == {"router": "norm", "up.0": "norm", "up.1": "norm", "down.0": None, "down.1": None}
+    assert torch.equal(out, block(x))
 
 
 def toy_of(config: transformers.PretrainedConfig, folder: Path) -> Path:
