@@ -13,7 +13,7 @@ FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration"},
-    {"runtime", "blocks", "inputs", "plan"},
+    {"runtime", "blocks", "inputs", "rotation", "plan"},
     {"quantize", "compress", "evaluate", "export", "report", "doctor", "verify", "inspect", "generate"},
     {"cli", "show"},
 ]

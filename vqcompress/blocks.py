@@ -79,7 +79,11 @@ class BlockStream:
     def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.source = source
         self.device, self.dtype = device, dtype
-        self.model = skeleton(load_config(self.source.path), dtype)
+        config = load_config(self.source.path)
+        if self.source.config.get("tie_word_embeddings") is False:
+            # A rotated checkpoint has embeddings and head of its own, whatever the file says.
+            config.tie_word_embeddings = False
+        self.model = skeleton(config, dtype)
         self.blocks = blocks_of(self.model)
         if isinstance(source, Artifact):
             swap(self.model, "", source.entries.values(), dtype)
@@ -109,10 +113,10 @@ class BlockStream:
             wanted[part] = self.names.tensor[name]
         return wanted
 
-    def load_rest(self) -> None:
-        """Load embeddings, final norm and head; begin and finish need them."""
+    def load_rest(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Load embeddings, final norm and head; begin and finish need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
-            assign(self.model, self.source.read(self.rest), self.dtype)
+            assign(self.model, self.source.read(self.rest) if tensors is None else tensors, self.dtype)
             self.model.tie_weights()
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True

@@ -90,6 +90,10 @@ def compress_block(
     changed = _changed(stream, plan, block, module, rewrites)
     # The weights are encoded from what was stored: the module's type may be too short for the factors.
     del module
+    weights = {stream.names.tensor[f"{target.name}.weight"] for target in plan.compressed(block)}
+    # A rotated block comes in float32, and what stays dense is stored as the checkpoint had it.
+    dense = {name: t.to(stream.source.tensors[name].dtype) for name, t in tensors.items() if name not in weights}
+    tensors |= dense
     rows = _encode(stream, plan, block, tensors, statistics, rewrites, seed, tick)
     seconds = round(time.perf_counter() - start, 3)
     return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), "targets": rows}

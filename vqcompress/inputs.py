@@ -93,7 +93,7 @@ def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tens
     for number, (consumers, x) in enumerate(groups):
         norm = norms.get(_storage(x))
         earlier = [path for group, _ in groups[:number] for path in group]
-        candidates = _norm_candidates(norm, x.shape[-1]) if norm else _row_candidates(block, earlier, x.shape[-1])
+        candidates = _norm_candidates(norm, x.shape[-1]) if norm else row_candidates(block, earlier, x.shape[-1])
         proven = (c for c in candidates if _is_exact(block, c, consumers, run, reference))
         producer = next(proven, None) if prove else None
         attention = any("attn" in path or "attention" in path for path in consumers)
@@ -143,7 +143,7 @@ def _norm_candidates(path: str, channels: int) -> Iterator[Producer]:
     yield Producer(path, "norm_plus_one", torch.arange(channels))
 
 
-def _row_candidates(block: nn.Module, earlier: list[str], channels: int) -> Iterator[Producer]:
+def row_candidates(block: nn.Module, earlier: list[str], channels: int) -> Iterator[Producer]:
     """Linear layers that ran before and could make the input row by row, the latest first."""
     for path in reversed(earlier):
         rows = block.get_submodule(path).out_features

@@ -102,6 +102,9 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
     entries = [plan.entry(block, target, False) for block in plan.blocks for target in plan.compressed(block)]
     stored = stored_bits(entries)
     bits, weights = sum(stored.values()), sum(entry.target.weights for entry in entries)
+    embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
+    # Rotated, a head that was tied to the embeddings is stored by itself.
+    untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
     targets = [
         {
             "name": entry.target.name,
@@ -114,10 +117,11 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
     ]
     return {
         "recipe": plan.recipe.name,
+        "rotation": plan.recipe.rotation,
         "bits_per_weight": bits / weights,
         "weights_quantized": weights,
         "source_bytes": source,
-        "artifact_bytes": source - weights * itemsize + int(bits) // 8,
+        "artifact_bytes": source + (untied - weights) * itemsize + int(bits) // 8,
         "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen),
         "seconds": _seconds(plan, stream, rows * seqlen),
         "calibration_tokens": rows * seqlen,
@@ -131,7 +135,8 @@ def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int) -> int:
     now = peak_rss_bytes()
     width = max(t.shape[1] for t in plan.targets)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in stream.skeletons)
-    rest = sum(p.numel() for p in stream.model.parameters())
+    # With a rotation, embeddings and head before and after it.
+    rest = sum(p.numel() for p in stream.model.parameters()) * (4 if plan.recipe.rotation else 1)
     hidden = stream.model.config.get_text_config().hidden_size
     # A block in its stored type and in float32, its encoded parts, and the work of encoding one weight.
     block = largest * (2 + 4 + 2) + max(t.weights for t in plan.targets) * 4 * 4

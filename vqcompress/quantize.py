@@ -18,10 +18,11 @@ from vqcompress.artifact import HINT, MARKER, Artifact, Writer, quantization_con
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
-from vqcompress.compress import compress_block, entries_of, first_states
+from vqcompress.compress import compress_block, entries_of, first_states, generator_for
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.plan import Plan, make_plan, summary
 from vqcompress.report import model_card, run_report
+from vqcompress.rotation import Rotated
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
@@ -98,6 +99,9 @@ def quantize(
     source, chosen = open_checkpoint(model), choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
     plan = make_plan(stream, recipes.load(recipe))
+    if plan.recipe.rotation:
+        source = Rotated(stream, partial(generator_for, seed))
+        stream = BlockStream(source, chosen, stream.dtype)
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
     with Writer(out, _inputs(source, plan, rows, seed, stream), overwrite) as writer:
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})

@@ -40,11 +40,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """name: what the user called it. rules: in order; a target that none matches is kept as it is."""
+    """name: what the user called it. rules: in order; a target that none matches is kept as it is.
+
+    rotation: `fold` rotates the whole model first, see `rotation.Rotated`.
+    """
 
     name: str
     description: str
     rules: tuple[Rule, ...]
+    rotation: str | None = None
 
     def rule_for(self, target: Target) -> Rule:
         """The first rule that matches the target's name."""
@@ -63,10 +67,12 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """SHA-256 over what the rules mean (not over the file's words)."""
-        meaning = [
+        meaning: list[Any] = [
             [rule.match, rule.method.describe(), rule.smoothing.model_dump(mode="json") if rule.smoothing else None]
             for rule in self.rules
         ]
+        # Only where there is one: what recipes meant before rotations existed keeps its fingerprint.
+        meaning += [{"rotation": self.rotation}] if self.rotation else []
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
@@ -92,11 +98,16 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules"}, f"recipe {name}")
+    _only(data, {"description", "rules", "rotation"}, f"recipe {name}")
+    rotation = data.get("rotation")
+    if rotation not in (None, "fold"):
+        hint = "rotation at run time is a knob of a vq rule"
+        raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
     rules = data.get("rules")
     if not isinstance(rules, list) or not rules:
         raise UsageError(f"recipe {name} needs a list 'rules' with at least one rule")
-    return Recipe(name, str(data.get("description", "")), tuple(_rule(r, i, name) for i, r in enumerate(rules, 1)))
+    parsed = tuple(_rule(r, i, name) for i, r in enumerate(rules, 1))
+    return Recipe(name, str(data.get("description", "")), parsed, rotation)
 
 
 def _only(data: dict[str, Any], known: set[str], where: str) -> None:

@@ -83,6 +83,7 @@ def run_report(
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in targets)
     return {
         "recipe": plan.recipe.name,
+        "rotation": plan.recipe.rotation,
         "model": model,
         "seed": seed,
         "bits_per_weight": bits / weights,

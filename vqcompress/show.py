@@ -187,6 +187,8 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     to.print(table)
     before, after = plan["source_bytes"], plan["artifact_bytes"]
     weights = f"{plan['weights_quantized']:,} weights"
+    if plan["rotation"]:
+        to.print("rotate  the residual stream and the heads' values, folded into the weights")
     to.print(f"total   {len(plan['targets'])} targets, {weights}, {plan['bits_per_weight']:.3f} bits per weight in all")
     to.print(f"size    {size(before)} → about {size(after)}, {before / max(after, 1):.2f} times smaller")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
