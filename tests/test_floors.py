@@ -14,7 +14,7 @@ FLOORS: list[set[str]] = [
     {"methods", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration"},
     {"runtime", "blocks", "inputs", "plan"},
-    {"quantize", "compress", "evaluate", "export", "report", "doctor", "verify", "inspect", "generate"},
+    {"quantize", "compress", "allocate", "evaluate", "export", "report", "doctor", "verify", "inspect", "generate"},
     {"cli", "show"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.

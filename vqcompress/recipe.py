@@ -40,11 +40,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """name: what the user called it. rules: in order; a target that none matches is kept as it is."""
+    """name: what the user called it. rules: in order; a target that none matches is kept as it is.
+
+    candidates: instead of rules, those for all targets that `allocate` chooses from.
+    """
 
     name: str
     description: str
     rules: tuple[Rule, ...]
+    candidates: tuple[Rule, ...] = ()
 
     def rule_for(self, target: Target) -> Rule:
         """The first rule that matches the target's name."""
@@ -65,7 +69,7 @@ class Recipe:
         """SHA-256 over what the rules mean (not over the file's words)."""
         meaning = [
             [rule.match, rule.method.describe(), rule.smoothing.model_dump(mode="json") if rule.smoothing else None]
-            for rule in self.rules
+            for rule in self.rules + self.candidates
         ]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
@@ -92,11 +96,42 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules"}, f"recipe {name}")
-    rules = data.get("rules")
-    if not isinstance(rules, list) or not rules:
-        raise UsageError(f"recipe {name} needs a list 'rules' with at least one rule")
-    return Recipe(name, str(data.get("description", "")), tuple(_rule(r, i, name) for i, r in enumerate(rules, 1)))
+    _only(data, {"description", "rules", "candidates"}, f"recipe {name}")
+    if {"rules", "candidates"} <= data.keys():
+        raise UsageError(f"recipe {name} has both 'rules' and 'candidates'; it can have one of them")
+    kind = "candidates" if "candidates" in data else "rules"
+    listed, description = data.get(kind), str(data.get("description", ""))
+    if not isinstance(listed, list) or not listed:
+        raise UsageError(f"recipe {name} needs a list '{kind}' with at least one {kind[:-1]}")
+    if kind == "rules":
+        return Recipe(name, description, tuple(_rule(r, i, name) for i, r in enumerate(listed, 1)))
+    if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
+        raise UsageError(
+            f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
+        )
+    candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
+    if any(rule.method.dense for rule in candidates):
+        raise UsageError(f"recipe {name}: a candidate must compress, and keep does not")
+    return Recipe(name, description, (), candidates)
+
+
+def dump(recipe: Recipe) -> str:
+    """The text that `parse` reads as the same rules, a line for each; of knobs, what the rules were given."""
+    rules = []
+    for rule in recipe.rules:
+        transform = {"smoothing": rule.smoothing.model_dump(mode="json")} if rule.smoothing else {}
+        rules.append({"match": rule.match, "method": rule.method.name, **_given(rule.method), **transform})
+    data = {"description": recipe.description, "rules": rules}
+    return yaml.safe_dump(data, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def setting(method: Method) -> str:
+    """A method and the knobs that it was given, for people: vq d=4 bits=8."""
+    return " ".join([method.name, *(f"{knob}={value}" for knob, value in _given(method).items())])
+
+
+def _given(method: Method) -> dict[str, Any]:
+    return method.model_dump(mode="json", exclude_unset=True)
 
 
 def _only(data: dict[str, Any], known: set[str], where: str) -> None:
