@@ -235,7 +235,7 @@ def test_the_command_line(toy: Callable[..., Path], candidates: str, text: Path,
     assert result.exit_code == 0, result.stderr
     assert "block 1/2 model.layers.0: measuring what each setting costs" in result.stderr
     assert "vq d=1 bits=4" in result.stdout
-    assert result.stdout.splitlines()[0].split() == ["setting", "targets", "weights"] or "setting" in result.stdout
+    assert "setting" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -273,12 +273,17 @@ def test_too_little_is_refused_with_the_least_there_is(toy: Callable[..., Path],
         ("candidates: [{match: '*', method: int8}]", "nothing else"),
         ("candidates: [{method: int8, smoothing: {alpha: 0.5}}]", "nothing else"),
         ("candidates: [{method: int8}, {method: in8}]", "rule 2.*Did you mean 'int8'"),
-        ("candidates: [{method: keep}]", "must compress"),
     ],
 )
 def test_a_broken_list_of_candidates_is_refused(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         recipes.parse(text, "test")
+
+
+def test_a_candidate_that_compresses_nothing_is_refused(toy: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "keep.yaml").write_text("candidates: [{method: fp8}, {method: keep}]")
+    with pytest.raises(UsageError, match="compresses nothing"):
+        dry_run(str(toy()), str(tmp_path / "keep.yaml"), target_bits=3)
 
 
 def test_a_dumped_recipe_is_read_as_what_it_was() -> None:

@@ -109,29 +109,25 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(
             f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
         )
-    candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
-    if any(rule.method.dense for rule in candidates):
-        raise UsageError(f"recipe {name}: a candidate must compress, and keep does not")
-    return Recipe(name, description, (), candidates)
+    return Recipe(name, description, (), tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1)))
 
 
 def dump(recipe: Recipe) -> str:
     """The text that `parse` reads as the same rules, a line for each; of knobs, what the rules were given."""
     rules = []
     for rule in recipe.rules:
-        transform = {"smoothing": rule.smoothing.model_dump(mode="json")} if rule.smoothing else {}
-        rules.append({"match": rule.match, "method": rule.method.name, **_given(rule.method), **transform})
+        knobs = rule.method.model_dump(mode="json", exclude_unset=True)
+        rules.append({"match": rule.match, "method": rule.method.name, **knobs})
+        if rule.smoothing:
+            rules[-1]["smoothing"] = rule.smoothing.model_dump(mode="json")
     data = {"description": recipe.description, "rules": rules}
     return yaml.safe_dump(data, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def setting(method: Method) -> str:
     """A method and the knobs that it was given, for people: vq d=4 bits=8."""
-    return " ".join([method.name, *(f"{knob}={value}" for knob, value in _given(method).items())])
-
-
-def _given(method: Method) -> dict[str, Any]:
-    return method.model_dump(mode="json", exclude_unset=True)
+    knobs = method.model_dump(mode="json", exclude_unset=True)
+    return " ".join([method.name, *(f"{knob}={value}" for knob, value in knobs.items())])
 
 
 def _only(data: dict[str, Any], known: set[str], where: str) -> None:
