@@ -37,7 +37,10 @@ def train(d: int, bits: int, samples: int, rounds: int) -> torch.Tensor:
     x_Nd = torch.randn(1 << 18, d, generator=generator)
     code_N = nearest(x_Nd, book_Kd[None], 1)[:, 0]
     error = (x_Nd - book_Kd[code_N]).square().mean().item()
-    print(f"VQ<{d},{bits},1>: {bits / d:g} bits, error {error:.5f}, {error * 4 ** (bits / d):.3f} of the bound", flush=True)
+    print(
+        f"VQ<{d},{bits},1>: {bits / d:g} bits, error {error:.5f}, {error * 4 ** (bits / d):.3f} of the bound",
+        flush=True,
+    )
     return book_Kd[torch.bincount(code_N, minlength=count).argsort(descending=True, stable=True)]
 
 

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vqcompress"
 # From the ground up. A package stands for all of its modules.
 FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
-    {"methods", "transforms", "statistics"},
+    {"methods", "codebooks", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration"},
     {"runtime", "blocks", "inputs", "rotation", "plan"},
-    {"quantize", "compress", "evaluate", "export", "report", "doctor", "verify", "inspect", "generate"},
+    {"quantize", "compress", "allocate", "evaluate", "export", "report", "doctor", "verify", "inspect", "generate"},
     {"cli", "show"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.

@@ -5,7 +5,9 @@
     model.safetensors.index.json       tensor → shard
     SHA256SUMS                         of every file above and of the tokenizer's (`sha256sum -c` reads it)
     report.json, README.md             what was done, and how to load it
-    journal.json                       only while a run is unfinished: its inputs and the blocks that are on disk
+    recipe.yaml                        if the settings were chosen for a budget of bits: the choice, as a recipe
+    journal.json                       only while a run is unfinished: its inputs, what was measured to choose
+                                       settings by, and the blocks that are on disk
 
 A compressed weight `X.weight` is stored as `X.weight_PART`; parts that the targets of a block share lie under
 `BLOCK.shared_parts.K.PART`. `config.json` is written last: a directory without it is no artifact.
@@ -44,6 +46,7 @@ QUANT_METHOD = "vqcompress"
 FORMAT_VERSION = 1
 JOURNAL = "journal.json"
 SUMS = "SHA256SUMS"
+RECIPE = "recipe.yaml"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
 OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
@@ -209,13 +212,14 @@ class Writer:
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
     inputs: names → fingerprints of all that determines the bytes. A directory with a journal of the same inputs is
-    continued: `done` then holds the records of the blocks that are on disk. A context manager: the directory is locked
-    against other processes until it is left.
+    continued: `done` then holds the records of the blocks that are on disk, `measured` what was noted. A context
+    manager: the directory is locked against other processes until it is left.
     """
 
     def __init__(self, out: Path, inputs: dict[str, str], overwrite: bool):
         self.out, self.inputs = out, inputs
         self.done: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, dict[str, list[float]]] = {}
         if out.is_file():
             raise VQCompressError(f"{out} is a file, not a directory to write an artifact to")
         ours = (out / JOURNAL).is_file() or (out.is_dir() and Artifact.is_one(out))
@@ -239,7 +243,8 @@ class Writer:
                 (out / name).unlink(missing_ok=True)
             kept = {record["file"] for record in self.done.values()}
             for path in out.iterdir():
-                stale = OURS.fullmatch(path.name) or (ours and COMPANIONS.fullmatch(path.name))
+                beside = path.name == RECIPE or COMPANIONS.fullmatch(path.name)
+                stale = OURS.fullmatch(path.name) or (ours and beside)
                 if stale and path.is_file() and path.name not in kept:
                     path.unlink()
         except BaseException:
@@ -261,7 +266,7 @@ class Writer:
             except VQCompressError:
                 if not overwrite:
                     raise
-                self.done, differing = {}, ["damaged journal"]
+                self.done, self.measured, differing = {}, {}, ["damaged journal"]
             if not differing:
                 return
             holds = f"an unfinished run with another {', '.join(differing)}"
@@ -279,19 +284,26 @@ class Writer:
             differing = sorted(name for name, value in self.inputs.items() if earlier["inputs"].get(name) != value)
             if earlier["format_version"] != FORMAT_VERSION:
                 differing.append("format version")
+            if not differing:
+                self.measured = {name: dict(record) for name, record in earlier.get("measured", {}).items()}
             for name, record in earlier["blocks"].items() if not differing else ():
                 file = self.out / Path(record["file"]).name
                 if not file.is_file() or sha256(file) != record["sha256"]:
                     # What follows was made from this block's output, so it is made again too.
                     break
                 self.done[name] = record
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
         return differing
 
     def _write_journal(self) -> None:
         journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
-        self._write(JOURNAL, json.dumps(journal, indent=1).encode())
+        self._write(JOURNAL, json.dumps(journal | {"measured": self.measured}, indent=1).encode())
+
+    def note(self, name: str, record: dict[str, list[float]]) -> None:
+        """Keep what was measured of a block, so that a run that is cut off need not measure it again."""
+        self.measured[name] = record
+        self._write_journal()
 
     def _write(self, name: str, data: bytes) -> None:
         partial = self.out / f"{name}.partial"
@@ -347,13 +359,16 @@ class Writer:
         self._write_journal()
         return self.out / file
 
-    def finish(self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str) -> None:
-        """Write everything beside the shards, the config last, and drop the journal."""
+    def finish(
+        self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
+    ) -> None:
+        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any."""
         sums = {record["file"]: record["sha256"] for record in self.done.values()}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
         files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
+        files |= {RECIPE: recipe.encode()} if recipe else {}
         last = json.dumps(config, indent=2).encode()
         for name, data in files.items():
             self._write(name, data)

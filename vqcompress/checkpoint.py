@@ -75,9 +75,8 @@ def resolve(model: str, weights: bool = True) -> Path:
         raise VQCompressError(f"no such directory: {model}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "SHA256SUMS", "LICENSE*", "NOTICE*"] + (
-        ["*.safetensors"] if weights else []
-    )
+    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "SHA256SUMS", "recipe.yaml", "LICENSE*"]
+    patterns += ["NOTICE*", "*.safetensors"] if weights else ["NOTICE*"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub's client has a dozen error types; all mean the same to the user

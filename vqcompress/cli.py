@@ -105,8 +105,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face dire
 Either = Annotated[str, typer.Argument(metavar="MODEL", help="An artifact, a directory, a hub id, or 'demo'.")]
 Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `quantize` wrote: a directory or a hub id.")]
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Option("--recipe", help="A packaged recipe (see `recipes`) or a file.", autocompletion=_complete_recipe),
+]
+TargetBits = Annotated[
+    float | None,
+    typer.Option("--target-bits", help="Bits per weight to keep to, 1.5 to 6: a setting is chosen for each weight."),
 ]
 Calibration = Annotated[
     list[str] | None,
@@ -172,10 +176,11 @@ def _options(
 @app.command()
 def quantize(
     model: Model,
-    recipe: Recipe,
+    recipe: Recipe = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="OUT", help="Directory to write the artifact to.")
     ] = None,
+    target_bits: TargetBits = None,
     calibration: Calibration = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -191,7 +196,7 @@ def quantize(
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
     if dry_run:
-        _plan(model, recipe, calibration, samples, seqlen, seed, device, json_file)
+        _plan(model, recipe, target_bits, calibration, samples, seqlen, seed, device, json_file)
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
@@ -200,9 +205,8 @@ def quantize(
         from vqcompress.quantize import quantize as run
 
         with show.watching(model) as watch:
-            report = run(
-                model, output, recipe, calibration, samples, seqlen, seed, device.value, overwrite, watch=watch
-            )
+            where, knobs = device.value, (calibration, samples, seqlen, seed)
+            report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch)
         write(report)
         show.quantized(console, report, str(output), model)
 
@@ -210,7 +214,8 @@ def quantize(
 @app.command()
 def plan(
     model: Model,
-    recipe: Recipe,
+    recipe: Recipe = None,
+    target_bits: TargetBits = None,
     calibration: Calibration = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -223,12 +228,13 @@ def plan(
 
     Example: vqcompress plan demo --recipe vq-2bit
     """
-    _plan(model, recipe, calibration, samples, seqlen, seed, device, json_file)
+    _plan(model, recipe, target_bits, calibration, samples, seqlen, seed, device, json_file)
 
 
 def _plan(
     model: str,
-    recipe: str,
+    recipe: str | None,
+    target_bits: float | None,
     calibration: list[str] | None,
     samples: int | None,
     seqlen: int | None,
@@ -240,7 +246,7 @@ def _plan(
         from vqcompress import show
         from vqcompress.quantize import dry_run
 
-        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value)
+        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits)
         write(summary)
         show.planned(console, summary)
 

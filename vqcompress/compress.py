@@ -30,7 +30,7 @@ PROBE_TOKENS = 64
 
 
 @dataclass
-class _Rewrites:
+class Rewrites:
     """What the transforms of a block have done. dense: paths of modules whose own tensors changed.
 
     columns, rows: by path, the factors that a weight's columns and rows were multiplied by. runtime: paths whose
@@ -76,6 +76,24 @@ def compress_block(
     """
     start = time.perf_counter()
     block = plan.blocks[index]
+    tensors, module, inputs, statistics = study(stream, plan, index, states, seed)
+    rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
+    changed = _changed(stream, plan, block, module, rewrites)
+    # The weights are encoded from what was stored: the module's type may be too short for the factors.
+    del module
+    weights = {stream.names.tensor[f"{target.name}.weight"] for target in plan.compressed(block)}
+    # A rotated block comes in float32, and what stays dense is stored as the checkpoint had it.
+    tensors |= {name: t.to(stream.source.tensors[name].dtype) for name, t in tensors.items() if name not in weights}
+    rows = encode(stream, plan, block, tensors, statistics, rewrites, seed, tick)
+    seconds = round(time.perf_counter() - start, 3)
+    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), "targets": rows}
+
+
+def study(
+    stream: BlockStream, plan: Plan, index: int, states: list[Tensor], seed: int
+) -> tuple[dict[str, Tensor], nn.Module, list[Input], dict[str, Statistics]]:
+    """A block as it is: tensors by their names on disk, the dense module, its inputs, and statistics by path."""
+    block = plan.blocks[index]
     tensors = stream.source.read(stream.names.under(block.name))
     check_finite(tensors)
     module = stream.load_block(index, tensors)
@@ -86,17 +104,7 @@ def compress_block(
         smoothing = any(plan.rules[target.name].smoothing for target in plan.compressed(block))
         inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe), prove=smoothing)
         statistics = gather(stream, plan, index, module, states, inputs, seed)
-    rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
-    changed = _changed(stream, plan, block, module, rewrites)
-    # The weights are encoded from what was stored: the module's type may be too short for the factors.
-    del module
-    weights = {stream.names.tensor[f"{target.name}.weight"] for target in plan.compressed(block)}
-    # A rotated block comes in float32, and what stays dense is stored as the checkpoint had it.
-    dense = {name: t.to(stream.source.tensors[name].dtype) for name, t in tensors.items() if name not in weights}
-    tensors |= dense
-    rows = _encode(stream, plan, block, tensors, statistics, rewrites, seed, tick)
-    seconds = round(time.perf_counter() - start, 3)
-    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), "targets": rows}
+    return tensors, module, inputs, statistics
 
 
 def gather(
@@ -132,7 +140,7 @@ def gather(
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
+    found: dict[str, Statistics] = {}
     for entrance, accumulator in accumulators:
         totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
         found |= dict.fromkeys(entrance.consumers, totals)
@@ -148,12 +156,12 @@ def smooth(
     inputs: list[Input],
     statistics: dict[str, Statistics],
     seed: int,
-) -> _Rewrites:
+) -> Rewrites:
     """Fit and apply smoothing to the inputs whose rules ask for it, the last read first; changes module and statistics.
 
     A producer's rows are rescaled before its own input is looked at, hence the order.
     """
-    rewrites = _Rewrites()
+    rewrites = Rewrites()
     targets = {block.local(t): t for t in plan.compressed(block)}
     for entrance in reversed(inputs):
         readers = [path for path in entrance.consumers if path in targets]
@@ -200,9 +208,7 @@ def smooth(
     return rewrites
 
 
-def _changed(
-    stream: BlockStream, plan: Plan, block: Block, module: nn.Module, rewrites: _Rewrites
-) -> dict[str, Tensor]:
+def _changed(stream: BlockStream, plan: Plan, block: Block, module: nn.Module, rewrites: Rewrites) -> dict[str, Tensor]:
     """By their names on disk, the dense tensors that smoothing changed: norms, biases, weights that are kept."""
     encoded = {f"{block.local(target)}.weight" for target in plan.compressed(block)}
     changed = {}
@@ -213,15 +219,15 @@ def _changed(
     return changed
 
 
-def _encode(
+def encode(
     stream: BlockStream,
     plan: Plan,
     block: Block,
     tensors: dict[str, Tensor],
     statistics: dict[str, Statistics],
-    rewrites: _Rewrites,
+    rewrites: Rewrites,
     seed: int,
-    tick: Callable[[dict[str, Any]], None],
+    tick: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> list[dict[str, Any]]:
     """Put the parts of every target in the place of its weight in `tensors`; returns rows for the report."""
     targets = {block.local(t): t for t in plan.compressed(block)}
@@ -288,7 +294,7 @@ def _naming(name: str) -> Iterator[None]:
         raise VQCompressError(f"{name}: {error}") from error
 
 
-def _rescaled(weight: Tensor, path: str, rewrites: _Rewrites, back: bool = False) -> Tensor:
+def _rescaled(weight: Tensor, path: str, rewrites: Rewrites, back: bool = False) -> Tensor:
     """The weight with the factors of smoothing on its columns and rows, or with them taken off again."""
     for factor in (rewrites.columns.get(path), rewrites.rows.get(path)):
         if factor is not None:

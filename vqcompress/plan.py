@@ -24,13 +24,14 @@ from vqcompress.targets import Block, Target
 class Plan:
     """Which target gets which method. rules: target name → rule, for every linear layer of the blocks.
 
-    left_dense: what stays as it is although it is a large weight → why.
+    left_dense: what stays as it is although it is a large weight → why. target_bits: the budget, if there is one.
     """
 
     recipe: Recipe
     blocks: list[Block]
     rules: dict[str, Rule]
     left_dense: dict[str, str]
+    target_bits: float | None = None
 
     def compressed(self, block: Block) -> list[Target]:
         """The targets of a block whose rule is more than to keep them."""
@@ -42,15 +43,25 @@ class Plan:
         return [target for block in self.blocks for target in self.compressed(block)]
 
     @property
+    def weights(self) -> int:
+        """Number of weights that will be compressed."""
+        return sum(target.weights for target in self.targets)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """How all targets will be stored if no smoothing is left for run time."""
+        return [self.entry(block, target, False) for block in self.blocks for target in self.compressed(block)]
+
+    @property
     def methods(self) -> list[Method]:
         """The distinct methods, in the order of the recipe; their places name shared parts on disk."""
         return list(dict.fromkeys(rule.method for rule in self.recipe.rules))
 
     @property
     def calibrated(self) -> bool:
-        """Whether any target asks for statistics; if not, the model is never run."""
+        """Whether any target asks for statistics, or a budget for measurements; if not, the model is never run."""
         rules = [self.rules[target.name] for target in self.targets]
-        return any(rule.method.needs or rule.smoothing for rule in rules)
+        return self.target_bits is not None or any(rule.method.needs or rule.smoothing for rule in rules)
 
     def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
         """How the target will be stored."""
@@ -99,9 +110,9 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
     parameters = sum(p.numel() for p in stream.model.parameters())
     parameters += sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
     source = stream.source.bytes or parameters * itemsize
-    entries = [plan.entry(block, target, False) for block in plan.blocks for target in plan.compressed(block)]
+    entries, weights = plan.entries, plan.weights
     stored = stored_bits(entries)
-    bits, weights = sum(stored.values()), sum(entry.target.weights for entry in entries)
+    bits = sum(stored.values())
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
     # Rotated, a head that was tied to the embeddings is stored by itself.
     untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import vqcompress
 from vqcompress import recipe as recipes
+from vqcompress.allocate import allocate, make_plans, outlook
 from vqcompress.artifact import HINT, MARKER, Artifact, Writer, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.plan import Plan, make_plan, summary
+from vqcompress.plan import Plan
 from vqcompress.report import model_card, run_report
 from vqcompress.rotation import Rotated
 from vqcompress.runtime.device import choose_device, model_dtype
@@ -55,55 +56,59 @@ def calibration(source: Checkpoint, texts: list[str], samples: int | None, seqle
 
 def dry_run(
     model: str,
-    recipe: str,
+    recipe: str | None,
     texts: list[str] | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    target_bits: float | None = None,
 ) -> dict[str, Any]:
-    """What `quantize` would do, as JSON: see `plan.summary`. Works from a config alone."""
+    """What `quantize` would do, as JSON: see `plan.summary`, `allocate.outlook`. Works from a config alone."""
     source = open_checkpoint(model, weights=False)
     chosen = choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
-    plan = make_plan(stream, recipes.load(recipe))
+    plans = make_plans(stream, recipe, target_bits)
     rows, length = 0, 0
-    if plan.calibrated:
+    if plans[0].calibrated:
         if source.tensors:
             rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
         else:
             rows, length = samples or DEFAULT_SAMPLES, seqlen or source.default_seqlen
-    return {"model": model, "seed": seed, **summary(plan, stream, rows, length)}
+    return {"model": model, "seed": seed, **outlook(plans, stream, rows, length)}
 
 
 def quantize(
     model: str,
     out: Path,
-    recipe: str,
+    recipe: str | None,
     texts: list[str] | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
+    target_bits: float | None = None,
     watch: Watch = lambda event, facts: None,
 ) -> dict[str, Any]:
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
     A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
-    with "plan", "block", "target" and "done" and what is known about each.
+    with "measure", "plan", "block", "target" and "done" and what is known about each.
     """
     start = time.perf_counter()
     if str(out) == "demo":
         raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     source, chosen = open_checkpoint(model), choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
-    plan = make_plan(stream, recipes.load(recipe))
+    plan, *others = make_plans(stream, recipe, target_bits)
     if plan.recipe.rotation:
         source = Rotated(stream, partial(generator_for, seed))
         stream = BlockStream(source, chosen, stream.dtype)
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
     with Writer(out, _inputs(source, plan, rows, seed, stream), overwrite) as writer:
+        if plan.target_bits is not None and rows is not None:
+            plan = allocate(stream, [plan, *others], rows, writer, seed, watch)
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
         count = len(plan.blocks) + 1
         if REST not in writer.done:
@@ -127,7 +132,8 @@ def quantize(
             watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
         config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
         report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
-        writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()))
+        choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
+        writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()), choice)
     return report
 
 
@@ -137,6 +143,7 @@ def _inputs(source: Checkpoint, plan: Plan, rows: Tensor | None, seed: int, stre
     return {
         "checkpoint": source.fingerprint(),
         "recipe": plan.recipe.fingerprint(),
+        "target bits": str(plan.target_bits),
         "calibration": "none" if rows is None else fingerprint(rows),
         "seed": str(seed),
         "device": f"{stream.device.type}{gpu} {stream.dtype}",

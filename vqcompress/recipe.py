@@ -43,12 +43,14 @@ class Recipe:
     """name: what the user called it. rules: in order; a target that none matches is kept as it is.
 
     rotation: `fold` rotates the whole model first, see `rotation.Rotated`.
+    candidates: instead of rules, those for all targets that `allocate` chooses from.
     """
 
     name: str
     description: str
     rules: tuple[Rule, ...]
     rotation: str | None = None
+    candidates: tuple[Rule, ...] = ()
 
     def rule_for(self, target: Target) -> Rule:
         """The first rule that matches the target's name."""
@@ -69,7 +71,7 @@ class Recipe:
         """SHA-256 over what the rules mean (not over the file's words)."""
         meaning: list[Any] = [
             [rule.match, rule.method.describe(), rule.smoothing.model_dump(mode="json") if rule.smoothing else None]
-            for rule in self.rules
+            for rule in self.rules + self.candidates
         ]
         # Only where there is one: what recipes meant before rotations existed keeps its fingerprint.
         meaning += [{"rotation": self.rotation}] if self.rotation else []
@@ -98,16 +100,46 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules", "rotation"}, f"recipe {name}")
+    _only(data, {"description", "rules", "candidates", "rotation"}, f"recipe {name}")
     rotation = data.get("rotation")
     if rotation not in (None, "fold"):
         hint = "rotation at run time is a knob of a vq rule"
         raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
-    rules = data.get("rules")
-    if not isinstance(rules, list) or not rules:
-        raise UsageError(f"recipe {name} needs a list 'rules' with at least one rule")
-    parsed = tuple(_rule(r, i, name) for i, r in enumerate(rules, 1))
-    return Recipe(name, str(data.get("description", "")), parsed, rotation)
+    if {"rules", "candidates"} <= data.keys():
+        raise UsageError(f"recipe {name} has both 'rules' and 'candidates'; it can have one of them")
+    kind = "candidates" if "candidates" in data else "rules"
+    listed, description = data.get(kind), str(data.get("description", ""))
+    if not isinstance(listed, list) or not listed:
+        raise UsageError(f"recipe {name} needs a list '{kind}' with at least one {kind[:-1]}")
+    if kind == "rules":
+        return Recipe(name, description, tuple(_rule(r, i, name) for i, r in enumerate(listed, 1)), rotation)
+    if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
+        raise UsageError(
+            f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
+        )
+    candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
+    return Recipe(name, description, (), rotation, candidates)
+
+
+def dump(recipe: Recipe) -> str:
+    """The text that `parse` reads as the same rules, a line for each; of knobs, what the rules were given."""
+    rules = []
+    for rule in recipe.rules:
+        knobs = rule.method.model_dump(mode="json", exclude_unset=True)
+        rules.append({"match": rule.match, "method": rule.method.name, **knobs})
+        if rule.smoothing:
+            rules[-1]["smoothing"] = rule.smoothing.model_dump(mode="json")
+    data: dict[str, Any] = {"description": recipe.description}
+    data |= {"rotation": recipe.rotation} if recipe.rotation else {}
+    return yaml.safe_dump(
+        data | {"rules": rules}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000
+    )
+
+
+def setting(method: Method) -> str:
+    """A method and the knobs that it was given, for people: vq d=4 bits=8."""
+    knobs = method.model_dump(mode="json", exclude_unset=True)
+    return " ".join([method.name, *(f"{knob}={value}" for knob, value in knobs.items())])
 
 
 def _only(data: dict[str, Any], known: set[str], where: str) -> None:

@@ -13,6 +13,7 @@ import vqcompress
 from vqcompress.artifact import Writer
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.plan import Plan
+from vqcompress.recipe import setting
 from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
 
 CARD = """---
@@ -81,11 +82,15 @@ def run_report(
     targets = [row for record in writer.done.values() for row in record["targets"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in targets)
+    chosen: dict[str, list[int]] = {}
+    for target in plan.targets:
+        chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
     return {
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
         "model": model,
         "seed": seed,
+        "target_bits": plan.target_bits,
         "bits_per_weight": bits / weights,
         "weights_quantized": weights,
         "source_bytes": source.bytes,
@@ -101,6 +106,7 @@ def run_report(
             "transformers": transformers.__version__,
         },
         "left_dense": plan.left_dense,
+        "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
         "blocks": {name: record["seconds"] for name, record in writer.done.items()},
         "targets": targets,
     }

@@ -97,9 +97,12 @@ def watching(model: str) -> Iterator[Watch]:
         task = bar.add_task(f"reading {model}", total=None, rate="", left="", target="")
 
         def draw(event: str, facts: dict[str, Any]) -> None:
-            if event == "plan":
+            if event == "measure":
+                text = f"choosing settings, block {facts['index'] + 1}/{facts['count']}"
+                bar.update(task, description=text, total=facts["count"], completed=facts["index"], target=facts["name"])
+            elif event == "plan":
                 run.plan(facts)
-                bar.update(task, total=run.total or 1)
+                bar.update(task, total=run.total or 1, completed=0)
             elif event == "block":
                 text = f"block {facts['index'] + 1}/{facts['count']}"
                 bar.update(task, description=text, target=f"{facts['name']}: measuring its inputs")
@@ -134,7 +137,9 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
-    if event == "plan":
+    if event == "measure":
+        text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: measuring what each setting costs"
+    elif event == "plan":
         run.plan(facts)
         resumed = f", {len(run.earlier)} blocks are done already" if run.earlier else ""
         text = f"{len(run.weights)} weights in {len(facts['plan'].blocks) - len(run.earlier)} blocks to do{resumed}"
@@ -166,6 +171,11 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
     """The end of `quantize`: what came out and what to type next."""
     before, after = report["source_bytes"], report["artifact_bytes"]
     device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
+    if report["target_bits"] is not None:
+        table = _table("setting", "targets", "weights")
+        for row in report["settings"]:
+            table.add_row(row["setting"], f"{row['targets']:,}", f"{row['weights']:,}")
+        to.print(table)
     worst = max(report["targets"], key=lambda row: row["relative_error"])
     to.print(f"{out}: {report['bits_per_weight']:.3f} bits per weight over {report['weights_quantized']:,} weights")
     to.print(f"size    {size(before)} → {size(after)}, {before / after:.2f} times smaller")
@@ -177,14 +187,17 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
     """A plan: a row per kind of weight, sizes, memory, time, and what is left as it is."""
-    counts: Counter[tuple[str, str, str, float]] = Counter()
+    counts: Counter[tuple[str, str, str, str]] = Counter()
     for row in plan["targets"]:
         shape = " × ".join(map(str, row["shape"]))
-        counts[kind(row["name"]), shape, row["method"], row["bits_per_weight"]] += 1
+        bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+        counts[kind(row["name"]), shape, row["method"] or "by its errors", bits] += 1
     table = _table("weight", "count", "shape", "method", "bits per weight")
     for (name, shape, method, bits), count in counts.items():
-        table.add_row(name, f"{count:,}", shape, method, f"{bits:.3f}")
+        table.add_row(name, f"{count:,}", shape, method, bits)
     to.print(table)
+    for name, bits in plan.get("candidates", {}).items():
+        to.print(f"choice  {name}: {bits:.3f} bits per weight")
     before, after = plan["source_bytes"], plan["artifact_bytes"]
     weights = f"{plan['weights_quantized']:,} weights"
     if plan["rotation"]:

@@ -1,4 +1,4 @@
-"""The searches that want compiled code on a CPU, by numba: Viterbi's algorithm on a bit-shift trellis, words of E8P.
+"""The searches that want compiled code on a CPU, by numba: Viterbi's algorithm, and words of E8P.
 
 Viterbi. A state is a window of a stream, its oldest bit lowest: s' = (s >> k) | (new bits << (states − k)). So the P = 2**k
 states that lead to one class q of states are P·q … P·q + P − 1, and class q holds the states q + u·Q, u < P. Costs are
@@ -126,15 +126,15 @@ def e8p(x_N8, pattern_8A, norm_A, odd_A):  # type: ignore[no-untyped-def]  # pra
                     least[p] = min(least[p], product)
             for p in range(count):
                 gain[p] -= 2 * least[p] * np.float32(odd_A[p] ^ ones)
-            p = np.argmax(gain)
-            if square - gain[p] < best_cost:
-                best_cost = square - gain[p]
+            best = np.argmax(gain)
+            if square - gain[best] < best_cost:
+                best_cost = square - gain[best]
                 signs = negative
-                if odd_A[p] ^ ones:
+                if odd_A[best] ^ ones:
                     flip = 0
                     for i in range(1, 8):
-                        if size[i] * pattern_8A[i, p] < size[flip] * pattern_8A[flip, p]:
+                        if size[i] * pattern_8A[i, best] < size[flip] * pattern_8A[flip, best]:
                             flip = i
                     signs ^= 1 << flip
-                code_N[n] = p | (signs & 127) << 8 | minus << 15
+                code_N[n] = best | (signs & 127) << 8 | minus << 15
     return code_N

@@ -28,9 +28,11 @@ SCALE = torch.bfloat16
 
 
 class Quantizer(Protocol):
-    """What knows the words of a code. d: columns that it takes at a time."""
+    """What knows the words of a code."""
 
-    d: int
+    @property
+    def d(self) -> int:
+        """Columns that it takes at a time."""
 
     def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, int, any shape, and values (O, d) whose images, value @ block, are near to the target."""
@@ -133,16 +135,16 @@ def pose(weight_OI: Tensor, metric: Metric, signs: tuple[Tensor, Tensor] | None 
     square_O = weight_OI.double().square().mean(1)
     scale_O = (square_O if signs is None else square_O.mean().expand_as(square_O)).sqrt()
     scale_O = scale_O.clamp(max=torch.finfo(SCALE).max).to(SCALE).float()
-    weight_OI = weight_OI.float()
     if signs is not None:
-        weight_OI = hadamard(weight_OI * signs[0].to(weight_OI))
         scale_O = scale_O * signs[1].to(scale_O)
+    unit_OI = weight_OI.float() / torch.where(scale_O != 0, scale_O, torch.inf)[:, None]
+    if signs is not None:
+        unit_OI = hadamard(hadamard(unit_OI * signs[0].to(unit_OI)), 0)
     padding = (0, len(metric.factor_JJ) - weight_OI.shape[1])
-    weight_OGd = pad(weight_OI, padding).view(len(weight_OI), -1, metric.d)[:, metric.order_G]
-    unit_OJ = weight_OGd.flatten(1) / torch.where(scale_O != 0, scale_O, torch.inf)[:, None]
+    unit_OJ = pad(unit_OI, padding).view(len(unit_OI), -1, metric.d)[:, metric.order_G].flatten(1)
     weight_O = scale_O.double().square()
     weight_O = weight_O / weight_O.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return Problem(hadamard(unit_OJ, 0) if signs else unit_OJ, scale_O, weight_O, metric, signs is not None)
+    return Problem(unit_OJ, scale_O, weight_O, metric, signs is not None)
 
 
 def error_feedback(problem: Problem, quantizer: Quantizer) -> tuple[list[Tensor], Tensor]:

@@ -2,8 +2,8 @@
 
 The E8P codebook of QuIP# (arXiv 2402.04396, section 4.2): E8 + 1/4 is the union of D̂8 + 1/4 and D̂8 − 1/4, where D̂8
 are the vectors of half-odd numbers with an even sum. A word is one of 256 patterns of absolute values in D̂8 (all 227
-up to a squared norm of 10 and 29 of those with 12), seven free signs (the eighth makes the sum even) and one bit for the
-shift. What it leaves over is coded once more at 3 bits per weight by the universal codebook VQ<8,8,1>, at 4 bits by
+up to a squared norm of 10 and 29 of those with 12), seven free signs (the eighth makes the sum even) and one bit for
+the shift. What it leaves over is coded once more at 3 bits per weight by the universal codebook VQ<8,8,1>, at 4 bits by
 E8P, each with a step of its own (residual quantization, section 4.3).
 
 The 8 weights of a word are neighbours in a column, so that the error feedback can go column by column.
@@ -46,7 +46,7 @@ def patterns() -> Tensor:
 def nearest_e8p(x_N8: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (N,) int32 below 2**16, and words (N, 8) in lattice units, nearest to each vector.
 
-    A code has the pattern in bits 0–7, the signs of coordinates 0–6 in bits 8–14, and in bit 15 whether the shift is −1/4.
+    A code has the pattern in bits 0–7, the signs of coordinates 0–6 in bits 8–14, and bit 15 set if the shift is −1/4.
     """
     pattern_P8 = patterns().to(x_N8.device)
     if x_N8.device.type == "cpu":

@@ -58,8 +58,8 @@ def codewords(states: int) -> Tensor:
     """
     with torch.inference_mode(False):
         hash_S = (torch.arange(1 << states) * MULTIPLIER + INCREMENT) & 0xFFFFFFFF
-        sum_S = sum((hash_S >> shift) & 255 for shift in (0, 8, 16, 24))
-        word_S = (sum_S.double() - MEAN) / DEVIATION
+        bytes_4S = torch.stack([(hash_S >> shift) & 255 for shift in (0, 8, 16, 24)])
+        word_S = (bytes_4S.sum(0).double() - MEAN) / DEVIATION
         return (word_S * (1 - 3 * CUBIC + CUBIC * word_S.square())).float()
 
 

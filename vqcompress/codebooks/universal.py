@@ -26,7 +26,7 @@ SIZES = ((8, 8), (4, 8), (2, 6), (2, 8), (1, 5), (1, 6))
 
 @cache
 def entries(d: int, bits: int) -> Tensor:
-    """The codebook VQ<d, bits, 1> for the unit Gaussian, (2**bits, d) float32. ValueError if none of that size is shipped."""
+    """The codebook VQ<d, bits, 1> of the unit Gaussian, (2**bits, d) float32. ValueError for a size without one."""
     if (d, bits) not in SIZES:
         known = ", ".join(f"d {d} with bits {b}" for d, b in SIZES)
         raise ValueError(f"there is no universal codebook for d {d} and bits {bits}; there are {known}")

@@ -1,4 +1,4 @@
-"""Vector quantization: runs of weights become codes, of words that are learned, universal, of a lattice or of a trellis.
+"""Vector quantization: runs of weights become codes of words, learned, universal, of a lattice or of a trellis.
 
 A weight is a scale per row times a word for the unit Gaussian. The pieces, each replaceable by itself, lie in
 `codebooks`: what an error costs and how later columns make good the error of earlier ones (`feedback`), and the four
@@ -37,17 +37,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 class VQ(Method):
-    """Codes of `bits` bits for every d weights (and stage), a bfloat16 scale per row, and what the family needs.
+    """Codes of `bits` bits for every d weights and stage, a bfloat16 scale per row, and what the family needs.
 
     codebook: `learned` words are entries of a codebook that the block or the target learns; `universal` ones come from
     a table for the unit Gaussian that ships with the package; `lattice` ones from E8P, d 8 and bits 16, 24 or 32;
     `trellis` ones are computed from a walk through 2**states states, d 1 and bits 1 to 4.
 
-    Parts: codes, uint8, one bit stream per row (see `packing`). Of learned words (O, packed_width(C, bits)), group after
-    group of a row of the weight and inside a group stage after stage; of the others (I, ·), one stream per *column* of
-    the weight, from its first row to its last. scale, bfloat16 (O,). For learned words codebook, int8 or int16 (R, K,
-    d), hottest entry first, and step, float32 (R,): shared by the block, or the target's own. With a rotation signs,
-    uint8 (1, packed_width(I, 1)); the signs of the outputs are those of scale.
+    Parts: codes, uint8, one bit stream per row (see `packing`). Of learned words (O, packed_width(C, bits)), group
+    after group of a row of the weight and inside a group stage after stage; of the others (I, ·), one stream per
+    *column* of the weight, from its first row to its last. scale, bfloat16 (O,). For learned words codebook, int8 or
+    int16 (R, K, d), hottest entry first, and step, float32 (R,): shared by the block, or the target's own. With a
+    rotation signs, uint8 (1, packed_width(I, 1)); the signs of the outputs are those of scale.
     The weight is diag(scale) · Hadamard · words · Hadamard · diag(signs), without the rotation scale · words; a word of
     learned ones is Σ_r step_r · codebook[r, code_r]. What the last group has beyond I is cut.
     """
@@ -56,17 +56,17 @@ class VQ(Method):
     codebook: Literal["learned", "universal", "lattice", "trellis"] = Field("learned", description="family of words")
     d: int = Field(4, ge=1, le=16, description="weights per code")
     bits: int = Field(8, ge=1, le=32, description="bits per code")
-    rotation: bool = Field(False, description="rotate both sides by a randomized Hadamard transform, undone at run time")
+    rotation: bool = Field(False, description="randomized Hadamard transform on both sides, undone at run time")
     feedback: bool = Field(True, description="let later columns make good the error of earlier ones; needs the Hessian")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal that is added to the Hessian")
     states: int = Field(14, ge=8, le=16, description="trellis: bits of a state; each costs twice the time")
     stages: int = Field(1, ge=1, le=4, description="learned: residual stages; a word is the sum of an entry of each")
     scope: Literal["target", "block"] = Field("block", description="learned: who has a codebook of its own")
     iterations: int = Field(12, ge=0, le=1000, description="learned: k-means rounds on the weights")
-    refits: int = Field(4, ge=0, le=100, description="learned: rounds of encoding and moving entries to what they encode")
+    refits: int = Field(4, ge=0, le=100, description="learned: rounds of moving entries to what they encode")
     training_vectors: int = Field(131072, ge=1, description="learned: about how many vectors train a codebook")
     beam: int = Field(8, ge=1, le=256, description="learned: candidates kept between residual stages; 1 is greedy")
-    entry_bits: Literal[8, 16] = Field(8, description="learned: bits of a number in a codebook; 16 from 5 bits a weight on")
+    entry_bits: Literal[8, 16] = Field(8, description="learned: bits of an entry's numbers; 16 from 5 bits a weight on")
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +167,10 @@ class VQ(Method):
         if not self.rotation:
             return value_OI * scale_O1
         signs_I = 1.0 - 2.0 * unpack(parts["signs"], 1, columns)[0]
-        return hadamard(hadamard(value_OI.contiguous(), 0) * scale_O1) * signs_I
+        # Last of all the scale, so that nothing overflows on the way.
+        weight_OI = hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
+        limit = torch.finfo(torch.float32).max
+        return weight_OI.clamp(-limit, limit)
 
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError naming the part if it is missing, of another type or shape, not finite or has stray bits."""
