@@ -84,8 +84,9 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             if tensor.dim() > 1 and path not in known:
                 name = f"{block.name.rpartition('.')[0]}.*.{path}"
                 counts[name] += tensor.numel()
-                fused = "the experts of a mixture are fused into one parameter"
-                found[name] = f"{fused if tensor.dim() == 3 else 'not an nn.Linear'} ({counts[name]:,} weights)"
+                fused = f"the experts of a mixture are one parameter: {stream.fused_because}"
+                why = fused if tensor.dim() == 3 and stream.fused_because else "not an nn.Linear"
+                found[name] = f"{why} ({counts[name]:,} weights)"
     return found
 
 
