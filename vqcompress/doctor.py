@@ -50,12 +50,11 @@ def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers
         if isinstance(value, int) and value > most:
             setattr(config, name, most)
 
-    types = getattr(config, "layer_types", None)
-    layers = 2
-    if types:
-        # As many layers as it takes to see each type of layer once.
-        layers = max(2, 1 + max(types.index(kind) for kind in set(types)))
-        config.layer_types = types[:layers]
+    types = {name: kinds for name in ("layer_types", "mlp_layer_types") if (kinds := getattr(config, name, None))}
+    # As many layers as it takes to see each type of layer once.
+    layers = max([2, *(1 + max(kinds.index(kind) for kind in set(kinds)) for kinds in types.values())])
+    for name, kinds in types.items():
+        setattr(config, name, kinds[:layers])
     dense_first = getattr(config, "first_k_dense_replace", 0)
     if isinstance(dense_first, int) and dense_first > 1:
         config.first_k_dense_replace = 1

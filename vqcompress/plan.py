@@ -84,9 +84,9 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             if tensor.dim() > 1 and path not in known:
                 name = f"{block.name.rpartition('.')[0]}.*.{path}"
                 counts[name] += tensor.numel()
-                fused = f"the experts of a mixture are one parameter: {stream.fused_because}"
-                why = fused if tensor.dim() == 3 and stream.fused_because else "not an nn.Linear"
-                found[name] = f"{why} ({counts[name]:,} weights)"
+                why = stream.fused_because or "their structure is another than gate, up and down"
+                fused = f"the experts of a mixture are one parameter: {why}"
+                found[name] = f"{fused if tensor.dim() == 3 else 'not an nn.Linear'} ({counts[name]:,} weights)"
     return found
 
 

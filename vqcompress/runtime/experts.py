@@ -25,7 +25,7 @@ WIDTH, INNER, TOKENS = 16, 8, 32
 
 
 class _Linear(nn.Linear):
-    """A linear layer that starts empty: drawing random weights for 45,000 of them takes seconds, even without memory."""
+    """A linear layer that starts empty: to draw random weights for 45,000 of them takes seconds."""
 
     def reset_parameters(self) -> None:
         """Nothing: weights are put in later."""
@@ -85,7 +85,7 @@ def _with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
 
 
 def without_merges(model: PreTrainedModel, mapping: list[Any]) -> list[Any]:
-    """transformers' conversion mapping for a model, less the merges of matrices that Experts modules hold one by one."""
+    """transformers' conversion mapping for a model, less the merges of what Experts modules hold one by one."""
     leaves = {leaf for m in model.modules() if isinstance(m, Experts) for leaf in (*m.first, m.last)}
     return [m for m in mapping if not (leaves and isinstance(m, WeightConverter) and leaves & set(_merge(m)[1]))]
 
