@@ -94,6 +94,8 @@ def test_taken_apart_the_experts_compute_the_same(family: str, toy: Make) -> Non
     (path, experts), *others = [(n, m) for n, m in block.named_modules() if isinstance(m, Experts)]
     assert not others
     fused = load_any(str(toy(family))).model.layers[1].get_submodule(path)
+    # The other implementations read uninitialized memory for a token without an expert, and the tests fill it with NaN.
+    fused.config._experts_implementation = "eager"
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(50, 64, generator=draw)
     # Four means no expert, as in transformers' own.

@@ -128,9 +128,7 @@ def gather(
     return found | _borrowed(accumulators, total, stream.device)
 
 
-def _borrowed(
-    accumulators: list[tuple[Input, Accumulator]], total: int, device: torch.device
-) -> dict[str, Statistics]:
+def _borrowed(accumulators: list[tuple[Input, Accumulator]], total: int, device: torch.device) -> dict[str, Statistics]:
     """For experts that saw fewer tokens than their input has channels: what all experts of the layer saw together."""
     found: dict[str, Statistics] = {}
     for pool in dict.fromkeys(entrance.pool for entrance, _ in accumulators if entrance.pool):

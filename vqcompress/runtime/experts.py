@@ -143,7 +143,7 @@ def _is_exact(fused: nn.Module, first: tuple[str, ...], last: str) -> bool:
         (up, p), (down, _) = fused.named_parameters()
         shapes = {up: (len(p), len(first) * INNER, WIDTH), down: (len(p), WIDTH, INNER)}
         random = {name: torch.randn(s, generator=draw, dtype=torch.float32) / 3 for name, s in shapes.items()}
-        small = _with_parameters(fused, **random)
+        small: Any = _with_parameters(fused, **random)
         if hasattr(small, "config"):
             small.config = copy.copy(small.config)
             small.config._experts_implementation = "eager"
@@ -153,9 +153,9 @@ def _is_exact(fused: nn.Module, first: tuple[str, ...], last: str) -> bool:
         try:
             ours = Experts(small, first, last)
             for e, (heads, tail) in enumerate(ours.leaves()):
-                ours.get_submodule(tail).weight.copy_(random[down][e])
+                ours.get_parameter(f"{tail}.weight").copy_(random[down][e])
                 for path, part in zip(heads, random[up][e].chunk(len(first)), strict=True):
-                    ours.get_submodule(path).weight.copy_(part)
+                    ours.get_parameter(f"{path}.weight").copy_(part)
             expected = small(x_TI, index_TK, weights_TK)
             return torch.allclose(ours(x_TI, index_TK, weights_TK), expected, rtol=1e-4, atol=1e-5)
         except Exception:
