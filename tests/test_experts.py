@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,15 @@ def test_some_experts_may_stay_dense(match: str, quantized: Make, toy: Make) -> 
     before, after = source.read(kept), stored.read(kept)
     first = next(iter(stored.entries)).replace("mlp", "block_sparse_moe")
     assert all(torch.equal(before[n], after[n]) for n in kept if n != f"{first}.weight")
+
+
+def test_a_process_that_did_not_import_vqcompress_fails_loudly(quantized: Make) -> None:
+    """The marker stands where transformers merges experts."""
+    folder = quantized("rules:\n  - {match: '*.experts.*', method: int8}\n", "mixtral")
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('LOADED')"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "LOADED" not in done.stdout
 
 
 def test_a_shared_codebook_of_experts_alone_lies_under_the_block(quantized: Make) -> None:
