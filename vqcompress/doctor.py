@@ -99,7 +99,7 @@ def examine(model: str) -> dict[str, Any]:
             detail = f"largest difference of logits {difference:.1e} of {scale:.1e}, {len(stream.blocks)} toy blocks"
             checks.append({"name": "block by block equals forward", "ok": difference <= 1e-4 * scale, "detail": detail})
             folds = _folds(stream)
-        except (VQCompressError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (VQCompressError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             checks.append({"name": "block by block equals forward", "ok": False, "detail": reason})
     covered = sum(t.weights for block in real.blocks for t in block.targets)
