@@ -170,11 +170,11 @@ def test_a_killed_run_measures_nothing_twice_and_ends_in_the_same_bytes(
     calls: list[int] = []
     study = compress.study
 
-    def mortal(stream: Any, plan: Any, index: int, states: Any) -> Any:
+    def mortal(stream: Any, plan: Any, index: int, *rest: Any) -> Any:
         calls.append(index)
         if len(calls) == kill_at:
             raise Killed
-        return study(stream, plan, index, states)
+        return study(stream, plan, index, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, mortal)

@@ -33,33 +33,12 @@ COMMON: dict[str, Any] = {
 }
 # Architectures beside those of `toys`: name → config class and its fields.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
-    ),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8, "layer_types": None}),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-        },
-    ),
     "falcon": ("FalconConfig", {"new_decoder_architecture": False, "multi_query": True, "alibi": False}),
     "falcon_alibi": ("FalconConfig", {"alibi": True}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
 }
-FAMILIES = ["llama", "qwen3", "mixtral", "gemma", "opt", "gpt_neox", *OTHERS]
+FAMILIES = ["llama", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3", "gemma", "opt", "gpt_neox", *OTHERS]
 
 
 def save(path: Path, family: str, shard: str = "1GB") -> Path:

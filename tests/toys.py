@@ -38,7 +38,7 @@ def toy_tokenizer(vocab: int = 384) -> Any:
 
 
 def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab: int = 384, **extra: Any) -> Any:
-    """A transformers config of a family: llama, qwen3, gemma, opt, gpt_neox or mixtral. extra: more of its fields."""
+    """A transformers config of a family: a key of `families` below. extra: more of its fields."""
     import transformers
 
     common = {
@@ -53,6 +53,11 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
         "tie_word_embeddings": False,
     }
     gated = {**common, "intermediate_size": 2 * hidden, "num_key_value_heads": 2, "head_dim": hidden // 4}
+    routed = {"moe_intermediate_size": hidden // 2, "num_experts_per_tok": 2}
+    latent = {
+        "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 24,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8,
+    }  # fmt: skip
     families: dict[str, tuple[str, dict[str, Any]]] = {
         "llama": ("LlamaConfig", gated),
         "qwen3": ("Qwen3Config", gated),
@@ -60,6 +65,8 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
         "opt": ("OPTConfig", {**common, "ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden, "pad_token_id": 0}),
         "gpt_neox": ("GPTNeoXConfig", {**common, "intermediate_size": 2 * hidden}),
         "mixtral": ("MixtralConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        "qwen3_moe": ("Qwen3MoeConfig", {**gated, **routed, "num_experts": 4}),
+        "deepseek_v3": ("DeepseekV3Config", {**gated, **routed, **latent, "n_routed_experts": 4}),
     }
     name, fields = families[family]
     return getattr(transformers, name)(**{**fields, **extra})

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from vqcompress.artifact import Artifact, Entry, part_name
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.errors import VQCompressError
-from vqcompress.runtime.modules import swap
+from vqcompress.runtime.experts import unfuse
+from vqcompress.runtime.modules import swap, unfuse_for
 from vqcompress.runtime.weights import Names, assign, finish_loading, load_config, skeleton
 from vqcompress.targets import blocks_of, find_blocks
 
@@ -73,7 +74,7 @@ class BlockStream:
     """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
-    model's. Tensors are read when needed.
+    model's. fused_because: why the experts of a mixture are no targets, or nothing. Tensors are read when needed.
     """
 
     def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype):
@@ -84,6 +85,12 @@ class BlockStream:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
             config.tie_word_embeddings = False
         self.model = skeleton(config, dtype)
+        self.fused_because = ""
+        if isinstance(source, Artifact):
+            unfuse_for(self.model, source.entries.values())
+        else:
+            merged = Names(self.model, source.tensors).merged if source.tensors else None
+            self.fused_because = unfuse(self.model, merged)
         self.blocks = blocks_of(self.model)
         if isinstance(source, Artifact):
             swap(self.model, "", source.entries.values(), dtype)

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def gather(
         def read(_: nn.Module, args: tuple[Tensor, ...], accumulator: Accumulator = accumulator) -> None:
             accumulator.add(args[0])
 
-        handles.append(module.get_submodule(entrance.consumers[0]).register_forward_pre_hook(read))
+        handles.append(module.get_submodule(entrance.reader).register_forward_pre_hook(read))
     try:
         for state in states:
             stream.run(module, index, state)
@@ -144,6 +144,24 @@ def gather(
     for entrance, accumulator in accumulators:
         totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
         found |= dict.fromkeys(entrance.consumers, totals)
+    return found | _borrowed(accumulators, found, total, stream.device)
+
+
+def _borrowed(
+    accumulators: list[tuple[Input, Accumulator]], own: dict[str, Statistics], total: int, device: torch.device
+) -> dict[str, Statistics]:
+    """For experts that saw fewer tokens than their input has channels: what all experts of the layer saw together."""
+    found: dict[str, Statistics] = {}
+    for pool in dict.fromkeys(entrance.pool for entrance, _ in accumulators if entrance.pool):
+        members = [(entrance, a) for entrance, a in accumulators if entrance.pool == pool]
+        short = [(entrance, a.tokens) for entrance, a in members if a.tokens < entrance.channels]
+        if short:
+            needs = frozenset().union(*(a.needs for _, a in members))
+            everything = Accumulator(needs, short[0][0].channels, total, device)
+            for _, a in members:
+                everything.merge(a)
+            shared = everything.statistics(own[members[0][0].consumers[0]].seed)
+            found |= {path: replace(shared, own_tokens=n) for entrance, n in short for path in entrance.consumers}
     return found
 
 
@@ -247,10 +265,9 @@ def encode(
                 [statistics.get(path, Statistics()) for path in members],
                 generator_for(seed, place),
             )
-        # The block's path as the checkpoint spells it, which may lack the model's prefix.
-        prefix = names[members[0]].removesuffix(f"{members[0]}.weight") + place.removeprefix(block.name + ".")
+        prefix = stream.names.spelled(block.name) + place.removeprefix(block.name)
         tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
-    rows = []
+    rows, first = [], plan.targets[0]
     for path, target in targets.items():
         start = time.perf_counter()
         entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
@@ -269,7 +286,8 @@ def encode(
                 "bits_per_weight": bits[target.name] / target.weights,
                 "relative_error": (error / original.square().sum().clamp(min=1e-30)).item(),
                 "proxy_error": facts.proxy_error(weight, decoded),
-                "tokens": facts.tokens,
+                "tokens": facts.tokens if facts.own_tokens is None else facts.own_tokens,
+                "borrowed": facts.own_tokens is not None,
                 "seconds": round(time.perf_counter() - start, 3),
                 "smoothing": rewrites.notes.get(path),
             }
@@ -279,7 +297,7 @@ def encode(
             parts = {**parts, SMOOTHING: rewrites.columns[path].clone()}
         del tensors[names[path]]
         tensors |= {part_name(names[path], part): tensor.cpu() for part, tensor in parts.items()}
-        if target == plan.targets[0]:
+        if target == first:
             tensors[names[path]] = MARKER
         tick({"name": target.name})
     return rows

@@ -50,12 +50,11 @@ def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers
         if isinstance(value, int) and value > most:
             setattr(config, name, most)
 
-    types = getattr(config, "layer_types", None)
-    layers = 2
-    if types:
-        # As many layers as it takes to see each type of layer once.
-        layers = max(2, 1 + max(types.index(kind) for kind in set(types)))
-        config.layer_types = types[:layers]
+    types = {name: kinds for name in ("layer_types", "mlp_layer_types") if (kinds := getattr(config, name, None))}
+    # As many layers as it takes to see each type of layer once.
+    layers = max([2, *(1 + max(kinds.index(kind) for kind in set(kinds)) for kinds in types.values())])
+    for name, kinds in types.items():
+        setattr(config, name, kinds[:layers])
     dense_first = getattr(config, "first_k_dense_replace", 0)
     if isinstance(dense_first, int) and dense_first > 1:
         config.first_k_dense_replace = 1
@@ -100,7 +99,7 @@ def examine(model: str) -> dict[str, Any]:
             detail = f"largest difference of logits {difference:.1e} of {scale:.1e}, {len(stream.blocks)} toy blocks"
             checks.append({"name": "block by block equals forward", "ok": difference <= 1e-4 * scale, "detail": detail})
             folds = _folds(stream)
-        except (VQCompressError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (VQCompressError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             checks.append({"name": "block by block equals forward", "ok": False, "detail": reason})
     covered = sum(t.weights for block in real.blocks for t in block.targets)

@@ -2,20 +2,21 @@
 
 A fold (dividing a producer's output by s, so that its consumers may multiply their columns by s) is accepted only if
 the block's output stays what it was with random factors in place. That is why no architecture needs a table, and why
-a router or any other consumer that nobody knows of cannot be forgotten.
+a consumer that nobody knows of cannot be forgotten. All experts of a mixture read one input, with the router.
 Parameters get new tensors, never new values in place: they may share memory with what was read from disk.
 Shape legend: I input channels, R rows of the producer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vqcompress.runtime.experts import Experts
 from vqcompress.targets import Block
 
 Kind = Literal["norm", "norm_plus_one", "rows"]
@@ -35,15 +36,28 @@ class Producer:
 
 @dataclass(frozen=True)
 class Input:
-    """An activation that targets read. consumers: their paths inside the block. channels: I.
+    """An activation that targets read. consumers: paths inside the block of all that reads it. channels: I.
 
+    reader: the module that is called with all of it. pool: the experts' module, if only the tokens of one expert come
+    by; then those of the others can stand in for them.
     place: what the input comes from, as the knobs of smoothing name it. producer: what a fold can go into, or None.
     """
 
     consumers: tuple[str, ...]
     channels: int
+    reader: str
     place: Literal["norm", "attention", "mlp"]
     producer: Producer | None
+    pool: str | None = None
+
+
+@dataclass
+class _Read:
+    """A tensor that was seen entering modules. reader: the first of them."""
+
+    x: Tensor
+    reader: str
+    consumers: list[str]
 
 
 @torch.no_grad()
@@ -88,18 +102,37 @@ def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tens
     prove: look for producers at all, which costs most of the runs.
     """
     local = [layout.local(target) for target in layout.targets]
-    groups, norms, reference = _watch(block, local, run)
-    inputs = []
-    for number, (consumers, x) in enumerate(groups):
-        norm = norms.get(_storage(x))
-        earlier = [path for group, _ in groups[:number] for path in group]
-        candidates = _norm_candidates(norm, x.shape[-1]) if norm else row_candidates(block, earlier, x.shape[-1])
-        proven = (c for c in candidates if _is_exact(block, c, consumers, run, reference))
-        producer = next(proven, None) if prove else None
+    mixtures = {path: module for path, module in block.named_modules() if isinstance(module, Experts)}
+    reads, norms, busiest, reference = _watch(block, local, mixtures, run)
+
+    def first(candidates: Iterable[Producer], consumers: tuple[str, ...]) -> Producer | None:
+        return next((c for c in candidates if prove and _is_exact(block, c, consumers, run, reference)), None)
+
+    inputs: list[Input] = []
+    earlier: list[str] = []
+    for read in reads:
+        norm, consumers, channels = norms.get(_storage(read.x)), tuple(read.consumers), read.x.shape[-1]
+        candidates = _norm_candidates(norm, channels) if norm else row_candidates(block, earlier, channels)
         attention = any("attn" in path or "attention" in path for path in consumers)
         place: Literal["norm", "attention", "mlp"] = "norm" if norm else "attention" if attention else "mlp"
-        inputs.append(Input(consumers, x.shape[-1], place, producer))
+        inputs.append(Input(consumers, channels, read.reader, place, first(candidates, consumers)))
+        # What feeds an expert's last layer is its own first ones, found below.
+        earlier += [path for path in consumers if path in local and not _within(path, mixtures)]
+    for path, mixture in mixtures.items():
+        experts = [([f"{path}.{leaf}" for leaf in heads], f"{path}.{last}") for heads, last in mixture.leaves()]
+        heads, last = experts[busiest[path]]
+        channels = int(block.get_submodule(last).get_parameter("weight").shape[1])
+        fold = first(row_candidates(block, heads, channels), (last,))
+        # All experts run the same code, so what holds for the one that most tokens of the probe went to holds for all.
+        number = heads.index(fold.path) if fold else 0
+        for heads, last in experts:
+            producer = replace(fold, path=heads[number]) if fold else None
+            inputs.append(Input((last,), channels, last, "mlp", producer, path))
     return inputs
+
+
+def _within(path: str, modules: Iterable[str]) -> bool:
+    return any(path.startswith(module + ".") for module in modules)
 
 
 def _storage(x: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -108,22 +141,35 @@ def _storage(x: Tensor) -> tuple[int, tuple[int, ...]]:
 
 
 def _watch(
-    block: nn.Module, targets: list[str], run: Callable[[nn.Module], Tensor]
-) -> tuple[list[tuple[tuple[str, ...], Tensor]], dict[tuple[int, tuple[int, ...]], str], Tensor]:
-    """Run the block once: the targets grouped by the tensor they read, which norm made which tensor, the output."""
-    reads: dict[tuple[int, tuple[int, ...]], tuple[list[str], Tensor]] = {}
+    block: nn.Module, targets: list[str], mixtures: Mapping[str, Experts], run: Callable[[nn.Module], Tensor]
+) -> tuple[list[_Read], dict[tuple[int, tuple[int, ...]], str], dict[str, int], Tensor]:
+    """Run the block once: what targets read, which norm made which tensor, the expert most used, the output."""
+    reads: dict[tuple[int, tuple[int, ...]], _Read] = {}
     made: dict[tuple[int, tuple[int, ...]], str] = {}
+    busiest: dict[str, int] = {}
     # Everything seen stays alive until the run is over, or a new tensor could take an old one's address.
     alive: list[Tensor] = []
     handles = []
     for path, module in block.named_modules():
-        if path in targets:
+        weight = getattr(module, "weight", None)
+        if _within(path, mixtures):
+            continue
+        if path in mixtures:
 
-            def read(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                reads.setdefault(_storage(args[0]), ([], args[0]))[0].append(path)
+            def enter(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                heads = [f"{path}.{leaf}" for leaves, _ in mixtures[path].leaves() for leaf in leaves]
+                reads.setdefault(_storage(args[0]), _Read(args[0], path, [])).consumers.extend(heads)
+                busiest[path] = int(torch.bincount(args[1].flatten())[: len(mixtures[path].leaves())].argmax())
+
+            handles.append(module.register_forward_pre_hook(enter))
+        elif path in targets or (isinstance(weight, nn.Parameter) and weight.dim() == 2):
+            # A matrix that is no linear layer may be a router: one more consumer, if the proof agrees.
+            def read(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                if path in targets or (args and _reads_rows(module, args[0])):
+                    reads.setdefault(_storage(args[0]), _Read(args[0], path, [])).consumers.append(path)
 
             handles.append(module.register_forward_pre_hook(read))
-        elif isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 1:
+        elif isinstance(weight, nn.Parameter) and weight.dim() == 1:
 
             def write(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, path: str = path) -> None:
                 alive.append(out)
@@ -135,7 +181,13 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    return [(tuple(paths), x) for paths, x in reads.values()], made, reference
+    wanted = [read for read in reads.values() if any(path in targets for path in read.consumers)]
+    return wanted, made, busiest, reference
+
+
+def _reads_rows(module: nn.Module, x: object) -> bool:
+    """Whether a module could multiply x by the rows of its weight."""
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] == module.get_parameter("weight").shape[-1]
 
 
 def _norm_candidates(path: str, channels: int) -> Iterator[Producer]:

@@ -9,7 +9,7 @@ from vqcompress.checkpoint import read_json, resolve
 from vqcompress.errors import VQCompressError
 
 # What only the run that wrote the artifact could measure.
-MEASURED = ("relative_error", "proxy_error", "tokens", "smoothing")
+MEASURED = ("relative_error", "proxy_error", "tokens", "borrowed", "smoothing")
 
 
 def inspect(path: str) -> dict[str, Any]:

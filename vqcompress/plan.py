@@ -17,6 +17,7 @@ from vqcompress.errors import UsageError
 from vqcompress.methods import Method
 from vqcompress.recipe import Recipe, Rule
 from vqcompress.runtime.device import peak_rss_bytes
+from vqcompress.runtime.experts import Experts
 from vqcompress.targets import Block, Target
 
 
@@ -95,7 +96,8 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             if tensor.dim() > 1 and path not in known:
                 name = f"{block.name.rpartition('.')[0]}.*.{path}"
                 counts[name] += tensor.numel()
-                fused = "the experts of a mixture are fused into one parameter"
+                why = stream.fused_because or "their structure is another than gate, up and down"
+                fused = f"the experts of a mixture are one parameter: {why}"
                 found[name] = f"{fused if tensor.dim() == 3 else 'not an nn.Linear'} ({counts[name]:,} weights)"
     return found
 
@@ -111,7 +113,7 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
     parameters += sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
     source = stream.source.bytes or parameters * itemsize
     entries, weights = plan.entries, plan.weights
-    stored = stored_bits(entries)
+    stored, routed = stored_bits(entries), _routed(stream)
     bits = sum(stored.values())
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
     # Rotated, a head that was tied to the embeddings is stored by itself.
@@ -133,15 +135,32 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str
         "weights_quantized": weights,
         "source_bytes": source,
         "artifact_bytes": source + (untied - weights) * itemsize + int(bits) // 8,
-        "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen),
-        "seconds": _seconds(plan, stream, rows * seqlen),
+        "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen, routed),
+        "seconds": _seconds(plan, stream, rows * seqlen, routed),
         "calibration_tokens": rows * seqlen,
         "targets": targets,
         "left_dense": plan.left_dense,
     }
 
 
-def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int) -> int:
+def _routed(stream: BlockStream) -> dict[str, tuple[float, float]]:
+    """Target in a mixture → the share of the tokens that pass it, and the share that statistics count for it alone."""
+    per_token = getattr(stream.model.config.get_text_config(), "num_experts_per_tok", None)
+    found: dict[str, tuple[float, float]] = {}
+    for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
+        for path, module in layer.named_modules():
+            if isinstance(module, Experts):
+                leaves = module.leaves()
+                share = min(1.0, (per_token or len(leaves)) / len(leaves))
+                for number, (heads, last) in enumerate(leaves):
+                    found[f"{block.name}.{path}.{last}"] = share, share
+                    for head in heads:
+                        # They all read one input, which is counted once.
+                        found[f"{block.name}.{path}.{head}"] = share, float(number == 0 and head == heads[0])
+    return found
+
+
+def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tuple[float, float]]) -> int:
     """The process as it is, what lies outside of the blocks, one block and what its encoding needs, the states."""
     now = peak_rss_bytes()
     width = max(t.shape[1] for t in plan.targets)
@@ -153,14 +172,18 @@ def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int) -> int:
     block = largest * (2 + 4 + 2) + max(t.weights for t in plan.targets) * 4 * 4
     if not tokens:
         return now + rest * 2 + block
-    hessian = any("hessian" in plan.rules[t.name].method.needs for t in plan.targets)
-    # Hessians of the inputs of one block (about four distinct ones), and the factorization in float64.
-    statistics = (4 * width * width * 4 + 3 * width * width * 8) if hessian else 0
+    statistics = 0
+    if any("hessian" in plan.rules[t.name].method.needs for t in plan.targets):
+        # Hessians of the inputs of one block (about four distinct ones), and the factorization in float64; then one for
+        # the last layer of every expert.
+        own = [[t for t in b.targets if 0 < routed.get(t.name, (1, 1))[1] < 1] for b in plan.blocks]
+        experts = max(sum(t.shape[1] ** 2 * 4 for t in targets) for targets in own)
+        statistics = 4 * width * width * 4 + 3 * width * width * 8 + experts
     activations = BATCH_TOKENS * (width * 4 + hidden * 6) * 4
     return now + rest * 4 + block + statistics + activations + tokens * hidden * 4
 
 
-def _seconds(plan: Plan, stream: BlockStream, tokens: int) -> float:
+def _seconds(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tuple[float, float]]) -> float:
     """Arithmetic over the speed of a matrix product measured now, at the share of it that such runs reach."""
     a = torch.ones(768, 768)
     fastest = math.inf
@@ -171,7 +194,7 @@ def _seconds(plan: Plan, stream: BlockStream, tokens: int) -> float:
     rate = 0.4 * 2 * 768**3 / fastest
     work = sum(plan.rules[t.name].method.encode_flops(t.shape) for t in plan.targets)
     if tokens:
-        inside = sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
-        work += 2 * 2 * inside * tokens
-        work += sum(2 * t.shape[1] ** 2 * tokens for t in plan.targets if "hessian" in plan.rules[t.name].method.needs)
+        work += sum(2 * 2 * t.weights * tokens * routed.get(t.name, (1, 1))[0] for b in plan.blocks for t in b.targets)
+        hessians = [t for t in plan.targets if "hessian" in plan.rules[t.name].method.needs]
+        work += sum(2 * t.shape[1] ** 2 * tokens * routed.get(t.name, (1, 1))[1] for t in hessians)
     return work / rate + 1.0

@@ -268,9 +268,10 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
     for check in facts["checks"]:
         to.print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}", soft_wrap=True)
     to.print(f"{facts['targets']} targets hold {100 * facts['coverage']:.1f} % of the weights of the blocks")
-    for fold in facts["folds"]:
-        place = f"folds into {fold['producer']}" if fold["producer"] else "at run time"
-        to.print(f"smooth  {fold['input']}: {place}", soft_wrap=True)
+    # The experts of a mixture in one line.
+    kinds = (([kind(path) for path in f["input"].split(", ")], kind(f["producer"] or "")) for f in facts["folds"])
+    for reads, producer in dict.fromkeys((", ".join(dict.fromkeys(paths)), producer) for paths, producer in kinds):
+        to.print(f"smooth  {reads}: {f'folds into {producer}' if producer else 'at run time'}", soft_wrap=True)
     left = Counter((kind(name), why) for name, why in facts["left_dense"].items())
     for (name, why), count in left.items():
         to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)

@@ -20,7 +20,8 @@ class Statistics:
     """What a method may know about the input of the weight that it encodes; a field nobody asked for is None.
 
     seed: random state that belongs to the input, so that all weights that read it are rotated by the same signs.
-    tokens: number of calibration tokens seen.
+    tokens: number of calibration tokens seen. own_tokens: how many of them this input really saw, if the others were
+    borrowed from inputs like it; else None.
     absmax_I: largest magnitude per channel, float32.
     sumsq_I: mean square per channel, float32 (the diagonal of the Hessian).
     hessian_II: XᵀX / tokens, float32 (GPTQ, arXiv 2210.17323, section 2: half the Hessian of the squared error).
@@ -33,6 +34,7 @@ class Statistics:
     sumsq_I: Tensor | None = None
     hessian_II: Tensor | None = None
     sample_SI: Tensor | None = None
+    own_tokens: int | None = None
 
     def divided(self, s_I: Tensor) -> Statistics:
         """The statistics of x / s."""
@@ -71,7 +73,7 @@ class Accumulator:
         def zeros(name: str, *shape: int) -> Tensor | None:
             return torch.zeros(shape, dtype=torch.float32, device=device) if name in needs else None
 
-        self.tokens = 0
+        self.needs, self.tokens = needs, 0
         self.absmax_I = zeros("absmax", channels)
         self.sumsq_I = zeros("sumsq", channels)
         self.hessian_II = zeros("hessian", channels, channels)
@@ -91,14 +93,30 @@ class Accumulator:
             self.sample.append(x_TI[-self.tokens % self.stride :: self.stride].clone())
         self.tokens += len(x_TI)
 
+    def merge(self, other: Accumulator) -> None:
+        """Count what another accumulator of an input like it has seen; what only one of them gathers stays as it is."""
+        if self.absmax_I is not None and other.absmax_I is not None:
+            torch.maximum(self.absmax_I, other.absmax_I, out=self.absmax_I)
+        if self.sumsq_I is not None and other.sumsq_I is not None:
+            self.sumsq_I += other.sumsq_I
+        if self.hessian_II is not None and other.hessian_II is not None:
+            self.hessian_II += other.hessian_II
+        if self.sample is not None and other.sample is not None:
+            self.sample += other.sample
+        self.tokens += other.tokens
+
     def statistics(self, seed: int | None = None) -> Statistics:
         """The totals so far; means are over `tokens`. seed: of the input."""
         n = max(self.tokens, 1)
+        sample_SI = torch.cat(self.sample) if self.sample else None
+        if sample_SI is not None:
+            # Only what was merged from many inputs can be too long.
+            sample_SI = sample_SI[:: max(1, len(sample_SI) // SAMPLE_TOKENS)]
         return Statistics(
             seed=seed,
             tokens=self.tokens,
             absmax_I=self.absmax_I,
             sumsq_I=None if self.sumsq_I is None else self.sumsq_I / n,
             hessian_II=None if self.hessian_II is None else self.hessian_II / n,
-            sample_SI=torch.cat(self.sample) if self.sample else None,
+            sample_SI=sample_SI,
         )

@@ -11,10 +11,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vqcompress.artifact import HINT, QUANT_METHOD, parse_entries
-from vqcompress.runtime.modules import swap
 
+# This is imported in the middle of transformers' own imports: what needs more of it is imported by the methods.
 if TYPE_CHECKING:
-    # Imported for real, it would come back here: this runs in the middle of transformers' own imports.
     from transformers import PreTrainedModel
 
 
@@ -40,6 +39,8 @@ class VQCompressQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from vqcompress.runtime.modules import swap
+
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
             swap(model, "", entries, model.dtype)
@@ -48,6 +49,12 @@ class VQCompressQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = known | {
             rf"^{re.escape(t)}$" for t in (HINT, f"{entries[0].target.name}.weight")
         }
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """transformers' own, but experts that are compressed are not merged."""
+        from vqcompress.runtime.experts import without_merges
+
+        return without_merges(model, weight_conversions)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the stored parts back as they are."""

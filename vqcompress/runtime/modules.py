@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vqcompress.artifact import SMOOTHING, Entry, part_name
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
+from vqcompress.runtime.experts import unfuse
 
 
 class _Stored(nn.Module):
@@ -105,12 +107,22 @@ class CompressedLinear(_Stored):
         return f"{self.in_features}, {self.out_features}, {self.entry.method!r}"
 
 
+def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
+    """Take the experts of a model apart if entries name any of their matrices."""
+    if isinstance(root, PreTrainedModel):
+        layers = {name for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+        if any(entry.target.name not in layers for entry in entries):
+            unfuse(root)
+
+
 def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype) -> None:
     """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
 
     root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
     dtype: of the biases. VQCompressError for an entry that is no linear layer of the model.
     """
+    entries = list(entries)
+    unfuse_for(root, entries)
     layers = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
     for entry in entries:
         layer = layers.get(entry.target.name.removeprefix(prefix))

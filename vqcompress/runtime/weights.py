@@ -6,6 +6,7 @@ transformers' own, so what loads there loads here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from vqcompress.errors import VQCompressError
+from vqcompress.runtime.experts import without_merges
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
@@ -71,15 +73,17 @@ class Names:
 
     parameter: checkpoint name → the model's name (of the merged parameter, where several become one).
     tensor: the model's name → checkpoint name, for those that are stored one to one.
+    merged: the model's name → number of tensors that become it, for the others.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_names: Iterable[str]):
-        mapping = get_model_conversion_mapping(model)
+        mapping = without_merges(model, get_model_conversion_mapping(model))
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         known = model.state_dict()
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
+        self.merged: Counter[str] = Counter()
         for name in checkpoint_names:
             renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if renamed not in known and name in known:
@@ -87,15 +91,25 @@ class Names:
             self.parameter[name] = renamed
             if merged is None:
                 self.tensor[renamed] = name
+            else:
+                self.merged[renamed] += 1
 
     def under(self, prefix: str) -> list[str]:
         """The checkpoint names of what belongs to a module."""
         return [name for name, parameter in self.parameter.items() if parameter.startswith(prefix + ".")]
 
+    def spelled(self, prefix: str) -> str:
+        """A module's path as the checkpoint spells it, which may lack the model's prefix."""
+        for parameter, name in self.tensor.items():
+            below = parameter.removeprefix(prefix)
+            if parameter.startswith(prefix + ".") and name.endswith(below):
+                return name.removesuffix(below)
+        return prefix
+
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put tensors, under their checkpoint names, into a model's meta parameters, in the types those have."""
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = without_merges(model, get_model_conversion_mapping(model))
     load = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype)
     # transformers shows a bar for every call, and a streaming run makes one call a block.
     was_on = transformers.utils.logging.is_progress_bar_enabled()

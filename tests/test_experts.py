@@ -1,0 +1,338 @@
+"""Experts of a mixture: taken apart they compute what the fused module does, and each is a target like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from toys import toy_checkpoint, toy_config
+from transformers import AutoModelForCausalLM
+
+from vqcompress import artifact
+from vqcompress.artifact import Artifact
+from vqcompress.blocks import BlockStream
+from vqcompress.checkpoint import SINGLE, Checkpoint
+from vqcompress.compress import first_states, gather
+from vqcompress.evaluate import perplexity
+from vqcompress.export import export
+from vqcompress.inputs import find_inputs
+from vqcompress.inspect import inspect
+from vqcompress.plan import make_plan
+from vqcompress.quantize import dry_run, quantize
+from vqcompress.recipe import parse
+from vqcompress.runtime.experts import Experts, unfuse
+from vqcompress.runtime.load import load, load_any
+from vqcompress.runtime.modules import CompressedLinear
+from vqcompress.runtime.weights import skeleton
+from vqcompress.statistics import Accumulator
+from vqcompress.verify import verify
+
+Make = Callable[..., Path]
+CPU = torch.device("cpu")
+ROWS = torch.randint(3, 384, (4, 32), generator=torch.Generator().manual_seed(0))
+# Family → its gate, up and down, as the checkpoint calls them.
+LEAVES = {
+    "mixtral": ("w1", "w3", "w2"),
+    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+    "deepseek_v3": ("gate_proj", "up_proj", "down_proj"),
+}
+every_family = pytest.mark.parametrize("family", LEAVES)
+RECIPES = ["smoothquant-int8", "fp8-tile", "vq-small"]
+
+
+@torch.inference_mode()
+def logits(model: Any) -> Tensor:
+    return model(ROWS).logits.float()
+
+
+def files(folder: Path) -> dict[str, str]:
+    """SHA-256 by name, of what the inputs determine."""
+    kept = (path for path in folder.iterdir() if path.name not in ("report.json", "README.md"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def rewritten(source: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a checkpoint with other tensors."""
+    to.mkdir()
+    for path in source.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(to / SINGLE)
+    change(tensors)
+    save_file(tensors, to / SINGLE, metadata={"format": "pt"})
+    return to
+
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of 4 with one expert per token: 0 and 1 share all tokens, 2 and 3 get none; 1 is all zero."""
+    source = toy_checkpoint(tmp_path_factory.mktemp("source"), "mixtral", hidden=64, num_experts_per_tok=1)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if ".gate." in name:
+                tensor[1], tensor[2:] = -tensor[0], 0
+            if ".experts.1." in name:
+                tensor.zero_()
+
+    return rewritten(source, tmp_path_factory.mktemp("lonely") / "model", change)
+
+
+@every_family
+@torch.inference_mode()
+def test_taken_apart_the_experts_compute_the_same(family: str, toy: Make) -> None:
+    stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
+    block = stream.load_block(1)
+    (path, experts), *others = [(n, m) for n, m in block.named_modules() if isinstance(m, Experts)]
+    assert not others
+    fused = load_any(str(toy(family))).model.layers[1].get_submodule(path)
+    # The other implementations read uninitialized memory for a token without an expert, and the tests fill it with NaN.
+    fused.config._experts_implementation = "eager"
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 64, generator=draw)
+    # Four means no expert, as in transformers' own.
+    chosen = torch.stack([torch.randperm(5, generator=draw)[:2] for _ in x])
+    weights = torch.rand(50, 2, generator=draw)
+    torch.testing.assert_close(experts(x, chosen, weights), fused(x, chosen, weights), atol=1e-5, rtol=1e-5)
+    assert torch.equal(experts(x[:0], chosen[:0], weights[:0]), x[:0])
+
+
+@every_family
+def test_every_expert_is_three_targets_named_as_in_the_checkpoint(family: str, toy: Make) -> None:
+    names = {
+        t.name: t.shape for b in BlockStream(Checkpoint(toy(family)), CPU, torch.float32).blocks for t in b.targets
+    }
+    gate, up, down = LEAVES[family]
+    inner = names[f"model.layers.1.mlp.experts.3.{gate}"][0]
+    for e in range(4):
+        assert names[f"model.layers.1.mlp.experts.{e}.{gate}"] == (inner, 64)
+        assert names[f"model.layers.1.mlp.experts.{e}.{up}"] == (inner, 64)
+        assert names[f"model.layers.1.mlp.experts.{e}.{down}"] == (64, inner)
+
+
+@every_family
+def test_a_config_alone_counts_the_same_targets(family: str, toy: Make, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((toy(family) / "config.json").read_bytes())
+    planned, found = dry_run(str(tmp_path), "fp8-tile"), dry_run(str(toy(family)), "fp8-tile")
+    assert planned["targets"] == found["targets"]
+    assert any(".experts.3." in target["name"] for target in planned["targets"])
+    assert not any("expert" in why for why in planned["left_dense"].values())
+
+
+def test_an_altered_activation_is_noticed_and_stays_fused() -> None:
+    model = skeleton(toy_config("mixtral"), torch.float32)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        layer.mlp.experts.__class__ = type("Odd", (type(experts),), {"forward": lambda self, x, i, w: x})
+    assert unfuse(model) == "Odd does more than gate, up and down"
+    assert not any(isinstance(m, Experts) for m in model.modules())
+
+
+def test_a_class_with_a_gate_of_its_own_keeps_it() -> None:
+    """As DeepSeek-V4 and MiniMax-M3, which clamp."""
+    config = transformers.MiniMaxM2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_local_experts=4, vocab_size=384
+    )
+    model = skeleton(config, torch.float32)
+    experts = type(model.model.layers[0].mlp.experts)
+    clamped = lambda self, x: self.act_fn(x.chunk(2, -1)[0].clamp(max=0.5)) * x.chunk(2, -1)[1]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "_apply_gate", clamped)
+        # The plain forward of this class does not call it: the two differ, and that is seen.
+        assert "more than gate" in unfuse(model)
+    assert unfuse(skeleton(config, torch.float32)) == ""
+
+
+def test_experts_that_are_stored_fused_stay_dense_and_are_named(toy: Make, tmp_path: Path, text: Path) -> None:
+    def fuse(tensors: dict[str, Tensor]) -> None:
+        state = AutoModelForCausalLM.from_pretrained(toy("mixtral"), dtype=torch.float32).state_dict()
+        tensors.clear()
+        tensors.update({name: tensor.clone() for name, tensor in state.items()})
+
+    source = rewritten(toy("mixtral"), tmp_path / "fused", fuse)
+    report = quantize(str(source), tmp_path / "out", "fp8-tile")
+    assert report["left_dense"].keys() >= {f"model.layers.*.mlp.experts.{n}_proj" for n in ("gate_up", "down")}
+    assert any("does not store them one by one" in why for why in report["left_dense"].values())
+    verify(str(tmp_path / "out"))
+    assert not any("experts" in name for name in Artifact(tmp_path / "out").entries)
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@every_family
+def test_all_ways_to_use_an_artifact(family: str, recipe: str, quantized: Make, toy: Make, tmp_path: Path) -> None:
+    folder = quantized(recipe, family)
+    verify(str(folder))
+    rows = {row["name"]: row for row in inspect(str(folder))["targets"]}
+    assert sum(".experts." in name for name in rows) == 4 * 3 * (1 if family == "deepseek_v3" else 2)
+    model = load(folder)
+    compressed = {name for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    assert compressed == rows.keys()
+    exact, found = logits(load_any(str(toy(family)))), logits(model)
+    likeness = torch.corrcoef(torch.stack([exact.flatten(), found.flatten()]))[0, 1].item()
+    # A token that goes to another expert counts much in a toy.
+    assert likeness > (0.3 if "vq" in recipe else 0.9)
+    other, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(other.eval()), found)
+    other.save_pretrained(tmp_path / "saved")
+    saved, before = (Checkpoint(path).tensors for path in (tmp_path / "saved", folder))
+    markers = {n for n in before if before[n].dtype == torch.uint8 and "codes" not in n}
+    assert saved.keys() == before.keys() - markers
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)), found)
+    out = model.generate(ROWS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert out.shape == (1, 12)
+    result = export(str(folder), "dense", tmp_path / "dense", verify=recipe == "vq-small")
+    assert result["files"] == 3
+    assert Checkpoint(tmp_path / "dense").tensors.keys() == Checkpoint(toy(family)).tensors.keys()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    if recipe == "vq-small":
+        torch.testing.assert_close(logits(dense), found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_streamed_evaluation_is_that_of_the_loaded_model(quantized: Make, text: Path) -> None:
+    folder = quantized("vq-small", "mixtral")
+    found = perplexity(str(folder), str(text), seqlen=64, limit=2)
+    model = load(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0][:128].view(2, 64)
+    with torch.inference_mode():
+        nll = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+@pytest.mark.parametrize("match", ["*.experts.*.w2", "*.self_attn.*", "*.experts.1.*"])
+def test_some_experts_may_stay_dense(match: str, quantized: Make, toy: Make) -> None:
+    folder = quantized(f"rules:\n  - {{match: '{match}', method: int8}}\n", "mixtral")
+    verify(str(folder))
+    assert any(isinstance(m, Experts) for m in load(folder).modules()) == ("experts" in match)
+    other, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(logits(other.eval()), logits(load(folder)))
+    stored, source = Artifact(folder), Checkpoint(toy("mixtral"))
+    kept = stored.tensors.keys() & source.tensors.keys()
+    before, after = source.read(kept), stored.read(kept)
+    first = next(iter(stored.entries)).replace("mlp", "block_sparse_moe")
+    assert all(torch.equal(before[n], after[n]) for n in kept if n != f"{first}.weight")
+
+
+def test_a_process_that_did_not_import_vqcompress_fails_loudly(quantized: Make) -> None:
+    """The marker stands where transformers merges experts."""
+    folder = quantized("rules:\n  - {match: '*.experts.*', method: int8}\n", "mixtral")
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('LOADED')"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "LOADED" not in done.stdout
+
+
+def test_a_shared_codebook_of_experts_alone_lies_under_the_block(quantized: Make) -> None:
+    rules = "{match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}"
+    folder = quantized(f"rules:\n  - {rules}\n", "mixtral")
+    assert "model.layers.1.shared_parts.0.codebook" in Artifact(folder).tensors
+    assert torch.isfinite(logits(load(folder))).all()
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "int8-runtime", "vq-3bit"])
+def test_idle_and_empty_experts_do_no_harm(
+    recipe: str, lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
+) -> None:
+    report = quantize(str(lonely), tmp_path / "out", recipe_file(recipe), [str(text)], samples=8, seqlen=64)
+    verify(str(tmp_path / "out"))
+    for row in report["targets"]:
+        assert math.isfinite(row["relative_error"])
+        assert row["proxy_error"] is None or math.isfinite(row["proxy_error"])
+        expert = row["name"].split(".")[-2]
+        if ".experts." in row["name"] and row["name"].endswith("w2") and "fp8" not in recipe:
+            assert (row["tokens"] == 0) == (expert in "23")
+            assert row["borrowed"] or expert in "01"
+    tensors = Artifact(tmp_path / "out").read(Artifact(tmp_path / "out").tensors)
+    assert all(torch.isfinite(t.float()).all() for t in tensors.values())
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def test_gate_and_up_share_statistics_and_down_has_its_own(lonely: Path) -> None:
+    stream = BlockStream(Checkpoint(lonely), CPU, torch.float32)
+    plan = make_plan(stream, parse("rules:\n  - {match: '*', method: vq, d: 2, bits: 4}\n", "test"))
+    states = first_states(stream, ROWS.repeat(4, 1))
+    module = stream.load_block(0)
+    inputs = find_inputs(module, plan.blocks[0], lambda m: stream.run(m, 0, states[0]))
+    found = gather(stream, plan, 0, module, states, inputs, 0)
+    heads = [found[f"mlp.experts.{e}.{leaf}"] for e in range(4) for leaf in ("w1", "w3")]
+    assert all(statistics is heads[0] for statistics in heads)
+    assert heads[0].tokens == 512
+    own, borrowed = found["mlp.experts.0.w2"], found["mlp.experts.3.w2"]
+    assert own.own_tokens is None
+    assert own.tokens + found["mlp.experts.1.w2"].tokens == 512
+    assert (borrowed.own_tokens, borrowed.tokens) == (0, 512)
+    # Expert 1 is all zero, so all that the sum holds is what expert 0 saw.
+    assert own.hessian_II is not None
+    assert borrowed.hessian_II is not None
+    torch.testing.assert_close(borrowed.hessian_II * 512, own.hessian_II * own.tokens)
+
+
+def test_what_is_borrowed_is_what_one_accumulator_of_all_would_have_seen() -> None:
+    needs = frozenset({"absmax", "sumsq", "hessian", "sample"})
+    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
+    whole, sum_of_parts = Accumulator(needs, 8, 3000), Accumulator(needs, 8, 3000)
+    whole.add(x)
+    for part in x.split([0, 1000, 1, 1999]):
+        accumulator = Accumulator(needs, 8, 3000)
+        accumulator.add(part)
+        sum_of_parts.merge(accumulator)
+    expected, found = whole.statistics(), sum_of_parts.statistics()
+    assert found.tokens == 3000
+    for name in ("absmax_I", "sumsq_I", "hessian_II"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert found.sample_SI is not None
+    assert 900 < len(found.sample_SI) < 2048
+
+
+@every_family
+def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(family: str, toy: Make) -> None:
+    stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
+    states = [stream.begin(ROWS)]
+    stream.advance(stream.load_block(0), 0, states)
+    block = stream.load_block(1)
+    inputs = find_inputs(block, stream.blocks[1], lambda m: stream.run(m, 1, states[0]))
+    gate, up, down = LEAVES[family]
+    (shared,) = (i for i in inputs if f"mlp.experts.0.{gate}" in i.consumers)
+    assert {"mlp.gate", *(f"mlp.experts.{e}.{leaf}" for e in range(4) for leaf in (gate, up))} <= set(shared.consumers)
+    assert shared.producer is not None
+    assert shared.producer.path == "post_attention_layernorm"
+    folds = {i.consumers: i.producer.path for i in inputs if i.pool and i.producer}
+    assert folds == {(f"mlp.experts.{e}.{down}",): f"mlp.experts.{e}.{up}" for e in range(4)}
+
+
+@pytest.mark.parametrize("recipe", ["smoothquant-int8", "vq-small"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    recipe: str, toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: str) -> None:
+        quantize(str(toy("mixtral")), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
+
+    save, saved = artifact.save_file, []
+
+    def save_two(*args: Any, **kwargs: Any) -> None:
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(1)
+        save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_file", save_two)
+        with pytest.raises(KeyboardInterrupt):
+            run("killed")
+    assert len(json.loads((tmp_path / "killed" / "journal.json").read_text())["blocks"]) == 2
+    run("killed")
+    run("straight")
+    assert files(tmp_path / "killed") == files(tmp_path / "straight")
