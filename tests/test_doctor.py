@@ -57,8 +57,8 @@ DEEPSEEK_671B: dict[str, Any] = {
     "vocab_size": 129280,
     "max_position_embeddings": 163840,
 }
-# In CPU seconds, since others may share the machine; in a process of its own: its peak memory is its own (ru_maxrss would count the process that started it), and no test
-# fills its uninitialized memory with NaN.
+# In a process of its own: its peak memory is its own (ru_maxrss would count the process that started it), and no test
+# fills its uninitialized memory with NaN. In CPU seconds, since others may share the machine.
 ALONE = """
 import json, sys, time
 from pathlib import Path
