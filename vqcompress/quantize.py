@@ -116,12 +116,16 @@ def quantize(
             check_finite(rest)
             writer.commit(REST, 1, count, rest | {HINT: MARKER}, {"targets": [], "seconds": 0.0})
         states = first_states(stream, rows) if rows is not None else []
+        # A second stream, of the dense model, where the difference is made good.
+        truth = list(states) if plan.compensates else []
         entries = []
         for i, block in enumerate(plan.blocks):
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(plan.blocks), "name": block.name})
                 tick = partial(watch, "target")
-                writer.commit(block.name, i + 2, count, *compress_block(stream, plan, i, states, seed, tick))
+                writer.commit(block.name, i + 2, count, *compress_block(stream, plan, i, states, truth, seed, tick))
+            elif truth and i + 1 < len(plan.blocks):
+                stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
             stored = entries_of(plan, block, record)
             entries += stored
