@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
         "quantize",
         "compress",
         "compensation",
+        "tuning",
         "allocate",
         "evaluate",
         "export",

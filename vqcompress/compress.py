@@ -26,6 +26,7 @@ from vqcompress.plan import Plan
 from vqcompress.statistics import Accumulator, Statistics
 from vqcompress.targets import Block
 from vqcompress.transforms import fit_smoothing
+from vqcompress.tuning import tune_block
 
 PROBE_TOKENS = 64
 
@@ -93,6 +94,11 @@ def compress_block(
     if last is not None and last in plan.compensating(block) and last not in rewrites.columns:
         closing = Compensation(stream, index, last, states, truth)
     rows = encode(stream, plan, block, tensors, statistics, rewrites, seed, changed, closing, tick)
+    tuning = plan.recipe.tuning
+    if tuning and tuning.block_epochs and states:
+        entries = [plan.entry(block, t, block.local(t) in rewrites.runtime) for t in plan.compressed(block)]
+        tuning_seed = seed_for(seed, block.name)
+        changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
     seconds = round(time.perf_counter() - start, 3)
     return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), "targets": rows}
 

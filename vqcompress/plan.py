@@ -43,9 +43,10 @@ class Plan:
         return {block.local(t) for t in self.compressed(block) if self.rules[t.name].method.compensates}
 
     @property
-    def compensates(self) -> bool:
-        """Whether any target does; then the dense model's hidden states are needed too."""
-        return any(self.compensating(block) for block in self.blocks)
+    def asks_for_truth(self) -> bool:
+        """Whether the dense model's hidden states are needed too, to compensate or to tune blocks by."""
+        tuned = self.recipe.tuning is not None and self.recipe.tuning.block_epochs > 0
+        return tuned or any(self.compensating(block) for block in self.blocks)
 
     @property
     def targets(self) -> list[Target]:

@@ -37,6 +37,11 @@ class Method(BaseModel):
         return frozenset()
 
     @property
+    def tunable(self) -> tuple[str, ...]:
+        """Parts that may be tuned by gradient once the others are fixed; `decode` is differentiable in them."""
+        return ()
+
+    @property
     def compensates(self) -> bool:
         """Whether a weight that closes its block is moved first, to make good the errors before it."""
         return False

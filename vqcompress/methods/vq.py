@@ -100,6 +100,11 @@ class VQ(Method):
         return frozenset({"hessian" if self.feedback else "sumsq"})
 
     @property
+    def tunable(self) -> tuple[str, ...]:
+        """Scales, and what is learned of codebooks."""
+        return ("scale", "codebook") if self._learned else ("scale",)
+
+    @property
     def compensates(self) -> bool:
         """What the knob says; what is missing is found with the Hessian of the feedback."""
         return self.compensate and self.feedback
