@@ -18,7 +18,8 @@ from vqcompress.blocks import BlockStream
 from vqcompress.recipe import Tuning
 from vqcompress.runtime.modules import CompressedLinear, SharedParts
 
-BATCH_TOKENS = 4096
+# Of a step; smaller ones make more of the same passes.
+BATCH_TOKENS = 2048
 WARMUP = 5
 
 
