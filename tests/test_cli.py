@@ -235,8 +235,6 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
             assert row[key] == (pytest.approx(expected[key]) if isinstance(expected[key], float) else expected[key])
     shown = call("inspect", artifact).stdout
     assert all(row["name"] in shown for row in report["targets"])
-    assert facts["codebooks"] == report["codebooks"] != {}
-    assert "entries the first 1/8, 1/4, 1/2 of a codebook's take" in shown
 
 
 def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:

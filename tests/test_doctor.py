@@ -58,16 +58,16 @@ DEEPSEEK_671B: dict[str, Any] = {
     "max_position_embeddings": 163840,
 }
 # In a process of its own: its peak memory is its own (ru_maxrss would count the process that started it), and no test
-# fills its uninitialized memory with NaN.
+# fills its uninitialized memory with NaN. In CPU seconds, since others may share the machine.
 ALONE = """
 import json, sys, time
 from pathlib import Path
 from vqcompress.doctor import examine
 from vqcompress.quantize import dry_run
-start = time.perf_counter()
+start = time.process_time()
 found = examine(sys.argv[2]) if sys.argv[1] == "doctor" else dry_run(sys.argv[2], sys.argv[3])
 peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps({"found": found, "seconds": time.perf_counter() - start, "peak": peak}))
+print(json.dumps({"found": found, "seconds": time.process_time() - start, "peak": peak}))
 """
 
 

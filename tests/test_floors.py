@@ -14,7 +14,20 @@ FLOORS: list[set[str]] = [
     {"methods", "codebooks", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration"},
     {"runtime", "blocks", "inputs", "rotation", "plan"},
-    {"quantize", "compress", "allocate", "evaluate", "export", "report", "doctor", "verify", "inspect", "generate"},
+    {
+        "quantize",
+        "compress",
+        "compensation",
+        "tuning",
+        "allocate",
+        "evaluate",
+        "export",
+        "report",
+        "doctor",
+        "verify",
+        "inspect",
+        "generate",
+    },
     {"cli", "show"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.

@@ -49,6 +49,7 @@ SUMS = "SHA256SUMS"
 RECIPE = "recipe.yaml"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
+STAGED = "(staged)"
 OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
 # Stands in the list of unexpected tensors that transformers then prints.
@@ -288,7 +289,8 @@ class Writer:
                 self.measured = {name: dict(record) for name, record in earlier.get("measured", {}).items()}
             for name, record in earlier["blocks"].items() if not differing else ():
                 file = self.out / Path(record["file"]).name
-                if not file.is_file() or sha256(file) != record["sha256"]:
+                # A shard may have been killed between taking in what is staged and its record of that.
+                if not file.is_file() or (sha256(file) != record["sha256"] and STAGED not in earlier["blocks"]):
                     # What follows was made from this block's output, so it is made again too.
                     break
                 self.done[name] = record
@@ -359,11 +361,30 @@ class Writer:
         self._write_journal()
         return self.out / file
 
+    def stage(self, tensors: Parts) -> None:
+        """Keep new values for tensors of the shards, as a file of its own; with `finish` they take their places."""
+        self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": 0.0})
+
+    def _replace_staged(self) -> None:
+        """Put what was staged into the shards; done again after a kill, since nothing else reads them by then."""
+        staged = tensors_of(self.out / self.done[STAGED]["file"])
+        for name, record in list(self.done.items()):
+            shard = tensors_of(self.out / record["file"]) if name != STAGED else {}
+            if shard.keys() & staged.keys():
+                # Whatever of the two is found after a kill is right.
+                number, count = (int(n) for n in re.findall(r"\d{5}", record["file"]))
+                update = {k: staged.get(k, tensor) for k, tensor in shard.items()}
+                self.commit(
+                    name, number, count, update, {k: v for k, v in record.items() if k not in ("file", "sha256")}
+                )
+
     def finish(
         self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
     ) -> None:
         """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any."""
-        sums = {record["file"]: record["sha256"] for record in self.done.values()}
+        if STAGED in self.done:
+            self._replace_staged()
+        sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
@@ -379,6 +400,7 @@ class Writer:
         self._write(SUMS, checksum_lines(sums).encode())
         self._write("config.json", last)
         (self.out / JOURNAL).unlink()
+        (self.out / SHARD.format(0, 0)).unlink(missing_ok=True)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

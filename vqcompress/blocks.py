@@ -59,6 +59,19 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _plain(value: Any) -> Any:
+    """The same with tensors that autograd may save, which those made in inference mode are not."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else value
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -84,6 +97,7 @@ class BlockStream:
         if self.source.config.get("tie_word_embeddings") is False:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
             config.tie_word_embeddings = False
+        self.config = config
         self.model = skeleton(config, dtype)
         self.fused_because = ""
         if isinstance(source, Artifact):
@@ -178,8 +192,12 @@ class BlockStream:
     def run(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
         """The output (B, L, H) of a block loaded for place i; `begin` must have seen rows of this shape."""
         args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
-        out = block(hidden_BLH, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _first(block(hidden_BLH, *args, **kwargs))
+
+    def call(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
+        """The same, for gradients."""
+        args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
+        return _first(block(hidden_BLH, *_plain(args), **_plain(kwargs)))
 
     def advance(self, block: nn.Module, i: int, states: list[Tensor]) -> None:
         """Replace each batch of hidden states by the block's output, in place."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vqcompress.artifact import MARKER, SMOOTHING, Entry, part_name, stored_bits
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite
+from vqcompress.compensation import Compensation, closing_layer
 from vqcompress.errors import VQCompressError
 from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_producer
 from vqcompress.methods import Parts
@@ -26,6 +27,7 @@ from vqcompress.recipe import setting
 from vqcompress.statistics import Accumulator, Statistics
 from vqcompress.targets import Block
 from vqcompress.transforms import fit_smoothing
+from vqcompress.tuning import tune_block
 
 PROBE_TOKENS = 64
 
@@ -67,17 +69,21 @@ def compress_block(
     plan: Plan,
     index: int,
     states: list[Tensor],
+    truth: list[Tensor],
     seed: int,
     tick: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Compress one block of a checkpoint: its tensors by their names on disk, and JSON for journal and report.
 
-    states: the hidden states that enter it, by batch; empty for a data-free plan. tick: called with the name of every
+    states: the hidden states that enter it, by batch; empty for a data-free plan. truth: those that enter it in the
+    dense model, moved on to what it puts out; empty unless the plan compensates. tick: called with the name of every
     target that is done.
     """
     start = time.perf_counter()
     block = plan.blocks[index]
     tensors, module, inputs, statistics = study(stream, plan, index, states, seed)
+    stream.advance(module, index, truth)
+    last = closing_layer(stream, index, module, inputs, states[0][:1, :PROBE_TOKENS]) if truth else None
     rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
     changed = _changed(stream, plan, block, module, rewrites)
     # The weights are encoded from what was stored: the module's type may be too short for the factors.
@@ -85,7 +91,15 @@ def compress_block(
     weights = {stream.names.tensor[f"{target.name}.weight"] for target in plan.compressed(block)}
     # A rotated block comes in float32, and what stays dense is stored as the checkpoint had it.
     tensors |= {name: t.to(stream.source.tensors[name].dtype) for name, t in tensors.items() if name not in weights}
-    facts = encode(stream, plan, block, tensors, statistics, rewrites, seed, tick)
+    closing = None
+    if last is not None and last in plan.compensating(block) and last not in rewrites.columns:
+        closing = Compensation(stream, index, last, states, truth)
+    facts = encode(stream, plan, block, tensors, statistics, rewrites, seed, changed, closing, tick)
+    tuning = plan.recipe.tuning
+    if tuning and tuning.block_epochs and states:
+        entries = [plan.entry(block, t, block.local(t) in rewrites.runtime) for t in plan.compressed(block)]
+        tuning_seed = seed_for(seed, block.name)
+        changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
     seconds = round(time.perf_counter() - start, 3)
     return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
 
@@ -246,10 +260,17 @@ def encode(
     statistics: dict[str, Statistics],
     rewrites: Rewrites,
     seed: int,
+    changed: dict[str, Tensor] | None = None,
+    closing: Compensation | None = None,
     tick: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> dict[str, Any]:
-    """Put the parts of every target in the place of its weight in `tensors`; returns `targets`, rows, and `Uses`."""
+    """Put the parts of every target in the place of its weight in `tensors`; returns `targets`, rows, and `Uses`.
+
+    changed: dense tensors that smoothing changed. closing: what to do with the weight that is encoded last.
+    """
     targets = {block.local(t): t for t in plan.compressed(block)}
+    if closing:
+        targets[closing.path] = targets.pop(closing.path)
     names = {path: stream.names.tensor[f"{target.name}.weight"] for path, target in targets.items()}
     entries = {path: plan.entry(block, target, path in rewrites.runtime) for path, target in targets.items()}
     bits = stored_bits(entries.values())
@@ -274,6 +295,11 @@ def encode(
         start = time.perf_counter()
         entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
         original = weight_of(path)
+        if closing and path == closing.path:
+            others = [entry for name, entry in entries.items() if name != path]
+            stored = stream.load_block(closing.index, tensors | (changed or {}), others)
+            original, facts = closing(stored, original, entry.method.needs, facts)
+            del stored
         weight = _rescaled(original, path, rewrites)
         with _naming(target.name):
             parts = entry.method.encode(weight, facts, generator_for(seed, target.name), common)
@@ -291,6 +317,7 @@ def encode(
                 "proxy_error": facts.proxy_error(weight, decoded),
                 "tokens": facts.tokens if facts.own_tokens is None else facts.own_tokens,
                 "borrowed": facts.own_tokens is not None,
+                "compensates": closing is not None and path == closing.path,
                 "seconds": round(time.perf_counter() - start, 3),
                 "smoothing": rewrites.notes.get(path),
             }

@@ -38,6 +38,16 @@ class Plan:
         """The targets of a block whose rule is more than to keep them."""
         return [t for t in block.targets if not self.rules[t.name].method.dense]
 
+    def compensating(self, block: Block) -> set[str]:
+        """Paths of the targets of a block that make good the errors before them, if they close it."""
+        return {block.local(t) for t in self.compressed(block) if self.rules[t.name].method.compensates}
+
+    @property
+    def asks_for_truth(self) -> bool:
+        """Whether the dense model's hidden states are needed too, to compensate or to tune blocks by."""
+        tuned = self.recipe.tuning is not None and self.recipe.tuning.block_epochs > 0
+        return tuned or any(self.compensating(block) for block in self.blocks)
+
     @property
     def targets(self) -> list[Target]:
         """All targets that will be compressed."""

@@ -15,7 +15,7 @@ from torch import Tensor
 import vqcompress
 from vqcompress import recipe as recipes
 from vqcompress.allocate import allocate, make_plans, outlook
-from vqcompress.artifact import HINT, MARKER, Artifact, Writer, quantization_config, tensors_of
+from vqcompress.artifact import HINT, MARKER, STAGED, Artifact, Writer, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
@@ -25,7 +25,9 @@ from vqcompress.plan import Plan
 from vqcompress.report import model_card, run_report
 from vqcompress.rotation import Rotated
 from vqcompress.runtime.device import choose_device, model_dtype
+from vqcompress.runtime.load import assemble, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
+from vqcompress.tuning import distill
 
 Watch = Callable[[str, dict[str, Any]], None]
 REST = "(outside of the blocks)"
@@ -116,12 +118,16 @@ def quantize(
             check_finite(rest)
             writer.commit(REST, 1, count, rest | {HINT: MARKER}, {"targets": [], "seconds": 0.0})
         states = first_states(stream, rows) if rows is not None else []
+        # A second stream, of the dense model, where the difference is made good.
+        truth = list(states) if plan.asks_for_truth else []
         entries = []
         for i, block in enumerate(plan.blocks):
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(plan.blocks), "name": block.name})
                 tick = partial(watch, "target")
-                writer.commit(block.name, i + 2, count, *compress_block(stream, plan, i, states, seed, tick))
+                writer.commit(block.name, i + 2, count, *compress_block(stream, plan, i, states, truth, seed, tick))
+            elif truth and i + 1 < len(plan.blocks):
+                stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
             stored = entries_of(plan, block, record)
             entries += stored
@@ -130,6 +136,13 @@ def quantize(
                 # The block has no name here, so that it is gone before the next one comes.
                 stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, states)
             watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
+        if plan.recipe.tuning and plan.recipe.tuning.distill_epochs and rows is not None and STAGED not in writer.done:
+            watch("distill", {"epochs": plan.recipe.tuning.distill_epochs})
+            files = [record["file"] for record in writer.done.values()]
+            student = assemble(stream.config, entries, out, files, stream.dtype, chosen)
+            writer.stage(
+                distill(student, load_any(model), entries, rows, plan.recipe.tuning, seed, stream.names.on_disk)
+            )
         config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
         report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
         choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""

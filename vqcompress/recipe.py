@@ -8,10 +8,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vqcompress import methods
 from vqcompress.errors import UsageError, did_you_mean
@@ -21,6 +21,19 @@ from vqcompress.targets import Block, Target
 from vqcompress.transforms import Smoothing
 
 KEEP = methods.make("keep", {})
+
+
+class Tuning(BaseModel):
+    """The knobs of tuning what is continuous after the codes are fixed, see `tuning`. 0 epochs: none of that kind.
+
+    epochs: passes over the calibration rows. rate: the first step of Adam, as a share of a tensor's root mean square.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    block_epochs: int = Field(4, ge=0, le=1000)
+    block_rate: float = Field(2e-3, gt=0, le=1)
+    distill_epochs: int = Field(0, ge=0, le=1000)
+    distill_rate: float = Field(2e-3, gt=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Recipe:
     """name: what the user called it. rules: in order; a target that none matches is kept as it is.
 
     rotation: `fold` rotates the whole model first, see `rotation.Rotated`.
+    tuning: of scales, codebooks and norms, once the codes are fixed.
     candidates: instead of rules, those for all targets that `allocate` chooses from.
     """
 
@@ -51,6 +65,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     rotation: str | None = None
     candidates: tuple[Rule, ...] = ()
+    tuning: Tuning | None = None
 
     def rule_for(self, target: Target) -> Rule:
         """The first rule that matches the target's name."""
@@ -75,6 +90,7 @@ class Recipe:
         ]
         # Only where there is one: what recipes meant before rotations existed keeps its fingerprint.
         meaning += [{"rotation": self.rotation}] if self.rotation else []
+        meaning += [{"tuning": self.tuning.model_dump()}] if self.tuning else []
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,11 +116,12 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules", "candidates", "rotation"}, f"recipe {name}")
+    _only(data, {"description", "rules", "candidates", "rotation", "tuning"}, f"recipe {name}")
     rotation = data.get("rotation")
     if rotation not in (None, "fold"):
         hint = "rotation at run time is a knob of a vq rule"
         raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
+    tuning = _knobs(Tuning, data.get("tuning"), f"recipe {name}", "tuning")
     if {"rules", "candidates"} <= data.keys():
         raise UsageError(f"recipe {name} has both 'rules' and 'candidates'; it can have one of them")
     kind = "candidates" if "candidates" in data else "rules"
@@ -112,13 +129,20 @@ def parse(text: str, name: str) -> Recipe:
     if not isinstance(listed, list) or not listed:
         raise UsageError(f"recipe {name} needs a list '{kind}' with at least one {kind[:-1]}")
     if kind == "rules":
-        return Recipe(name, description, tuple(_rule(r, i, name) for i, r in enumerate(listed, 1)), rotation)
+        rules = tuple(_rule(r, i, name) for i, r in enumerate(listed, 1))
+        return _tunable(Recipe(name, description, rules, rotation, tuning=tuning))
     if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
         raise UsageError(
             f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
         )
     candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
-    return Recipe(name, description, (), rotation, candidates)
+    return _tunable(Recipe(name, description, (), rotation, candidates, tuning))
+
+
+def _tunable(recipe: Recipe) -> Recipe:
+    if recipe.tuning and not any(rule.method.tunable for rule in recipe.rules + recipe.candidates):
+        raise UsageError(f"recipe {recipe.name}: 'tuning' has nothing to tune; it needs a rule of the vq method")
+    return recipe
 
 
 def dump(recipe: Recipe) -> str:
@@ -131,6 +155,7 @@ def dump(recipe: Recipe) -> str:
             rules[-1]["smoothing"] = rule.smoothing.model_dump(mode="json")
     data: dict[str, Any] = {"description": recipe.description}
     data |= {"rotation": recipe.rotation} if recipe.rotation else {}
+    data |= {"tuning": recipe.tuning.model_dump()} if recipe.tuning else {}
     return yaml.safe_dump(
         data | {"rules": rules}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000
     )
@@ -162,20 +187,25 @@ def _rule(data: object, number: int, recipe: str) -> Rule:
         method = methods.make(data["method"], knobs)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
-    smoothing = _smoothing(data.get("smoothing"), where)
+    smoothing = _knobs(Smoothing, data.get("smoothing"), where, "smoothing")
     if smoothing and method.dense:
         raise UsageError(f"{where}: {method.name} leaves a weight as it is, so there is nothing to smooth for")
     return Rule(data["match"], method, smoothing)
 
 
-def _smoothing(data: object, where: str) -> Smoothing | None:
+Knobs = TypeVar("Knobs", bound=BaseModel)
+
+
+def _knobs(kind: type[Knobs], data: object, where: str, key: str) -> Knobs | None:
+    """A group of knobs under a key; None if it is left out or false."""
     if data is None or data is False:
         return None
     if not isinstance(data, dict):
-        raise UsageError(f"{where}: 'smoothing' is a mapping such as {{alpha: 0.5}}, not {data!r}")
-    _only(data, set(Smoothing.model_fields), f"{where}, smoothing")
+        example = ", ".join(f"{name}: {field.default}" for name, field in list(kind.model_fields.items())[:1])
+        raise UsageError(f"{where}: '{key}' is a mapping such as {{{example}}}, not {data!r}")
+    _only(data, set(kind.model_fields), f"{where}, {key}")
     try:
-        return Smoothing(**data)
+        return kind(**data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{where}: smoothing {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UsageError(f"{where}: {key} {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

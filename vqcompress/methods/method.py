@@ -36,6 +36,16 @@ class Method(BaseModel):
         """The names of the `statistics` that encode wants; empty means data-free."""
         return frozenset()
 
+    @property
+    def tunable(self) -> tuple[str, ...]:
+        """Parts that may be tuned by gradient once the others are fixed; `decode` is differentiable in them."""
+        return ()
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a weight that closes its block is moved first, to make good the errors before it."""
+        return False
+
     def layout(self, shape: Shape) -> Layout:
         """Type and shape of every part that `encode` stores for an (O, I) weight, without the shared ones."""
         raise TypeError(f"{type(self).__name__} does not define layout")

@@ -59,6 +59,7 @@ class VQ(Method):
     rotation: bool = Field(False, description="randomized Hadamard transform on both sides, undone at run time")
     feedback: bool = Field(True, description="let later columns make good the error of earlier ones; needs the Hessian")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal that is added to the Hessian")
+    compensate: bool = Field(True, description="let the last layer of a block make good the errors before it")
     states: int = Field(14, ge=8, le=16, description="trellis: bits of a state; each costs twice the time")
     stages: int = Field(1, ge=1, le=4, description="learned: residual stages; a word is the sum of an entry of each")
     scope: Literal["target", "block"] = Field("block", description="learned: who has a codebook of its own")
@@ -97,6 +98,16 @@ class VQ(Method):
     def needs(self) -> frozenset[str]:
         """The Hessian for the feedback, else only its diagonal."""
         return frozenset({"hessian" if self.feedback else "sumsq"})
+
+    @property
+    def tunable(self) -> tuple[str, ...]:
+        """Scales, and what is learned of codebooks."""
+        return ("scale", "codebook") if self._learned else ("scale",)
+
+    @property
+    def compensates(self) -> bool:
+        """What the knob says; what is missing is found with the Hessian of the feedback."""
+        return self.compensate and self.feedback
 
     @property
     def _learned(self) -> bool:

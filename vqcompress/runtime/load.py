@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vqcompress.artifact import Artifact
+from vqcompress.artifact import Artifact, Entry, tensors_of
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.modules import swap
@@ -28,16 +29,30 @@ def load(
         artifact.check_files()
     chosen = choose_device(device)
     dtype = dtype or model_dtype(artifact.config, chosen)
-    model = skeleton(load_config(artifact.path), dtype)
-    swap(model, "", artifact.entries.values(), dtype)
-    for file in sorted({info.file for info in artifact.tensors.values()}):
-        names = [name for name, info in artifact.tensors.items() if info.file == file]
-        # One shard at a time: what a merge needs (the experts of a block) lies in one shard.
-        assign(model, artifact.read(names), dtype)
-    model.tie_weights()
-    finish_loading(model, model, "", chosen)
+    files = sorted({info.file for info in artifact.tensors.values()})
+    model = assemble(load_config(artifact.path), artifact.entries.values(), artifact.path, files, dtype, chosen)
     if (artifact.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(artifact.path)
+    return model
+
+
+def assemble(
+    config: PretrainedConfig,
+    entries: Iterable[Entry],
+    folder: Path,
+    files: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model of a config, its targets stored as the entries say, filled from the shards of a directory."""
+    entries = list(entries)
+    model = skeleton(config, dtype)
+    swap(model, "", entries, dtype)
+    for file in files:
+        # One shard at a time: what a merge needs (the experts of a block) lies in one shard.
+        assign(model, tensors_of(folder / file), dtype)
+    model.tie_weights()
+    finish_loading(model, model, "", device)
     return model
 
 

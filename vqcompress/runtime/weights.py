@@ -6,6 +6,7 @@ transformers' own, so what loads there loads here.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -97,6 +98,14 @@ class Names:
     def under(self, prefix: str) -> list[str]:
         """The checkpoint names of what belongs to a module."""
         return [name for name, parameter in self.parameter.items() if parameter.startswith(prefix + ".")]
+
+    def on_disk(self, name: str) -> str:
+        """The name on disk of a parameter, of a part of a weight, or of a part that a block shares."""
+        if part := re.fullmatch(r"(.+\.weight)_(\w+)", name):
+            return f"{self.tensor[part[1]]}_{part[2]}"
+        if shared := re.fullmatch(r"(.+)(\.shared_parts\..+)", name):
+            return self.spelled(shared[1]) + shared[2]
+        return self.tensor[name]
 
     def spelled(self, prefix: str) -> str:
         """A module's path as the checkpoint spells it, which may lack the model's prefix."""

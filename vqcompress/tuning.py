@@ -1,0 +1,175 @@
+"""Tuning of what is continuous after the codes are fixed: scales, codebooks, norms and biases.
+
+Block by block, against the hidden states that the dense model's block puts out (AQLM, arXiv 2401.06118, section 3.4);
+and of all blocks together, by distillation: the mean Kullback–Leibler divergence of the model's predictions from its
+original's. Gradients of codes there are none; what is stored is rounded to its type once, at the end.
+Shape legend: B rows, L tokens of a row, V vocabulary, O output rows, I input columns, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vqcompress.artifact import SMOOTHING, Entry
+from vqcompress.blocks import BlockStream
+from vqcompress.recipe import Tuning
+from vqcompress.runtime.modules import CompressedLinear, SharedParts
+
+BATCH_TOKENS = 4096
+WARMUP = 5
+
+
+class _Master:
+    """A stored tensor as something that can be trained. parameter: float32. unit: the size of a step for it."""
+
+    def __init__(self, name: str, stored: Tensor):
+        self.name, self.dtype = name, stored.dtype
+        self.parameter = nn.Parameter(stored.detach().float().clone())
+        self.unit = self.parameter.detach().square().mean().sqrt().item()
+
+    def stored(self) -> Tensor:
+        """What to store, in the type that it had."""
+        value = self.parameter.detach()
+        if not self.dtype.is_floating_point:
+            limits = torch.iinfo(self.dtype)
+            value = value.round().clamp(limits.min, limits.max)
+        return value.to(self.dtype).cpu()
+
+
+class _Tuned(nn.Module):
+    """y = decoded weight · x + bias of a compressed linear layer, with the masters in place of its tunable parts."""
+
+    def __init__(self, layer: CompressedLinear, masters: dict[str, _Master]):
+        super().__init__()
+        self.layer = layer
+        self.trained = nn.ParameterDict({name: master.parameter for name, master in masters.items()})
+        self.unit_OI: Tensor | None = None
+        if masters.keys() == {"scale"}:
+            # The rows of a weight are proportional to their scale: decoded once, with a scale of 1.
+            ones = {"scale": torch.ones_like(masters["scale"].parameter.detach())}
+            self.unit_OI = layer.entry.method.decode(self._parts() | ones, layer.entry.target.shape)
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: part for name, part in self.layer.parts().items() if name != SMOOTHING}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, I) → (…, O)."""
+        if self.unit_OI is not None:
+            weight_OI = self.unit_OI * self.trained["scale"][:, None]
+        else:
+            weight_OI = self.layer.entry.method.decode(
+                self._parts() | dict(self.trained), self.layer.entry.target.shape
+            )
+        if self.layer.entry.smoothed:
+            x = x / self.layer.parts()[SMOOTHING].to(x)
+        return nn.functional.linear(x, weight_OI.to(x.dtype), self.layer.bias)
+
+
+def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], disk: Callable[[str], str]) -> list[_Master]:
+    """Put masters in place below a module, a block or a model; returns them, named as they will be stored.
+
+    prefix: of the module's own name, with its dot. disk: the model's name of a tensor → its name on disk.
+    """
+    masters: list[_Master] = []
+    shared: dict[str, dict[str, _Master]] = {}
+    inside = {id(p) for m in root.modules() if isinstance(m, (CompressedLinear, SharedParts)) for p in m.parameters()}
+    for path, parameter in root.named_parameters():
+        if parameter.dim() == 1 and id(parameter) not in inside:
+            masters.append(_Master(disk(prefix + path), parameter))
+            parent, _, name = path.rpartition(".")
+            setattr(root.get_submodule(parent), name, masters[-1].parameter)
+    for entry in entries:
+        path = entry.target.name.removeprefix(prefix)
+        layer = root.get_submodule(path)
+        assert isinstance(layer, CompressedLinear)
+        own = {
+            part: _Master(disk(f"{entry.target.name}.weight_{part}"), layer.get_buffer(f"weight_{part}"))
+            for part in entry.method.tunable
+            if part in entry.layout()
+        }
+        masters += own.values()
+        if entry.shared is not None:
+            if entry.shared not in shared:
+                parts = layer.parts()
+                common = [part for part in entry.method.tunable if part in entry.method.shared_layout()]
+                shared[entry.shared] = {part: _Master(disk(f"{entry.shared}.{part}"), parts[part]) for part in common}
+                masters += shared[entry.shared].values()
+            own |= shared[entry.shared]
+        parent, _, name = path.rpartition(".")
+        setattr(root.get_submodule(parent), name, _Tuned(layer, own))
+    return masters
+
+
+def _fit(
+    masters: list[_Master], epochs: int, rate: float, batches: int, seed: int, loss_of: Callable[[int], Tensor]
+) -> None:
+    """Adam on the masters, each with steps in its own unit; the rate falls to nothing. loss_of: of a batch's number."""
+    groups = [{"params": [m.parameter], "lr": 0.0} for m in masters]
+    optimizer, steps = torch.optim.Adam(groups, betas=(0.9, 0.95)), epochs * batches
+    draw = torch.Generator().manual_seed(seed)
+    order = [int(k) for _ in range(epochs) for k in torch.randperm(batches, generator=draw)]
+    with torch.enable_grad():
+        for step, k in enumerate(order):
+            now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+            for group, master in zip(optimizer.param_groups, masters, strict=True):
+                group["lr"] = now * master.unit
+            optimizer.zero_grad()
+            loss_of(k).backward()
+            optimizer.step()
+
+
+def tune_block(
+    stream: BlockStream,
+    index: int,
+    tensors: dict[str, Tensor],
+    entries: list[Entry],
+    states: list[Tensor],
+    truth: list[Tensor],
+    tuning: Tuning,
+    seed: int,
+) -> dict[str, Tensor]:
+    """New values, by name on disk, of a stored block's scales, codebooks and norms, nearer to the dense block's output.
+
+    tensors: the block as it is to be stored. states: what enters it, by batch. truth: what the dense model puts out.
+    """
+    block = stream.load_block(index, tensors, entries)
+    name = stream.blocks[index].name
+    masters = make_tunable(block, f"{name}.", entries, stream.names.on_disk)
+
+    # The largest states would have all the say; each token counts by how far it is off in its own size.
+    def loss_of(k: int) -> Tensor:
+        wanted = truth[k].clone().float()
+        gap = stream.call(block, index, states[k].clone()).float() - wanted
+        return (gap.square().mean(-1) / wanted.square().mean(-1)).mean()
+
+    _fit(masters, tuning.block_epochs, tuning.block_rate, len(states), seed, loss_of)
+    return {master.name: master.stored() for master in masters}
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    entries: list[Entry],
+    rows_NL: Tensor,
+    tuning: Tuning,
+    seed: int,
+    disk: Callable[[str], str],
+) -> dict[str, Tensor]:
+    """New values, by name on disk, of all scales, codebooks and norms of a model, for predictions like its original's.
+
+    student: the compressed model, changed by this. teacher: the original. rows_NL: calibration tokens.
+    """
+    masters = make_tunable(student, "", entries, disk)
+    batches = rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
+
+    def loss_of(k: int) -> Tensor:
+        with torch.no_grad():
+            wanted_BLV = teacher(batches[k]).logits.float().log_softmax(-1)
+        found_BLV = student(batches[k]).logits.float().log_softmax(-1)
+        return (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean()
+
+    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of)
+    return {master.name: master.stored() for master in masters}
