@@ -8,17 +8,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from vqcompress.artifact import HINT, SUMS, Artifact
 from vqcompress.checkpoint import INDEX, Checkpoint
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.inspect import inspect
 from vqcompress.quantize import quantize
+from vqcompress.show import inspected
 from vqcompress.verify import verify
 
 Make = Callable[..., Path]
@@ -111,6 +115,42 @@ def test_bits_per_weight_are_the_bits_on_disk(family: str, recipe: str, quantize
     assert report["bits_per_weight"] == pytest.approx(bits / weights, rel=1e-12)
     per_target = sum(t["bits_per_weight"] * t["shape"][0] * t["shape"][1] for t in report["targets"])
     assert per_target == pytest.approx(bits, rel=1e-12)
+
+
+COUNTED = """rules:
+  - {match: '*.q_proj', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
+  - {match: '*.k_proj', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
+  - {match: '*.v_proj', method: vq, d: 2, bits: 3, iterations: 2, refits: 0, scope: target}
+  - {match: '*.o_proj', method: vq, codebook: trellis, states: 8}
+  - {match: '*.down_proj', method: int8}
+  - {match: '*', method: vq, codebook: universal}
+"""
+
+
+def test_uses_of_entries_are_counted_where_a_codebook_lies(quantized: Make) -> None:
+    folder = quantized(COUNTED)
+    artifact, report = Artifact(folder), report_of(folder)
+    books = report["codebooks"]
+    blocks = list(report["blocks"])[1:]
+    for block in blocks:
+        (universal,) = [place for place in books if place.startswith(f"{block}: vq codebook=universal")]
+        shared, own = f"{block}.shared_parts.0", f"{block}.self_attn.v_proj"
+        assert {place for place in books if place.startswith(f"{block}.") or place == universal} == {
+            shared, own, universal,
+        }  # fmt: skip
+        for place, members, d in ((shared, ("q_proj", "k_proj"), 2), (universal, ("gate_proj", "up_proj"), 4)):
+            weights = sum(e.target.weights for name, e in artifact.entries.items() if name.endswith(members))
+            (counts,) = books[place]["counts"]
+            assert len(counts) == books[place]["entries"]
+            assert sum(counts) == weights / len(blocks) / d
+            assert books[place]["hottest"][2] == pytest.approx(sum(counts[: len(counts) // 2]) / sum(counts), abs=1e-4)
+        assert books[own].keys() == {"entries", "hottest"}
+        assert books[own]["entries"] == 8
+    assert all(0 < a <= b <= c <= 1 for a, b, c in (book["hottest"] for book in books.values()))
+    facts, shown = inspect(str(folder)), StringIO()
+    assert facts["codebooks"] == books
+    inspected(Console(file=shown, width=160), facts)
+    assert f"(mean of {len(books)})" in shown.getvalue()
 
 
 @every_case

@@ -289,6 +289,43 @@ def test_entries_are_sorted_by_use() -> None:
     assert uses_K[0] > uses_K[-1]
 
 
+@pytest.mark.parametrize("knobs", [{"d": 3, "bits": 5}, {"d": 4, "bits": 3, "stages": 2, "scope": "target"}])
+def test_counts_are_of_the_stored_codes(knobs: dict[str, Any]) -> None:
+    method = VQ(**knobs, **QUICK)
+    weight_OI = gaussian(21, 50)
+    parts = encode(method, weight_OI, correlated(50))
+    counts_RK = method.counts(parts, (21, 50))
+    assert counts_RK is not None
+    assert counts_RK.dtype == torch.int64
+    assert counts_RK.shape == (method.stages, 1 << method.bits)
+    assert (counts_RK.sum(1) == 21 * -(-50 // method.d)).all()
+    # By another way: the mean of the weight is that of its entries.
+    parts = {**parts, "scale": torch.ones_like(parts["scale"])}
+    book_RKd = parts["codebook"].float() * parts["step"][:, None, None]
+    columns = -(-50 // method.d) * method.d
+    whole_OJ = VQ(**knobs).decode(parts, (21, columns))
+    torch.testing.assert_close(whole_OJ.sum(), (counts_RK[..., None] * book_RKd).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_counts_of_tables_that_are_not_stored() -> None:
+    weight_OI = gaussian(30, 20)
+    universal = VQ(codebook="universal", rotation=False, feedback=False)
+    parts = encode(universal, weight_OI, Statistics())
+    counts_RK = universal.counts(parts, (30, 20))
+    # Eight bits a code: the bytes are the codes.
+    assert counts_RK is not None
+    assert torch.equal(counts_RK[0], torch.bincount(parts["codes"].flatten(), minlength=256))
+    lattice = VQ(codebook="lattice", bits=24)
+    parts = encode(lattice, weight_OI, Statistics())
+    counts_RK = lattice.counts(parts, (30, 20))
+    assert counts_RK is not None
+    assert counts_RK.sum() == 4 * 20
+    assert torch.equal(counts_RK[0], torch.bincount(parts["codes"][:, ::3].flatten(), minlength=256))
+    trellis = VQ(codebook="trellis", states=8)
+    assert trellis.counts(encode(trellis, weight_OI, Statistics()), (30, 20)) is None
+    assert make("int8", {}).counts({}, (30, 20)) is None
+
+
 def test_check_names_the_part() -> None:
     method = VQ(d=3, bits=3, scope="target", **QUICK)
     shape = (4, 8)

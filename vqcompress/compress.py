@@ -23,6 +23,7 @@ from vqcompress.errors import VQCompressError
 from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_producer
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
+from vqcompress.recipe import setting
 from vqcompress.statistics import Accumulator, Statistics
 from vqcompress.targets import Block
 from vqcompress.transforms import fit_smoothing
@@ -93,14 +94,14 @@ def compress_block(
     closing = None
     if last is not None and last in plan.compensating(block) and last not in rewrites.columns:
         closing = Compensation(stream, index, last, states, truth)
-    rows = encode(stream, plan, block, tensors, statistics, rewrites, seed, changed, closing, tick)
+    facts = encode(stream, plan, block, tensors, statistics, rewrites, seed, changed, closing, tick)
     tuning = plan.recipe.tuning
     if tuning and tuning.block_epochs and states:
         entries = [plan.entry(block, t, block.local(t) in rewrites.runtime) for t in plan.compressed(block)]
         tuning_seed = seed_for(seed, block.name)
         changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
     seconds = round(time.perf_counter() - start, 3)
-    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), "targets": rows}
+    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
 
 
 def study(
@@ -262,8 +263,8 @@ def encode(
     changed: dict[str, Tensor] | None = None,
     closing: Compensation | None = None,
     tick: Callable[[dict[str, Any]], None] = lambda facts: None,
-) -> list[dict[str, Any]]:
-    """Put the parts of every target in the place of its weight in `tensors`; returns rows for the report.
+) -> dict[str, Any]:
+    """Put the parts of every target in the place of its weight in `tensors`; returns `targets`, rows, and `Uses`.
 
     changed: dense tensors that smoothing changed. closing: what to do with the weight that is encoded last.
     """
@@ -289,6 +290,7 @@ def encode(
         prefix = stream.names.spelled(block.name) + place.removeprefix(block.name)
         tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
     rows, first = [], plan.targets[0]
+    uses = Uses(block)
     for path, target in targets.items():
         start = time.perf_counter()
         entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
@@ -302,6 +304,7 @@ def encode(
         with _naming(target.name):
             parts = entry.method.encode(weight, facts, generator_for(seed, target.name), common)
         decoded = entry.method.decode(parts | common, target.shape)
+        uses.add(entry, parts, common)
         error = (original - _rescaled(decoded, path, rewrites, back=True)).square().sum()
         rows.append(
             {
@@ -327,7 +330,35 @@ def encode(
         if target == first:
             tensors[names[path]] = MARKER
         tick({"name": target.name})
-    return rows
+    return {"targets": rows, "codebooks": uses.report()}
+
+
+class Uses:
+    """How often the entries of codebooks are used by the weights of a block, each codebook in its place.
+
+    Places: the path of shared parts, a target with its own, or the settings whose table ships with the package.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.sums: dict[tuple[str, bool], Tensor] = {}
+
+    def add(self, entry: Entry, parts: Parts, common: Parts) -> None:
+        """Count the codes of a target. parts: its own; common: those that it shares."""
+        own, uses_RK = "codebook" in parts, entry.method.counts(parts | common, entry.target.shape)
+        place = entry.target.name if own else entry.shared or f"{self.block.name}: {setting(entry.method)}"
+        if uses_RK is not None:
+            self.sums[place, own] = self.sums.get((place, own), 0) + uses_RK
+
+    def report(self) -> dict[str, Any]:
+        """JSON by place: entries, the share of uses that the first 1/8, 1/4 and 1/2 take; counts unless a target's."""
+        found = {}
+        for (place, own), uses_RK in self.sums.items():
+            count = uses_RK.shape[1]
+            firsts = [uses_RK[:, : -(-count // part)].sum().item() / uses_RK.sum().item() for part in (8, 4, 2)]
+            every = {} if own else {"counts": uses_RK.tolist()}
+            found[place] = {"entries": count, "hottest": [round(share, 4) for share in firsts], **every}
+        return found
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def inspect(path: str) -> dict[str, Any]:
         "source_bytes": report.get("source_bytes"),
         "artifact_bytes": sum((artifact.path / file).stat().st_size for file in files),
         "files": len(files),
+        "codebooks": report.get("codebooks", {}),
         "targets": rows,
     }
 

@@ -107,6 +107,7 @@ def run_report(
         },
         "left_dense": plan.left_dense,
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
+        "codebooks": {place: uses for r in writer.done.values() for place, uses in r.get("codebooks", {}).items()},
         "blocks": {name: record["seconds"] for name, record in writer.done.items()},
         "targets": targets,
     }

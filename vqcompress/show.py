@@ -223,6 +223,9 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
     settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
     for (method, knobs), count in settings.items():
         to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in knobs)}")
+    if books := facts["codebooks"].values():
+        means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
+        to.print(f"entries the first 1/8, 1/4, 1/2 of a codebook's take {means} % of its uses (mean of {len(books)})")
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
     weights = f"{len(facts['targets'])} targets, {facts['weights_quantized']:,} weights"
     to.print(f"total   {weights}, {facts['bits_per_weight']:.3f} bits per weight")

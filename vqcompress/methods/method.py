@@ -82,6 +82,13 @@ class Method(BaseModel):
         """x Wᵀ, (T, O) in the type of x, from the prepared parts."""
         return x_TI @ prepared["weight"].T
 
+    def counts(self, parts: Parts, shape: Shape) -> Tensor | None:
+        """How often each entry of a codebook is used by a weight, int64 (stages, entries); None without a table.
+
+        The table is the part `codebook`, shared or the target's own; without such a part it ships with the package.
+        """
+        return None
+
     def encode_flops(self, shape: Shape) -> float:
         """About how much arithmetic `encode` does, for estimates of time."""
         return 50.0 * shape[0] * shape[1]

@@ -201,6 +201,16 @@ class VQ(Method):
         if self.rotation:
             check_padding(parts["signs"], 1, shape[1])
 
+    def counts(self, parts: Parts, shape: Shape) -> Tensor | None:
+        """Uses of the entries, learned or universal; of the 256 patterns of first words; nothing of a trellis."""
+        if self.codebook == "trellis":
+            return None
+        if self.codebook == "lattice":
+            return torch.bincount(parts["codes"].reshape(-1, self.bits // 8)[:, 0], minlength=256)[None]
+        stages, count = (self.stages, self._groups(shape[1])) if self._learned else (1, -(-shape[0] // self.d))
+        codes_NR = unpack(parts["codes"], self.bits, count * stages).reshape(-1, stages)
+        return torch.stack([torch.bincount(code_N, minlength=1 << self.bits) for code_N in codes_NR.T])
+
     def encode_flops(self, shape: Shape) -> float:
         """The search and the feedback, once for the codes and once per round of the share that trains the codebook."""
         weights, columns = shape[0] * shape[1], shape[1]
