@@ -97,7 +97,12 @@ TUNED = "tuning: {block_epochs: 1, distill_epochs: 1}"
 def test_codes_stay_and_scales_codebooks_and_norms_move(toy: Make, text: Path, tmp_path: Path) -> None:
     model = toy("llama")
     run(model, tmp_path / "a", recipe(tmp_path), text)
-    run(model, tmp_path / "b", recipe(tmp_path, "", "tuning: {block_epochs: 0, distill_epochs: 4, distill_rate: 0.05}"), text)
+    run(
+        model,
+        tmp_path / "b",
+        recipe(tmp_path, "", "tuning: {block_epochs: 0, distill_epochs: 4, distill_rate: 0.05}"),
+        text,
+    )
     first, second = (Artifact(tmp_path / name) for name in "ab")
     assert first.tensors.keys() == second.tensors.keys()
     plain, tuned = first.read(first.tensors), second.read(second.tensors)

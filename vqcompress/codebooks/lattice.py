@@ -24,8 +24,7 @@ from vqcompress.codebooks.learned import nearest
 
 DIMENSION = 8
 SHIFT = 0.25
-# Steps of the first and the second words, by bits per weight: those with the least error on the unit Gaussian
-# (scripts/bench_codebooks.py).
+# Steps of the first and the second words, by bits per weight: those with the least error on the unit Gaussian.
 FIRST = {2: 0.965, 3: 1.0, 4: 1.12}
 SECOND = {3: 0.30, 4: 0.29}
 
