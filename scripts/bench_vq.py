@@ -52,6 +52,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # What each piece is worth.
     "2 trellis, no rotation": {"codebook": "trellis", "bits": 2, "rotation": False},
     "2 trellis, no feedback": {"codebook": "trellis", "bits": 2, "feedback": False},
+    "2 trellis, no compensation": {"codebook": "trellis", "bits": 2, "compensate": False},
+    "2 universal, no compensation": {"codebook": "universal", "d": 4, "bits": 8, "compensate": False},
+    "2 universal, no rotation": {"codebook": "universal", "d": 4, "bits": 8, "rotation": False},
     "2 trellis, states 12": {"codebook": "trellis", "bits": 2, "states": 12},
     "2 trellis, states 16": {"codebook": "trellis", "bits": 2, "states": 16},
     "2 learned, rotation": {"d": 4, "bits": 8, "rotation": True},

@@ -230,7 +230,7 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
     for key in ("bits_per_weight", "weights_quantized", "artifact_bytes", "source_bytes"):
         assert facts[key] == pytest.approx(report[key]), key
     for row, expected in zip(facts["targets"], report["targets"], strict=True):
-        assert row["knobs"]["d"] == 4
+        assert (row["knobs"]["codebook"], row["knobs"]["bits"]) == ("trellis", 2)
         for key in ("name", "shape", "bits_per_weight", "relative_error", "proxy_error", "tokens"):
             assert row[key] == (pytest.approx(expected[key]) if isinstance(expected[key], float) else expected[key])
     shown = call("inspect", artifact).stdout
