@@ -52,6 +52,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # What each piece is worth.
     "2 trellis, no rotation": {"codebook": "trellis", "bits": 2, "rotation": False},
     "2 trellis, no feedback": {"codebook": "trellis", "bits": 2, "feedback": False},
+    "2 trellis, no order": {"codebook": "trellis", "bits": 2, "activation_order": False},
+    "2 learned, no order": {"d": 4, "bits": 8, "activation_order": False},
     "2 trellis, no compensation": {"codebook": "trellis", "bits": 2, "compensate": False},
     "2 universal, no compensation": {"codebook": "universal", "d": 4, "bits": 8, "compensate": False},
     "2 universal, no rotation": {"codebook": "universal", "d": 4, "bits": 8, "rotation": False},

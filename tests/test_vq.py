@@ -156,8 +156,11 @@ def test_feedback_lowers_the_error_of_the_output() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize(("knob", "low", "high"), [("iterations", 0, 20), ("refits", 0, 4), ("beam", 1, 8)])
-def test_effort_lowers_the_error(knob: str, low: int, high: int) -> None:
+@pytest.mark.parametrize(
+    ("knob", "low", "high"),
+    [("iterations", 0, 20), ("refits", 0, 4), ("beam", 1, 8), ("activation_order", False, True)],
+)
+def test_effort_lowers_the_error(knob: str, low: Any, high: Any) -> None:
     weight_OI, statistics = gaussian(256, 64), correlated(64)
     errors = []
     for value in (low, high):

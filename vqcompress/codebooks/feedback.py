@@ -77,11 +77,17 @@ class Problem:
 
 
 def measure(
-    statistics: Statistics, weight_OI: Tensor, d: int, feedback: bool, damping: float, signs_I: Tensor | None = None
+    statistics: Statistics,
+    weight_OI: Tensor,
+    d: int,
+    feedback: bool,
+    damping: float,
+    ordered: bool = True,
+    signs_I: Tensor | None = None,
 ) -> Metric:
     """The metric of an input: its Hessian if there is one and feedback is wanted, else its diagonal, else all equal.
 
-    signs_I: of the rotation of the input, if it is rotated.
+    ordered: the columns that weigh most are encoded first. signs_I: of the rotation of the input, if it is rotated.
     """
     columns, device = weight_OI.shape[1], weight_OI.device
     hessian_II = statistics.hessian_II if feedback else None
@@ -100,7 +106,8 @@ def measure(
     hessian_JJ = pad(hessian_II, (0, -columns % d) * 2)
     # Errors go from early to late groups, so the heavy ones come first (the "act-order" of GPTQ's code). The order is
     # only that of encoding: it is not stored.
-    order_G = hessian_JJ.diagonal().reshape(-1, d).sum(1).argsort(descending=True, stable=True)
+    weight_G = hessian_JJ.diagonal().reshape(-1, d).sum(1)
+    order_G = weight_G.argsort(descending=True, stable=True) if ordered else torch.arange(len(weight_G), device=device)
     index_J = (order_G[:, None] * d + torch.arange(d, device=device)).flatten()
     factor_JJ = factorize(hessian_JJ[index_J][:, index_J], damping)
     factor_JJ[index_J >= columns] = 0

@@ -59,6 +59,7 @@ class VQ(Method):
     rotation: bool = Field(False, description="randomized Hadamard transform on both sides, undone at run time")
     feedback: bool = Field(True, description="let later columns make good the error of earlier ones; needs the Hessian")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal that is added to the Hessian")
+    activation_order: bool = Field(True, description="encode the columns with the loudest inputs first")
     compensate: bool = Field(True, description="let the last layer of a block make good the errors before it")
     states: int = Field(14, ge=8, le=16, description="trellis: bits of a state; each costs twice the time")
     stages: int = Field(1, ge=1, le=4, description="learned: residual stages; a word is the sum of an entry of each")
@@ -264,7 +265,8 @@ class VQ(Method):
     def _measure(
         self, statistics: Statistics, weight_OI: Tensor, d: int, signs: tuple[Tensor, Tensor] | None
     ) -> Metric:
-        return measure(statistics, weight_OI, d, self.feedback, self.damping, signs[0] if signs else None)
+        of_input = signs[0] if signs else None
+        return measure(statistics, weight_OI, d, self.feedback, self.damping, self.activation_order, of_input)
 
     def _learn(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> Parts:
         """codebook and step for rows sampled from the weights."""
