@@ -96,7 +96,7 @@ def quantize(
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
     A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
-    with "measure", "plan", "block", "target" and "done" and what is known about each.
+    with "measure", "plan", "block", "target", "done" and "distill" and what is known about each.
     """
     start = time.perf_counter()
     if str(out) == "demo":
@@ -136,18 +136,21 @@ def quantize(
                 # The block has no name here, so that it is gone before the next one comes.
                 stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, states)
             watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
-        if plan.recipe.tuning and plan.recipe.tuning.distill_epochs and rows is not None and STAGED not in writer.done:
-            watch("distill", {"epochs": plan.recipe.tuning.distill_epochs})
+        tuning = plan.recipe.tuning
+        if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
             files = [record["file"] for record in writer.done.values()]
             student = assemble(stream.config, entries, out, files, stream.dtype, chosen)
-            writer.stage(
-                distill(student, load_any(model), entries, rows, plan.recipe.tuning, seed, stream.names.on_disk)
-            )
+            teacher, disk = load_any(model).to(chosen), stream.names.on_disk
+            writer.stage(distill(student, teacher, entries, rows, tuning, seed, disk, partial(_tell, watch)))
         config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
         report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
         choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
         writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()), choice)
     return report
+
+
+def _tell(watch: Watch, step: int, steps: int) -> None:
+    watch("distill", {"step": step, "steps": steps})
 
 
 def _inputs(source: Checkpoint, plan: Plan, rows: Tensor | None, seed: int, stream: BlockStream) -> dict[str, str]:

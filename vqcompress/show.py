@@ -110,6 +110,8 @@ def watching(model: str) -> Iterator[Watch]:
                 run.done += run.weights[facts["name"]]
                 rate = f"{run.rate() / 1e6:.2f} M weights/s"
                 bar.update(task, completed=run.done, target=facts["name"], rate=rate, left=run.left())
+            elif event == "distill":
+                bar.update(task, description="distilling", total=facts["steps"], completed=facts["step"], target="")
 
         yield draw
 
@@ -146,6 +148,8 @@ def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
     elif event == "target":
         run.done += run.weights[facts["name"]]
         return
+    elif event == "distill" and facts["step"] == 0:
+        text = f"all blocks are done; distilling in {facts['steps']} steps"
     elif event == "done":
         text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: "
         rows = facts["record"]["targets"]

@@ -105,15 +105,25 @@ def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], disk: C
 
 
 def _fit(
-    masters: list[_Master], epochs: int, rate: float, batches: int, seed: int, loss_of: Callable[[int], Tensor]
+    masters: list[_Master],
+    epochs: int,
+    rate: float,
+    batches: int,
+    seed: int,
+    loss_of: Callable[[int], Tensor],
+    tell: Callable[[int, int], None] = lambda step, steps: None,
 ) -> None:
-    """Adam on the masters, each with steps in its own unit; the rate falls to nothing. loss_of: of a batch's number."""
+    """Adam on the masters, each with steps in its own unit; the rate falls to nothing.
+
+    loss_of: of a batch's number. tell: called before every step, with its number and how many there are.
+    """
     groups = [{"params": [m.parameter], "lr": 0.0} for m in masters]
     optimizer, steps = torch.optim.Adam(groups, betas=(0.9, 0.95)), epochs * batches
     draw = torch.Generator().manual_seed(seed)
     order = [int(k) for _ in range(epochs) for k in torch.randperm(batches, generator=draw)]
     with torch.enable_grad():
         for step, k in enumerate(order):
+            tell(step, steps)
             now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
             for group, master in zip(optimizer.param_groups, masters, strict=True):
                 group["lr"] = now * master.unit
@@ -158,13 +168,16 @@ def distill(
     tuning: Tuning,
     seed: int,
     disk: Callable[[str], str],
+    tell: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """New values, by name on disk, of all scales, codebooks and norms of a model, for predictions like its original's.
 
-    student: the compressed model, changed by this. teacher: the original. rows_NL: calibration tokens.
+    student: the compressed model, changed by this. teacher: the original, on the same device. rows_NL: calibration
+    tokens. disk: see `make_tunable`. tell: see `_fit`.
     """
     masters = make_tunable(student, "", entries, disk)
-    batches = rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
+    device = next(iter(teacher.parameters())).device
+    batches = rows_NL.to(device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
 
     def loss_of(k: int) -> Tensor:
         with torch.no_grad():
@@ -172,5 +185,5 @@ def distill(
         found_BLV = student(batches[k]).logits.float().log_softmax(-1)
         return (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean()
 
-    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of)
+    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, tell)
     return {master.name: master.stored() for master in masters}
