@@ -140,7 +140,7 @@ def quantize(
         if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
             files = [record["file"] for record in writer.done.values()]
             student = assemble(stream.config, entries, out, files, stream.dtype, chosen)
-            teacher, disk = load_any(model).to(chosen), stream.names.on_disk
+            teacher, disk = load_any(model, device), stream.names.on_disk
             writer.stage(distill(student, teacher, entries, rows, tuning, seed, disk, partial(_tell, watch)))
         config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
         report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)

@@ -56,12 +56,12 @@ def assemble(
     return model
 
 
-def load_any(model: str) -> PreTrainedModel:
+def load_any(model: str, device: str = "auto") -> PreTrainedModel:
     """The model that MODEL names, an artifact or a plain checkpoint, with the defaults of `load`."""
     path = resolve(model)
     if Artifact.is_one(path):
-        return load(path)
+        return load(path, device)
     load_config(path)
-    device = choose_device("auto")
-    dtype = model_dtype(Checkpoint(path).config, device)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
+    chosen = choose_device(device)
+    dtype = model_dtype(Checkpoint(path).config, chosen)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(chosen)
