@@ -190,7 +190,16 @@ def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, 
         experts = max(sum(t.shape[1] ** 2 * 4 for t in targets) for targets in own)
         statistics = 4 * width * width * 4 + 3 * width * width * 8 + experts
     activations = BATCH_TOKENS * (width * 4 + hidden * 6) * 4
-    return now + rest * 4 + block + statistics + activations + tokens * hidden * 4
+    states = tokens * hidden * 4 * (2 if plan.asks_for_truth else 1)
+    tuned = 0
+    if (tuning := plan.recipe.tuning) is not None:
+        # For gradients every activation of a batch stays, of one block or, to distill two whole models, of all.
+        tuned = 4 * activations + largest * 4
+        if tuning.distill_epochs:
+            inside = sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
+            logits = BATCH_TOKENS * stream.model.config.get_text_config().vocab_size * 4 * 4
+            tuned = 2 * (inside + rest) * 4 + inside * 4 + len(plan.blocks) * activations + logits
+    return now + rest * 4 + block + statistics + activations + states + tuned
 
 
 def _seconds(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tuple[float, float]]) -> float:
@@ -204,7 +213,12 @@ def _seconds(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tup
     rate = 0.4 * 2 * 768**3 / fastest
     work = sum(plan.rules[t.name].method.encode_flops(t.shape) for t in plan.targets)
     if tokens:
-        work += sum(2 * 2 * t.weights * tokens * routed.get(t.name, (1, 1))[0] for b in plan.blocks for t in b.targets)
+        # Forward: to measure, to move on; in the dense model and to compensate; a step of tuning is about three more.
+        passes = 4 if plan.asks_for_truth else 2
+        if (tuning := plan.recipe.tuning) is not None:
+            passes += 3 * tuning.block_epochs + 4 * tuning.distill_epochs
+        shares = [t.weights * routed.get(t.name, (1, 1))[0] for b in plan.blocks for t in b.targets]
+        work += 2 * passes * tokens * sum(shares)
         hessians = [t for t in plan.targets if "hessian" in plan.rules[t.name].method.needs]
         work += sum(2 * t.shape[1] ** 2 * tokens * routed.get(t.name, (1, 1))[1] for t in hessians)
     return work / rate + 1.0
