@@ -1,9 +1,9 @@
 """The searches that want compiled code on a CPU, by numba: Viterbi's algorithm, and words of E8P.
 
 Viterbi. A state is a window of a stream, its oldest bit lowest: s' = (s >> k) | (new bits << (states − k)). So the P =
-2**k states that lead to one class q of states are P·q … P·q + P − 1, and class q holds the states q + u·Q, u < P. Costs are
-laid out as (P, Q), state s at [s mod P, s div P]: then all inner loops run over neighbours in memory, and vectorize.
-Which predecessor was best rides in the lowest k bits of a cost, so that a minimum finds both.
+2**k states that lead to one class q of states are P·q … P·q + P − 1, and class q holds the states q + u·Q, u < P. Costs
+are laid out as (P, Q), state s at [s mod P, s div P]: then all inner loops run over neighbours in memory, and
+vectorize. Which predecessor was best rides in the lowest k bits of a cost, so that a minimum finds both.
 Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above; A patterns of E8P.
 """
 

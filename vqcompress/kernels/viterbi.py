@@ -22,10 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The most states whose words fit in the registers of one program.
-IN_REGISTERS = 14
-# Threads of a program: 32 states each at 2**14, which leaves room within the 128 registers that a thread then has.
-THREADS = 512
+# States (as a power of two) that stay in the registers of one program, and those of a tile where there are more.
+IN_REGISTERS, TILE = 14, 13
+# States of a thread: at least all ways of a class, so that the minimum over them needs no other thread; and few enough
+# for 1024 threads, whose 64 registers hold a word and a cost of each. 2**14 states are 1024 threads, a tile is 512.
+OF_A_THREAD = 16
+# Were the compiler told that these are aligned, it would give each thread neighbouring classes, to load and store them as
+# one; the exchange between the threads then takes ten barriers of a step instead of two, and big tiles spill.
+UNALIGNED = ["words_S", "back_NTQ"]
 # Bytes of back pointers at a time; more sequences than fit there wait for the next launch.
 SCRATCH = 1 << 29
 # The bits of float32 1e30, more than any walk costs.
@@ -55,12 +59,14 @@ def _last(cost_PPB, class_PB, wanted, any_class, ways: tl.constexpr, classes: tl
     place_PPB = tl.arange(0, ways)[:, None, None] * classes + class_PB[None, :, :]
     number_PPB = (cost_PPB.to(tl.int32, bitcast=True).to(tl.int64) << 32) | place_PPB
     allowed_PB = (class_PB == wanted) | any_class
-    return tl.min(tl.reshape(tl.where(allowed_PB[None, :, :], number_PPB, NEVER), (ways * ways * class_PB.shape[1],)), 0)
+    return tl.min(
+        tl.reshape(tl.where(allowed_PB[None, :, :], number_PPB, NEVER), (ways * ways * class_PB.shape[1],)), 0
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _walk(
-    x_NT,
+    x_NL,
     words_S,
     back_NTQ,
     least_N2Q,
@@ -72,12 +78,12 @@ def _walk(
     STATES: tl.constexpr,
     B: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
-    """Codes of one sequence. words_S: by (p, u, j). B: j of a tile; all J of them if costs are to stay in registers."""
+    """Codes of one sequence. x_NL: the 2 · margin weights around the seam, then all T. words_S: by (p, u, j). B: j of a tile; all J of them if costs are to stay in registers."""
     ways: tl.constexpr = 1 << K
     classes: tl.constexpr = 1 << (STATES - K)
     J: tl.constexpr = classes // ways
     n = tl.program_id(0)
-    x_T, codes_T = x_NT + n * length, codes_NT + n * length
+    codes_T = codes_NT + n * length
     back_TQ = back_NTQ + n.to(tl.int64) * rows * classes
     least_2Q = least_N2Q + n * 2 * classes
     way_P, j_B = tl.arange(0, ways), tl.arange(0, B)
@@ -88,24 +94,26 @@ def _walk(
     # The first turn chooses the bits that both ends share, by the weights around the seam; the second is exact.
     for turn in range(2):
         count = tl.where(turn == 0, 2 * margin, length)
-        first = tl.where(turn == 0, length - margin, 0)
+        x_T = x_NL + n * (2 * margin + length) + turn * 2 * margin
         if B == J:
             # By (p, i), where the class is i·P + p.
             least_PB = tl.where((j_B[None, :] * ways + way_P[:, None] == shared) | (turn == 0), 0, FAR & -ways)
             for t in range(1, count):
-                x = tl.load(x_T + (first + t - 1) % length)
+                x = tl.load(x_T + t - 1)
                 best_PB = _best(_costs(least_PB, words_PPB, x), ways)
                 tl.store(back_TQ + t * classes + class_PB, (best_PB & (ways - 1)).to(tl.uint8))
                 least_PB = tl.trans(tl.reshape(best_PB, (J, ways)))
-            x = tl.load(x_T + (first + count - 1) % length)
+            x = tl.load(x_T + count - 1)
             end = _last(_costs(least_PB, words_PPB, x), class_PB, shared, turn == 0, ways, classes)
         else:
             for j in range(0, J, B):
-                least_PB = tl.where(((j + j_B[None, :]) * ways + way_P[:, None] == shared) | (turn == 0), 0, FAR & -ways)
+                least_PB = tl.where(
+                    ((j + j_B[None, :]) * ways + way_P[:, None] == shared) | (turn == 0), 0, FAR & -ways
+                )
                 tl.store(least_2Q + classes + j + class_PB, least_PB)
             tl.debug_barrier()
             for t in range(1, count):
-                x = tl.load(x_T + (first + t - 1) % length)
+                x = tl.load(x_T + t - 1)
                 old_Q, new_Q = least_2Q + (t % 2) * classes, least_2Q + (1 - t % 2) * classes
                 for j in range(0, J, B):
                     least_PB = tl.load(old_Q + j + class_PB)
@@ -115,7 +123,7 @@ def _walk(
                     to_PB = (j + class_PB) % ways * J + (j + class_PB) // ways
                     tl.store(new_Q + to_PB, best_PB)
                 tl.debug_barrier()
-            x = tl.load(x_T + (first + count - 1) % length)
+            x = tl.load(x_T + count - 1)
             end = n.to(tl.int64) * 0 + NEVER
             for j in range(0, J, B):
                 least_PB = tl.load(least_2Q + (count % 2) * classes + j + class_PB)
@@ -137,16 +145,13 @@ def _walk(
 
 
 def configuration(states: int, k: int, warp: int = 32) -> tuple[dict[str, int], dict[str, Any]]:
-    """The constants of the kernel and the options of its launch. warp: threads of a warp.
+    """The constants of the kernel and the options of its launch, for all shapes. warp: threads of a warp.
 
-    A thread has all ways of a class, so that the minimum over them needs no other one; and no more than 512 of them,
-    for the registers. A few sequences are a column, fewer than a GPU has processors: so it is few states for a thread,
-    not many programs on a processor, that keep it busy.
+    Without fusing a multiplication with an addition, so that costs are those of the CPU.
     """
-    block = 1 << min(states, IN_REGISTERS) - 2 * k
-    threads = min(THREADS, block << k)
-    options = {"num_warps": max(1, threads // warp), "num_stages": 1, "enable_fp_fusion": False}
-    return {"K": k, "STATES": states, "B": block}, options
+    held = states if states <= IN_REGISTERS else TILE
+    options = {"num_warps": max(1, (1 << held) // OF_A_THREAD // warp), "num_stages": 1, "enable_fp_fusion": False}
+    return {"K": k, "STATES": states, "B": 1 << (held - 2 * k)}, options
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:
@@ -159,13 +164,13 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     rows = max(length, 2 * margin)
     warp = torch.cuda.get_device_properties(x_NT.device).warp_size if x_NT.is_cuda else 32
     constants, options = configuration(states, k, warp)
-    x_NT = x_NT.float().contiguous()
-    words_S = words_S.to(x_NT.device).view(classes, ways).T.contiguous()
+    x_NL = torch.cat([x_NT[:, length - margin :], x_NT[:, :margin], x_NT], 1).float()
+    words_S = words_S.view(classes, ways).T.contiguous()
     codes_NT = x_NT.new_empty((sequences, length), dtype=torch.int32)
     chunk = max(1, min(sequences, SCRATCH // (rows * classes)))
     back_NTQ = x_NT.new_empty((chunk, rows, classes), dtype=torch.uint8)
     least_N2Q = x_NT.new_empty((chunk if states > IN_REGISTERS else 0, 2, classes), dtype=torch.int32)
-    for x_nT, codes_nT in zip(x_NT.split(chunk), codes_NT.split(chunk), strict=True):
-        tensors = (x_nT, words_S, back_NTQ, least_N2Q, codes_nT)
-        _walk[(len(x_nT),)](*tensors, length, margin, rows, **constants, **options)
+    for x_nL, codes_nT in zip(x_NL.split(chunk), codes_NT.split(chunk), strict=True):
+        tensors = (x_nL, words_S, back_NTQ, least_N2Q, codes_nT)
+        _walk[(len(x_nL),)](*tensors, length, margin, rows, **constants, **options)
     return codes_NT
