@@ -1,8 +1,8 @@
 """Viterbi's algorithm for trellis-coded quantization, one program per sequence; the contract of `compiled.walks`.
 
-A state s is (class q, way p) = (s >> k, s & (P − 1)); the states that class q leads to are q + u·Q, u < P. What is carried
-from weight to weight is not the cost of every state but the least of every class, Q numbers: a state's cost is only ever
-that of the class that it comes from plus its own. So with q = u·J + j = i·P + p, a step is
+A state s is (class q, way p) = (s >> k, s & (P − 1)); class q leads to the states q + u·Q, u < P. What is carried from
+weight to weight is not the cost of every state but the least of every class, Q numbers: a state's cost is that of the
+class that it comes from plus its own. So with q = u·J + j = i·P + p, a step is
 
     least'[u, j] = min over p of (least[p, j] + (x − word[p, u, j])²),  then  least[p, i] is least'[u, j].
 
@@ -27,8 +27,8 @@ IN_REGISTERS, TILE = 14, 13
 # States of a thread: at least all ways of a class, so that the minimum over them needs no other thread; and few enough
 # for 1024 threads, whose 64 registers hold a word and a cost of each. 2**14 states are 1024 threads, a tile is 512.
 OF_A_THREAD = 16
-# Were the compiler told that these are aligned, it would give each thread neighbouring classes, to load and store them as
-# one; the exchange between the threads then takes ten barriers of a step instead of two, and big tiles spill.
+# Were the compiler told that these are aligned, it would give each thread neighbouring classes, to load and store them
+# as one; the exchange between the threads would then take up to ten barriers of a step instead of two.
 UNALIGNED = ["words_S", "back_NTQ"]
 # Bytes of back pointers at a time; more sequences than fit there wait for the next launch.
 SCRATCH = 1 << 29
@@ -59,13 +59,12 @@ def _last(cost_PPB, class_PB, wanted, any_class, ways: tl.constexpr, classes: tl
     place_PPB = tl.arange(0, ways)[:, None, None] * classes + class_PB[None, :, :]
     number_PPB = (cost_PPB.to(tl.int32, bitcast=True).to(tl.int64) << 32) | place_PPB
     allowed_PB = (class_PB == wanted) | any_class
-    return tl.min(
-        tl.reshape(tl.where(allowed_PB[None, :, :], number_PPB, NEVER), (ways * ways * class_PB.shape[1],)), 0
-    )
+    number_PPB = tl.where(allowed_PB[None, :, :], number_PPB, NEVER)
+    return tl.min(tl.reshape(number_PPB, (ways * ways * class_PB.shape[1],)), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
-def _walk(
+@triton.jit(do_not_specialize=["length", "margin", "rows"], do_not_specialize_on_alignment=UNALIGNED)
+def _walk(  # type: ignore[no-untyped-def]
     x_NL,
     words_S,
     back_NTQ,
@@ -77,8 +76,11 @@ def _walk(
     K: tl.constexpr,
     STATES: tl.constexpr,
     B: tl.constexpr,
-):  # type: ignore[no-untyped-def]
-    """Codes of one sequence. x_NL: the 2 · margin weights around the seam, then all T. words_S: by (p, u, j). B: j of a tile; all J of them if costs are to stay in registers."""
+):
+    """Codes of one sequence. x_NL: the 2 · margin weights around the seam, then all T. words_S: by (p, u, j).
+
+    B: j of a tile; if it is J, costs stay in registers.
+    """
     ways: tl.constexpr = 1 << K
     classes: tl.constexpr = 1 << (STATES - K)
     J: tl.constexpr = classes // ways
@@ -155,9 +157,9 @@ def configuration(states: int, k: int, warp: int = 32) -> tuple[dict[str, int], 
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:
-    """Codes (N, T), int32 below 2**k, of float32 sequences: the meaning of `codebooks.compiled.walks`, on the device of x.
+    """Codes (N, T), int32 below 2**k, of float32 sequences: what `codebooks.compiled.walks` answers, on their device.
 
-    words_S: float32 values of the states. margin: weights on either side of the seam that choose its bits.
+    words_S: float32 values of the states, there too. margin: weights on either side of the seam that choose its bits.
     """
     sequences, length = x_NT.shape
     margin, ways, classes = min(margin, length), 1 << k, 1 << (states - k)
@@ -172,5 +174,7 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     least_N2Q = x_NT.new_empty((chunk if states > IN_REGISTERS else 0, 2, classes), dtype=torch.int32)
     for x_nL, codes_nT in zip(x_NL.split(chunk), codes_NT.split(chunk), strict=True):
         tensors = (x_nL, words_S, back_NTQ, least_N2Q, codes_nT)
-        _walk[(len(x_nL),)](*tensors, length, margin, rows, **constants, **options)
+        # Triton launches on the current device, which need not be that of x.
+        with torch.cuda.device_of(x_nL):
+            _walk[(len(x_nL),)](*tensors, length, margin, rows, **constants, **options)
     return codes_NT
