@@ -91,7 +91,9 @@ def _walk(  # type: ignore[no-untyped-def]
     way_P, j_B = tl.arange(0, ways), tl.arange(0, B)
     class_PB = way_P[:, None] * J + j_B[None, :]
     state_PPB = way_P[:, None, None] * classes + class_PB[None, :, :]
-    words_PPB = tl.load(words_S + state_PPB)
+    if B == J:
+        # Not within the loop, where their addresses would take registers too.
+        words_PPB = tl.load(words_S + state_PPB)
     shared = n * 0
     # The first turn chooses the bits that both ends share, by the weights around the seam; the second is exact.
     for turn in range(2):
@@ -109,9 +111,8 @@ def _walk(  # type: ignore[no-untyped-def]
             end = _last(_costs(least_PB, words_PPB, x), class_PB, shared, turn == 0, ways, classes)
         else:
             for j in range(0, J, B):
-                least_PB = tl.where(
-                    ((j + j_B[None, :]) * ways + way_P[:, None] == shared) | (turn == 0), 0, FAR & -ways
-                )
+                from_PB = (j + j_B[None, :]) * ways + way_P[:, None]
+                least_PB = tl.where((from_PB == shared) | (turn == 0), 0, FAR & -ways)
                 tl.store(least_2Q + classes + j + class_PB, least_PB)
             tl.debug_barrier()
             for t in range(1, count):
