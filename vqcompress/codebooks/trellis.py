@@ -64,6 +64,12 @@ def codewords(states: int) -> Tensor:
         return (word_S * (1 - 3 * CUBIC + CUBIC * word_S.square())).float()
 
 
+@cache
+def _codewords_on(device: torch.device, states: int) -> Tensor:
+    with torch.inference_mode(False):
+        return codewords(states).to(device)
+
+
 def decode(codes_NT: Tensor, bits: int, states: int) -> Tensor:
     """The values (N, T), float32, of whole columns: bits [t·k, t·k + states) of a sequence's cyclic stream hashed."""
     values = []
@@ -72,7 +78,7 @@ def decode(codes_NT: Tensor, bits: int, states: int) -> Tensor:
         while have < states:
             state_NT |= part_NT.int().roll(-(have // bits), 1) << have
             have += bits
-        values.append(codewords(states).to(codes_NT.device)[(state_NT & ((1 << states) - 1)).long()])
+        values.append(_codewords_on(codes_NT.device, states)[(state_NT & ((1 << states) - 1)).long()])
     return torch.cat(values, 1)
 
 
@@ -93,6 +99,11 @@ class Trellis:
 
     def walks(self, target_NT: Tensor) -> Tensor:
         """Codes (N, T), int32, of the tail-biting walks that are nearest to each sequence."""
+        if target_NT.is_cuda:
+            from vqcompress.kernels import viterbi
+
+            words_on_S = _codewords_on(target_NT.device, self.states)
+            return viterbi.walks(target_NT, words_on_S, self.states, self.bits, SHORTEST)
         # numba takes a while to import.
         from vqcompress.codebooks import compiled
 

@@ -1,0 +1,1 @@
+"""Triton kernels for what the floors above compute; each module names the function whose contract it keeps."""
