@@ -31,7 +31,7 @@ class Tuning(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     block_epochs: int = Field(4, ge=0, le=1000)
-    block_rate: float = Field(2e-3, gt=0, le=1)
+    block_rate: float = Field(1e-3, gt=0, le=1)
     distill_epochs: int = Field(0, ge=0, le=1000)
     distill_rate: float = Field(2e-3, gt=0, le=1)
 

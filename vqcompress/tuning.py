@@ -150,11 +150,10 @@ def tune_block(
     name = stream.blocks[index].name
     masters = make_tunable(block, f"{name}.", entries, stream.names.on_disk)
 
-    # The largest states would have all the say; each token counts by how far it is off in its own size.
     def loss_of(k: int) -> Tensor:
         wanted = truth[k].clone().float()
         gap = stream.call(block, index, states[k].clone()).float() - wanted
-        return (gap.square().mean(-1) / wanted.square().mean(-1)).mean()
+        return gap.square().sum() / wanted.square().sum()
 
     _fit(masters, tuning.block_epochs, tuning.block_rate, len(states), seed, loss_of)
     return {master.name: master.stored() for master in masters}
