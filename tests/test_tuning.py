@@ -95,7 +95,7 @@ TUNED = "tuning: {block_epochs: 1, distill_epochs: 1}"
 
 
 def test_codes_stay_and_scales_codebooks_and_norms_move(toy: Make, text: Path, tmp_path: Path) -> None:
-    model = toy("llama")
+    model = toy("llama", dtype="bfloat16")
     run(model, tmp_path / "a", recipe(tmp_path), text)
     run(
         model,
@@ -145,7 +145,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
         elif at == "distillation":
             patch.setattr("vqcompress.quantize.distill", die)
         elif at == "staged":
-            patch.setattr(artifact.Writer, "_replace_staged", die)
+            patch.setattr(artifact.Writer, "settle", die)
         else:
             # The shard is in its place, the journal does not know yet.
             write, done = artifact.Writer._write_journal, []
@@ -183,6 +183,7 @@ def test_same_bytes_whatever_the_threads(toy: Make, text: Path, tmp_path: Path) 
         ("tuning: 3", "'tuning' is a mapping such as {block_epochs: 4}"),
         ("tuning: {epochs: 3}", "unknown key 'epochs'"),
         ("tuning: {block_rate: -1}", "tuning block_rate"),
+        ("tuning: {block_epochs: 0}", "with no epochs of either kind"),
     ],
 )
 def test_tuning_that_means_nothing_is_refused(head: str, reason: str) -> None:

@@ -287,16 +287,23 @@ class Writer:
                 differing.append("format version")
             if not differing:
                 self.measured = {name: dict(record) for name, record in earlier.get("measured", {}).items()}
-            for name, record in earlier["blocks"].items() if not differing else ():
-                file = self.out / Path(record["file"]).name
-                # A shard may have been killed between taking in what is staged and its record of that.
-                if not file.is_file() or (sha256(file) != record["sha256"] and STAGED not in earlier["blocks"]):
-                    # What follows was made from this block's output, so it is made again too.
-                    break
+            blocks = earlier["blocks"] if not differing else {}
+            # A kill may have left one shard that has taken in what is staged while its record has not.
+            unsure = 1 if STAGED in blocks and self._intact(blocks[STAGED]) else 0
+            for name, record in blocks.items():
+                if not self._intact(record):
+                    unsure -= 1
+                    if unsure < 0 or not (self.out / Path(record["file"]).name).is_file():
+                        # What follows was made from this block's output, so it is made again too.
+                        break
                 self.done[name] = record
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
         return differing
+
+    def _intact(self, record: dict[str, Any]) -> bool:
+        file = self.out / Path(record["file"]).name
+        return file.is_file() and sha256(file) == record["sha256"]
 
     def _write_journal(self) -> None:
         journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
@@ -362,11 +369,13 @@ class Writer:
         return self.out / file
 
     def stage(self, tensors: Parts) -> None:
-        """Keep new values for tensors of the shards, as a file of its own; with `finish` they take their places."""
+        """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
         self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": 0.0})
 
-    def _replace_staged(self) -> None:
-        """Put what was staged into the shards; done again after a kill, since nothing else reads them by then."""
+    def settle(self) -> None:
+        """Put what was staged, if anything, into the shards; done again after a kill: nothing else reads them then."""
+        if STAGED not in self.done:
+            return
         staged = tensors_of(self.out / self.done[STAGED]["file"])
         for name, record in list(self.done.items()):
             shard = tensors_of(self.out / record["file"]) if name != STAGED else {}
@@ -382,8 +391,6 @@ class Writer:
         self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
     ) -> None:
         """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any."""
-        if STAGED in self.done:
-            self._replace_staged()
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)

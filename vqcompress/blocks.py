@@ -64,9 +64,9 @@ def _first(out: Any) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """The same with tensors that autograd may save, which those made in inference mode are not."""
+    """The same in float32, with tensors that autograd may save, which those made in inference mode are not."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return value.float().clone() if value.is_floating_point() else value.clone()
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else value
@@ -195,9 +195,9 @@ class BlockStream:
         return _first(block(hidden_BLH, *args, **kwargs))
 
     def call(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
-        """The same, for gradients."""
+        """The same of a block in float32, for gradients."""
         args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
-        return _first(block(hidden_BLH, *_plain(args), **_plain(kwargs)))
+        return _first(block(_plain(hidden_BLH), *_plain(args), **_plain(kwargs)))
 
     def advance(self, block: nn.Module, i: int, states: list[Tensor]) -> None:
         """Replace each batch of hidden states by the block's output, in place."""

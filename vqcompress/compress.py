@@ -83,7 +83,9 @@ def compress_block(
     block = plan.blocks[index]
     tensors, module, inputs, statistics = study(stream, plan, index, states, seed)
     stream.advance(module, index, truth)
-    last = closing_layer(stream, index, module, inputs, states[0][:1, :PROBE_TOKENS]) if truth else None
+    last = None
+    if plan.compensating(block) and truth:
+        last = closing_layer(stream, index, module, inputs, states[0][:1, :PROBE_TOKENS])
     rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
     changed = _changed(stream, plan, block, module, rewrites)
     # The weights are encoded from what was stored: the module's type may be too short for the factors.

@@ -138,10 +138,13 @@ def quantize(
             watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
         tuning = plan.recipe.tuning
         if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
+            states.clear()
+            truth.clear()
             files = [record["file"] for record in writer.done.values()]
-            student = assemble(stream.config, entries, out, files, stream.dtype, chosen)
-            teacher, disk = load_any(model, device), stream.names.on_disk
-            writer.stage(distill(student, teacher, entries, rows, tuning, seed, disk, partial(_tell, watch)))
+            student = assemble(stream.config, entries, out, files, torch.float32, chosen)
+            teacher = load_any(model, device).float()
+            writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
+        writer.settle()
         config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
         report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
         choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""

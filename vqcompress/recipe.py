@@ -142,6 +142,8 @@ def parse(text: str, name: str) -> Recipe:
 def _tunable(recipe: Recipe) -> Recipe:
     if recipe.tuning and not any(rule.method.tunable for rule in recipe.rules + recipe.candidates):
         raise UsageError(f"recipe {recipe.name}: 'tuning' has nothing to tune; it needs a rule of the vq method")
+    if recipe.tuning and not recipe.tuning.block_epochs + recipe.tuning.distill_epochs:
+        raise UsageError(f"recipe {recipe.name}: 'tuning' with no epochs of either kind does nothing; leave it out")
     return recipe
 
 

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import vqcompress
-from vqcompress.artifact import Writer
+from vqcompress.artifact import STAGED, Writer
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.plan import Plan
 from vqcompress.recipe import setting
@@ -79,7 +79,8 @@ def run_report(
 
     bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights.
     """
-    targets = [row for record in writer.done.values() for row in record["targets"]]
+    shards = {name: record for name, record in writer.done.items() if name != STAGED}
+    targets = [row for record in shards.values() for row in record["targets"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in targets)
     chosen: dict[str, list[int]] = {}
@@ -94,7 +95,7 @@ def run_report(
         "bits_per_weight": bits / weights,
         "weights_quantized": weights,
         "source_bytes": source.bytes,
-        "artifact_bytes": sum((writer.out / record["file"]).stat().st_size for record in writer.done.values()),
+        "artifact_bytes": sum((writer.out / record["file"]).stat().st_size for record in shards.values()),
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
@@ -107,8 +108,8 @@ def run_report(
         },
         "left_dense": plan.left_dense,
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
-        "codebooks": {place: uses for r in writer.done.values() for place, uses in r.get("codebooks", {}).items()},
-        "blocks": {name: record["seconds"] for name, record in writer.done.items()},
+        "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},
+        "blocks": {name: record["seconds"] for name, record in shards.items()},
         "targets": targets,
     }
 

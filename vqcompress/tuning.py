@@ -1,4 +1,4 @@
-"""Tuning of what is continuous after the codes are fixed: scales, codebooks, norms and biases.
+"""Tuning of what is continuous after the codes are fixed: scales, learned codebooks, and norms with their biases.
 
 Block by block, against the hidden states that the dense model's block puts out (AQLM, arXiv 2401.06118, section 3.4);
 and of all blocks together, by distillation: the mean Kullback–Leibler divergence of the model's predictions from its
@@ -21,15 +21,20 @@ from vqcompress.runtime.modules import CompressedLinear, SharedParts
 # Of a step; smaller ones make more of the same passes.
 BATCH_TOKENS = 2048
 WARMUP = 5
+# Of norms and biases: those that are zero must be able to move, and a norm of Gemma multiplies by 1 + weight.
+LEAST_UNIT = 0.1
 
 
 class _Master:
-    """A stored tensor as something that can be trained. parameter: float32. unit: the size of a step for it."""
+    """A stored tensor as something that can be trained. parameter: float32. unit: the size of a step for it.
 
-    def __init__(self, name: str, stored: Tensor):
-        self.name, self.dtype = name, stored.dtype
+    dtype: that it is stored in. least: of the unit.
+    """
+
+    def __init__(self, name: str, stored: Tensor, dtype: torch.dtype, least: float = 0.0):
+        self.name, self.dtype = name, dtype
         self.parameter = nn.Parameter(stored.detach().float().clone())
-        self.unit = self.parameter.detach().square().mean().sqrt().item()
+        self.unit = max(self.parameter.detach().square().mean().sqrt().item(), least)
 
     def stored(self) -> Tensor:
         """What to store, in the type that it had."""
@@ -69,34 +74,38 @@ class _Tuned(nn.Module):
         return nn.functional.linear(x, weight_OI.to(x.dtype), self.layer.bias)
 
 
-def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], disk: Callable[[str], str]) -> list[_Master]:
-    """Put masters in place below a module, a block or a model; returns them, named as they will be stored.
+def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], stream: BlockStream) -> list[_Master]:
+    """Put masters in place below a module, a block or a model in float32; returns them, named as they will be stored.
 
-    prefix: of the module's own name, with its dot. disk: the model's name of a tensor → its name on disk.
+    prefix: of the module's own name, with its dot. stream: of the original, whose names and types they get.
     """
+    disk = stream.names.on_disk
     masters: list[_Master] = []
     shared: dict[str, dict[str, _Master]] = {}
     inside = {id(p) for m in root.modules() if isinstance(m, (CompressedLinear, SharedParts)) for p in m.parameters()}
     for path, parameter in root.named_parameters():
         if parameter.dim() == 1 and id(parameter) not in inside:
-            masters.append(_Master(disk(prefix + path), parameter))
+            name = disk(prefix + path)
+            masters.append(_Master(name, parameter, stream.source.tensors[name].dtype, LEAST_UNIT))
             parent, _, name = path.rpartition(".")
             setattr(root.get_submodule(parent), name, masters[-1].parameter)
     for entry in entries:
         path = entry.target.name.removeprefix(prefix)
         layer = root.get_submodule(path)
         assert isinstance(layer, CompressedLinear)
+        parts = layer.parts()
         own = {
-            part: _Master(disk(f"{entry.target.name}.weight_{part}"), layer.get_buffer(f"weight_{part}"))
+            part: _Master(disk(f"{entry.target.name}.weight_{part}"), parts[part], parts[part].dtype)
             for part in entry.method.tunable
             if part in entry.layout()
         }
         masters += own.values()
         if entry.shared is not None:
             if entry.shared not in shared:
-                parts = layer.parts()
                 common = [part for part in entry.method.tunable if part in entry.method.shared_layout()]
-                shared[entry.shared] = {part: _Master(disk(f"{entry.shared}.{part}"), parts[part]) for part in common}
+                shared[entry.shared] = {
+                    part: _Master(disk(f"{entry.shared}.{part}"), parts[part], parts[part].dtype) for part in common
+                }
                 masters += shared[entry.shared].values()
             own |= shared[entry.shared]
         parent, _, name = path.rpartition(".")
@@ -118,7 +127,7 @@ def _fit(
     loss_of: of a batch's number. tell: called before every step, with its number and how many there are.
     """
     groups = [{"params": [m.parameter], "lr": 0.0} for m in masters]
-    optimizer, steps = torch.optim.Adam(groups, betas=(0.9, 0.95)), epochs * batches
+    optimizer, steps = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-16), epochs * batches
     draw = torch.Generator().manual_seed(seed)
     order = [int(k) for _ in range(epochs) for k in torch.randperm(batches, generator=draw)]
     with torch.enable_grad():
@@ -146,13 +155,13 @@ def tune_block(
 
     tensors: the block as it is to be stored. states: what enters it, by batch. truth: what the dense model puts out.
     """
-    block = stream.load_block(index, tensors, entries)
+    block = stream.load_block(index, tensors, entries).float()
     name = stream.blocks[index].name
-    masters = make_tunable(block, f"{name}.", entries, stream.names.on_disk)
+    masters = make_tunable(block, f"{name}.", entries, stream)
 
     def loss_of(k: int) -> Tensor:
         wanted = truth[k].clone().float()
-        gap = stream.call(block, index, states[k].clone()).float() - wanted
+        gap = stream.call(block, index, states[k]) - wanted
         return gap.square().sum() / wanted.square().sum()
 
     _fit(masters, tuning.block_epochs, tuning.block_rate, len(states), seed, loss_of)
@@ -162,19 +171,19 @@ def tune_block(
 def distill(
     student: nn.Module,
     teacher: nn.Module,
+    stream: BlockStream,
     entries: list[Entry],
     rows_NL: Tensor,
     tuning: Tuning,
     seed: int,
-    disk: Callable[[str], str],
     tell: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """New values, by name on disk, of all scales, codebooks and norms of a model, for predictions like its original's.
 
-    student: the compressed model, changed by this. teacher: the original, on the same device. rows_NL: calibration
-    tokens. disk: see `make_tunable`. tell: see `_fit`.
+    student: the compressed model, changed by this. teacher: the original; both in float32 on the same device. stream:
+    of the original. rows_NL: calibration tokens. tell: see `_fit`.
     """
-    masters = make_tunable(student, "", entries, disk)
+    masters = make_tunable(student, "", entries, stream)
     device = next(iter(teacher.parameters())).device
     batches = rows_NL.to(device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
 

@@ -156,7 +156,7 @@ class VQ(Method):
         codes_G = torch.stack(codes)[metric.order_G.argsort()]
         packed = self._pack(codes_G)
         parts = {"codes": packed, "scale": fit_scales(problem, value_OJ).to(SCALE)} | own
-        return parts | {"signs": pack((signs[0][None] < 0).int(), 1)} if signs else parts
+        return parts | {"signs": pack((signs[0][None] < 0).int(), 1).to(weight_OI.device)} if signs else parts
 
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that the parts stand for."""
