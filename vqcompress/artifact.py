@@ -242,7 +242,7 @@ class Writer:
             # From here on the directory holds an unfinished run of these inputs, whatever it held before.
             for name in ("config.json", INDEX, SUMS):
                 (out / name).unlink(missing_ok=True)
-            kept = {record["file"] for record in self.done.values()}
+            kept = {record.get("file") for record in self.done.values()}
             for path in out.iterdir():
                 beside = path.name == RECIPE or COMPANIONS.fullmatch(path.name)
                 stale = OURS.fullmatch(path.name) or (ours and beside)
@@ -289,11 +289,14 @@ class Writer:
                 self.measured = {name: dict(record) for name, record in earlier.get("measured", {}).items()}
             blocks = earlier["blocks"] if not differing else {}
             # A kill may have left one shard that has taken in what is staged while its record has not.
-            unsure = 1 if STAGED in blocks and self._intact(blocks[STAGED]) else 0
+            staged = blocks.get(STAGED, {})
+            unsure = 1 if "file" in staged and self._intact(staged) else 0
             for name, record in blocks.items():
-                if not self._intact(record):
+                # A record of what was staged that names no file says that it is in its place.
+                settled = name == STAGED and "file" not in record
+                if not settled and not self._intact(record):
                     unsure -= 1
-                    if unsure < 0 or not (self.out / Path(record["file"]).name).is_file():
+                    if unsure < 0 or name == STAGED or not (self.out / Path(record["file"]).name).is_file():
                         # What follows was made from this block's output, so it is made again too.
                         break
                 self.done[name] = record
@@ -374,7 +377,7 @@ class Writer:
 
     def settle(self) -> None:
         """Put what was staged, if anything, into the shards; done again after a kill: nothing else reads them then."""
-        if STAGED not in self.done:
+        if STAGED not in self.done or "file" not in self.done[STAGED]:
             return
         staged = tensors_of(self.out / self.done[STAGED]["file"])
         for name, record in list(self.done.items()):
@@ -386,6 +389,11 @@ class Writer:
                 self.commit(
                     name, number, count, update, {k: v for k, v in record.items() if k not in ("file", "sha256")}
                 )
+        # The record stays: it says that nothing is to be distilled again.
+        file = self.out / self.done[STAGED]["file"]
+        self.done[STAGED] = {"targets": [], "seconds": 0.0}
+        self._write_journal()
+        file.unlink()
 
     def finish(
         self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
@@ -407,7 +415,6 @@ class Writer:
         self._write(SUMS, checksum_lines(sums).encode())
         self._write("config.json", last)
         (self.out / JOURNAL).unlink()
-        (self.out / SHARD.format(0, 0)).unlink(missing_ok=True)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
