@@ -256,10 +256,12 @@ def test_what_does_not_fit_together_is_refused(words: list[str], said: str, toy:
 
 
 def test_too_little_is_refused_with_the_least_there_is(toy: Callable[..., Path], job: Job, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"1\.5 is too little: .* needs 1?[2-9]\.\d\d\d here"):
-        dry_run(str(toy()), None, target_bits=1.5)
+    dear = tmp_path / "dear.yaml"
+    dear.write_text("candidates:\n  - {method: vq, codebook: universal, d: 2, bits: 6}\n")
+    with pytest.raises(UsageError, match=r"1\.5 is too little: .* needs 3\.\d\d\d here"):
+        dry_run(str(toy()), str(dear), target_bits=1.5)
     with pytest.raises(UsageError, match="too little"):
-        job(tmp_path / "out", recipe=None, target_bits=1.5)
+        job(tmp_path / "out", recipe=str(dear), target_bits=1.5)
     assert not (tmp_path / "out").exists()
 
 

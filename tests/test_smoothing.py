@@ -57,7 +57,7 @@ def smoothed_block(path: Path, text: str) -> tuple[BlockStream, nn.Module, nn.Mo
     states = first_states(stream, ROWS)
     dense, module = stream.load_block(0), stream.load_block(0)
     inputs = find_inputs(module, plan.blocks[0], lambda m: stream.run(m, 0, states[0]))
-    statistics = gather(stream, plan, 0, module, states, inputs)
+    statistics = gather(stream, plan, 0, module, states, inputs, 0)
     rewrites = smooth(stream, plan, plan.blocks[0], module, inputs, statistics, 0)
     return stream, dense, module, rewrites, inputs, states[0]
 
