@@ -44,11 +44,13 @@ OPTIONS = {
     "eval perplexity": {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug",
     },
-    "eval speed": {"--prompt-tokens", "--new-tokens", "--batch", "--json", "--debug"},
+    "eval speed": {
+        *("--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug")
+    },
     "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
-    "inspect": {"--json", "--debug"},
+    "inspect": {"--runtime", "--device", "--json", "--debug"},
     "verify": {"--json", "--debug"},
-    "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--debug"},
+    "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug"},
     "doctor": {"--json", "--debug"},
     "recipes": {"--debug"},
 }  # fmt: skip
@@ -237,6 +239,14 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
     assert all(row["name"] in shown for row in report["targets"])
 
 
+def test_inspect_says_how_this_device_multiplies(artifact: Path) -> None:
+    result = call("inspect", artifact, "--runtime", "--device", "cpu", "--json", "-")
+    facts = json.loads(result.stdout)
+    assert facts["device"] == "cpu"
+    assert all(row["runtime"].keys() == {"1", "16", "512"} for row in facts["targets"])
+    assert "decoded once, then a dense product" in result.stderr
+
+
 def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -288,6 +298,12 @@ def test_eval(artifact: Path, toy: Path, text: Path) -> None:
     speed = call("eval", "speed", artifact, "--prompt-tokens", "8", "--new-tokens", "3")
     assert speed.exit_code == 0, speed.stderr
     assert "measured             8 prompt tokens, 3 new, batch 1, on" in speed.stdout
+    words = ["--prompt-tokens", "8", "--new-tokens", "3", "--baseline", toy, "--cpu-weights", "packed"]
+    speed = call("eval", "speed", artifact, *words, "--json", "-")
+    facts = json.loads(speed.stdout)
+    assert facts["decode_relative_to_baseline"] > 0
+    assert facts["baseline"]["model"] == str(toy)
+    assert f"speed relative to {toy}: prefill" in speed.stderr
 
 
 def test_export(artifact: Path, tmp_path: Path) -> None:

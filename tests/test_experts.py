@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from kernels import relative_rms
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
@@ -336,3 +337,36 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     run("killed")
     run("straight")
     assert files(tmp_path / "killed") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "vq-2bit"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_compute_what_they_do_one_by_one(family: str, recipe: str, quantized: Make) -> None:
+    folder = quantized(recipe, family)
+    one_by_one, stacked = load(folder, cpu_weights="dense"), load(folder, cpu_weights="packed")
+    bytes_of_one = sum(b.numel() * b.itemsize for b in one_by_one.buffers())
+    # A code of an activation may be another one where sums differ in the last bit.
+    assert relative_rms(logits(stacked), logits(one_by_one)) < (2e-2 if recipe == "fp8-tile" else 1e-4)
+    modules = [m for m in stacked.modules() if isinstance(m, Experts)]
+    assert modules
+    assert all(m._stacks.keys() == {*m.first, m.last} for m in modules)
+    assert not any(m._stacks for m in one_by_one.modules() if isinstance(m, Experts))
+    # The parts are viewed where they are stacked, not held twice, and are still those of the artifact.
+    storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in stacked.buffers()}
+    assert sum(storages.values()) <= bytes_of_one * 1.01
+    layer = next(m for m in stacked.modules() if isinstance(m, CompressedLinear) and ".0." in m.entry.target.name)
+    for name, part in one_by_one.get_submodule(layer.entry.target.name).parts().items():
+        assert torch.equal(part, layer.parts()[name])
+
+
+def test_an_index_beyond_the_experts_adds_nothing(quantized: Make) -> None:
+    model = load(quantized("int8-plain", "mixtral"), cpu_weights="packed")
+    experts = next(m for m in model.modules() if isinstance(m, Experts))
+    x_TI = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    index_TK, weight_TK = torch.tensor([[0, 1], [1, 4], [4, 4], [3, 0], [2, 1]]), torch.rand(5, 2)
+    index_TK[index_TK == 4] = len(experts.leaves())
+    found_TI = experts(x_TI, index_TK, weight_TK)
+    assert not found_TI[2].any()
+    kept_TK = torch.tensor([[True, False]]).expand(5, 2)
+    alone_TI = experts(x_TI[1:2], index_TK[1:2].clamp(max=3), torch.where(kept_TK, weight_TK, 0)[1:2])
+    torch.testing.assert_close(found_TI[1:2], alone_TI)

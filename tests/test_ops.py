@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, SHAPES, TOKENS, e4m3, gaussian, generator, inputs, power_of_two_exponent, tiles
+from cases import DTYPES, SHAPES, TOKENS, e4m3, encoded, gaussian, generator, inputs, power_of_two_exponent, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vqcompress import ops
+from vqcompress.methods import make
 
 # The finite ones from zero up: a byte below 0x7f is the rank of its value.
 E4M3_VALUES = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -30,6 +32,17 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
     x, transposed, w, p = inputs(5, 257), inputs(257, 5).T, int8_codes((130, 257)), fp8_codes((130, 257))
     scale_O, scale_PJ = torch.rand(130, generator=generator()), torch.rand(2, 3, generator=generator())
     xs = [x, x.half(), transposed, inputs(0, 257)]
+    ends_E = torch.tensor([2, 2, 5], dtype=torch.int32)
+    method: Any = make("vq", {"codebook": "universal", "feedback": False})
+    parts = method.prepare(encoded(method, gaussian((64, 48)))[1], (64, 48), packed=True)
+    words: tuple[Any, ...] = (
+        inputs(5, 48),
+        *(parts[n] for n in ("codes", "table", "scale", "signs")),
+        "universal",
+        4,
+        8,
+        1,
+    )
     arguments: dict[str, Sequence[tuple[object, ...]]] = {
         "int8_quantize": [(x,) for x in xs],
         "fp8_quantize": [(x, flag) for x in xs for flag in (False, True)],
@@ -37,11 +50,18 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
         + [(x, w.float(), scale_O, None)],
         "fp8_linear": [(x, p, scale_PJ, flag) for x in xs for flag in (False, True)]
         + [(x, p.float(), scale_PJ, False)],
+        "int8_grouped": [(x, ends_E, w.expand(3, -1, -1), scale_O.expand(3, -1)) for x in xs[:2]],
+        "fp8_grouped": [(x, ends_E, p.expand(3, -1, -1), scale_PJ.expand(3, -1, -1), True) for x in xs[:2]],
+        "vq_linear": [words],
+        "vq_grouped": [(words[0], ends_E, *(a.expand(3, *a.shape) for a in words[1:5]), *words[5:])],
     }
     return arguments[op]
 
 
-@pytest.mark.parametrize("op", ["int8_quantize", "int8_linear", "fp8_quantize", "fp8_linear"])
+OPS = ["int8_quantize", "int8_linear", "int8_grouped", "fp8_quantize", "fp8_linear", "fp8_grouped"]
+
+
+@pytest.mark.parametrize("op", [*OPS, "vq_linear", "vq_grouped"])
 def test_opcheck(op: str) -> None:
     for arguments in samples(op):
         fp8_argument = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments)

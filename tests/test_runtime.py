@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import relative_rms
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,7 @@ import vqcompress
 from vqcompress.artifact import Artifact
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.export import export
+from vqcompress.runtime import modules
 from vqcompress.runtime.load import load, load_any
 from vqcompress.runtime.modules import CompressedLinear
 
@@ -80,6 +82,9 @@ def test_save_pretrained_writes_what_loads_again(recipe: str, quantized: Make, t
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(again), logits(model))
     assert torch.equal(logits(load(tmp_path, check=False)), logits(model))
+    load(folder).save_pretrained(tmp_path / "of load")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "of load", dtype=torch.float32).eval()
+    assert torch.equal(logits(again), logits(model))
 
 
 # One without and one with shared parts.
@@ -220,3 +225,33 @@ def test_what_generate_prepared_still_takes_gradients(quantized: Callable[..., P
     model(inputs_embeds=embedded).logits.sum().backward()
     assert embedded.grad is not None
     assert torch.isfinite(embedded.grad).all()
+
+
+@every_case
+def test_packed_weights_compute_what_decoded_ones_do(recipe: str, family: str, quantized: Make) -> None:
+    folder = quantized(recipe, family)
+    dense, packed = load(folder, cpu_weights="dense"), load(folder, cpu_weights="packed")
+    # A code of an activation may be another one where sums differ in the last bit.
+    assert relative_rms(logits(packed), logits(dense)) < 2e-2
+    held = {m.prepare(torch.float32)["codes"].dtype for m in packed.modules() if isinstance(m, CompressedLinear)}
+    assert held <= {torch.uint8, torch.int8, torch.float8_e4m3fn}
+
+
+def test_weights_are_decoded_once_if_that_fits_into_memory(quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = quantized("vq-small")
+    for free, packed in ((1 << 40, False), (1 << 10, True)):
+        monkeypatch.setattr(modules, "available_bytes", lambda free=free: free)
+        layers = [m for m in load(folder).modules() if isinstance(m, CompressedLinear)]
+        assert {layer.packed for layer in layers} == {packed}
+    with pytest.raises(UsageError, match="choose auto, dense or packed"):
+        load(folder, cpu_weights="some")
+
+
+@pytest.mark.parametrize("cpu_weights", ["dense", "packed"])
+@pytest.mark.parametrize("recipe", ["int8-plain", "fp8-tile", "vq-2bit"])
+def test_a_compressed_model_is_one_graph_for_the_compiler(recipe: str, cpu_weights: str, quantized: Make) -> None:
+    model = load(quantized(recipe), cpu_weights=cpu_weights)
+    with torch.inference_mode():
+        wanted = model(IDS, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert relative_rms(compiled(IDS, use_cache=False).logits, wanted) < 1e-5

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kernels import ARCHS, interpreter, needs_gpu
 
 from vqcompress.codebooks import trellis
-
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def gaussian(sequences: int, length: int) -> np.ndarray:
@@ -39,8 +30,6 @@ def by_interpreter(x_NT: np.ndarray, bits: int, states: int, settings: dict[str,
     from vqcompress.kernels import viterbi
 
     assert not isinstance(viterbi._walk, triton.JITFunction)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
     before = {name: getattr(viterbi, name) for name in settings}
     try:
         for name, value in settings.items():
@@ -54,16 +43,8 @@ def by_interpreter(x_NT: np.ndarray, bits: int, states: int, settings: dict[str,
 
 @pytest.fixture(scope="module")
 def interpret() -> Iterator[Callable[..., np.ndarray]]:
-    """`by_interpreter` in a process of its own, since Triton reads TRITON_INTERPRET when it is imported."""
-    version = pytest.importorskip("triton").__version__
-    if tuple(map(int, version.split(".")[:2])) < (3, 9) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("the interpreter of older Tritons has no loops of a variable length with NumPy 2.4")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            # Starts the process.
-            pool.submit(int).result()
-        yield lambda *arguments: pool.submit(by_interpreter, *arguments).result()
+    with interpreter() as call:
+        yield lambda *arguments: call(by_interpreter, *arguments)
 
 
 @pytest.mark.parametrize("states", [8, 10])
@@ -83,48 +64,29 @@ def test_costs_in_tiles(interpret: Callable[..., np.ndarray], bits: int) -> None
     assert np.array_equal(found_NT, by_cpu(x_NT, bits, 10))
 
 
-def compiled_for(target: tuple[str, Any, int], bits: int, states: int) -> Any:
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from vqcompress.kernels import viterbi
-
-    constants, options = viterbi.configuration(states, bits, target[2])
-    pointers = {"x_NL": "*fp32", "words_S": "*fp32", "back_NTQ": "*u8", "least_N2Q": "*i32", "codes_NT": "*i32"}
-    names = viterbi._walk.arg_names
-    source = triton.compiler.ASTSource(
-        viterbi._walk,
-        signature={n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names},
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in pointers.keys() - set(viterbi.UNALIGNED)},
-    )
-    return triton.compile(source, target=GPUTarget(*target), options=options)
-
-
 @pytest.mark.parametrize(
-    ("target", "bits", "states"),
-    [(target, 2, states) for target in TARGETS for states in (12, 14, 16)]
-    + [(TARGETS[1], bits, states) for bits in (1, 4) for states in (14, 16)],
-    ids=lambda value: str(value[1]) if isinstance(value, tuple) else None,
+    ("arch", "bits", "states"),
+    [(arch, 2, states) for arch in ARCHS for states in (12, 14, 16)]
+    + [(90, bits, states) for bits in (1, 4) for states in (14, 16)],
 )
-def test_compiles_without_spills(target: tuple[str, Any, int], bits: int, states: int, tmp_path: Path) -> None:
+def test_compiles_without_spills(arch: int | str, bits: int, states: int) -> None:
     """As launched: costs and words do stay in registers, a program fits a processor, and nothing becomes an fma."""
-    kernel = compiled_for(target, bits, states)
-    if target[0] == "hip":
-        text = kernel.asm["amdgcn"]
-        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", text) == ["0"]
-        assert kernel.metadata.shared <= 64 << 10
-        assert not re.search(r"v_(pk_)?(fma|fmac|mad|mac)_(legacy_)?f32", text)
-        return
-    assert kernel.metadata.shared <= 160 << 10
-    assert "fma.rn.f32" not in kernel.asm["ptx"]
-    from triton import knobs
+    pytest.importorskip("triton")
+    import ahead
 
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
-    assert re.findall(r"STACK:(\d+)", usage.stdout) == ["0"]
+    from vqcompress.kernels import launch, viterbi
+
+    with launch.recording(arch) as calls:
+        x_NT = torch.empty((3, 256), device="meta")
+        viterbi.walks(x_NT, torch.empty(1 << states, device="meta"), states, bits, trellis.SHORTEST)
+    kernel = ahead.compile_call(calls[0], arch)
+    used = ahead.resources(kernel)
+    assert used.stack == 0
+    assert used.shared <= launch.KNOWN[arch].shared
+    if arch == "gfx942":
+        assert not re.search(r"v_(pk_)?(fma|fmac|mad|mac)_(legacy_)?f32", kernel.asm["amdgcn"])
+    else:
+        assert "fma.rn.f32" not in kernel.asm["ptx"]
 
 
 @pytest.mark.gpu

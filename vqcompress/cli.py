@@ -78,6 +78,14 @@ evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fas
 app.add_typer(evaluation, name="eval")
 
 
+class Weights(StrEnum):
+    """How a CPU keeps compressed weights; auto is dense if that fits into memory."""
+
+    auto = "auto"
+    dense = "dense"
+    packed = "packed"
+
+
 class Device(StrEnum):
     """Where to compute."""
 
@@ -120,6 +128,10 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Rows of c
 Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a row. Default: the context, ≤ 2048.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+CpuWeights = Annotated[
+    Weights,
+    typer.Option("--cpu-weights", help="On a CPU: decode weights once (dense) or at every call (packed)."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
@@ -286,17 +298,23 @@ def speed(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 64,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="The original, measured after it.")
+    ] = None,
+    cpu_weights: CpuWeights = Weights.auto,
+    device: Where = Device.auto,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
     """Prefill and decode tokens per second, time to first token, peak memory.
 
-    Example: vqcompress eval speed out --prompt-tokens 512
+    Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
     """
     with _session(json_file) as (console, write):
         from vqcompress import evaluate, show
 
-        result = evaluate.speed(model, prompt_tokens, new_tokens, batch)
+        sizes = prompt_tokens, new_tokens, batch
+        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value)
         write(result)
         show.speed(console, result)
 
@@ -325,7 +343,13 @@ def export(
 
 
 @app.command()
-def inspect(artifact: Source, json_file: Json = None, debug: Debug = False) -> None:
+def inspect(
+    artifact: Source,
+    runtime: Annotated[bool, typer.Option("--runtime", help="How this device multiplies with each weight.")] = False,
+    device: Where = Device.auto,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
     """Show what an artifact holds, a row per compressed weight.
 
     Example: vqcompress inspect out
@@ -334,7 +358,7 @@ def inspect(artifact: Source, json_file: Json = None, debug: Debug = False) -> N
         from vqcompress import show
         from vqcompress.inspect import inspect as run
 
-        facts = run(artifact)
+        facts = run(artifact, device.value if runtime else None)
         write(facts)
         show.inspected(console, facts)
 
@@ -362,6 +386,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
     seed: Seed = 0,
+    cpu_weights: CpuWeights = Weights.auto,
     debug: Debug = False,
 ) -> None:
     """Continue a prompt; then tokens per second, on stderr.
@@ -371,7 +396,8 @@ def generate(
     with _session():
         from vqcompress.generate import generate as run
 
-        result = run(artifact, prompt, max_new_tokens, temperature, seed, lambda text: print(text, end="", flush=True))
+        knobs = max_new_tokens, temperature, seed
+        result = run(artifact, prompt, *knobs, lambda text: print(text, end="", flush=True), cpu_weights.value)
         print(flush=True)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 

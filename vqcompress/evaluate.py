@@ -6,6 +6,7 @@ Shape legend: N windows, L tokens of a window, P predictions, V vocabulary.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from itertools import count
@@ -20,12 +21,15 @@ from vqcompress.blocks import BlockStream
 from vqcompress.calibration import read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.runtime.device import choose_device, model_dtype, peak_device_bytes, peak_rss_bytes
+from vqcompress.runtime.decode import Decoder
+from vqcompress.runtime.device import choose_device, forget_peaks, model_dtype, peak_device_bytes, peak_rss_bytes
 from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
 # Numbers in the float32 logits that are scored at once.
 LOGITS = 2**24
+# Of which `speed` gives the median.
+ROUNDS = 3
 
 
 def open_model(model: str) -> Checkpoint:
@@ -165,39 +169,60 @@ def perplexity(
     }
 
 
-@torch.inference_mode()
-def speed(model: str, prompt_tokens: int = 128, new_tokens: int = 64, batch: int = 1) -> dict[str, Any]:
+def speed(
+    model: str,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    batch: int = 1,
+    baseline: str | None = None,
+    device: str = "auto",
+    cpu_weights: str = "auto",
+) -> dict[str, Any]:
     """Prefill and decode tokens per second, time to first token (s) and peak memory, after one warm-up.
 
-    Greedy decoding with a cache, on random prompts, on the device that `load` chooses.
+    Greedy decoding with a cache of fixed size, on random prompts; medians of a few rounds. baseline: another model,
+    measured after this one in the same process; adds `baseline` and the speeds relative to it.
     """
     if min(prompt_tokens, new_tokens, batch) < 1 or new_tokens < 2:
         raise UsageError("--prompt-tokens and --batch must be at least 1, --new-tokens at least 2")
-    network = load_any(model)
-    device = next(network.parameters()).device
+    found = _speed(model, prompt_tokens, new_tokens, batch, device, cpu_weights)
+    if baseline is not None:
+        other = _speed(baseline, prompt_tokens, new_tokens, batch, device, cpu_weights)
+        found["baseline"] = other
+        for kind in ("prefill", "decode"):
+            rate = f"{kind}_tokens_per_second"
+            found[f"{kind}_relative_to_baseline"] = round(found[rate] / other[rate], 3)
+    return found
+
+
+def _speed(
+    model: str, prompt_tokens: int, new_tokens: int, batch: int, device: str, cpu_weights: str
+) -> dict[str, Any]:
+    forget_peaks()
+    network = load_any(model, device, cpu_weights)
     vocabulary = network.config.get_text_config().vocab_size
-    prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    prompt_BL = prompt_BL.to(network.device)
+    decoder = Decoder(network, prompt_tokens + new_tokens)
 
     def wait() -> float:
-        if device.type == "cuda":
+        if network.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def once() -> tuple[float, float]:
         start = wait()
-        out = network(prompt_BL, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
+        decoder.prefill(prompt_BL)
         first = wait()
         for _ in range(new_tokens - 1):
-            out = network(token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
+            decoder.step()
         return first - start, wait() - first
 
     once()
-    prefill, decode = once()
+    prefill, decode = (statistics.median(times) for times in zip(*(once() for _ in range(ROUNDS)), strict=True))
     return {
         "model": model,
-        "device": str(device),
+        "device": str(network.device),
         "dtype": str(network.dtype).removeprefix("torch."),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -35,17 +35,18 @@ def generate(
     temperature: float,
     seed: int,
     on_text: Callable[[str], None],
+    cpu_weights: str = "auto",
 ) -> dict[str, Any]:
     """Continue a prompt with an artifact or a dense checkpoint; returns text, new_tokens, seconds, tokens_per_second.
 
-    temperature: 0 takes the likeliest token each time. seed: of the draws otherwise. on_text: called with each new
-    piece of text; the prompt is none. seconds: from the prompt to the last token, loading excluded.
+    temperature: 0 takes the likeliest token each time. seed: of the draws otherwise. cpu_weights: see `load`. on_text:
+    called with each new piece of text; the prompt is none. seconds: from the prompt to the last token, without loading.
     """
     if not prompt:
         raise UsageError("--prompt is empty: give some text to continue")
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UsageError(f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need at least 1, at least 0")
-    network: Any = load_any(model)
+    network: Any = load_any(model, cpu_weights=cpu_weights)
     tokenizer = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     # Sampling reads torch's global generator, and there is no other way to seed it.

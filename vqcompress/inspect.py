@@ -7,17 +7,23 @@ from typing import Any
 from vqcompress.artifact import Artifact, stored_bits
 from vqcompress.checkpoint import read_json, resolve
 from vqcompress.errors import VQCompressError
+from vqcompress.kernels import launch
+from vqcompress.runtime.device import choose_device
 
 # What only the run that wrote the artifact could measure.
-MEASURED = ("relative_error", "proxy_error", "tokens", "borrowed", "smoothing")
+MEASURED = ("relative_error", "proxy_error", "tokens", "borrowed", "smoothing", "compensates")
+# Rows of x that `runtime` speaks of: decoding, a batch, a prompt.
+ROWS = (1, 16, 512)
 
 
-def inspect(path: str) -> dict[str, Any]:
+def inspect(path: str, device: str | None = None) -> dict[str, Any]:
     """The targets of an artifact, JSON: method, knobs, shape, bits per weight; errors and tokens from its report.
 
     Bits are computed from the layouts that the config states, with a share of what a block's targets have in common.
-    Reads headers only. A missing report leaves None in its columns.
+    Reads headers only. A missing report leaves None in its columns. device: also say how that device multiplies with
+    each weight, for a few numbers of rows.
     """
+    chosen = choose_device(device) if device else None
     artifact = Artifact(resolve(path))
     report = _report(artifact)
     measured = {row["name"]: row for row in report.get("targets", [])}
@@ -35,6 +41,9 @@ def inspect(path: str) -> dict[str, Any]:
                 **{key: measured.get(name, {}).get(key) for key in MEASURED},
             }
         )
+        if chosen:
+            paths = {str(count): entry.method.path(entry.target.shape, count, chosen) for count in ROWS}
+            rows[-1]["runtime"] = paths
     weights = sum(entry.target.weights for entry in artifact.entries.values())
     files = {info.file for info in artifact.tensors.values()}
     return {
@@ -47,6 +56,7 @@ def inspect(path: str) -> dict[str, Any]:
         "artifact_bytes": sum((artifact.path / file).stat().st_size for file in files),
         "files": len(files),
         "codebooks": report.get("codebooks", {}),
+        **({"device": launch.facts(chosen).name if chosen.type == "cuda" else chosen.type} if chosen else {}),
         "targets": rows,
     }
 

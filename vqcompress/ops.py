@@ -4,8 +4,13 @@
 the body (`op.register_kernel("cuda")`) under the same contract. Everything is computed in float32 whatever the type of
 x, division is division (never a multiplication by the reciprocal), and rounding is to nearest, half to even.
 
-Shape legend: T tokens, O output rows, I input columns, P = ceil(O / 128) and J = ceil(I / 128) tiles.
+Products of experts read rows that are sorted by expert: ends_E, int32, says where the rows of each one end.
+
+Shape legend: T tokens, S rows sorted by expert, E experts, O output rows, I input columns, P = ceil(O / 128) and
+J = ceil(I / 128) tiles.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +56,13 @@ def _fp8_tiles(x_TI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     x_TJC = F.pad(x_TI.float(), (0, tiles * TILE - columns)).view(tokens, tiles, TILE)
     scale_TJ = e4m3_scale(x_TJC.abs().amax(2), power_of_two)
     return to_e4m3(x_TJC / scale_TJ[:, :, None]).view(tokens, tiles * TILE), scale_TJ
+
+
+def fp8_rounded(x_TI: Tensor, power_of_two: bool) -> Tensor:
+    """What `fp8_quantize` makes of x, times its scales again: float32 (T, I)."""
+    codes_TI, scale_TJ = _fp8_tiles(x_TI, power_of_two)
+    rounded_TJC = codes_TI.float().view(*scale_TJ.shape, TILE).mul_(scale_TJ[:, :, None])
+    return rounded_TJC.flatten(1)[:, : x_TI.shape[1]]
 
 
 @torch.library.custom_op("vqcompress::int8_quantize", mutates_args=())
@@ -133,9 +145,10 @@ def fp8_linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: b
     """x Wᵀ, (T, O) in the type of x, for W = codes · the scale of their 128×128 tile and x through `fp8_quantize`.
 
     codes_OI: float8_e4m3fn, or float32 that carries the same values. scale_PJ: float32.
-    y = Σ_j (partial_j · scale_x[t, j]) · scale_w[o // 128, j] in float32, where partial_j is the float32 sum over the
-    128 products of slice j (each product is exact); then y is rounded to the type of x. The order of additions and the
-    fusing of a multiplication with an addition are free; the codes and scales of x are those of `fp8_quantize`.
+    y = Σ_j (partial_j · scale_x[t, j]) · scale_w[o // 128, j] in float32, where partial_j is the sum over the 128
+    products of slice j (each product is exact) as accumulated by the device; then y is rounded to the type of x. The
+    order of additions and of the two multiplications and the fusing of a multiplication with an addition are free; the
+    codes and scales of x are those of `fp8_quantize`.
     Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (promotion to float32 every N_C = 128 elements).
     """
     codes_TI, scale_TJ = _fp8_tiles(x_TI, power_of_two)
@@ -152,3 +165,90 @@ def fp8_linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: b
 @fp8_linear.register_fake
 def _(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
     return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))
+
+
+def by_expert(x_SI: Tensor, ends_E: Tensor, outputs: int, linear: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """linear(rows, e) of the rows of every expert, (S, O); zeros behind the last expert's."""
+    y_SO, start = x_SI.new_zeros((len(x_SI), outputs)), 0
+    for e, end in enumerate(ends_E.tolist()):
+        if end > start:
+            y_SO[start:end] = linear(x_SI[start:end], e)
+        start = end
+    return y_SO
+
+
+@torch.library.custom_op("vqcompress::int8_grouped", mutates_args=())
+def int8_grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
+    """`int8_linear` with per-token scales of every expert's rows with its codes and scales, (S, O).
+
+    What rows behind the last expert's get is not specified.
+    """
+    return by_expert(
+        x_SI, ends_E, codes_EOI.shape[1], lambda x_TI, e: int8_linear(x_TI, codes_EOI[e], scale_EO[e], None)
+    )
+
+
+@int8_grouped.register_fake
+def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
+    return x_SI.new_empty((x_SI.shape[0], codes_EOI.shape[1]))
+
+
+@torch.library.custom_op("vqcompress::fp8_grouped", mutates_args=())
+def fp8_grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
+    """`fp8_linear` of every expert's rows with its codes and scales, (S, O).
+
+    What rows behind the last expert's get is not specified.
+    """
+    return by_expert(
+        x_SI, ends_E, codes_EOI.shape[1], lambda x_TI, e: fp8_linear(x_TI, codes_EOI[e], scale_EPJ[e], power_of_two)
+    )
+
+
+@fp8_grouped.register_fake
+def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
+    return x_SI.new_empty((x_SI.shape[0], codes_EOI.shape[1]))
+
+
+# What a GPU runs. Imported when first called: Triton takes a while, and is not everywhere.
+
+
+@int8_quantize.register_kernel("cuda")
+def _(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    from vqcompress.kernels import int8
+
+    return int8.quantize(x_TI)
+
+
+@int8_linear.register_kernel("cuda")
+def _(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None) -> Tensor:
+    from vqcompress.kernels import int8
+
+    return int8.linear(x_TI, codes_OI, scale_O, input_scale)
+
+
+@int8_grouped.register_kernel("cuda")
+def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
+    from vqcompress.kernels import int8
+
+    return int8.grouped(x_SI, ends_E, codes_EOI, scale_EO)
+
+
+@fp8_quantize.register_kernel("cuda")
+def _(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    from vqcompress.kernels import fp8
+
+    return fp8.quantize(x_TI, power_of_two)
+
+
+@fp8_linear.register_kernel("cuda")
+def _(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
+    from vqcompress.kernels import fp8
+
+    return fp8.linear(x_TI, codes_OI, scale_PJ, power_of_two)
+
+
+@fp8_grouped.register_kernel("cuda")
+def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
+    from vqcompress.kernels import fp8
+
+    return fp8.grouped(x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)

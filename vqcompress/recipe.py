@@ -17,7 +17,7 @@ from vqcompress import methods
 from vqcompress.errors import UsageError, did_you_mean
 from vqcompress.methods import Method
 from vqcompress.packaged import packaged
-from vqcompress.targets import Block, Target
+from vqcompress.targets import Block
 from vqcompress.transforms import Smoothing
 
 KEEP = methods.make("keep", {})
@@ -44,6 +44,11 @@ class Rule:
     method: Method
     smoothing: Smoothing | None = None
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the rule may speak of other names than its own."""
+        return self.match.startswith("re:") or any(c in self.match for c in "*?[")
+
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of the module."""
         if self.match.startswith("re:"):
@@ -67,20 +72,25 @@ class Recipe:
     candidates: tuple[Rule, ...] = ()
     tuning: Tuning | None = None
 
-    def rule_for(self, target: Target) -> Rule:
-        """The first rule that matches the target's name."""
-        return next((rule for rule in self.rules if rule.matches(target.name)), Rule("*", KEEP))
-
     def assign(self, blocks: list[Block]) -> dict[str, Rule]:
-        """Target name → rule; UsageError for a rule whose pattern matches no target of the model."""
+        """Target name → first rule that matches; UsageError for a rule whose pattern matches no target of the model."""
         names = [target.name for block in blocks for target in block.targets]
-        for rule in self.rules:
-            if not any(rule.matches(name) for name in names):
-                raise UsageError(
-                    f"recipe {self.name}: the rule '{rule.match}' matches no linear layer of the model's blocks;"
-                    f" their names look like {names[0] if names else '(there are none)'}"
-                )
-        return {target.name: self.rule_for(target) for block in blocks for target in block.targets}
+        # A written-down choice has a rule for every weight by its name: those are looked up, not tried one by one.
+        places: dict[str, list[int]] = {}
+        for n, rule in enumerate(self.rules):
+            if not rule.is_pattern:
+                places.setdefault(rule.match, []).append(n)
+        patterns = [n for n, rule in enumerate(self.rules) if rule.is_pattern]
+        matching = {
+            name: sorted(places.get(name, []) + [n for n in patterns if self.rules[n].matches(name)]) for name in names
+        }
+        unused = set(range(len(self.rules))) - {n for found in matching.values() for n in found}
+        if unused:
+            raise UsageError(
+                f"recipe {self.name}: the rule '{self.rules[min(unused)].match}' matches no linear layer of the model's"
+                f" blocks; their names look like {names[0] if names else '(there are none)'}"
+            )
+        return {name: self.rules[found[0]] if found else Rule("*", KEEP) for name, found in matching.items()}
 
     def fingerprint(self) -> str:
         """SHA-256 over what the rules mean (not over the file's words)."""

@@ -224,6 +224,13 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens)
     to.print(table)
+    ways = Counter((kind(row["name"]), tuple(row["runtime"].items())) for row in facts["targets"] if "runtime" in row)
+    for (name, paths), count in ways.items():
+        by_way: dict[str, list[str]] = {}
+        for rows, way in paths:
+            by_way.setdefault(way, []).append(rows)
+        told = "; ".join(f"{', '.join(rows)} rows: {way}" for way, rows in by_way.items())
+        to.print(f"{name} ({count} on {facts['device']}) {told}", soft_wrap=True)
     settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
     for (method, knobs), count in settings.items():
         to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in knobs)}")
@@ -259,6 +266,11 @@ def speed(to: Console, facts: dict[str, Any]) -> None:
     to.print(f"peak memory          {size(facts['peak_rss_bytes'])}{device}")
     shape = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
     to.print(f"measured             {shape}, on {facts['device']} in {facts['dtype']}")
+    if other := facts.get("baseline"):
+        ratios = (f"{kind} {facts[f'{kind}_relative_to_baseline']:.2f}" for kind in ("prefill", "decode"))
+        to.print(f"speed relative to {other['model']}: {', '.join(ratios)}", soft_wrap=True)
+        memory = size(other["peak_device_bytes"] or other["peak_rss_bytes"])
+        to.print(f"  whose decode is {other['decode_tokens_per_second']:,.1f} tokens/s, peak memory {memory}")
 
 
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:

@@ -56,11 +56,14 @@ def nearest_e8p(x_N8: Tensor) -> tuple[Tensor, Tensor]:
         facts = (pattern_P8.T.contiguous().numpy(), norm_P.numpy(), odd_P.numpy())
         code_N = torch.from_numpy(compiled.e8p(x_N8.contiguous().numpy(), *facts))
         return code_N, e8p(code_N)
-    return nearest_e8p_reference(x_N8)
+    from vqcompress.kernels import nearest as kernel
+
+    code_N = kernel.nearest_e8p(x_N8, pattern_P8.T.contiguous())
+    return code_N, e8p(code_N)
 
 
 def nearest_e8p_reference(x_N8: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in torch operations, on any device."""
+    """The same in torch operations, on any device: what the compiled search and the kernel are tested against."""
     pattern_P8 = patterns().to(x_N8.device)
     best_N = torch.full((len(x_N8),), torch.inf, device=x_N8.device)
     code_N = torch.zeros(len(x_N8), dtype=torch.int32, device=x_N8.device)
@@ -104,6 +107,21 @@ def decode(codes_NB: Tensor) -> Tensor:
     elif bits == 4:
         value_N8 = value_N8 + SECOND[4] * e8p(code_NB[:, 2] | code_NB[:, 3] << 8)
     return value_N8
+
+
+def table(bits: int) -> Tensor:
+    """What kernels look words of 2, 3 or 4 bits per weight up in, (4098,) float32: 256 × 8 numbers for the first words,
+    as many for the second, and the two shifts, all times their steps.
+
+    The last coordinate of a pattern is negative if its sum is odd: with it the sign that makes the sum even is the
+    parity of the other seven.
+    """
+    pattern_P8 = patterns().clone()
+    pattern_P8[:, 7] *= 1 - 2 * (pattern_P8.sum(1) % 2)
+    second_P8 = {2: torch.zeros(256, DIMENSION), 3: universal.entries(8, 8), 4: pattern_P8}[bits]
+    step, second = FIRST[bits], SECOND.get(bits, 0.0)
+    shifts = torch.tensor([step * SHIFT, second * SHIFT])
+    return torch.cat([(step * pattern_P8).flatten(), (second * second_P8).flatten(), shifts])
 
 
 class Lattice:

@@ -58,6 +58,10 @@ def learn(
 def nearest(target_Nd: Tensor, codebooks_RKd: Tensor, beam: int) -> Tensor:
     """Codes (N, R), int64, of the entries whose sum is nearest to each target; a beam search from stage to stage."""
     stages, count, d = codebooks_RKd.shape
+    if target_Nd.is_cuda and stages == 1:
+        from vqcompress.kernels import nearest as kernel
+
+        return kernel.nearest(target_Nd, codebooks_RKd[0]).long()[:, None]
     rows = max(1, CHUNK // (count * (beam if stages > 1 else 1)))
     if len(target_Nd) > rows:
         return torch.cat([nearest(chunk_Nd, codebooks_RKd, beam) for chunk_Nd in target_Nd.split(rows)])

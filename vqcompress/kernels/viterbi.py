@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqcompress.kernels import launch
+
 # States (as a power of two) that stay in the registers of one program, and those of a tile where there are more.
 IN_REGISTERS, TILE = 14, 13
 # States of a thread: at least all ways of a class, so that the minimum over them needs no other thread; and few enough
@@ -165,8 +167,7 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     sequences, length = x_NT.shape
     margin, ways, classes = min(margin, length), 1 << k, 1 << (states - k)
     rows = max(length, 2 * margin)
-    warp = torch.cuda.get_device_properties(x_NT.device).warp_size if x_NT.is_cuda else 32
-    constants, options = configuration(states, k, warp)
+    constants, options = configuration(states, k, launch.facts(x_NT.device).warp)
     x_NL = torch.cat([x_NT[:, length - margin :], x_NT[:, :margin], x_NT], 1).float()
     words_S = words_S.view(classes, ways).T.contiguous()
     codes_NT = x_NT.new_empty((sequences, length), dtype=torch.int32)
@@ -175,7 +176,5 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     least_N2Q = x_NT.new_empty((chunk if states > IN_REGISTERS else 0, 2, classes), dtype=torch.int32)
     for x_nL, codes_nT in zip(x_NL.split(chunk), codes_NT.split(chunk), strict=True):
         tensors = (x_nL, words_S, back_NTQ, least_N2Q, codes_nT)
-        # Triton launches on the current device, which need not be that of x.
-        with torch.cuda.device_of(x_nL):
-            _walk[(len(x_nL),)](*tensors, length, margin, rows, **constants, **options)
+        launch.run(_walk, (len(x_nL),), *tensors, length, margin, rows, **constants, **options)
     return codes_NT

@@ -71,13 +71,30 @@ class FP8(Method):
         if self.power_of_two_scales and not (torch.frexp(scale_PJ).mantissa == 0.5).all():
             raise ValueError("scale holds a value that is not a power of two, but power_of_two_scales is on")
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Parts:
-        """The parts; on a CPU, which has no FP8 product, with `codes` as float32 made once."""
-        if parts["codes"].device.type != "cpu":
-            return dict(parts)
-        return {**parts, "codes": parts["codes"].float()}
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+        """The parts; on a CPU, which has no FP8 product, the float32 weight that they stand for."""
+        on_cpu = parts["codes"].device.type == "cpu"
+        return {"weight": self.decode(parts, shape)} if on_cpu and not packed else dict(parts)
+
+    def has_kernel(self, shape: Shape) -> bool:
+        """Always."""
+        return True
+
+    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+        """The kernel; on a CPU a product of the codes as floats."""
+        return "decoded once, then a dense product" if device.type == "cpu" else "tile-wise FP8 product of codes"
 
     def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
-        """x Wᵀ of `ops.fp8_linear`, the activation in 1×128 tiles."""
+        """x Wᵀ of `ops.fp8_linear`, the activation in 1×128 tiles; a decoded weight times x rounded as there."""
+        if "weight" in prepared:
+            return (ops.fp8_rounded(x_TI, self.power_of_two_scales) @ prepared["weight"].T).to(x_TI.dtype)
         y_TO: Tensor = ops.fp8_linear(x_TI, prepared["codes"], prepared["scale"], self.power_of_two_scales)
         return y_TO
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """`linear` of the rows of every expert, of `ops.fp8_grouped`."""
+        if "weight" in prepared:
+            return super().grouped(x_SI, ends_E, prepared, shape)
+        codes, scale = prepared["codes"], prepared["scale"]
+        y_SO: Tensor = ops.fp8_grouped(x_SI, ends_E, codes, scale, self.power_of_two_scales)
+        return y_SO

@@ -72,13 +72,28 @@ class INT8(Method):
             if not (parts[name] > 0).all():
                 raise ValueError(f"{name} holds a value that is not positive")
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Parts:
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
         """The parts; on a CPU, which multiplies floats faster than bytes, with `codes` as float32 made once."""
-        if parts["codes"].device.type != "cpu":
+        if packed or parts["codes"].device.type != "cpu":
             return dict(parts)
         return {**parts, "codes": parts["codes"].float()}
+
+    def has_kernel(self, shape: Shape) -> bool:
+        """Always."""
+        return True
+
+    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+        """The kernel; on a CPU a product of the codes as floats."""
+        return "codes as float32, then a dense product" if device.type == "cpu" else "W8A8 product of codes"
 
     def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
         """x Wᵀ of `ops.int8_linear`, the activation per token or with the stored scale."""
         y_TO: Tensor = ops.int8_linear(x_TI, prepared["codes"], prepared["scale"], prepared.get("input_scale"))
         return y_TO
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """`linear` of the rows of every expert; of `ops.int8_grouped` unless scales of activations are stored."""
+        if "input_scale" in prepared:
+            return super().grouped(x_SI, ends_E, prepared, shape)
+        y_SO: Tensor = ops.int8_grouped(x_SI, ends_E, prepared["codes"], prepared["scale"])
+        return y_SO

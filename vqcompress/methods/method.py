@@ -1,7 +1,8 @@
 """The contract of a compression method: a frozen description of its knobs with `encode` and `decode` on one 2-D weight.
 
 Defaults go through `decode`, so a method works end to end before it has a kernel. Methods see tensors only: never a
-path, a module, a model's name or a rank. Shape legend: O output rows, I input columns, T tokens, E experts.
+path, a module, a model's name or a rank.
+Shape legend: O output rows, I input columns, T tokens, E experts, S rows sorted by expert.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from vqcompress.ops import by_expert
 from vqcompress.statistics import Statistics
 
 Parts = dict[str, Tensor]
@@ -74,13 +76,37 @@ class Method(BaseModel):
             if part.is_floating_point() and not torch.isfinite(part.float()).all():
                 raise ValueError(f"{name} holds NaN or Inf")
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32) -> Parts:
-        """What `linear` reads for inputs of a type, made once and never stored. Default: the decoded weight."""
-        return {"weight": self.decode(parts, shape).to(dtype)}
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+        """What `linear` reads for inputs of a type, made once and never stored. Default: the decoded weight.
+
+        packed: nothing larger than what is stored; a CPU then decodes at every call, a GPU has kernels for that anyway.
+        """
+        return dict(parts) if packed else {"weight": self.decode(parts, shape).to(dtype)}
 
     def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
         """x Wᵀ, (T, O) in the type of x, from the prepared parts."""
-        return x_TI @ prepared["weight"].T
+        weight_OI = prepared["weight"] if "weight" in prepared else self.decode(prepared, shape).to(x_TI.dtype)
+        return x_TI @ weight_OI.T
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """`linear` of the rows of every expert, (S, O), from the prepared parts of all experts, stacked (E, …).
+
+        x_SI: sorted by expert. ends_E: int32, where the rows of each one end. What rows behind the last get is not
+        specified.
+        """
+
+        def linear(x_TI: Tensor, e: int) -> Tensor:
+            return self.linear(x_TI, {name: part[e] for name, part in prepared.items()}, shape)
+
+        return by_expert(x_SI, ends_E, shape[0], linear)
+
+    def has_kernel(self, shape: Shape) -> bool:
+        """Whether a GPU multiplies with the stored parts, not with a decoded weight."""
+        return False
+
+    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+        """How `linear` multiplies so many rows on a device, for people to read."""
+        return "decoded once, then a dense product"
 
     def counts(self, parts: Parts, shape: Shape) -> Tensor | None:
         """How often each entry of a codebook is used by a weight, int64 (stages, entries); None without a table.

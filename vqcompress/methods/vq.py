@@ -11,16 +11,18 @@ C codes of a row of the stored codes.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vqcompress.codebooks import lattice, trellis, universal
+from vqcompress.codebooks import lattice, product, trellis, universal
 from vqcompress.codebooks.feedback import SCALE, Metric, Quantizer, error_feedback, fit_scales, measure, pose
-from vqcompress.codebooks.learned import Book, learn, sample_rows, sum_entries
+from vqcompress.codebooks.learned import Book, learn, sample_rows
 from vqcompress.hadamard import hadamard, random_signs
+from vqcompress.kernels.format import Format
 from vqcompress.methods.method import Layout, Method, Parts, Shape
 from vqcompress.packing import check_padding, pack, packed_width, unpack
 from vqcompress.statistics import Statistics
@@ -114,6 +116,12 @@ class VQ(Method):
     def _learned(self) -> bool:
         return self.codebook == "learned"
 
+    @property
+    def form(self) -> Format:
+        """How codes become values."""
+        depth = {"learned": self.stages, "trellis": self.states}.get(self.codebook, 1)
+        return Format(self.codebook, self.d, self.bits, depth)
+
     def layout(self, shape: Shape) -> Layout:
         """codes and scale; signs of a rotation; codebook and step too if they are the target's own."""
         rows, columns = shape
@@ -160,21 +168,8 @@ class VQ(Method):
 
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that the parts stand for."""
-        rows, columns = shape
-        codes = parts["codes"]
-        if self.codebook == "lattice":
-            words_N8 = lattice.decode(codes.reshape(-1, self.bits // 8))
-            value_OI = words_N8.view(columns, -1).T[:rows]
-        elif self.codebook == "trellis":
-            walks_IC = unpack(codes, self.bits, trellis.padded(rows))
-            value_OI = trellis.decode(walks_IC, self.bits, self.states).T[:rows]
-        elif self.codebook == "universal":
-            codes_IV = unpack(codes, self.bits, -(-rows // self.d))
-            value_OI = universal.entries(self.d, self.bits).to(codes.device)[codes_IV].flatten(1).T[:rows]
-        else:
-            groups = self._groups(columns)
-            codes_OC = unpack(codes, self.bits, groups * self.stages)
-            value_OI = sum_entries(codes_OC.view(rows, groups, self.stages), self._entries(parts))[:, :columns]
+        columns = shape[1]
+        value_OI = product.values(parts["codes"], self._table(parts), self.form, shape)
         scale_O1 = parts["scale"].float()[:, None]
         if not self.rotation:
             return value_OI * scale_O1
@@ -183,6 +178,55 @@ class VQ(Method):
         weight_OI = hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
         limit = torch.finfo(torch.float32).max
         return weight_OI.clamp(-limit, limit)
+
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+        """The decoded weight on a CPU and where the kernels refuse; else codes, scale, signs, and a table of words."""
+        on_cpu, refusal = parts["codes"].device.type == "cpu", self.form.refusal(shape)
+        if refusal and not on_cpu:
+            # Python shows one message once.
+            warnings.warn(f"a weight is decoded once and multiplied dense: {refusal}", stacklevel=2)
+        if not packed if on_cpu else refusal:
+            return super().prepare(parts, shape, dtype)
+        read = {name: parts[name] for name in ("codes", "scale", "signs") if name in parts}
+        return read | {"table": self._table(parts)}
+
+    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """x Wᵀ by a dense product, or of `product.vq_linear`."""
+        if "weight" in prepared:
+            return super().linear(x_TI, prepared, shape)
+        form, signs = self.form, prepared.get("signs")
+        y_TO: Tensor = product.vq_linear(
+            x_TI,
+            prepared["codes"],
+            prepared["table"],
+            prepared["scale"],
+            signs,
+            form.family,
+            form.d,
+            form.bits,
+            form.depth,
+        )
+        return y_TO
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """`linear` of the rows of every expert, of `product.vq_grouped`."""
+        if "weight" in prepared:
+            return super().grouped(x_SI, ends_E, prepared, shape)
+        form, signs = self.form, prepared.get("signs")
+        stacked = prepared["codes"], prepared["table"], prepared["scale"], signs
+        y_SO: Tensor = product.vq_grouped(x_SI, ends_E, *stacked, form.family, form.d, form.bits, form.depth)
+        return y_SO
+
+    def has_kernel(self, shape: Shape) -> bool:
+        """Unless its streams end within a word."""
+        return not self.form.refusal(shape)
+
+    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+        """The kernel, or why there is none."""
+        if device.type == "cpu" or self.form.refusal(shape):
+            reason = self.form.refusal(shape) if device.type != "cpu" else ""
+            return super().path(shape, rows, device) + (f" ({reason})" if reason else "")
+        return product.path(self.form, device, rows, shape)
 
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError naming the part if it is missing, of another type or shape, not finite or has stray bits."""
@@ -234,6 +278,10 @@ class VQ(Method):
     def _entries(self, parts: Parts) -> Tensor:
         """The learned codebooks in float32, (R, K, d)."""
         return parts["codebook"].float() * parts["step"][:, None, None]
+
+    def _table(self, parts: Parts) -> Tensor:
+        """What the operator looks words up in."""
+        return self._entries(parts).flatten() if self._learned else product.table(self.form, parts["codes"].device)
 
     def _quantizer(self, parts: Parts, device: torch.device) -> Quantizer:
         if self.codebook == "lattice":

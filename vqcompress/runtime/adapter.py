@@ -39,11 +39,11 @@ class VQCompressQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from vqcompress.runtime.modules import swap
+        from vqcompress.runtime.modules import keep_packed, swap
 
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
-            swap(model, "", entries, model.dtype)
+            swap(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
         # The marker that stops a process which forgot to import vqcompress is no news to one that did.
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = known | {
@@ -64,6 +64,16 @@ class VQCompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes have no gradient."""
         return False
+
+
+def attach(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Let `save_pretrained` of a model that is compressed already write what loads again.
+
+    settings: the `quantization_config` of its artifact.
+    """
+    model.config.quantization_config = VQCompressConfig(**settings)
+    quantizer: Any = VQCompressQuantizer(model.config.quantization_config)
+    model.hf_quantizer = quantizer
 
 
 def register() -> None:

@@ -37,6 +37,29 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def forget_peaks() -> None:
+    """Let the peaks of memory start anew, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def available_bytes() -> int:
+    """About how much more memory this process may take: what the machine has free, or its own limit if that is less."""
+    limits = [sys.maxsize]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        limits.append(int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0]) * 1024)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if soft != resource.RLIM_INFINITY and statm.exists():
+        limits.append(soft - int(statm.read_text().split()[0]) * resource.getpagesize())
+    return min(limits)
+
+
 def peak_device_bytes() -> int:
     """The most memory that torch has held on a GPU, 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -3,7 +3,8 @@
 transformers 5 merges the matrices that a checkpoint stores expert by expert into 3-D parameters. Which matrix becomes
 which part of a merge is read from its own conversion mapping, and that the layers compute what the fused module does
 is proven by running both, so no architecture needs a table.
-Shape legend: T tokens, K experts of a token, E experts, I inputs of an expert, O outputs, F inner channels.
+Shape legend: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I inputs of an expert,
+O outputs, F inner channels.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from vqcompress.runtime.stacked import Stack, can_stack
 
 MERGES = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 # Widths of the random experts that the proof runs on; real ones may not fit into memory.
@@ -44,6 +47,8 @@ class Experts(nn.Module):
         self.first, self.last = first, last
         # Behind a tuple: transformers would initialize its parameters, which are no longer there.
         self._fused = (_with_parameters(fused),)
+        self._stacks: dict[str, Stack] = {}
+        self._stacked_for: Any = None
         inputs, inner, made = up.shape[2], up.shape[1] // len(first), {"device": up.device, "dtype": up.dtype}
         for e in range(len(up)):
             expert = nn.ModuleDict({leaf: _Linear(inputs, inner, bias=False, **made) for leaf in first})
@@ -56,6 +61,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """x (T, I), the chosen experts (T, K) and their weights (T, K) → (T, I). An index of E means no expert."""
+        if stacks := self._stacked(hidden_states):
+            return self._grouped(hidden_states, top_k_index, top_k_weights, stacks)
         out = torch.zeros_like(hidden_states)
         for e in top_k_index.unique().tolist():
             if e >= len(self._modules):
@@ -67,6 +74,31 @@ class Experts(nn.Module):
             y_TI = expert[self.last](inner_TF) * top_k_weights[tokens, place, None]
             out.index_add_(0, tokens, y_TI.to(out.dtype))
         return out
+
+    def _grouped(self, x_TI: Tensor, index_TK: Tensor, weight_TK: Tensor, stacks: dict[str, Stack]) -> Tensor:
+        """The same with one product a leaf: rows sorted by expert, and nothing that waits for the device."""
+        experts, (tokens, chosen) = len(self._modules), index_TK.shape
+        expert_S, order_S = index_TK.flatten().sort(stable=True)
+        among_E = torch.arange(experts, device=expert_S.device, dtype=expert_S.dtype)
+        ends_E = torch.searchsorted(expert_S, among_E, right=True, out_int32=True)
+        x_SI = x_TI[order_S // chosen]
+        inner_SF = self._activate(torch.cat([stacks[leaf](x_SI, ends_E) for leaf in self.first], -1))
+        y_SI = stacks[self.last](inner_SF, ends_E)
+        y_TKI = torch.empty_like(y_SI)
+        y_TKI[order_S] = y_SI
+        y_TKI = y_TKI.view(tokens, chosen, -1) * weight_TK[:, :, None].to(y_SI.dtype)
+        # What belongs to no expert is not even a number.
+        return y_TKI.masked_fill_((index_TK >= experts)[:, :, None], 0).sum(1).to(x_TI.dtype)
+
+    def _stacked(self, x: Tensor) -> dict[str, Stack]:
+        """A stack for every leaf, made once for a device and a type; none unless all leaves can be stacked."""
+        if self._stacked_for != (x.device, x.dtype):
+            self._stacks, self._stacked_for = {}, (x.device, x.dtype)
+            columns = {leaf: [cast(Any, e)[leaf] for e in self._modules.values()] for leaf in (*self.first, self.last)}
+            if all(can_stack(layers) for layers in columns.values()):
+                with torch.inference_mode(False), torch.no_grad():
+                    self._stacks = {leaf: Stack(layers, x.dtype) for leaf, layers in columns.items()}
+        return self._stacks
 
     def _activate(self, x: Tensor) -> Tensor:
         fused: Any = self._fused[0]

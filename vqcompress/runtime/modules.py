@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vqcompress.artifact import SMOOTHING, Entry, part_name
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods import Parts
+from vqcompress.runtime.device import available_bytes
 from vqcompress.runtime.experts import unfuse
+
+# The share of free memory that decoded weights may take on a CPU.
+SPARE = 0.8
 
 
 class _Stored(nn.Module):
@@ -41,11 +45,12 @@ class CompressedLinear(_Stored):
     """y = method.linear(x / smoothing) + bias, from the stored parts.
 
     The parts are buffers `weight_PART`, as they lie on disk, and stay untouched; what the method's `linear` reads is
-    prepared from them at the first call on a device.
+    prepared from them at the first call on a device. packed: on a CPU nothing is, and every call decodes.
     """
 
-    def __init__(self, entry: Entry, bias_dtype: torch.dtype, shared: SharedParts | None):
+    def __init__(self, entry: Entry, bias_dtype: torch.dtype, shared: SharedParts | None, packed: bool = False):
         super().__init__()
+        self.packed = packed
         self.entry = entry
         self.out_features, self.in_features = entry.target.shape
         for name, (dtype, shape) in entry.layout().items():
@@ -68,6 +73,18 @@ class CompressedLinear(_Stored):
         """The decoded weight, for code that reads a layer's `weight`."""
         return self.decoded().to(self._prepared_for)
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether a product reads the stored parts, not a weight that was decoded once."""
+        device = self.get_buffer(part_name("weight", next(iter(self.entry.layout())))).device
+        return self.packed or (device.type != "cpu" and self.entry.method.has_kernel(self.entry.target.shape))
+
+    def view_part(self, name: str, part: Tensor) -> None:
+        """Let a stored part be this tensor, which holds the same."""
+        self._prepared = None
+        if (buffer := part_name("weight", name)) in self._buffers:
+            self._buffers[buffer] = part
+
     def parts(self) -> Parts:
         """The stored parts by name, shared ones included."""
         own = {name: self.get_buffer(part_name("weight", name)) for name in self.entry.layout()}
@@ -85,7 +102,7 @@ class CompressedLinear(_Stored):
             with torch.inference_mode(False), torch.no_grad():
                 parts = self.parts()
                 smoothing = parts.pop(SMOOTHING, None)
-                prepared = self.entry.method.prepare(parts, self.entry.target.shape, dtype)
+                prepared = self.entry.method.prepare(parts, self.entry.target.shape, dtype, self.packed)
                 if smoothing is not None:
                     prepared[SMOOTHING] = smoothing.to(dtype)
             self._prepared, self._prepared_for = prepared, dtype
@@ -115,11 +132,20 @@ def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
             unfuse(root)
 
 
-def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype) -> None:
+def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) -> bool:
+    """Whether layers on a CPU decode at every call: `packed`, or `auto` where the decoded weights would not fit."""
+    if cpu_weights not in ("auto", "dense", "packed"):
+        raise UsageError(f"--cpu-weights {cpu_weights}: choose auto, dense or packed")
+    decoded = sum(entry.target.weights for entry in entries) * dtype.itemsize
+    return cpu_weights == "packed" or (cpu_weights == "auto" and decoded > SPARE * available_bytes())
+
+
+def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False) -> None:
     """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
 
     root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
-    dtype: of the biases. VQCompressError for an entry that is no linear layer of the model.
+    dtype: of the biases. packed: see CompressedLinear.
+    VQCompressError for an entry that is no linear layer of the model.
     """
     entries = list(entries)
     unfuse_for(root, entries)
@@ -133,7 +159,7 @@ def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dt
         if entry.shared is not None:
             shared = _shared_module(root, entry.shared.removeprefix(prefix), entry)
         parent, _, name = entry.target.name.removeprefix(prefix).rpartition(".")
-        setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared))
+        setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared, packed))
 
 
 def _shared_module(root: nn.Module, path: str, entry: Entry) -> SharedParts:

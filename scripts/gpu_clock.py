@@ -1,0 +1,39 @@
+"""Times on a GPU with a cold cache: calls over many copies of the weights, recorded as one graph.
+
+A graph leaves out what Python takes for a launch, as decoding with graphs does; and since its calls go through more
+memory than a cache holds, every call reads its weights from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Bytes of weights that a round goes through, at least; several times the cache of any GPU.
+ROUND = 192 << 20
+MOST = 64
+
+
+def copies(size: int) -> int:
+    """How many weights of so many bytes make a round."""
+    return max(1, min(MOST, -(-ROUND // size)))
+
+
+def seconds(call: Callable[[Any], Any], arguments: list[Any]) -> float:
+    """The median time of one call, over rounds of a call for each argument."""
+    import triton
+
+    call(arguments[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(arguments[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for argument in arguments:
+            call(argument)
+    milliseconds: float = triton.testing.do_bench(graph.replay, warmup=5, rep=30, return_mode="median")
+    return milliseconds / 1e3 / len(arguments)

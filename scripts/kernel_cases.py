@@ -1,0 +1,106 @@
+"""The products that scripts/tune.py, bench_kernels.py and kernel_resources.py look at: layer shapes and ways to store.
+
+Codes are random bytes, which every format but FP8 can decode; what they stand for does not matter to a clock.
+Shape legend: T rows, O outputs, I inputs, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqcompress import ops
+from vqcompress.codebooks import product
+from vqcompress.methods import Method, Parts, make
+
+Shape = tuple[int, int]
+# (O, I) of the linear layers of models that people run.
+SHAPES: dict[str, list[Shape]] = {
+    "Llama-2-7B": [(4096, 4096), (11008, 4096), (4096, 11008)],
+    "Llama-3-8B": [(1024, 4096), (14336, 4096), (4096, 14336)],
+    "Llama-3-70B": [(8192, 8192), (28672, 8192), (8192, 28672)],
+}
+# (E, O, I) of the experts of a mixture, and how many a token has.
+EXPERTS: dict[str, tuple[list[tuple[int, int, int]], int]] = {
+    "DeepSeek-V3": ([(256, 2048, 7168), (256, 7168, 2048)], 8),
+    "Qwen3-30B-A3B": ([(128, 768, 2048), (128, 2048, 768)], 8),
+}
+ROWS = (1, 4, 16, 64, 512, 4096)
+TINY: dict[str, list[Shape]] = {"tiny": [(96, 128), (64, 256)]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to store weights. method: a recipe's, with its knobs."""
+
+    name: str
+    method: Method
+
+    def parts(self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Parts:
+        """What `linear` reads, with random codes."""
+        draw = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
+        layout = self.method.layout(shape) | self.method.shared_layout()
+        parts = {name: _random(name, *facts, device, draw) for name, facts in layout.items()}
+        return self.method.prepare(parts, shape, dtype, packed=True)
+
+    def bytes(self, shape: Shape) -> int:
+        """Of the parts of a weight."""
+        return sum(torch.Size(size).numel() * dtype.itemsize for dtype, size in self.method.layout(shape).values())
+
+
+def _random(
+    name: str, dtype: torch.dtype, size: tuple[int, ...], device: torch.device, draw: torch.Generator | None
+) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(size, dtype=dtype, device=device)
+    if dtype == torch.float8_e4m3fn:
+        return ops.to_e4m3(torch.randn(size, device=device, generator=draw) * 100)
+    if dtype.is_floating_point:
+        return (torch.rand(size, device=device, generator=draw) + 0.5).to(dtype) * (1e-2 if name == "scale" else 1)
+    low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+    return torch.randint(low, high, size, device=device, generator=draw, dtype=torch.int16).to(dtype)
+
+
+CASES = [
+    Case(name, make(method, knobs))
+    for name, method, knobs in (
+        ("int8", "int8", {}),
+        ("fp8", "fp8", {}),
+        ("universal 2", "vq", {"codebook": "universal"}),
+        ("lattice 2", "vq", {"codebook": "lattice"}),
+        ("learned 2x8", "vq", {"d": 8, "bits": 8, "stages": 2}),
+        ("learned 4,8", "vq", {}),
+        ("trellis 2", "vq", {"codebook": "trellis"}),
+        ("trellis 3", "vq", {"codebook": "trellis", "bits": 3}),
+        ("trellis 4", "vq", {"codebook": "trellis", "bits": 4}),
+        ("universal 4", "vq", {"codebook": "universal", "d": 2, "bits": 8}),
+    )
+]
+
+
+def random_rows(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """x (T, I)."""
+    if device.type == "meta":
+        return torch.empty((rows, columns), dtype=dtype, device=device)
+    return torch.randn((rows, columns), device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
+
+
+def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Tensor]:
+    """x (T, I), parts, (O, I) → (T, O) by the kernels, also where operators would run their reference.
+
+    way: see `product.on_gpu`.
+    """
+    from vqcompress.kernels import fp8, int8
+
+    method: Any = case.method
+    if method.name == "int8":
+        return lambda x, parts, shape: int8.linear(x, parts["codes"], parts["scale"], None)
+    if method.name == "fp8":
+        return lambda x, parts, shape: fp8.linear(x, parts["codes"], parts["scale"], method.power_of_two_scales)
+    return lambda x, parts, shape: product.on_gpu(
+        x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form, way
+    )

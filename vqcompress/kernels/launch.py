@@ -1,0 +1,162 @@
+"""Launching kernels: on which device, with which settings, and what would be launched on a device that is not here.
+
+Settings (block sizes, warps, stages) were measured offline by scripts/tune.py and lie in `launches/DEVICE.json`; a
+shape or a device without a measurement gets the guess of its kernel. Nothing is ever tuned while a model runs.
+"""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Settings = dict[str, Any]
+# Numbers of rows that settings are measured at; a product of other sizes takes the next larger one's.
+BUCKETS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What settings depend on. name: of the device as its maker calls it; arch: 80, 90, 100 … or gfx942.
+
+    processors: multiprocessors or compute units. warp: threads of a warp. shared: bytes that one program may have.
+    """
+
+    name: str
+    arch: int | str
+    processors: int
+    warp: int
+    shared: int
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether matrix products read float8_e4m3fn (gfx942 has another FP8)."""
+        return isinstance(self.arch, int) and self.arch >= 89
+
+
+# Devices that kernels are compiled for ahead of time, and a stand-in for Triton's interpreter.
+KNOWN: dict[int | str, Facts] = {
+    80: Facts("NVIDIA A100", 80, 108, 32, 163 << 10),
+    90: Facts("NVIDIA H200", 90, 132, 32, 227 << 10),
+    100: Facts("NVIDIA B200", 100, 148, 32, 227 << 10),
+    "gfx942": Facts("AMD Instinct MI300X", "gfx942", 304, 64, 64 << 10),
+    "cpu": Facts("interpreter", 90, 4, 32, 227 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch that was recorded instead of made."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    settings: Settings
+
+
+class _Recorder:
+    def __init__(self, facts: Facts):
+        self.facts, self.calls = facts, list[Call]()
+
+
+_recorder: _Recorder | None = None
+
+
+@contextmanager
+def recording(arch: int | str) -> Iterator[list[Call]]:
+    """Launchers that are called inside behave as on a known device and launch nothing; what they would is collected."""
+    global _recorder
+    before, _recorder = _recorder, _Recorder(KNOWN[arch])
+    try:
+        yield _recorder.calls
+    finally:
+        _recorder = before
+
+
+@cache
+def _facts(device: torch.device) -> Facts:
+    if device.type != "cuda":
+        return KNOWN["cpu"]
+    properties: Any = torch.cuda.get_device_properties(device)
+    arch: int | str = properties.major * 10 + properties.minor
+    if torch.version.hip:
+        arch = properties.gcnArchName.partition(":")[0]
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    return Facts(properties.name, arch, properties.multi_processor_count, properties.warp_size, shared)
+
+
+def facts(device: torch.device) -> Facts:
+    """What is known of a tensor's device."""
+    return _recorder.facts if _recorder else _facts(device)
+
+
+def table_name(facts: Facts) -> str:
+    """The file of a device, below the package of the kernels."""
+    return f"launches/{facts.name.replace(' ', '_')}.json"
+
+
+@cache
+def _table(facts: Facts) -> dict[str, dict[str, Settings]]:
+    try:
+        data = pkgutil.get_data(__package__, table_name(facts))
+    except FileNotFoundError:
+        return {}
+    table: dict[str, dict[str, Settings]] = json.loads(data or b"{}")
+    return table
+
+
+def forget() -> None:
+    """Read the tables anew."""
+    _table.cache_clear()
+
+
+def bucket(rows: int) -> int:
+    """The number of rows whose settings hold for so many."""
+    return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
+
+
+def key(rows: int, shape: tuple[int, int]) -> str:
+    """Where a table has the settings for x (rows, I) times a weight (O, I)."""
+    return f"{bucket(rows)}x{shape[0]}x{shape[1]}"
+
+
+_tried: dict[str, Settings] = {}
+
+
+@contextmanager
+def trying(kernel: str, settings: Settings) -> Iterator[None]:
+    """Inside, a kernel has these settings for everything: what a tuner measures."""
+    _tried[kernel] = settings
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
+def settings(
+    kernel: str, device: torch.device, rows: int, shape: tuple[int, int], guess: Callable[[Facts], Settings]
+) -> Settings:
+    """The settings measured for x (rows, I) times a weight (O, I) on a device, or the guess."""
+    known = facts(device)
+    return _tried.get(kernel) or _table(known).get(kernel, {}).get(key(rows, shape)) or guess(known)
+
+
+def run(kernel: Any, grid: Sequence[int], *arguments: Any, **settings: Any) -> None:
+    """Launch on the device of the first argument, or record the launch.
+
+    A multiplication and an addition may become one unless the settings say `enable_fp_fusion` False.
+    """
+    settings = {"enable_fp_fusion": True, **settings}
+    if _recorder:
+        _recorder.calls.append(Call(kernel, tuple(grid), arguments, settings))
+    elif all(grid):
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+            kernel[tuple(grid)](*arguments, **settings)

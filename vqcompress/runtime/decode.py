@@ -1,0 +1,69 @@
+"""Greedy decoding with a cache of fixed size; on a GPU a step is one CUDA graph, so that no launch waits for Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+# Steps before a capture, so that whatever is made at a first call has been made.
+WARM_UP = 2
+
+
+class Decoder:
+    """Decodes the continuation of one batch of prompts. length: positions of the cache, prompt and new tokens."""
+
+    def __init__(self, network: PreTrainedModel, length: int):
+        self.network = network
+        self.cache = StaticCache(config=network.config, max_cache_len=length)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.token_B1 = torch.empty(0)
+
+    @torch.inference_mode()
+    def prefill(self, prompt_BL: Tensor) -> Tensor:
+        """The first new token (B, 1). prompt_BL: token ids, on the model's device."""
+        self.cache.reset()
+        token_B1 = self._next(prompt_BL)
+        if self.token_B1.shape == token_B1.shape:
+            # The graph reads and writes this one.
+            self.token_B1.copy_(token_B1)
+        else:
+            self.token_B1, self.graph = token_B1, None
+        return self.token_B1
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The next token (B, 1), in a buffer that the step after it writes again."""
+        if self.token_B1.is_cuda and self.graph is None:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.token_B1.copy_(self._next(self.token_B1))
+        return self.token_B1
+
+    def _next(self, tokens_BL: Tensor) -> Tensor:
+        out: Any = self.network(tokens_BL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        token_B1: Tensor = out.logits[:, -1:].argmax(-1)
+        return token_B1
+
+    def _capture(self) -> None:
+        """Record a step, and leave the cache and the token as they were."""
+        layers: list[Any] = self.cache.layers
+        before = [layer.cumulative_length.clone() for layer in layers]
+        token_B1 = self.token_B1.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._next(token_B1)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.token_B1.copy_(self._next(self.token_B1))
+        # Positions behind these are masked, whatever the warm-up wrote there.
+        for layer, length in zip(layers, before, strict=True):
+            layer.cumulative_length.copy_(length)
+        self.graph = graph

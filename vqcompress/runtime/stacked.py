@@ -1,0 +1,53 @@
+"""One product for the same layer of all experts, from parts that lie behind one another in memory.
+
+Shape legend: S rows sorted by expert, E experts, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqcompress.methods import Parts
+
+
+class Stack:
+    """x (S, I) sorted by expert → (S, O), by `Method.grouped`.
+
+    layers: the CompressedLinear of every expert. What they store moves into the stack and is viewed from there, so that
+    memory holds it once.
+    """
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype):
+        self.entry = layers[0].entry
+        prepared = [layer.prepare(dtype) for layer in layers]
+        self.parts: Parts = {}
+        for name, first in prepared[0].items():
+            parts = [own[name] for own in prepared]
+            if all(part.data_ptr() == first.data_ptr() for part in parts):
+                self.parts[name] = first.expand(len(layers), *first.shape)
+            else:
+                self.parts[name] = torch.stack(parts)
+                for layer, part in zip(layers, self.parts[name], strict=True):
+                    layer.view_part(name, part)
+
+    def __call__(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        """What rows behind the last end get is not specified."""
+        return self.entry.method.grouped(x_SI, ends_E, self.parts, self.entry.target.shape)
+
+
+def can_stack(layers: Sequence[Any]) -> bool:
+    """Whether layers are compressed alike, are multiplied as they are stored, and nothing is added or divided."""
+    entries = [getattr(layer, "entry", None) for layer in layers]
+    first = entries[0]
+    return first is not None and all(
+        entry is not None
+        and (entry.method, entry.target.shape) == (first.method, first.target.shape)
+        and not entry.smoothed
+        and not entry.target.bias
+        and layer.keeps_parts
+        for entry, layer in zip(entries, layers, strict=True)
+    )
