@@ -68,7 +68,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model, out = Path(temporary) / "model", Path(temporary) / "artifact"
         parameters = write_model(model, a.layers, a.hidden, device)
-        facts: dict[str, Any] = {"parameters": parameters, "device": launch.facts(device).name}
+        facts: dict[str, Any] = {
+            "parameters": parameters,
+            "device": launch.facts(device).name if device.type == "cuda" else device.type,
+        }
         facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
         print(f"{parameters:,} parameters on {facts['device']}", flush=True)
         for recipe in a.recipes:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 # Bytes of weights that a round goes through, at least; several times the cache of any GPU.
-ROUND = 192 << 20
-MOST = 64
+ROUND = 256 << 20
+# At least so many, so that what the launch of a graph takes is shared, and at most.
+LEAST, MOST = 4, 256
 
 
 def copies(size: int) -> int:
     """How many weights of so many bytes make a round."""
-    return max(1, min(MOST, -(-ROUND // size)))
+    return max(LEAST, min(MOST, -(-ROUND // size)))
 
 
 def seconds(call: Callable[[Any], Any], arguments: list[Any]) -> float:

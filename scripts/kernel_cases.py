@@ -29,7 +29,8 @@ EXPERTS: dict[str, tuple[list[tuple[int, int, int]], int]] = {
     "DeepSeek-V3": ([(256, 2048, 7168), (256, 7168, 2048)], 8),
     "Qwen3-30B-A3B": ([(128, 768, 2048), (128, 2048, 768)], 8),
 }
-ROWS = (1, 4, 16, 64, 512, 4096)
+# What is asked of the kernels first.
+ROWS = (1, 16, 4096, 4, 64, 512)
 TINY: dict[str, list[Shape]] = {"tiny": [(96, 128), (64, 256)]}
 
 
@@ -104,3 +105,17 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Ten
     return lambda x, parts, shape: product.on_gpu(
         x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form, way
     )
+
+
+def reference(case: Case, x_TI: Tensor, parts: Parts, shape: Shape) -> Tensor:
+    """x Wᵀ in float32 by plain torch on the device of x, from the decoded weight and, of int8 and fp8, x as rounded."""
+    method: Any = case.method
+    x = x_TI.float()
+    if method.name == "vq":
+        return product.reference(x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form)
+    if method.name == "fp8":
+        x = ops.fp8_rounded(x, method.power_of_two_scales)
+    else:
+        scale_T1 = (x.abs().amax(1, keepdim=True) / ops.INT8_MAX).clamp_min(ops.SCALE_MIN)
+        x = (x / scale_T1).round().clamp(-ops.INT8_MAX, ops.INT8_MAX) * scale_T1
+    return x @ method.decode(parts, shape).T

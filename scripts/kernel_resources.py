@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,56 @@ import ahead
 import torch
 from kernel_cases import CASES, by_kernel, random_rows
 
-from vqcompress.kernels import launch
+from vqcompress.kernels import fp8, int8, launch, nearest, viterbi, words
 
 META, SHAPE = torch.device("meta"), (4096, 4096)
 
 
-def rows_of(arch: int | str) -> list[dict[str, Any]]:
-    """Every kernel that the cases launch, once for each of its settings."""
-    found: dict[str, dict[str, Any]] = {}
+def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
+    """What is launched, for what, and for how many rows."""
     for case in CASES:
         parts = case.parts(SHAPE, META, torch.bfloat16)
         for rows in (1, 16, 512):
+            x_TI = random_rows(rows, SHAPE[1], META, torch.bfloat16)
             with launch.recording(arch) as calls:
-                by_kernel(case)(random_rows(rows, SHAPE[1], META, torch.bfloat16), parts, SHAPE)
-            for call in calls:
-                name = f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__.strip('_')}"
-                settings = {k: v for k, v in call.settings.items() if isinstance(v, int | str)}
-                key = f"{name} {sorted(settings.items())}"
-                if key not in found:
-                    used = ahead.resources(ahead.compile_call(call, arch))
-                    facts = {"registers": used.registers, "stack": used.stack, "shared": used.shared}
-                    found[key] = {"case": case.name, "rows": rows, "kernel": name, "arch": arch, **facts}
-                    found[key]["settings"] = settings
+                by_kernel(case)(x_TI, parts, SHAPE)
+            yield from ((case.name, rows, call) for call in calls)
+        method: Any = case.method
+        with launch.recording(arch) as calls:
+            if method.name == "vq" and method.form.by_rows:
+                x_TI = random_rows(1, SHAPE[1], META, torch.bfloat16)
+                words.on_codes(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
+        yield from ((f"{case.name}, on its codes", 1, call) for call in calls)
+        experts, x_SI = 64, random_rows(512, SHAPE[1], META, torch.bfloat16)
+        ends_E = torch.empty(experts, dtype=torch.int32, device=META)
+        stacked = {name: part.expand(experts, *part.shape) for name, part in parts.items()}
+        with launch.recording(arch) as calls:
+            if method.name == "int8":
+                int8.grouped(x_SI, ends_E, stacked["codes"], stacked["scale"])
+            elif method.name == "fp8":
+                fp8.grouped(x_SI, ends_E, stacked["codes"], stacked["scale"], False)
+            else:
+                words.multiply(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
+        yield from ((f"{case.name}, 64 experts", 512, call) for call in calls)
+    with launch.recording(arch) as calls:
+        for states in (12, 14, 16):
+            viterbi.walks(torch.empty((16, 256), device=META), torch.empty(1 << states, device=META), states, 2, 32)
+        nearest.nearest(torch.empty((4096, 4), device=META), torch.empty((256, 4), device=META))
+        nearest.nearest_e8p(torch.empty((4096, 8), device=META), torch.empty((8, 256), device=META))
+    yield from (("search", 0, call) for call in calls)
+
+
+def rows_of(arch: int | str) -> list[dict[str, Any]]:
+    """Every kernel, once for each of its settings."""
+    found: dict[str, dict[str, Any]] = {}
+    for purpose, rows, call in calls_of(arch):
+        name = f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__.strip('_')}"
+        settings = {k: v for k, v in call.settings.items() if isinstance(v, int | str)}
+        key = f"{name} {sorted(settings.items())}"
+        if key not in found:
+            used = ahead.resources(ahead.compile_call(call, arch))
+            facts = {"registers": used.registers, "stack": used.stack, "shared": used.shared}
+            found[key] = {"case": purpose, "rows": rows, "kernel": name, "arch": arch, **facts, "settings": settings}
     return list(found.values())
 
 

@@ -23,6 +23,8 @@ from kernel_cases import CASES, SHAPES, Case, Shape, by_kernel, random_rows
 from vqcompress.kernels import fp8, int8, launch, rotate, words
 
 Table = dict[str, dict[str, Any]]
+# Settings of one kernel that are tried at one place: each takes a second to compile.
+MOST = 24
 
 
 class Tuner:
@@ -62,6 +64,10 @@ class Tuner:
     ) -> None:
         """Keep the fastest settings of a kernel for a call."""
 
+        options = list(options)
+        # Every so many of a long list.
+        options = options[:: -(-len(options) // MOST)]
+
         def clock(option: Any) -> float:
             with launch.trying(kernel, option):
                 return seconds(call, weights)
@@ -85,12 +91,13 @@ class Tuner:
         form = method.form
         if rows <= 1024:
             options = words.candidates(self.facts, rows, shape, form)
-            multiply = lambda w: words.multiply(x_TI, w["codes"], w["table"], shape[0], form)  # noqa: E731
+            # With what adds the slices up.
+            multiply = lambda w: by_kernel(case, "multiply")(x_TI, w, shape)  # noqa: E731
             self.try_all(f"words.{form.name}", rows, shape, options, multiply, weights)
         if method.rotation:
             turn = lambda w: rotate.rotate(x_TI, w["signs"])  # noqa: E731
             options = rotate.candidates(self.facts, rows, shape[1])
-            self.try_all("rotate", rows, (1, shape[1]), options, turn, weights[:1])
+            self.try_all("rotate", rows, (1, shape[1]), options, turn, weights[:4])
         self.write()
         ways = ["dequantize"] + (["multiply"] if rows <= 1024 else [])
         ways += ["on_codes"] if form.by_rows and form.bits <= 10 and rows <= 4 else []

@@ -90,7 +90,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
     def write(name: str) -> str:
         text = RECIPES.get(name, name)
-        if "rules" not in text:
+        if "rules" not in text and "candidates" not in text:
             return name
         path = folder / f"{name if name in RECIPES else hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
         path.write_text(text, encoding="utf-8")

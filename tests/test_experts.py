@@ -370,3 +370,14 @@ def test_an_index_beyond_the_experts_adds_nothing(quantized: Make) -> None:
     kept_TK = torch.tensor([[True, False]]).expand(5, 2)
     alone_TI = experts(x_TI[1:2], index_TK[1:2].clamp(max=3), torch.where(kept_TK, weight_TK, 0)[1:2])
     torch.testing.assert_close(found_TI[1:2], alone_TI)
+
+
+def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make) -> None:
+    one, other = (load(quantized("vq-small", "mixtral", seed=seed), cpu_weights="packed") for seed in (0, 1))
+    wanted = logits(other)
+    assert not torch.equal(logits(one), wanted)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    one.load_state_dict(state, assign=True)
+    assert torch.equal(logits(one), wanted)
+    one.to(torch.bfloat16).float()
+    assert not any(m._stacks for m in one.modules() if isinstance(m, Experts))

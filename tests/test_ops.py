@@ -194,3 +194,12 @@ def test_ops_can_be_compiled_as_one_graph() -> None:
         return ops.int8_linear(x, w, torch.ones(5), None) + ops.fp8_linear(x, p, torch.ones(1, 3), False)
 
     assert torch.equal(torch.compile(both, backend="eager", fullgraph=True)(x_TI), both(x_TI))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_fp8_rounded_is_codes_times_scales(power_of_two: bool) -> None:
+    loud = inputs(129, 300) * torch.logspace(-30, 30, 129)[:, None]
+    for x_TI in (loud, inputs(3, 1), inputs(0, 257), torch.linspace(-448, 448, 100_000).view(-1, 50)):
+        codes_TI, scale_TJ = ops.fp8_quantize(x_TI, power_of_two)
+        scale_TI = scale_TJ.repeat_interleave(128, 1)[:, : x_TI.shape[1]]
+        assert torch.equal(ops.fp8_rounded(x_TI, power_of_two), codes_TI.float() * scale_TI)

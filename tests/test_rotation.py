@@ -309,17 +309,17 @@ def test_a_killed_run_ends_in_the_same_bytes(
 ) -> None:
     model = lively("llama", tie_word_embeddings=True)
     whole = contents(fold(model, RULES, "whole"))
-    commit, calls = artifact.Writer.commit, 0
+    write, calls = artifact.Shards.write_shard, 0
 
-    def mortal(*args: Any) -> Path:
+    def mortal(*args: Any) -> dict[str, Any]:
         nonlocal calls
         calls += 1
         if calls > blocks + 1:
             raise Killed
-        return commit(*args)
+        return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact.Writer, "commit", mortal)
+        patch.setattr(artifact.Shards, "write_shard", mortal)
         with pytest.raises(Killed):
             fold(model, RULES, "killed")
     assert contents(fold(model, RULES, "killed")) == whole

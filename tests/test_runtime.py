@@ -255,3 +255,14 @@ def test_a_compressed_model_is_one_graph_for_the_compiler(recipe: str, cpu_weigh
         wanted = model(IDS, use_cache=False).logits
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert relative_rms(compiled(IDS, use_cache=False).logits, wanted) < 1e-5
+
+
+def test_packed_weights_take_gradients(quantized: Make) -> None:
+    model = load(quantized("vq-2bit"), cpu_weights="packed")
+    dense = load(quantized("vq-2bit"), cpu_weights="dense")
+    found = []
+    for each in (model, dense):
+        x = each.get_input_embeddings()(IDS).detach().requires_grad_()
+        each(inputs_embeds=x).logits.square().mean().backward()
+        found.append(x.grad)
+    assert relative_rms(*found) < 1e-4

@@ -86,10 +86,10 @@ def test_tuning_a_block_brings_its_output_nearer(
 ) -> None:
     fit, gains = tuning._fit, []
 
-    def watched(masters: Any, epochs: int, rate: float, batches: int, seed: int, loss_of: Any) -> None:
+    def watched(masters: Any, epochs: int, rate: float, batches: int, seed: int, loss_of: Any, team: Any) -> None:
         with torch.no_grad():
             before = sum(loss_of(k) for k in range(batches))
-            fit(masters, epochs, rate, batches, seed, loss_of)
+            fit(masters, epochs, rate, batches, seed, loss_of, team)
             for master in masters:
                 # What counts is what is stored.
                 master.parameter.data = master.stored().float()

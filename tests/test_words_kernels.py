@@ -147,15 +147,38 @@ def test_experts_in_one_launch(interpret: Callable[..., Any], name: str) -> None
     assert interpret(grouped, name, (64, 96), (0, 0, 2)) < 2e-6
 
 
-def calls_of(name: str, arch: int | str, rows: int, shape: tuple[int, int]) -> list[Any]:
-    """The launches of a product on a device that is not here."""
+def meta_parts(name: str, shape: tuple[int, int], experts: int = 0) -> tuple[Format, dict[str, Any]]:
+    """The format of a weight as in models and what the operator reads of it, without memory."""
     method = make("vq", FORMATS[name] | ({"states": 14} if "trellis" in name else {}))
     layout = method.layout(shape) | method.shared_layout()
     meta = {part: torch.empty(size, dtype=dtype, device="meta") for part, (dtype, size) in layout.items()}
     parts = method.prepare(meta, shape, torch.bfloat16, packed=True)
-    x_TI = torch.empty((rows, shape[1]), dtype=torch.bfloat16, device="meta")
+    return method.form, {n: p.expand(experts, *p.shape) for n, p in parts.items()} if experts else parts
+
+
+def meta_rows(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty((rows, columns), dtype=dtype, device="meta")
+
+
+def check_compiled(call: Any, arch: int | str, parked: int = 0) -> Any:
+    """A launch compiled ahead of time; it must fit the device and spill nothing.
+
+    parked: bytes that a thread may keep on its stack from before its loop until after it.
+    """
+    import ahead
+
+    kernel = ahead.compile_call(call, arch)
+    used = ahead.resources(kernel)
+    assert used.stack <= parked
+    assert used.shared <= launch.KNOWN[arch].shared
+    return kernel
+
+
+def calls_of(name: str, arch: int | str, x_TI: Tensor, outputs: int) -> list[Any]:
+    """The launches of a product on a device that is not here."""
+    form, parts = meta_parts(name, (outputs, x_TI.shape[1]))
     with launch.recording(arch) as calls:
-        product.on_gpu(x_TI, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form)
+        product.on_gpu(x_TI, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), form)
     return [call for call in calls if call.kernel.__module__.endswith("words")]
 
 
@@ -166,14 +189,9 @@ def calls_of(name: str, arch: int | str, rows: int, shape: tuple[int, int]) -> l
 def test_compiles_for_gpus_without_spills(name: str, arch: int | str) -> None:
     """As launched for one row, for some, and for many."""
     pytest.importorskip("triton")
-    import ahead
-
-    for rows in (1, 16, 512):
-        (call,) = calls_of(name, arch, rows, (4096, 4096))
-        kernel = ahead.compile_call(call, arch)
-        used = ahead.resources(kernel)
-        assert used.stack == 0
-        assert used.shared <= launch.KNOWN[arch].shared
+    for rows in (1, 16, 64, 512):
+        (call,) = calls_of(name, arch, meta_rows(rows, 4096), 4096)
+        kernel = check_compiled(call, arch)
         text = kernel.asm["amdgcn" if arch == "gfx942" else "ptx"]
         if rows == 16:
             # Decoded values go to the matrix units.
@@ -183,6 +201,33 @@ def test_compiles_for_gpus_without_spills(name: str, arch: int | str) -> None:
             assert re.search(r"@%p\d+ ld\.global\S*\.(v4\.b32|b128)", text)
         if rows == 1 and arch == 90 and "trellis" in name:
             assert "dp4a" in text
+
+
+@pytest.mark.parametrize("name", ["learned", "learned d 3, 5 bits", "universal 4,8", "lattice 2", "trellis 2"])
+def test_rarer_launches_compile_without_spills(name: str) -> None:
+    """float32, the hot entries of a codebook kept by the program, look-ups on codes, experts."""
+    pytest.importorskip("triton")
+    from vqcompress.kernels import words
+
+    for rows in (1, 17, 129):
+        for call in calls_of(name, 90, meta_rows(rows, 4096, torch.float32), 4096):
+            check_compiled(call, 90, parked=8)
+    form, parts = meta_parts(name, (4096, 4096))
+    read = parts["codes"], parts["table"], 4096, form
+    with launch.recording(90) as calls:
+        if form.family in ("learned", "universal") and form.d != 3:
+            guess = words.guess(launch.KNOWN[90], 1, (4096, 4096), form)
+            for hot in (32, 1 << form.bits):
+                with launch.trying(f"words.{form.name}", guess | {"HOT": hot}):
+                    words.multiply(meta_rows(1, 4096), *read)
+        if form.by_rows:
+            words.on_codes(meta_rows(1, 4096), *read)
+        _, parts = meta_parts(name, (2048, 4096), experts=64)
+        ends_E = torch.empty(64, dtype=torch.int32, device="meta")
+        for rows in (8, 512):
+            words.multiply(meta_rows(rows, 4096), parts["codes"], parts["table"], 2048, form, ends_E)
+    for call in calls:
+        check_compiled(call, 90, parked=8)
 
 
 @pytest.mark.gpu

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vqcompress import recipe as recipes
-from vqcompress.artifact import Writer, stored_bits
+from vqcompress.artifact import stored_bits
 from vqcompress.blocks import BlockStream
-from vqcompress.compress import Rewrites, encode, first_states, gather, study
+from vqcompress.compress import Rewrites, encode, first_states, gather, probe_of, study
+from vqcompress.distributed import SharedWriter
 from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
 from vqcompress.plan import Plan, make_plan, summary
@@ -73,7 +74,9 @@ def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int) -> d
     }
 
 
-def allocate(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> Plan:
+def allocate(
+    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
+) -> Plan:
     """The plan of the least summed damage whose stored bits are within the budget, as a recipe with a rule per target.
 
     plans: of `make_plans`. What the writer knows as measured is not measured again.
@@ -131,7 +134,9 @@ def _bits(plans: list[Plan]) -> np.ndarray:
     return np.array(each, dtype=np.float64).T
 
 
-def _measure(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> None:
+def _measure(
+    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
+) -> None:
     """Note the damage of every candidate to every target, block by block, in one pass of the dense model."""
     few = max(1, MEASURED_TOKENS // rows_NL.shape[1])
     # So that it is also known how blocks are called with these rows alone.
@@ -142,7 +147,7 @@ def _measure(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Wr
         if block.name in writer.measured:
             module = stream.load_block(i)
         else:
-            module, damage = _measure_block(stream, plans, i, states, states[0][:few], seed)
+            module, damage = _measure_block(stream, plans, i, states, probe_of(stream, states, few, None), seed)
             writer.note(block.name, damage)
         stream.advance(module, i, states)
         # Gone before the next one comes.

@@ -191,7 +191,12 @@ class Artifact(Checkpoint):
         return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
 
     def check_files(self) -> None:
-        """Compare every file with SHA256SUMS; VQCompressError naming the first that differs or is missing."""
+        """Compare every file with SHA256SUMS; VQCompressError naming the first that differs or is missing.
+
+        What transformers' `save_pretrained` wrote has neither checksums nor a report, and nothing to compare with.
+        """
+        if not (self.path / SUMS).exists() and not (self.path / "report.json").exists():
+            return
         try:
             text = (self.path / SUMS).read_bytes().decode("ascii")
         except (OSError, UnicodeDecodeError) as error:
@@ -209,7 +214,51 @@ class Artifact(Checkpoint):
             raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
 
 
-class Writer:
+class Shards:
+    """Writes shards into a directory, each so that it is whole or absent. Several processes may, each its own."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def write_shard(self, number: int, count: int, tensors: Parts) -> dict[str, Any]:
+        """Write shard `number` of `count`; returns its `file` and `sha256`."""
+        file = SHARD.format(number, count)
+        partial = self.out / f"{file}.partial"
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read.
+            partial.chmod(0o644)
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            digest = sha256(partial)
+            partial.replace(self.out / file)
+            self._sync_directory()
+        except (OSError, SafetensorError) as error:
+            raise self._explain(error, size) from error
+        return {"file": file, "sha256": digest}
+
+    def _sync_directory(self) -> None:
+        handle = os.open(self.out, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _explain(self, error: Exception, needed: int) -> VQCompressError:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full:
+            for partial in self.out.glob("*.partial"):
+                partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.out).free
+            return VQCompressError(
+                f"no space left in {self.out}: the next file needs {needed} bytes and {free} are free;"
+                " make room and give the same command again, the finished blocks are kept"
+            )
+        return VQCompressError(f"cannot write to {self.out}: {error}")
+
+
+class Writer(Shards):
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
     inputs: names → fingerprints of all that determines the bytes. A directory with a journal of the same inputs is
@@ -218,7 +267,8 @@ class Writer:
     """
 
     def __init__(self, out: Path, inputs: dict[str, str], overwrite: bool):
-        self.out, self.inputs = out, inputs
+        super().__init__(out)
+        self.inputs = inputs
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
         if out.is_file():
@@ -329,47 +379,14 @@ class Writer:
         except OSError as error:
             raise self._explain(error, len(data)) from error
 
-    def _sync_directory(self) -> None:
-        handle = os.open(self.out, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
+        """Write a shard, then journal it. name: the block's. number of count: the shard's place. record: JSON kept."""
+        self.journal(name, self.write_shard(number, count, tensors) | record)
 
-    def _explain(self, error: Exception, needed: int) -> VQCompressError:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if full:
-            for partial in self.out.glob("*.partial"):
-                partial.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.out).free
-            return VQCompressError(
-                f"no space left in {self.out}: the next file needs {needed} bytes and {free} are free;"
-                " make room and give the same command again, the finished blocks are kept"
-            )
-        return VQCompressError(f"cannot write to {self.out}: {error}")
-
-    def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> Path:
-        """Write a shard so that it is either whole or absent, then journal it. Returns its path.
-
-        name: the block's. number of count: the shard's place. record: JSON kept for the report.
-        """
-        file = SHARD.format(number, count)
-        partial = self.out / f"{file}.partial"
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        try:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
-            # safetensors makes files that only their owner may read.
-            partial.chmod(0o644)
-            with partial.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            digest = sha256(partial)
-            partial.replace(self.out / file)
-            self._sync_directory()
-        except (OSError, SafetensorError) as error:
-            raise self._explain(error, size) from error
-        self.done[name] = {"file": file, "sha256": digest, **record}
+    def journal(self, name: str, record: dict[str, Any]) -> None:
+        """Keep the record of a block whose shard is written."""
+        self.done[name] = record
         self._write_journal()
-        return self.out / file
 
     def stage(self, tensors: Parts) -> None:
         """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqcompress.artifact import Artifact, Entry, part_name
 from vqcompress.checkpoint import Checkpoint
+from vqcompress.distributed import ALONE, Team
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime.experts import unfuse
 from vqcompress.runtime.modules import swap, unfuse_for
@@ -87,11 +88,12 @@ class BlockStream:
     """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
-    model's. fused_because: why the experts of a mixture are no targets, or nothing. Tensors are read when needed.
+    model's. fused_because: why the experts of a mixture are no targets, or nothing. team: the processes that share the
+    rows. Tensors are read when needed.
     """
 
-    def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype):
-        self.source = source
+    def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype, team: Team = ALONE):
+        self.source, self.team = source, team
         self.device, self.dtype = device, dtype
         config = load_config(self.source.path)
         if self.source.config.get("tie_word_embeddings") is False:

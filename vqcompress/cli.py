@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import vqcompress
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import Fallback, UsageError, VQCompressError
 from vqcompress.packaged import description, packaged
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ CpuWeights = Annotated[
     Weights,
     typer.Option("--cpu-weights", help="On a CPU: decode weights once (dense) or at every call (packed)."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an artifact or an unfinished run in the output directory.")
+]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
 
@@ -151,10 +153,13 @@ def _session(json_file: str | None = None) -> Iterator[tuple[Console, Callable[[
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        warnings.simplefilter("default", Fallback)
         _quiet()
         from vqcompress import show
 
         def write(result: dict[str, Any]) -> None:
+            if not show.leads():
+                return
             text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
             if json_file == "-":
                 stdout.write(text)
@@ -267,7 +272,9 @@ def _plan(
 def perplexity(
     model: Either,
     text: Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")],
-    seqlen: Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a window.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="Tokens from window to window. Default: no overlap.")
     ] = None,

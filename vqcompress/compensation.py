@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vqcompress.blocks import BlockStream
+from vqcompress.distributed import add_up
 from vqcompress.inputs import Input
 from vqcompress.statistics import Accumulator, Statistics
 
@@ -71,9 +72,12 @@ class Compensation:
 
         module: the block, all but the closing layer as stored. facts: what was known of the input.
         """
-        layer, tokens = module.get_submodule(self.path), sum(t.shape[0] * t.shape[1] for t in self.states)
-        seen = Accumulator(needs | {"hessian"}, weight_OI.shape[1], tokens, self.stream.device)
-        missing_OI = torch.zeros_like(weight_OI)
+        layer, team = module.get_submodule(self.path), self.stream.team
+        counts = team.everyones(sum(t.shape[0] * t.shape[1] for t in self.states))
+        tokens, before = sum(counts), sum(counts[: team.rank])
+        seen = Accumulator(needs | {"hessian"}, weight_OI.shape[1], tokens, self.stream.device, before)
+        # In float64, as in an accumulator.
+        missing_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
         entering: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
         try:
@@ -81,9 +85,11 @@ class Compensation:
                 gap_TO = (truth.float() - self.stream.run(module, self.index, state).float()).flatten(0, -2)
                 x = entering.pop()
                 seen.add(x)
-                missing_OI.addmm_(gap_TO.T, x.reshape(len(gap_TO), -1).float())
+                missing_OI += gap_TO.T @ x.reshape(len(gap_TO), -1).float()
         finally:
             handle.remove()
+        add_up(team, seen)
+        team.add(missing_OI)
         known = seen.statistics(facts.seed)
         assert known.hessian_II is not None
         hessian_II = known.hessian_II.double()

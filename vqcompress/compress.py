@@ -19,7 +19,8 @@ from vqcompress.artifact import MARKER, SMOOTHING, Entry, part_name, stored_bits
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite
 from vqcompress.compensation import Compensation, closing_layer
-from vqcompress.errors import VQCompressError
+from vqcompress.distributed import add_up
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_producer
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
@@ -58,10 +59,20 @@ def seed_for(seed: int, name: str) -> int:
 
 
 def first_states(stream: BlockStream, rows_NL: Tensor) -> list[Tensor]:
-    """The hidden states that enter the first block, by batch."""
+    """The hidden states that enter the first block, by batch; of several processes each has some of the batches."""
     # Also learns how blocks are called with the few tokens that folds are proven on.
     stream.begin(rows_NL[:1, :PROBE_TOKENS])
-    return [stream.begin(batch) for batch in stream.batches(rows_NL)]
+    batches, team = stream.batches(rows_NL), stream.team
+    if len(batches) < team.size:
+        raise UsageError(
+            f"{len(batches)} batches of calibration rows are too few for {team.size} processes; start fewer"
+        )
+    return [stream.begin(batch) for batch in team.share(batches)]
+
+
+def probe_of(stream: BlockStream, states: list[Tensor], rows: int = 1, tokens: int | None = PROBE_TOKENS) -> Tensor:
+    """The first few hidden states of the run, the same for all processes."""
+    return stream.team.from_rank(0, states[0][:rows, :tokens].cpu()).to(stream.device)
 
 
 def compress_block(
@@ -85,7 +96,7 @@ def compress_block(
     stream.advance(module, index, truth)
     last = None
     if plan.compensating(block) and truth:
-        last = closing_layer(stream, index, module, inputs, states[0][:1, :PROBE_TOKENS])
+        last = closing_layer(stream, index, module, inputs, probe_of(stream, states))
     rewrites = smooth(stream, plan, block, module, inputs, statistics, seed)
     changed = _changed(stream, plan, block, module, rewrites)
     # The weights are encoded from what was stored: the module's type may be too short for the factors.
@@ -117,7 +128,7 @@ def study(
     statistics: dict[str, Statistics] = {}
     inputs: list[Input] = []
     if states:
-        probe = states[0][:1, :PROBE_TOKENS]
+        probe = probe_of(stream, states)
         smoothing = any(plan.rules[target.name].smoothing for target in plan.compressed(block))
         inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe), prove=smoothing)
         statistics = gather(stream, plan, index, module, states, inputs, seed)
@@ -133,7 +144,8 @@ def gather(
     """
     block = plan.blocks[index]
     rules = {block.local(t): plan.rules[t.name] for t in plan.compressed(block)}
-    total = sum(state.shape[0] * state.shape[1] for state in states)
+    counts = stream.team.everyones(sum(state.shape[0] * state.shape[1] for state in states))
+    total, before = sum(counts), sum(counts[: stream.team.rank])
     accumulators: list[tuple[Input, Accumulator]] = []
     handles = []
     for entrance in inputs:
@@ -144,7 +156,8 @@ def gather(
             needs |= rule.smoothing.needs | {"sample"} if rule.smoothing else frozenset()
         if not needs:
             continue
-        accumulator = Accumulator(needs, entrance.channels, total, stream.device)
+        # Which tokens come to an expert nobody knows before; there each process begins its sample anew.
+        accumulator = Accumulator(needs, entrance.channels, total, stream.device, 0 if entrance.pool else before)
         accumulators.append((entrance, accumulator))
 
         def read(_: nn.Module, args: tuple[Tensor, ...], accumulator: Accumulator = accumulator) -> None:
@@ -159,6 +172,7 @@ def gather(
             handle.remove()
     found: dict[str, Statistics] = {}
     for entrance, accumulator in accumulators:
+        add_up(stream.team, accumulator)
         totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
         found |= dict.fromkeys(entrance.consumers, totals)
     return found | _borrowed(accumulators, found, total, stream.device)
@@ -291,10 +305,11 @@ def encode(
             )
         prefix = stream.names.spelled(block.name) + place.removeprefix(block.name)
         tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
-    rows, first = [], plan.targets[0]
     uses = Uses(block)
-    for path, target in targets.items():
-        start = time.perf_counter()
+
+    def one(path: str) -> tuple[Parts, dict[str, Any]]:
+        """The parts of a target, and its row of the report."""
+        start, target = time.perf_counter(), targets[path]
         entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
         original = weight_of(path)
         if closing and path == closing.path:
@@ -306,33 +321,59 @@ def encode(
         with _naming(target.name):
             parts = entry.method.encode(weight, facts, generator_for(seed, target.name), common)
         decoded = entry.method.decode(parts | common, target.shape)
-        uses.add(entry, parts, common)
         error = (original - _rescaled(decoded, path, rewrites, back=True)).square().sum()
-        rows.append(
-            {
-                "name": target.name,
-                "method": entry.method.name,
-                "shape": list(target.shape),
-                "experts": None,
-                "bits_per_weight": bits[target.name] / target.weights,
-                "relative_error": (error / original.square().sum().clamp(min=1e-30)).item(),
-                "proxy_error": facts.proxy_error(weight, decoded),
-                "tokens": facts.tokens if facts.own_tokens is None else facts.own_tokens,
-                "borrowed": facts.own_tokens is not None,
-                "compensates": closing is not None and path == closing.path,
-                "seconds": round(time.perf_counter() - start, 3),
-                "smoothing": rewrites.notes.get(path),
-            }
-        )
+        row = {
+            **_facts(entry, facts, bits[target.name]),
+            "relative_error": (error / original.square().sum().clamp(min=1e-30)).item(),
+            "proxy_error": facts.proxy_error(weight, decoded),
+            "compensates": closing is not None and path == closing.path,
+            "seconds": round(time.perf_counter() - start, 3),
+            "smoothing": rewrites.notes.get(path),
+        }
+        return {name: part.cpu() for name, part in parts.items()}, row
+
+    def put(path: str, parts: Parts, row: dict[str, Any]) -> None:
+        """Parts in the place of the weight."""
+        entry, common = entries[path], {name: part.cpu() for name, part in shared[entries[path].shared].items()}
+        uses.add(entry, parts, common)
         if entry.smoothed:
             # A copy of its own: safetensors refuses tensors that share memory, and q, k and v share this one.
-            parts = {**parts, SMOOTHING: rewrites.columns[path].clone()}
+            parts = {**parts, SMOOTHING: rewrites.columns[path].clone().cpu()}
         del tensors[names[path]]
-        tensors |= {part_name(names[path], part): tensor.cpu() for part, tensor in parts.items()}
-        if target == first:
+        tensors.update({part_name(names[path], part): tensor for part, tensor in parts.items()})
+        if targets[path] == plan.targets[0]:
             tensors[names[path]] = MARKER
-        tick({"name": target.name})
-    return {"targets": rows, "codebooks": uses.report()}
+        rows[path] = row
+        tick({"name": targets[path].name})
+
+    last = closing.path if closing else None
+    rows: dict[str, dict[str, Any]] = {}
+    # Those of about equal cost at once, one for each process.
+    ordered = sorted((p for p in targets if p != last), key=lambda p: -entries[p].method.encode_flops(targets[p].shape))
+    team = stream.team
+    for n in range(0, len(ordered), team.size):
+        at_once = ordered[n : n + team.size]
+        found = {path: one(path) for path in team.mine(at_once)}
+        for rank, path in enumerate(at_once):
+            parts, row = team.from_rank(rank, found.get(path))
+            put(path, parts, row)
+    if last is not None:
+        # It sums over the rows of all processes, so all of them make it.
+        put(last, *one(last))
+    return {"targets": [rows[path] for path in targets], "codebooks": uses.report()}
+
+
+def _facts(entry: Entry, statistics: Statistics, bits: float) -> dict[str, Any]:
+    """What a target's row of the report says before it is encoded. bits: those stored for it."""
+    return {
+        "name": entry.target.name,
+        "method": entry.method.name,
+        "shape": list(entry.target.shape),
+        "experts": None,
+        "bits_per_weight": bits / entry.target.weights,
+        "tokens": statistics.tokens if statistics.own_tokens is None else statistics.own_tokens,
+        "borrowed": statistics.own_tokens is not None,
+    }
 
 
 class Uses:

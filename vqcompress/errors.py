@@ -10,6 +10,10 @@ class VQCompressError(Exception):
     """What went wrong, naming the tensor or the setting, its value, and what to do (exit code 1)."""
 
 
+class Fallback(UserWarning):
+    """A weight is multiplied another way than by its kernel; says which way and why."""
+
+
 class UsageError(VQCompressError):
     """The words of the command or of a recipe are off (exit code 2)."""
 

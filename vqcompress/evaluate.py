@@ -5,6 +5,7 @@ Shape legend: N windows, L tokens of a window, P predictions, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -105,6 +106,7 @@ class Scores:
         kl = torch.cat(self.divergences).sort().values
         return {
             "baseline": {"perplexity": math.exp(self.baseline_nll / self.tokens)},
+            "ratio": math.exp((self.nll - self.baseline_nll) / self.tokens),
             "kl_divergence": {
                 "mean": kl.mean(dtype=torch.float64).item(),
                 "p99": kl[min(len(kl) - 1, int(0.99 * len(kl)))].item(),
@@ -198,6 +200,10 @@ def speed(
 def _speed(
     model: str, prompt_tokens: int, new_tokens: int, batch: int, device: str, cpu_weights: str
 ) -> dict[str, Any]:
+    # What an earlier model held is no peak of this one.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     forget_peaks()
     network = load_any(model, device, cpu_weights)
     vocabulary = network.config.get_text_config().vocab_size

@@ -180,6 +180,7 @@ def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, 
     hidden = stream.model.config.get_text_config().hidden_size
     # A block in its stored type and in float32, its encoded parts, and the work of encoding one weight.
     block = largest * (2 + 4 + 2) + max(t.weights for t in plan.targets) * 4 * 4
+    block += max(rule.method.encode_bytes for rule in plan.rules.values())
     if not tokens:
         return now + rest * 2 + block
     statistics = 0
@@ -187,8 +188,9 @@ def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, 
         # Hessians of the inputs of one block (about four distinct ones), and the factorization in float64; then one for
         # the last layer of every expert.
         own = [[t for t in b.targets if 0 < routed.get(t.name, (1, 1))[1] < 1] for b in plan.blocks]
-        experts = max(sum(t.shape[1] ** 2 * 4 for t in targets) for targets in own)
-        statistics = 4 * width * width * 4 + 3 * width * width * 8 + experts
+        experts = max(sum(t.shape[1] ** 2 * (8 + 4) for t in targets) for targets in own)
+        # Added up in float64, read in float32.
+        statistics = 4 * width * width * (8 + 4) + 3 * width * width * 8 + experts
     activations = BATCH_TOKENS * (width * 4 + hidden * 6) * 4
     states = tokens * hidden * 4 * (2 if plan.asks_for_truth else 1)
     tuned = 0

@@ -15,11 +15,12 @@ from torch import Tensor
 import vqcompress
 from vqcompress import recipe as recipes
 from vqcompress.allocate import allocate, make_plans, outlook
-from vqcompress.artifact import HINT, MARKER, STAGED, Artifact, Writer, quantization_config, tensors_of
+from vqcompress.artifact import HINT, MARKER, STAGED, Artifact, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
+from vqcompress.distributed import ALONE, SharedWriter, join
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.plan import Plan
 from vqcompress.report import model_card, run_report
@@ -102,40 +103,48 @@ def quantize(
     if str(out) == "demo":
         raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     source, chosen = open_checkpoint(model), choose_device(device)
-    stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
+    team = join(chosen)
+    stream = BlockStream(source, chosen, model_dtype(source.config, chosen), team)
     plan, *others = make_plans(stream, recipe, target_bits)
     if plan.recipe.rotation:
         source = Rotated(stream, partial(generator_for, seed))
-        stream = BlockStream(source, chosen, stream.dtype)
+        stream = BlockStream(source, chosen, stream.dtype, team)
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
-    with Writer(out, _inputs(source, plan, rows, seed, stream), overwrite) as writer:
+    if rows is None:
+        # Nothing to add up: each process has whole blocks for itself.
+        stream.team = ALONE
+    with SharedWriter(team, out, _inputs(source, plan, rows, seed, stream), overwrite) as writer:
         if plan.target_bits is not None and rows is not None:
             plan = allocate(stream, [plan, *others], rows, writer, seed, watch)
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
-        count = len(plan.blocks) + 1
+        blocks, tick = plan.blocks, partial(watch, "target")
         if REST not in writer.done:
-            rest = source.read(stream.rest)
+            rest = source.read(stream.rest) if team.leads else {}
             check_finite(rest)
-            writer.commit(REST, 1, count, rest | {HINT: MARKER}, {"targets": [], "seconds": 0.0})
+            writer.commit(REST, 1, len(blocks) + 1, rest | {HINT: MARKER}, {"targets": [], "seconds": 0.0})
         states = first_states(stream, rows) if rows is not None else []
         # A second stream, of the dense model, where the difference is made good.
         truth = list(states) if plan.asks_for_truth else []
         entries = []
-        for i, block in enumerate(plan.blocks):
+        for i, block in enumerate(blocks):
             if block.name not in writer.done:
-                watch("block", {"index": i, "count": len(plan.blocks), "name": block.name})
-                tick = partial(watch, "target")
-                writer.commit(block.name, i + 2, count, *compress_block(stream, plan, i, states, truth, seed, tick))
-            elif truth and i + 1 < len(plan.blocks):
+                watch("block", {"index": i, "count": len(blocks), "name": block.name})
+                places = [i] if states else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
+                found = {
+                    j: compress_block(stream, plan, j, states, truth, seed, tick)
+                    for j in (places if states else team.mine(places[: team.size]))
+                }
+                writer.commit_all({blocks[j].name: (j + 2, len(blocks) + 1, *made) for j, made in found.items()})
+            elif truth and i + 1 < len(blocks):
                 stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
             stored = entries_of(plan, block, record)
             entries += stored
-            if states and i + 1 < len(plan.blocks):
+            if states and i + 1 < len(blocks):
                 # What the next block sees is what was stored: its errors are made up for where they can still be.
                 # The block has no name here, so that it is gone before the next one comes.
                 stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, states)
-            watch("done", {"index": i, "count": len(plan.blocks), "name": block.name, "record": record})
+            watch("done", {"index": i, "count": len(blocks), "name": block.name, "record": record})
         tuning = plan.recipe.tuning
         if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
             states.clear()
@@ -144,12 +153,15 @@ def quantize(
             student = assemble(stream.config, entries, out, files, torch.float32, chosen)
             teacher = load_any(model, device).float()
             writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
-        writer.settle()
-        config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
-        report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
-        choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
-        writer.finish(config, source.companions(), report, model_card(model, report, out.resolve()), choice)
-    return report
+        report: dict[str, Any] = {}
+        if writer.writer:
+            writer.writer.settle()
+            config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
+            report = run_report(model, plan, source, writer.writer, rows, seed, time.perf_counter() - start)
+            choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
+            card = model_card(model, report, out.resolve())
+            writer.writer.finish(config, source.companions(), report, card, choice)
+        return team.from_rank(0, report)
 
 
 def _tell(watch: Watch, step: int, steps: int) -> None:

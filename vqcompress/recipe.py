@@ -73,7 +73,7 @@ class Recipe:
     tuning: Tuning | None = None
 
     def assign(self, blocks: list[Block]) -> dict[str, Rule]:
-        """Target name → first rule that matches; UsageError for a rule whose pattern matches no target of the model."""
+        """Target name → first rule that matches; UsageError for a rule that decides about none of the targets."""
         names = [target.name for block in blocks for target in block.targets]
         # A written-down choice has a rule for every weight by its name: those are looked up, not tried one by one.
         places: dict[str, list[int]] = {}
@@ -89,6 +89,13 @@ class Recipe:
             raise UsageError(
                 f"recipe {self.name}: the rule '{self.rules[min(unused)].match}' matches no linear layer of the model's"
                 f" blocks; their names look like {names[0] if names else '(there are none)'}"
+            )
+        decides = {found[0] for found in matching.values() if found}
+        for n in sorted(set(range(len(self.rules))) - decides):
+            other = next(self.rules[found[0]].match for found in matching.values() if n in found)
+            raise UsageError(
+                f"recipe {self.name}: the rule '{self.rules[n].match}' decides nothing, since earlier ones match all"
+                f" that it does, '{other}' for one; the first rule that matches wins, so put it before them"
             )
         return {name: self.rules[found[0]] if found else Rule("*", KEEP) for name, found in matching.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -21,8 +22,15 @@ from vqcompress.report import size
 Watch = Callable[[str, dict[str, Any]], None]
 
 
+def leads() -> bool:
+    """Whether this process speaks for all that `torchrun` started together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def console(stderr: bool = False) -> Console:
     """Where messages go; wide where there is no terminal, so that a log keeps whole lines."""
+    if not leads():
+        return Console(quiet=True)
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 160)
 
@@ -83,6 +91,9 @@ class _Run:
 def watching(model: str) -> Iterator[Watch]:
     """A `watch` for quantize: a bar on a terminal, else a line per block on stderr."""
     run = _Run()
+    if not leads():
+        yield lambda event, facts: None
+        return
     if not sys.stderr.isatty():
 
         def log(event: str, facts: dict[str, Any]) -> None:
@@ -248,7 +259,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
     to.print(f"perplexity  {facts['perplexity']:.4f}   ({facts['bits_per_byte']:.4f} bits per byte)")
     if "baseline" in facts:
         divergence = facts["kl_divergence"]
-        to.print(f"baseline    {facts['baseline']['perplexity']:.4f}")
+        to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
     bos = "BOS" if facts["bos"] else "no BOS"

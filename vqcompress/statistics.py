@@ -63,20 +63,29 @@ class Statistics:
 class Accumulator:
     """Adds up the `Statistics` of one input over batches, in bounded memory.
 
-    The sample takes every k-th token of the run, so it is the same whatever the batch size.
+    Sums of a batch are float32, those over batches float64: the totals, rounded to float32, do not depend on the order.
+    The sample takes every k-th token of the run, so it is the same whatever the batch size. before: tokens that others
+    count, who go first.
     """
 
-    def __init__(self, needs: frozenset[str], channels: int, total_tokens: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        needs: frozenset[str],
+        channels: int,
+        total_tokens: int,
+        device: torch.device | str = "cpu",
+        before: int = 0,
+    ):
         if unknown := needs - NAMES:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known are {sorted(NAMES)}")
 
-        def zeros(name: str, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=torch.float32, device=device) if name in needs else None
+        def zeros(name: str, dtype: torch.dtype, *shape: int) -> Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=device) if name in needs else None
 
-        self.needs, self.tokens = needs, 0
-        self.absmax_I = zeros("absmax", channels)
-        self.sumsq_I = zeros("sumsq", channels)
-        self.hessian_II = zeros("hessian", channels, channels)
+        self.needs, self.tokens, self.before = needs, 0, before
+        self.absmax_I = zeros("absmax", torch.float32, channels)
+        self.sumsq_I = zeros("sumsq", torch.float64, channels)
+        self.hessian_II = zeros("hessian", torch.float64, channels, channels)
         self.sample: list[Tensor] | None = [] if "sample" in needs else None
         self.stride = max(1, -(-total_tokens // SAMPLE_TOKENS))
 
@@ -88,9 +97,9 @@ class Accumulator:
         if self.sumsq_I is not None:
             self.sumsq_I += x_TI.square().sum(0)
         if self.hessian_II is not None:
-            self.hessian_II.addmm_(x_TI.T, x_TI)
+            self.hessian_II += x_TI.T @ x_TI
         if self.sample is not None:
-            self.sample.append(x_TI[-self.tokens % self.stride :: self.stride].clone())
+            self.sample.append(x_TI[-(self.before + self.tokens) % self.stride :: self.stride].clone())
         self.tokens += len(x_TI)
 
     def merge(self, other: Accumulator) -> None:
@@ -116,7 +125,7 @@ class Accumulator:
             seed=seed,
             tokens=self.tokens,
             absmax_I=self.absmax_I,
-            sumsq_I=None if self.sumsq_I is None else self.sumsq_I / n,
-            hessian_II=None if self.hessian_II is None else self.hessian_II / n,
+            sumsq_I=None if self.sumsq_I is None else (self.sumsq_I / n).float(),
+            hessian_II=None if self.hessian_II is None else (self.hessian_II / n).float(),
             sample_SI=sample_SI,
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vqcompress.artifact import SMOOTHING, Entry
 from vqcompress.blocks import BlockStream
+from vqcompress.distributed import Team
 from vqcompress.recipe import Tuning
 from vqcompress.runtime.modules import CompressedLinear, SharedParts
 
@@ -119,12 +120,14 @@ def _fit(
     rate: float,
     batches: int,
     seed: int,
-    loss_of: Callable[[int], Tensor],
+    loss_of: Callable[[int], Tensor | None],
+    team: Team,
     tell: Callable[[int, int], None] = lambda step, steps: None,
 ) -> None:
     """Adam on the masters, each with steps in its own unit; the rate falls to nothing.
 
-    loss_of: of a batch's number. tell: called before every step, with its number and how many there are.
+    loss_of: of a batch's number; None if another process of the team has that batch. tell: called before every step,
+    with its number and how many there are.
     """
     groups = [{"params": [m.parameter], "lr": 0.0} for m in masters]
     optimizer, steps = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-16), epochs * batches
@@ -137,7 +140,14 @@ def _fit(
             for group, master in zip(optimizer.param_groups, masters, strict=True):
                 group["lr"] = now * master.unit
             optimizer.zero_grad()
-            loss_of(k).backward()
+            loss = loss_of(k)
+            if loss is not None:
+                loss.backward()
+            for master in masters if team.size > 1 else ():
+                gradient = master.parameter.grad
+                master.parameter.grad = torch.zeros_like(master.parameter) if gradient is None else gradient
+                # All but one add zeros.
+                team.add(master.parameter.grad)
             optimizer.step()
 
 
@@ -159,12 +169,17 @@ def tune_block(
     name = stream.blocks[index].name
     masters = make_tunable(block, f"{name}.", entries, stream)
 
-    def loss_of(k: int) -> Tensor:
-        wanted = truth[k].clone().float()
-        gap = stream.call(block, index, states[k]) - wanted
+    counts = stream.team.everyones(len(states))
+    before = sum(counts[: stream.team.rank])
+
+    def loss_of(k: int) -> Tensor | None:
+        if not before <= k < before + len(states):
+            return None
+        wanted = truth[k - before].clone().float()
+        gap = stream.call(block, index, states[k - before]) - wanted
         return gap.square().sum() / wanted.square().sum()
 
-    _fit(masters, tuning.block_epochs, tuning.block_rate, len(states), seed, loss_of)
+    _fit(masters, tuning.block_epochs, tuning.block_rate, sum(counts), seed, loss_of, stream.team)
     return {master.name: master.stored() for master in masters}
 
 
@@ -187,11 +202,13 @@ def distill(
     device = next(iter(teacher.parameters())).device
     batches = rows_NL.to(device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
 
-    def loss_of(k: int) -> Tensor:
+    def loss_of(k: int) -> Tensor | None:
+        if k % stream.team.size != stream.team.rank:
+            return None
         with torch.no_grad():
             wanted_BLV = teacher(batches[k]).logits.float().log_softmax(-1)
         found_BLV = student(batches[k]).logits.float().log_softmax(-1)
         return (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean()
 
-    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, tell)
+    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, stream.team, tell)
     return {master.name: master.stored() for master in masters}

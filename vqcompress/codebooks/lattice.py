@@ -42,12 +42,18 @@ def patterns() -> Tensor:
         return half_N8[order_N[norm_N[order_N] <= 12][:256]]
 
 
+@cache
+def _patterns_on(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return patterns().to(device)
+
+
 def nearest_e8p(x_N8: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (N,) int32 below 2**16, and words (N, 8) in lattice units, nearest to each vector.
 
     A code has the pattern in bits 0–7, the signs of coordinates 0–6 in bits 8–14, and bit 15 set if the shift is −1/4.
     """
-    pattern_P8 = patterns().to(x_N8.device)
+    pattern_P8 = _patterns_on(x_N8.device)
     if x_N8.device.type == "cpu":
         # numba takes a while to import.
         from vqcompress.codebooks import compiled
@@ -64,7 +70,7 @@ def nearest_e8p(x_N8: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest_e8p_reference(x_N8: Tensor) -> tuple[Tensor, Tensor]:
     """The same in torch operations, on any device: what the compiled search and the kernel are tested against."""
-    pattern_P8 = patterns().to(x_N8.device)
+    pattern_P8 = _patterns_on(x_N8.device)
     best_N = torch.full((len(x_N8),), torch.inf, device=x_N8.device)
     code_N = torch.zeros(len(x_N8), dtype=torch.int32, device=x_N8.device)
     odd_P = pattern_P8.sum(1) % 2
@@ -89,7 +95,7 @@ def nearest_e8p_reference(x_N8: Tensor) -> tuple[Tensor, Tensor]:
 
 def e8p(code_N: Tensor) -> Tensor:
     """The words (N, 8) float32, in lattice units, of codes below 2**16."""
-    pattern_N8 = patterns().to(code_N.device)[(code_N & 255).long()]
+    pattern_N8 = _patterns_on(code_N.device)[(code_N & 255).long()]
     negative_N8 = code_N[:, None] >> torch.arange(8, 16, device=code_N.device, dtype=torch.int32) & 1
     minus_N = negative_N8[:, 7].clone()
     # Σ ±p is even: the sum of the pattern and the number of minus signs have the same parity.

@@ -48,6 +48,21 @@ def table(form: Format, device: torch.device) -> Tensor:
         return lattice.table(form.bits // 8).to(device) if form.family == "lattice" else torch.zeros(1, device=device)
 
 
+def reference(
+    x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, signs: Tensor | None, form: Format
+) -> Tensor:
+    """What `vq_linear` means, in plain torch on any device; differentiable in x."""
+    shape = (len(scale_O), x_TI.shape[1])
+    value_OI = values(codes, table, form, shape)
+    x = x_TI.float()
+    if signs is not None:
+        x = hadamard(x * (1.0 - 2.0 * unpack(signs, 1, shape[1])))
+    y_TO = x @ value_OI.T
+    if signs is not None:
+        y_TO = hadamard(y_TO)
+    return (y_TO * scale_O.float()).to(x_TI.dtype)
+
+
 @torch.library.custom_op("vqcompress::vq_linear", mutates_args=())
 def vq_linear(
     x_TI: Tensor,
@@ -67,15 +82,7 @@ def vq_linear(
     (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may round x H and V to the
     type of x first, and the order of additions is free.
     """
-    form, shape = Format(family, d, bits, depth), (len(scale_O), x_TI.shape[1])
-    value_OI = values(codes, table, form, shape)
-    x = x_TI.float()
-    if signs is not None:
-        x = hadamard(x * (1.0 - 2.0 * unpack(signs, 1, shape[1])))
-    y_TO = x @ value_OI.T
-    if signs is not None:
-        y_TO = hadamard(y_TO)
-    return (y_TO * scale_O.float()).to(x_TI.dtype)
+    return reference(x_TI, codes, table, scale_O, signs, Format(family, d, bits, depth))
 
 
 @vq_linear.register_fake
@@ -128,7 +135,10 @@ def on_gpu(
     if signs is not None:
         x_TI = rotate.rotate(x_TI, signs)
     if way == "dequantize":
-        sums = (x_TI @ words.dequantize(codes, table, shape, form, x_TI.dtype).T)[None]
+        value_IO = words.dequantize(codes, table, shape, form, x_TI.dtype).T
+        short = x_TI.is_cuda and x_TI.dtype != torch.float32
+        # Before the scales a sum may be more than float16 holds.
+        sums = (torch.mm(x_TI, value_IO, out_dtype=torch.float32) if short else x_TI @ value_IO)[None]
     elif way == "on_codes":
         sums = words.on_codes(x_TI, codes, table, shape[0], form)
     else:

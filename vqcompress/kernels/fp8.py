@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vqcompress.kernels import launch
-from vqcompress.kernels.int8 import FINISHED, largest, most_stages, place, rows_of, shapes, split_for, tiles_of, wide
+from vqcompress.kernels.int8 import FINISHED, largest, most_stages, place, shapes, split_for, wide
 from vqcompress.kernels.launch import Facts, Settings
+from vqcompress.kernels.tiles import rows_of, tiles_of
 
 # The side of a tile, here and in kernels.
 SIDE = 128

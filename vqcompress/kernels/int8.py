@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vqcompress.kernels import launch
 from vqcompress.kernels.launch import Facts, Settings
+from vqcompress.kernels.tiles import rows_of, tiles_of
 
 # Columns of a row that a program holds in registers; longer rows are read twice.
 HELD = 16384
@@ -96,28 +97,6 @@ def place(tiles_T, tiles_O, GROUP: tl.constexpr):  # type: ignore[no-untyped-def
     height = tl.minimum(tiles_T - first, GROUP)
     inside = tl.program_id(0) % of_a_group
     return first + inside % height, inside // height
-
-
-@triton.jit
-def rows_of(tile, ends_E, experts, tokens, T: tl.constexpr, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile's expert, its first row, and the row after the last that it may have; 0, 0, 0 for a tile too many.
-
-    EXPERTS: a power of two, at least `experts`; 0 if the weight has none, and then `ends_E` is not looked at.
-    """
-    if EXPERTS == 0:
-        expert, first, last = 0, tile * T, tokens
-    else:
-        e_E = tl.arange(0, EXPERTS)
-        end_E = tl.load(ends_E + e_E, mask=e_E < experts, other=0)
-        begin_E = tl.load(ends_E + e_E - 1, mask=(e_E > 0) & (e_E < experts), other=0)
-        tiles_E = (end_E - begin_E + T - 1) // T
-        after_E = tl.cumsum(tiles_E, 0)
-        # True for one expert at most; those without rows have no tile either.
-        mine_E = (after_E > tile) & (after_E - tiles_E <= tile)
-        expert = tl.sum(tl.where(mine_E, e_E, 0), 0)
-        first = tl.sum(tl.where(mine_E, begin_E + (tile - after_E + tiles_E) * T, 0), 0)
-        last = tl.sum(tl.where(mine_E, end_E, 0), 0)
-    return expert, first, last
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles_T"])
@@ -244,12 +223,6 @@ def _product(
         constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
         launch.run(_finish, grid, out, scale_T1, scale, y_TO, tokens, outputs, **constants)
     return y_TO
-
-
-def tiles_of(rows: int, block_T: int, experts: int) -> int:
-    """How many tiles `rows` rows can have at most, whatever expert each is of; 0 experts: that they have."""
-    # Of each expert one tile may not be full, and none is empty.
-    return min(rows, rows // block_T + experts) if experts else triton.cdiv(rows, block_T)
 
 
 def split_for(facts: Facts, tiles: int, rows: int, inputs: int, block_I: int) -> int:

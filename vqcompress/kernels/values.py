@@ -52,10 +52,12 @@ def _entries(table, code_AB, D: tl.constexpr, J: tl.constexpr, HOT: tl.constexpr
     if HOT == 0:
         value_ABJ = tl.load(table + at_ABJ) if D == J else tl.load(table + at_ABJ, (j_J < D)[None, None, :], 0.0)
     else:
-        hot_HJ = tl.load(table + tl.arange(0, HOT)[:, None] * D + j_J[None, :], (j_J < D)[None, :], 0.0)
-        count: tl.constexpr = code_AB.shape[0] * code_AB.shape[1]
-        index_MJ = tl.broadcast_to(tl.reshape(tl.minimum(code_AB, HOT - 1), (count, 1)), (count, J))
-        value_ABJ = tl.reshape(tl.gather(hot_HJ, index_MJ, 0), (code_AB.shape[0], code_AB.shape[1], J))
+        hot_M = tl.arange(0, HOT * J)
+        hot_M = tl.load(table + hot_M // J * D + hot_M % J, hot_M % J < D, 0.0)
+        count: tl.constexpr = code_AB.shape[0] * code_AB.shape[1] * J
+        index_ABJ = tl.minimum(code_AB, HOT - 1)[:, :, None] * J + j_J[None, None, :]
+        value_M = tl.gather(hot_M, tl.reshape(index_ABJ, (count,)), 0)
+        value_ABJ = tl.reshape(value_M, (code_AB.shape[0], code_AB.shape[1], J))
         cold_AB1 = code_AB[:, :, None] >= HOT
         cold_ABJ = tl.load(table + at_ABJ, cold_AB1 & (j_J < D)[None, None, :], 0.0)
         value_ABJ = tl.where(cold_AB1, cold_ABJ, value_ABJ)
@@ -73,7 +75,9 @@ def _e8p(table, code_AB, stage, HOT: tl.constexpr):  # type: ignore[no-untyped-d
     odd_AB = sign_AB ^ (sign_AB >> 4)
     odd_AB = odd_AB ^ (odd_AB >> 2)
     sign_AB |= ((odd_AB ^ (odd_AB >> 1)) & 1) << 7
-    value_AB8 = tl.where((sign_AB[:, :, None] >> j_8[None, None, :]) & 1 != 0, -value_AB8, value_AB8)
+    # A sign to where a float has its own.
+    flip_AB8 = (sign_AB[:, :, None] << (31 - j_8)[None, None, :]) & -0x80000000
+    value_AB8 = (value_AB8.to(tl.int32, bitcast=True) ^ flip_AB8).to(tl.float32, bitcast=True)
     shift = tl.load(table + 4096 + stage)
     return value_AB8 + tl.where(code_AB >> 15 & 1 != 0, -shift, shift)[:, :, None]
 

@@ -30,29 +30,8 @@ from torch import Tensor
 from vqcompress.kernels import launch
 from vqcompress.kernels.format import Format
 from vqcompress.kernels.launch import Facts, Settings
+from vqcompress.kernels.tiles import rows_of, tiles_of
 from vqcompress.kernels.values import stage_of, values_of
-
-
-@triton.jit
-def _rows_of(ends_E, tile, rows, E, EXPERTS: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The expert of a tile of sorted rows, its first row and where its expert's rows end. Without experts: 0.
-
-    EXPERTS: a power of two not below E; 0 without experts. A surplus tile gets an end of 0.
-    """
-    if EXPERTS == 0:
-        expert, first, last = 0, tile * BT, rows
-    else:
-        e_E = tl.arange(0, EXPERTS)
-        end_E = tl.load(ends_E + e_E, e_E < E, 0)
-        start_E = tl.load(ends_E + e_E - 1, (e_E > 0) & (e_E < E), 0)
-        tiles_E = tl.where(e_E < E, (end_E - start_E + BT - 1) // BT, 0)
-        until_E = tl.cumsum(tiles_E, 0)
-        expert = tl.sum((until_E <= tile).to(tl.int32), 0)
-        own_E = e_E == expert
-        first = tl.sum(tl.where(own_E, start_E + (tile - until_E + tiles_E) * BT, 0), 0)
-        last = tl.sum(tl.where(own_E, end_E, 0), 0)
-        expert = tl.minimum(expert, E - 1)
-    return expert, first, last
 
 
 @triton.jit
@@ -91,7 +70,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     """
     by_rows: tl.constexpr = FAMILY == "learned"
     tile, slice_, rows_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    expert, first, last = _rows_of(ends_E, rows_tile, rows, E, EXPERTS, BT)
+    expert, first, last = rows_of(rows_tile, ends_E, E, rows, BT, EXPERTS)
     if first >= last:
         return
     if EXPERTS:
@@ -219,10 +198,6 @@ def _on_codes(  # type: ignore[no-untyped-def]
     tl.store(out_STO + (slice_.to(tl.int64) * rows + t) * outputs + o_A, sum_A, o_A < outputs)
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _steps(form: Format, settings: Settings) -> tuple[int, int]:
     """Outputs and inputs of a tile."""
     across, along = settings["BA"], settings["BN"] * form.weights
@@ -236,32 +211,43 @@ def _slices(length: int, step: int, split: int) -> tuple[int, int]:
 
 
 def _settled(form: Format, rows: int, shape: tuple[int, int], experts: int, facts: Facts, **chosen: int) -> Settings:
-    """Settings with as many slices of the reduction as fill a device, while their sums cost less than the codes."""
+    """Settings with as many slices of the reduction as fill a device four times, while their sums cost less than codes.
+
+    At least as many as fill it once: what is written and read again soon stays in the cache.
+    """
     outputs, step = _steps(form, chosen)
-    programs = -(-shape[0] // outputs) * (-(-rows // chosen["BT"]) + experts)
+    programs = -(-shape[0] // outputs) * max(1, min(tiles_of(rows, chosen["BT"], experts), rows))
     # A partial sum is written and read, four bytes each, for every output; codes are read once.
     affordable = int(shape[1] * form.bits_per_weight / 8 / (2 * 4 * 2 * rows))
-    split = max(1, min(4 * facts.processors // programs, affordable, -(-shape[1] // step)))
-    return {"HOT": 0, "SPLIT": split, "num_stages": 2, **chosen}
+    wanted = min(4 * facts.processors // programs, max(affordable, -(-facts.processors // programs)))
+    return {"HOT": 0, "SPLIT": max(1, min(wanted, -(-shape[1] // step))), "num_stages": 2, **chosen}
 
 
-def guess(facts: Facts, rows: int, shape: tuple[int, int], form: Format, experts: int = 0) -> Settings:
-    """Settings of `multiply` where nothing was measured. SPLIT: slices of the reduction."""
-    lanes = _power(form.weights)
+def guess(
+    facts: Facts, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
+) -> Settings:
+    """Settings of `multiply` where nothing was measured. SPLIT: slices of the reduction. element: bytes of one of x."""
+    lanes = triton.next_power_of_2(form.weights)
     if rows == 1 and not experts:
         # 16 bytes of codes for each of 128 threads, as far as their registers go.
         across, along = (32, 256) if form.bits_per_weight <= 2 else (32, 128) if form.by_rows else (16, 256)
         size = {"BT": 1, "BA": across, "BN": max(1, along // lanes)}
     else:
-        across, along = 32, 128
-        size = {"BT": min(64, max(16, _power(rows))), "BA": across, "BN": along // lanes}
+        # Products of float32 have no matrix units, and lie in registers with both operands.
+        across, along, most = (32, 128, 64) if element == 2 else (16, 64, 16)
+        of_a_tile = triton.next_power_of_2(-(-rows // experts) if experts else rows)
+        size = {"BT": min(most, max(16, of_a_tile)), "BA": across, "BN": max(1, along // lanes)}
     return _settled(form, rows, shape, experts, facts, **size, num_warps=4)
 
 
 def candidates(facts: Facts, rows: int, shape: tuple[int, int], form: Format) -> list[Settings]:
     """Settings of `multiply` that are worth measuring."""
-    most = max(16, _power(rows))
-    hot = (0, min(256, 1 << form.bits)) if form.family in ("universal", "learned") and rows == 1 else (0,)
+    most = max(16, triton.next_power_of_2(rows))
+    # Words with lanes to spare have no registers left for it.
+    cached = (
+        form.family in ("universal", "learned") and rows == 1 and form.weights == triton.next_power_of_2(form.weights)
+    )
+    hot = (0, 32, min(256, 1 << form.bits)) if cached else (0,)
     tiles = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
     found = []
     for bt, (across, along), warps in itertools.product(
@@ -270,7 +256,7 @@ def candidates(facts: Facts, rows: int, shape: tuple[int, int], form: Format) ->
         # The values that a thread makes at once.
         if not 8 <= across * along // (32 * warps) <= 64:
             continue
-        size = {"BT": bt, "BA": across, "BN": max(1, along // _power(form.weights)), "num_warps": warps}
+        size = {"BT": bt, "BA": across, "BN": max(1, along // triton.next_power_of_2(form.weights)), "num_warps": warps}
         settled = _settled(form, rows, shape, 0, facts, **size)
         slices = {settled["SPLIT"], max(1, settled["SPLIT"] // 2)}
         found += [settled | {"SPLIT": split, "HOT": kept} for split in slices for kept in hot]
@@ -297,14 +283,17 @@ def multiply(
     codes, experts = form.view(codes), 0 if ends_E is None else len(ends_E)
     shape = (outputs, inputs)
     kernel = f"words.{form.name}{'.grouped' if experts else ''}"
-    chosen = dict(
-        launch.settings(kernel, x_TI.device, rows, shape, lambda facts: guess(facts, rows, shape, form, experts))
-    )
+    each = -(-rows // experts) if experts else rows
+
+    def guessed(facts: Facts) -> Settings:
+        return guess(facts, rows, shape, form, experts, x_TI.itemsize)
+
+    chosen = dict(launch.settings(kernel, x_TI.device, each, shape, guessed))
     units = form.units(shape)
     along, step = (units, chosen["BN"]) if form.by_rows else (inputs, chosen["BA"])
     span, split = _slices(along, step, chosen.pop("SPLIT"))
     out_STO = x_TI.new_empty((split, rows, outputs), dtype=torch.float32)
-    tiles = -(-rows // chosen["BT"]) + experts
+    tiles = tiles_of(rows, chosen["BT"], experts)
     grid = (-(-outputs // _steps(form, chosen)[0]), split, tiles)
     sizes = rows, outputs, inputs, codes.shape[-1], units, span
     strides = codes.stride(0) if experts else 0, table.stride(0) if table.ndim > 1 else 0, experts
@@ -320,8 +309,8 @@ def multiply(
         *strides,
         **_constants(form, x_TI),
         DTYPE=_operand(x_TI),
-        EXPERTS=_power(experts) if experts else 0,
-        J=_power(form.weights),
+        EXPERTS=triton.next_power_of_2(experts) if experts else 0,
+        J=triton.next_power_of_2(form.weights),
         **chosen,
     )
     return out_STO
@@ -332,14 +321,22 @@ def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Forma
     codes = form.view(codes)
     streams, length = shape if form.by_rows else shape[::-1]
     out = codes.new_empty((streams, length), dtype=dtype)
-    block = {"BA": 16, "BN": max(1, 256 // _power(form.weights))}
+    block = {"BA": 16, "BN": max(1, 256 // triton.next_power_of_2(form.weights))}
     chosen = launch.settings(
         f"words.dequantize.{form.name}", codes.device, 1, shape, lambda facts: {**block, "HOT": 0, "num_warps": 4}
     )
     grid = -(-streams // chosen["BA"]), -(-length // (chosen["BN"] * form.weights))
     sizes = streams, length, codes.shape[-1], form.units(shape)
     launch.run(
-        _dequantize, grid, codes, table, out, *sizes, **_constants(form, codes), J=_power(form.weights), **chosen
+        _dequantize,
+        grid,
+        codes,
+        table,
+        out,
+        *sizes,
+        **_constants(form, codes),
+        J=triton.next_power_of_2(form.weights),
+        **chosen,
     )
     return out if form.by_rows else out.T
 
@@ -350,9 +347,10 @@ def on_codes(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: For
     codes, shape = form.view(codes), (outputs, inputs)
 
     def guess(facts: Facts) -> Settings:
-        groups = max(1, 4096 >> form.bits)
-        split = max(1, min(4 * facts.processors // -(-outputs // 512), -(-inputs // (groups * form.d))))
-        return {"BA": 512, "BN": groups, "SPLIT": split, "num_warps": 8, "num_stages": 1}
+        # Products with every entry of so many words, 8 of a thread; as many look-ups.
+        groups = max(1, min(8, 2048 >> form.bits))
+        split = max(1, min(4 * facts.processors // -(-outputs // 256), -(-form.units(shape) // groups)))
+        return {"BA": 256, "BN": groups, "SPLIT": split, "num_warps": 8, "num_stages": 1}
 
     chosen = dict(launch.settings(f"words.on_codes.{form.name}", x_TI.device, rows, shape, guess))
     span, split = _slices(form.units(shape), chosen["BN"], chosen.pop("SPLIT"))

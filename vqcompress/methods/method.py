@@ -115,6 +115,11 @@ class Method(BaseModel):
         """
         return None
 
+    @property
+    def encode_bytes(self) -> int:
+        """Memory that encoding takes once, whatever the weights: of compiled code, say."""
+        return 0
+
     def encode_flops(self, shape: Shape) -> float:
         """About how much arithmetic `encode` does, for estimates of time."""
         return 50.0 * shape[0] * shape[1]

@@ -21,6 +21,7 @@ from torch import Tensor
 from vqcompress.codebooks import lattice, product, trellis, universal
 from vqcompress.codebooks.feedback import SCALE, Metric, Quantizer, error_feedback, fit_scales, measure, pose
 from vqcompress.codebooks.learned import Book, learn, sample_rows
+from vqcompress.errors import Fallback
 from vqcompress.hadamard import hadamard, random_signs
 from vqcompress.kernels.format import Format
 from vqcompress.methods.method import Layout, Method, Parts, Shape
@@ -184,8 +185,8 @@ class VQ(Method):
         on_cpu, refusal = parts["codes"].device.type == "cpu", self.form.refusal(shape)
         if refusal and not on_cpu:
             # Python shows one message once.
-            warnings.warn(f"a weight is decoded once and multiplied dense: {refusal}", stacklevel=2)
-        if not packed if on_cpu else refusal:
+            warnings.warn(f"a weight is decoded once and multiplied dense: {refusal}", Fallback, stacklevel=2)
+        if (on_cpu and not packed) or (not on_cpu and refusal):
             return super().prepare(parts, shape, dtype)
         read = {name: parts[name] for name in ("codes", "scale", "signs") if name in parts}
         return read | {"table": self._table(parts)}
@@ -194,23 +195,15 @@ class VQ(Method):
         """x Wᵀ by a dense product, or of `product.vq_linear`."""
         if "weight" in prepared:
             return super().linear(x_TI, prepared, shape)
-        form, signs = self.form, prepared.get("signs")
-        y_TO: Tensor = product.vq_linear(
-            x_TI,
-            prepared["codes"],
-            prepared["table"],
-            prepared["scale"],
-            signs,
-            form.family,
-            form.d,
-            form.bits,
-            form.depth,
-        )
+        form, stored = self.form, (prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs"))
+        if x_TI.requires_grad and torch.is_grad_enabled():
+            return product.reference(x_TI, *stored, form)
+        y_TO: Tensor = product.vq_linear(x_TI, *stored, form.family, form.d, form.bits, form.depth)
         return y_TO
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
         """`linear` of the rows of every expert, of `product.vq_grouped`."""
-        if "weight" in prepared:
+        if "weight" in prepared or (x_SI.requires_grad and torch.is_grad_enabled()):
             return super().grouped(x_SI, ends_E, prepared, shape)
         form, signs = self.form, prepared.get("signs")
         stacked = prepared["codes"], prepared["table"], prepared["scale"], signs
@@ -255,6 +248,11 @@ class VQ(Method):
         stages, count = (self.stages, self._groups(shape[1])) if self._learned else (1, -(-shape[0] // self.d))
         codes_NR = unpack(parts["codes"], self.bits, count * stages).reshape(-1, stages)
         return torch.stack([torch.bincount(code_N, minlength=1 << self.bits) for code_N in codes_NR.T])
+
+    @property
+    def encode_bytes(self) -> int:
+        """numba and its compiler, for the searches that are compiled."""
+        return 150 << 20 if self.codebook in ("trellis", "lattice") else 0
 
     def encode_flops(self, shape: Shape) -> float:
         """The search and the feedback, once for the codes and once per round of the share that trains the codebook."""

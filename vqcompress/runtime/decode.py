@@ -1,12 +1,20 @@
-"""Greedy decoding with a cache of fixed size; on a GPU a step is one CUDA graph, so that no launch waits for Python."""
+"""Greedy decoding with a cache of fixed size; on a GPU a step is one CUDA graph, so that no launch waits for Python.
+
+What cannot be recorded runs step by step, and says so once: a cache that keeps its position as a number of Python's
+(sliding windows), or a layer that waits for the device (experts that are not multiplied as one stack).
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from vqcompress.errors import Fallback
 
 # Steps before a capture, so that whatever is made at a first call has been made.
 WARM_UP = 2
@@ -19,6 +27,11 @@ class Decoder:
         self.network = network
         self.cache = StaticCache(config=network.config, max_cache_len=length)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.records = all(type(layer) is StaticLayer for layer in self.cache.layers)
+        if not self.records and network.device.type == "cuda":
+            warnings.warn(
+                "decoding runs without a CUDA graph: the model's cache is no plain one", Fallback, stacklevel=2
+            )
         self.token_B1 = torch.empty(0)
 
     @torch.inference_mode()
@@ -36,7 +49,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> Tensor:
         """The next token (B, 1), in a buffer that the step after it writes again."""
-        if self.token_B1.is_cuda and self.graph is None:
+        if self.token_B1.is_cuda and self.graph is None and self.records:
             self._capture()
         if self.graph is not None:
             self.graph.replay()
@@ -61,9 +74,15 @@ class Decoder:
                 self._next(token_B1)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.token_B1.copy_(self._next(self.token_B1))
+        try:
+            with torch.cuda.graph(graph):
+                self.token_B1.copy_(self._next(self.token_B1))
+            self.graph = graph
+        except RuntimeError as error:
+            self.records = False
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"decoding runs without a CUDA graph: {reason}", Fallback, stacklevel=2)
         # Positions behind these are masked, whatever the warm-up wrote there.
         for layer, length in zip(layers, before, strict=True):
             layer.cumulative_length.copy_(length)
-        self.graph = graph
+        self.token_B1.copy_(token_B1)

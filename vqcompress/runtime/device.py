@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import resource
 import sys
@@ -53,6 +54,10 @@ def available_bytes() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         limits.append(int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        # "max" where there is no limit.
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     statm = Path("/proc/self/statm")
     if soft != resource.RLIM_INFINITY and statm.exists():

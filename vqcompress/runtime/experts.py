@@ -55,6 +55,12 @@ class Experts(nn.Module):
             expert[last] = _Linear(down.shape[2], down.shape[1], bias=False, **made)
             self.add_module(str(e), expert)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Experts:
+        # So that what moves is not held by the stacks too.
+        self._stacks, self._stacked_for = {}, None
+        super()._apply(fn, recurse)
+        return self
+
     def leaves(self) -> list[tuple[list[str], str]]:
         """For each expert the paths below this module of the layers that read the input, and of the last."""
         return [([f"{e}.{leaf}" for leaf in self.first], f"{e}.{self.last}") for e in self._modules]
@@ -92,9 +98,12 @@ class Experts(nn.Module):
 
     def _stacked(self, x: Tensor) -> dict[str, Stack]:
         """A stack for every leaf, made once for a device and a type; none unless all leaves can be stacked."""
-        if self._stacked_for != (x.device, x.dtype):
+        experts = cast(Any, list(self._modules.values()))
+        ends = experts[0], experts[-1]
+        current = all(stack.is_current(*(expert[leaf] for expert in ends)) for leaf, stack in self._stacks.items())
+        if self._stacked_for != (x.device, x.dtype) or not current:
             self._stacks, self._stacked_for = {}, (x.device, x.dtype)
-            columns = {leaf: [cast(Any, e)[leaf] for e in self._modules.values()] for leaf in (*self.first, self.last)}
+            columns = {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
             if all(can_stack(layers) for layers in columns.values()):
                 with torch.inference_mode(False), torch.no_grad():
                     self._stacks = {leaf: Stack(layers, x.dtype) for leaf, layers in columns.items()}

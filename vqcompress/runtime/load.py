@@ -37,7 +37,7 @@ def load(
     chosen = choose_device(device)
     dtype = dtype or model_dtype(artifact.config, chosen)
     files = sorted({info.file for info in artifact.tensors.values()})
-    packed = keep_packed(cpu_weights, artifact.entries.values(), dtype)
+    packed = chosen.type == "cpu" and keep_packed(cpu_weights, artifact.entries.values(), dtype)
     model = assemble(load_config(artifact.path), artifact.entries.values(), artifact.path, files, dtype, chosen, packed)
     if (artifact.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(artifact.path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vqcompress.artifact import SMOOTHING, Entry, part_name
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import Fallback, UsageError, VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.runtime.device import available_bytes
 from vqcompress.runtime.experts import unfuse
@@ -68,6 +70,11 @@ class CompressedLinear(_Stored):
         super()._apply(fn, recurse)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # What was prepared is of other weights.
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def weight(self) -> Tensor:
         """The decoded weight, for code that reads a layer's `weight`."""
@@ -77,7 +84,7 @@ class CompressedLinear(_Stored):
     def keeps_parts(self) -> bool:
         """Whether a product reads the stored parts, not a weight that was decoded once."""
         device = self.get_buffer(part_name("weight", next(iter(self.entry.layout())))).device
-        return self.packed or (device.type != "cpu" and self.entry.method.has_kernel(self.entry.target.shape))
+        return self.packed if device.type == "cpu" else self.entry.method.has_kernel(self.entry.target.shape)
 
     def view_part(self, name: str, part: Tensor) -> None:
         """Let a stored part be this tensor, which holds the same."""
@@ -136,8 +143,16 @@ def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) 
     """Whether layers on a CPU decode at every call: `packed`, or `auto` where the decoded weights would not fit."""
     if cpu_weights not in ("auto", "dense", "packed"):
         raise UsageError(f"--cpu-weights {cpu_weights}: choose auto, dense or packed")
-    decoded = sum(entry.target.weights for entry in entries) * dtype.itemsize
-    return cpu_weights == "packed" or (cpu_weights == "auto" and decoded > SPARE * available_bytes())
+    # Some methods decode to float32 whatever is computed in.
+    decoded = sum(entry.target.weights for entry in entries) * max(dtype.itemsize, 4)
+    if cpu_weights == "auto" and decoded > SPARE * available_bytes():
+        warnings.warn(
+            f"{decoded:,} bytes of decoded weights do not fit into memory: every call decodes, which is slow",
+            Fallback,
+            stacklevel=2,
+        )
+        return True
+    return cpu_weights == "packed"
 
 
 def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False) -> None:

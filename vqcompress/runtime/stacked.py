@@ -22,7 +22,7 @@ class Stack:
     """
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype):
-        self.entry = layers[0].entry
+        self.entry, self.layers = layers[0].entry, list(layers)
         prepared = [layer.prepare(dtype) for layer in layers]
         self.parts: Parts = {}
         for name, first in prepared[0].items():
@@ -33,6 +33,14 @@ class Stack:
                 self.parts[name] = torch.stack(parts)
                 for layer, part in zip(layers, self.parts[name], strict=True):
                     layer.view_part(name, part)
+
+    def is_current(self, first: Any, last: Any) -> bool:
+        """Whether the layers of the first and last expert still view the stack; others may be in their places now."""
+        name = next(iter(self.entry.layout()))
+        return all(
+            layer is ours and layer.parts()[name].data_ptr() == self.parts[name][e].data_ptr()
+            for layer, ours, e in ((first, self.layers[0], 0), (last, self.layers[-1], -1))
+        )
 
     def __call__(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """What rows behind the last end get is not specified."""

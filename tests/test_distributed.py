@@ -1,0 +1,148 @@
+"""Several processes make the bytes of one, share the work, and end together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_jobs import BATCH_TOKENS
+
+from vqcompress import blocks
+from vqcompress.distributed import ALONE, Team
+from vqcompress.quantize import quantize
+
+Make = Callable[..., Path]
+SCRIPT = Path(__file__).with_name("distributed_jobs.py")
+TUNED = (
+    "tuning: {block_epochs: 1, distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
+)
+MIXED = "candidates:\n  - {method: vq, codebook: universal}\n  - {method: vq, codebook: universal, d: 2}\n"
+# Recipe, family of the toy, and further arguments of quantize.
+JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fp8": ("fp8-tile", "llama", {}),
+    "smoothed": ("smoothquant-int8", "llama", {}),
+    "learned": ("vq-small", "qwen3", {}),
+    "tuned": (TUNED, "llama", {}),
+    "for a budget": (MIXED, "llama", {"target_bits": 3.0}),
+    "experts": ("vq-small", "mixtral", {}),
+    "rotated": ("rotation: fold\nrules:\n  - {match: '*', method: int8}\n", "llama", {}),
+}
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the shards and the config."""
+    kept = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def start(size: int, jobs: Path, **settings: Any) -> subprocess.Popen[str]:
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(SCRIPT), str(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def job(toy: Make, recipe_file: Callable[[str], str], text: Path) -> Callable[..., dict[str, Any]]:
+    def make(name: str, out: Path) -> dict[str, Any]:
+        recipe, family, more = JOBS[name]
+        facts = {"texts": [str(text)], "samples": 48, "seqlen": 64, "device": "cpu", **more}
+        return {"model": str(toy(family)), "out": str(out), "recipe": recipe_file(recipe), **facts}
+
+    return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BATCH_TOKENS", BATCH_TOKENS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(
+    job: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, str]]:
+    """Name of a job → what one process makes of it."""
+    made: dict[str, dict[str, str]] = {}
+
+    def make(name: str) -> dict[str, str]:
+        if name not in made:
+            out = tmp_path_factory.mktemp("alone") / "artifact"
+            arguments = job(name, out)
+            quantize(arguments.pop("model"), Path(arguments.pop("out")), **arguments)
+            made[name] = sums(out)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_many_processes_make_the_bytes_of_one(
+    size: int, job: Callable[..., dict[str, Any]], alone: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    lines = [json.dumps(job(name, tmp_path / name)) for name in JOBS]
+    (tmp_path / "jobs").write_text("\n".join(lines))
+    process = start(size, tmp_path / "jobs")
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    for name in JOBS:
+        assert sums(tmp_path / name) == alone(name), name
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    job: Callable[..., dict[str, Any]], alone: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    """A process that dies ends the run; what was committed stays."""
+    out = tmp_path / "artifact"
+    (tmp_path / "jobs").write_text(json.dumps(job("learned", out)))
+    process = start(2, tmp_path / "jobs")
+    while process.poll() is None and len(list(out.glob("model-0000[12]*.safetensors"))) < 2:
+        pass
+    # One of the workers: the last child of the launcher.
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    if children:
+        os.kill(int(children[-1]), 9)
+    said, _ = process.communicate(timeout=120)
+    if process.returncode != 0:
+        assert (out / "journal.json").is_file(), said
+    arguments = job("learned", out)
+    if (out / "journal.json").is_file():
+        quantize(arguments.pop("model"), Path(arguments.pop("out")), **arguments)
+    assert sums(out) == alone("learned")
+
+
+def test_too_few_rows_for_all_are_refused(job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    arguments = job("learned", tmp_path / "artifact") | {"samples": 2}
+    (tmp_path / "jobs").write_text(json.dumps(arguments))
+    process = start(2, tmp_path / "jobs")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "1 batches of calibration rows are too few for 2 processes" in said
+
+
+def test_a_team_shares_everything_out_once() -> None:
+    items = list(range(11))
+    for size in (1, 2, 3, 11):
+        teams = [Team(rank, size) for rank in range(size)]
+        assert [item for team in teams for item in team.share(items)] == items
+        assert max(len(team.share(items)) for team in teams) <= -(-len(items) // size)
+        assert [task for team in teams for task in team.mine(items[:size])] == items[:size]
+    assert ALONE.everyones(5) == [5]
+    value = torch.ones(2)
+    ALONE.add(value)
+    assert value.tolist() == [1, 1]
