@@ -294,15 +294,8 @@ def encode(
     def weight_of(path: str) -> Tensor:
         return tensors[names[path]].to(stream.device).float()
 
-    shared: dict[str | None, Parts] = {None: {}}
-    for place in dict.fromkeys(entry.shared for entry in entries.values() if entry.shared):
-        members = [path for path, entry in entries.items() if entry.shared == place]
-        with _naming(place):
-            shared[place] = entries[members[0]].method.fit_shared(
-                [_rescaled(weight_of(path), path, rewrites) for path in members],
-                [statistics.get(path, Statistics()) for path in members],
-                generator_for(seed, place),
-            )
+    shared = _fit_shared(entries, weight_of, statistics, rewrites, seed)
+    for place in filter(None, shared):
         prefix = stream.names.spelled(block.name) + place.removeprefix(block.name)
         tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
     uses = Uses(block)
@@ -361,6 +354,26 @@ def encode(
         # It sums over the rows of all processes, so all of them make it.
         put(last, *one(last))
     return {"targets": [rows[path] for path in targets], "codebooks": uses.report()}
+
+
+def _fit_shared(
+    entries: dict[str, Entry],
+    weight_of: Callable[[str], Tensor],
+    statistics: dict[str, Statistics],
+    rewrites: Rewrites,
+    seed: int,
+) -> dict[str | None, Parts]:
+    """By place, the parts that targets share; None has none."""
+    shared: dict[str | None, Parts] = {None: {}}
+    for place in dict.fromkeys(entry.shared for entry in entries.values() if entry.shared):
+        members = [path for path, entry in entries.items() if entry.shared == place]
+        with _naming(place):
+            shared[place] = entries[members[0]].method.fit_shared(
+                [_rescaled(weight_of(path), path, rewrites) for path in members],
+                [statistics.get(path, Statistics()) for path in members],
+                generator_for(seed, place),
+            )
+    return shared
 
 
 def _facts(entry: Entry, statistics: Statistics, bits: float) -> dict[str, Any]:
