@@ -6,6 +6,7 @@ an artifact, are those of one process. Alone, everything here gives back what it
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,11 +75,6 @@ class Team:
         dist.all_gather_object(found, value)
         return found
 
-    def leave(self) -> None:
-        """The end of the run, for a process that got there."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
 
 ALONE = Team()
 
@@ -95,7 +91,14 @@ def join(device: torch.device) -> Team:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         except Exception as error:  # an address that is taken, a peer that never came, a backend that is missing
             raise VQCompressError(f"the {size} processes of this run cannot find each other: {error}") from error
+        # Threads of the connections that are still there when the interpreter goes would end the process with an error.
+        atexit.register(_leave)
     return Team(dist.get_rank(), size)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def add_up(team: Team, accumulator: Accumulator) -> None:
