@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vqcompress"
 FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "codebooks", "transforms", "statistics"},
-    {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration", "distributed"},
+    {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration", "distributed", "states"},
     {"runtime", "blocks", "inputs", "rotation", "plan"},
     {
         "quantize",
@@ -28,12 +28,12 @@ FLOORS: list[set[str]] = [
         "inspect",
         "generate",
     },
-    {"cli", "show"},
+    {"cli", "options", "show"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.
 ENTRANCES = {"__init__", "__main__", "_autoload"}
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 10600, 450, 90
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 11500, 450, 90
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

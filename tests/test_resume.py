@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from vqcompress import artifact
 from vqcompress.artifact import Artifact
@@ -159,6 +163,70 @@ def test_killed_at_every_write_and_resumed_gives_the_same_bytes(
     # A directory that is taken for an artifact is one in full, at most its journal is still there.
     for folder in tmp_path.glob("early-*"):
         assert {name: digest for name, digest in contents(folder).items() if name != artifact.JOURNAL} == expected
+
+
+# Forks once per life, so that torch is imported once; each is killed after a random time.
+LIVES = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from vqcompress.quantize import quantize
+model, recipe, text, folder, states = sys.argv[1:]
+
+def live(out):
+    child = os.fork()
+    if not child:
+        try:
+            quantize(model, out, recipe, [text], samples=4, seqlen=32, states=states)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(3)
+        os._exit(0)
+    return child
+
+def spent(child):
+    return os.waitpid(child, 0)[1]
+
+start = time.perf_counter()
+assert spent(live(Path(folder) / "0")) == 0
+whole = time.perf_counter() - start
+draw, kills, number = random.Random(0), 0, 1
+while kills < int(os.environ["KILLS"]):
+    child = live(Path(folder) / str(number))
+    # From a third of a run on most are over before they are killed; from nothing on few come far.
+    time.sleep(draw.uniform(0, 0.6) * whole)
+    os.kill(child, signal.SIGKILL)
+    status = spent(child)
+    assert status in (0, signal.SIGKILL), status
+    kills += status == signal.SIGKILL
+    # What was over is left as it is, and the next directory is begun.
+    number += status == 0
+assert spent(live(Path(folder) / str(number))) == 0
+print(json.dumps({"kills": kills, "directories": number}))
+"""
+
+
+@pytest.mark.parametrize("states", ["memory", "disk"])
+def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(
+    states: str, toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path, tmp_path: Path
+) -> None:
+    """25 kills each, 50 together."""
+    recipe = recipe_file(
+        "rules:\n"
+        "  - {match: '*.down_proj', method: vq, codebook: universal, d: 4, bits: 8}\n"
+        "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
+        "tuning: {block_epochs: 1, distill_epochs: 1}\n"
+    )
+    arguments = [str(toy("llama", layers=3)), recipe, str(text), str(tmp_path), states]
+    environment = {**os.environ, "KILLS": "25", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", LIVES, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["kills"] == 25
+    expected = contents(tmp_path / "0")
+    for number in range(1, facts["directories"] + 1):
+        assert contents(tmp_path / str(number)) == expected, number
 
 
 def test_an_unfinished_run_is_no_artifact(unfinished: Path) -> None:
@@ -341,6 +409,53 @@ def test_a_full_disk_is_said_clearly_and_the_run_can_be_continued(
     job(out)
     job(tmp_path / "straight")
     assert contents(out) == contents(tmp_path / "straight")
+
+
+def test_nan_in_a_late_block_is_named_and_once_mended_the_run_goes_on(
+    toy: Callable[..., Path], job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    source, model, name = toy("llama", layers=18), tmp_path / "model", "model.layers.17.mlp.down_proj.weight"
+    shutil.copytree(source, model)
+    tensors = load_file(model / "model.safetensors")
+    sound = tensors[name].clone()
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    out, seen = tmp_path / "out", []
+    with pytest.raises(VQCompressError, match=f"{name} holds NaN"):
+        job(out, model=str(model))
+    assert sum(name in json.loads((out / artifact.JOURNAL).read_text())["blocks"] for name in blocks_named(18)) == 17
+    tensors[name] = sound
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    job(out, model=str(model), watch=lambda event, facts: seen.append(facts["name"]) if event == "block" else None)
+    assert seen == ["model.layers.17"]
+    job(tmp_path / "straight", model=str(source))
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+def blocks_named(count: int) -> list[str]:
+    """The names of a toy's blocks."""
+    return [f"model.layers.{i}" for i in range(count)]
+
+
+def test_ctrl_c_during_a_commit_counts_when_it_is_done(
+    job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = artifact.save_file, []
+
+    def save_and_press(*args: Any, **kwargs: Any) -> None:
+        saved.append(1)
+        if len(saved) == 2:
+            signal.raise_signal(signal.SIGINT)
+        save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_file", save_and_press)
+        with pytest.raises(KeyboardInterrupt):
+            job(tmp_path / "out")
+    assert "model.layers.0" in json.loads((tmp_path / "out" / artifact.JOURNAL).read_text())["blocks"]
+    job(tmp_path / "out")
+    job(tmp_path / "straight")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
 def test_a_directory_that_cannot_be_written_is_a_named_error(

@@ -24,6 +24,7 @@ from vqcompress.distributed import SharedWriter
 from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
 from vqcompress.plan import Plan, make_plan, summary
+from vqcompress.states import States
 
 Watch = Callable[[str, dict[str, Any]], None]
 LEAST, MOST = 1.5, 6.0
@@ -155,7 +156,7 @@ def _measure(
 
 
 def _measure_block(
-    stream: BlockStream, plans: list[Plan], index: int, states: list[Tensor], probe_BLH: Tensor, seed: int
+    stream: BlockStream, plans: list[Plan], index: int, states: States, probe_BLH: Tensor, seed: int
 ) -> tuple[nn.Module, dict[str, list[float]]]:
     """The dense block, and for each target the damage of every candidate."""
     block = plans[0].blocks[index]

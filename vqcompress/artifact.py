@@ -25,8 +25,12 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +218,22 @@ class Artifact(Checkpoint):
             raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C inside counts only at the end, so that what was begun to be committed is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 class Shards:
     """Writes shards into a directory, each so that it is whole or absent. Several processes may, each its own."""
 
@@ -229,14 +249,15 @@ class Shards:
             save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
             # safetensors makes files that only their owner may read.
             partial.chmod(0o644)
-            with partial.open("rb+") as stream:
+            with ThreadPoolExecutor(1) as aside, partial.open("rb+") as stream:
+                # The processor hashes while the disk writes.
+                digest = aside.submit(sha256, partial)
                 os.fsync(stream.fileno())
-            digest = sha256(partial)
             partial.replace(self.out / file)
             self._sync_directory()
         except (OSError, SafetensorError) as error:
             raise self._explain(error, size) from error
-        return {"file": file, "sha256": digest}
+        return {"file": file, "sha256": digest.result()}
 
     def _sync_directory(self) -> None:
         handle = os.open(self.out, os.O_RDONLY)
@@ -261,14 +282,15 @@ class Shards:
 class Writer(Shards):
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
-    inputs: names → fingerprints of all that determines the bytes. A directory with a journal of the same inputs is
-    continued: `done` then holds the records of the blocks that are on disk, `measured` what was noted. A context
+    inputs: names → fingerprints of all that determines the bytes, but for the weights: source_of gives that of a block.
+    A directory with a journal of the same inputs is continued: `done` then holds the records of the blocks that are on
+    disk, `measured` what was noted. Weights of blocks that are not done yet may have been mended meanwhile. A context
     manager: the directory is locked against other processes until it is left.
     """
 
-    def __init__(self, out: Path, inputs: dict[str, str], overwrite: bool):
+    def __init__(self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
         super().__init__(out)
-        self.inputs = inputs
+        self.inputs, self.source_of = inputs, source_of
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
         if out.is_file():
@@ -349,6 +371,9 @@ class Writer(Shards):
                     if unsure < 0 or name == STAGED or not (self.out / Path(record["file"]).name).is_file():
                         # What follows was made from this block's output, so it is made again too.
                         break
+                if name != STAGED and record["source"] != self.source_of(name):
+                    self.done, self.measured = {}, {}
+                    return [f"checkpoint: {name} has changed"]
                 self.done[name] = record
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vqcompress.errors import VQCompressError
 from vqcompress.runtime.experts import unfuse
 from vqcompress.runtime.modules import swap, unfuse_for
 from vqcompress.runtime.weights import Names, assign, finish_loading, load_config, skeleton
+from vqcompress.states import States
 from vqcompress.targets import blocks_of, find_blocks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,11 +91,18 @@ class BlockStream:
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
     model's. fused_because: why the experts of a mixture are no targets, or nothing. team: the processes that share the
-    rows. Tensors are read when needed.
+    rows. scratch: where hidden states are kept, if not in memory. Tensors are read when needed.
     """
 
-    def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype, team: Team = ALONE):
-        self.source, self.team = source, team
+    def __init__(
+        self,
+        source: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        team: Team = ALONE,
+        scratch: Path | None = None,
+    ):
+        self.source, self.team, self.scratch = source, team, scratch
         self.device, self.dtype = device, dtype
         config = load_config(self.source.path)
         if self.source.config.get("tie_word_embeddings") is False:
@@ -162,6 +171,21 @@ class BlockStream:
         finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
         return block
 
+    def check_block(self, i: int) -> None:
+        """VQCompressError naming a parameter of block i that is missing on disk, or has another shape there.
+
+        Reads headers only. What several tensors are merged into is not looked at.
+        """
+        for path, parameter in self.skeletons[i].named_parameters():
+            name = f"{self.blocks[i].name}.{path}"
+            if name in self.names.merged:
+                continue
+            if name not in self.names.tensor:
+                raise VQCompressError(f"the checkpoint has no tensor for {name}")
+            stored, asked = self.source.tensors[self.names.tensor[name]].shape, tuple(parameter.shape)
+            if stored != asked:
+                raise VQCompressError(f"{name} has the shape {stored} on disk, the config asks for {asked}")
+
     @torch.inference_mode()
     def begin(self, ids_BL: Tensor) -> Tensor:
         """The hidden states (B, L, H) that enter the first block; also learns how blocks are called at this shape."""
@@ -201,7 +225,7 @@ class BlockStream:
         args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
         return _first(block(_plain(hidden_BLH), *_plain(args), **_plain(kwargs)))
 
-    def advance(self, block: nn.Module, i: int, states: list[Tensor]) -> None:
+    def advance(self, block: nn.Module, i: int, states: States) -> None:
         """Replace each batch of hidden states by the block's output, in place."""
         for k, hidden in enumerate(states):
             states[k] = self.run(block, i, hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqcompress.errors import VQCompressError
+from vqcompress.methods.method import is_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 256 * 2**20
-# Files up to this size are fingerprinted whole.
-WHOLE = 4 * 2**30
+# Bytes that are hashed at once.
+PIECE = 2**22
 # What a checkpoint may carry beside its weights, and an artifact takes along.
 COMPANIONS = re.compile(
     r"(generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
@@ -45,11 +47,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, from a safetensors header."""
+    """Where a tensor lies and what it is, from a safetensors header. start: of its data, in bytes of the file."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = 0
 
     @property
     def bytes(self) -> int:
@@ -93,7 +96,7 @@ def sha256(path: Path) -> str:
 def check_finite(tensors: dict[str, Tensor]) -> None:
     """VQCompressError naming the first tensor that holds NaN or Inf."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        if not is_finite(tensor):
             raise VQCompressError(f"the tensor {name} holds NaN or Inf")
 
 
@@ -156,13 +159,16 @@ class Checkpoint:
         """What a safetensors file holds; VQCompressError naming the file if it is missing or damaged."""
         tensors = {}
         try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+            with file.open("rb") as stream, safe_open(file, framework="pt") as handle:
+                # The length of the header, the header, and the tensors without gaps.
+                start = 8 + int.from_bytes(stream.read(8), "little")
+                for name in handle.offset_keys():
                     view = handle.get_slice(name)
                     dtype = view.get_dtype()
                     if dtype not in DTYPES:
                         raise VQCompressError(f"{name} in {file} has the unsupported type {dtype}")
-                    tensors[name] = TensorInfo(file.name, DTYPES[dtype], tuple(view.get_shape()))
+                    tensors[name] = TensorInfo(file.name, DTYPES[dtype], tuple(view.get_shape()), start)
+                    start += tensors[name].bytes
         except FileNotFoundError as error:
             raise VQCompressError(f"{file} is missing") from error
         except SafetensorError as error:
@@ -171,18 +177,29 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU in their stored type."""
-        by_file: dict[str, list[str]] = defaultdict(list)
-        for name in names:
-            if name not in self.tensors:
-                raise VQCompressError(f"{self.path} has no tensor {name}")
-            by_file[self.tensors[name].file].append(name)
         found = {}
-        for file, wanted in by_file.items():
+        for file, wanted in self._by_file(names).items():
             # Opened anew each time: a mapping that stayed open would count every page ever read as our memory.
             with safe_open(self.path / file, framework="pt") as handle:
                 for name in wanted:
                     found[name] = handle.get_tensor(name)
         return found
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Let the system read these tensors into its cache meanwhile, if it can; takes no memory of ours."""
+        if hasattr(os, "posix_fadvise"):
+            for file, wanted in self._by_file(names).items():
+                with (self.path / file).open("rb") as stream:
+                    for info in (self.tensors[name] for name in wanted):
+                        os.posix_fadvise(stream.fileno(), info.start, info.bytes, os.POSIX_FADV_WILLNEED)
+
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            if name not in self.tensors:
+                raise VQCompressError(f"{self.path} has no tensor {name}")
+            by_file[self.tensors[name].file].append(name)
+        return by_file
 
     @property
     def bytes(self) -> int:
@@ -199,20 +216,20 @@ class Checkpoint:
         return sorted(p for p in self.path.iterdir() if p.is_file() and COMPANIONS.fullmatch(p.name))
 
     def fingerprint(self) -> str:
-        """A SHA-256 over the config and the weight files.
+        """A SHA-256 over the config and what the headers say, without a look at the weights."""
+        headers = {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+        words = json.dumps(self.config, sort_keys=True), repr(sorted(headers.items()))
+        return hashlib.sha256("".join(words).encode()).hexdigest()
 
-        Of a file over 4 GiB it takes the date and 64 KiB at each of 33 evenly spaced places: hashing hundreds of
-        gigabytes in full would cost as much as reading the model once more.
-        """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
-            size, date = (self.path / file).stat().st_size, (self.path / file).stat().st_mtime_ns
-            if size <= WHOLE:
-                digest.update(f"{file} {sha256(self.path / file)}".encode())
-                continue
-            digest.update(f"{file} {size} {date}".encode())
+    def digest(self, names: Iterable[str]) -> str:
+        """A SHA-256 over tensors as they are stored."""
+        digest = hashlib.sha256()
+        for file, wanted in sorted(self._by_file(names).items()):
             with (self.path / file).open("rb") as stream:
-                for k in range(33):
-                    stream.seek((size - 2**16) * k // 32)
-                    digest.update(stream.read(2**16))
+                for name in sorted(wanted):
+                    info = self.tensors[name]
+                    digest.update(f"{name} {info.bytes} ".encode())
+                    stream.seek(info.start)
+                    for start in range(0, info.bytes, PIECE):
+                        digest.update(stream.read(min(PIECE, info.bytes - start)))
         return digest.hexdigest()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,12 +17,32 @@ from typer.core import TyperGroup
 
 import vqcompress
 from vqcompress.errors import Fallback, UsageError, VQCompressError
+from vqcompress.options import (
+    DEBUG,
+    Calibration,
+    CpuWeights,
+    Debug,
+    Device,
+    Either,
+    Json,
+    Kept,
+    Model,
+    Overwrite,
+    Recipe,
+    Samples,
+    Seed,
+    Seqlen,
+    Source,
+    States,
+    TargetBits,
+    Weights,
+    Where,
+)
 from vqcompress.packaged import description, packaged
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEBUG = "vqcompress.debug"
 INTERRUPTED = {
     "quantize": "the finished blocks are kept, the same command again continues after them",
     None: "the same command again starts from the beginning",
@@ -78,65 +98,10 @@ evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fas
 app.add_typer(evaluation, name="eval")
 
 
-class Weights(StrEnum):
-    """How a CPU keeps compressed weights; auto is dense if that fits into memory."""
-
-    auto = "auto"
-    dense = "dense"
-    packed = "packed"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-def _set_debug(ctx: typer.Context, value: bool) -> None:
-    if value:
-        ctx.meta[DEBUG] = True
-
-
 def _print_version(value: bool) -> None:
     if value:
         print(f"vqcompress {vqcompress.__version__}")
         raise typer.Exit
-
-
-def _complete_recipe(incomplete: str) -> list[str]:
-    return [name for name in packaged() if name.startswith(incomplete)]
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, or 'demo'.")]
-Either = Annotated[str, typer.Argument(metavar="MODEL", help="An artifact, a directory, a hub id, or 'demo'.")]
-Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `quantize` wrote: a directory or a hub id.")]
-Recipe = Annotated[
-    str | None,
-    typer.Option("--recipe", help="A packaged recipe (see `recipes`) or a file.", autocompletion=_complete_recipe),
-]
-TargetBits = Annotated[
-    float | None,
-    typer.Option("--target-bits", help="Bits per weight to keep to, 1.5 to 6: a setting is chosen for each weight."),
-]
-Calibration = Annotated[
-    list[str] | None,
-    typer.Option("--calibration", help="Text, JSONL, Parquet or dataset id; repeatable. Default: a built-in text."),
-]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Rows of calibration. Default: up to 128.")]
-Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a row. Default: the context, ≤ 2048.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
-Where = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
-CpuWeights = Annotated[
-    Weights,
-    typer.Option("--cpu-weights", help="On a CPU: decode weights once (dense) or at every call (packed)."),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an artifact or an unfinished run in the output directory.")
-]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
 
 
 @contextlib.contextmanager
@@ -204,6 +169,7 @@ def quantize(
     seed: Seed = 0,
     device: Where = Device.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    states: Kept = States.memory,
     overwrite: Overwrite = False,
     json_file: Json = None,
     debug: Debug = False,
@@ -223,7 +189,7 @@ def quantize(
 
         with show.watching(model) as watch:
             where, knobs = device.value, (calibration, samples, seqlen, seed)
-            report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch)
+            report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value)
         write(report)
         show.quantized(console, report, str(output), model)
 
@@ -440,4 +406,6 @@ def recipes(debug: Debug = False) -> None:
 
 def main() -> None:
     """The entry point of the `vqcompress` command."""
+    # Large tensors in large pages: taking memory from Linux page by page costs more than most arithmetic on it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(prog_name="vqcompress")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vqcompress.blocks import BlockStream
 from vqcompress.distributed import add_up
 from vqcompress.inputs import Input
+from vqcompress.states import States
 from vqcompress.statistics import Accumulator, Statistics
 
 TOLERANCE = 0.02
@@ -62,8 +63,8 @@ class Compensation:
     stream: BlockStream
     index: int
     path: str
-    states: list[Tensor]
-    truth: list[Tensor]
+    states: States
+    truth: States
 
     def __call__(
         self, module: nn.Module, weight_OI: Tensor, needs: frozenset[str], facts: Statistics

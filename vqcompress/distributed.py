@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vqcompress.artifact import STAGED, Shards, Writer
+from vqcompress.artifact import STAGED, Shards, Writer, undisturbed
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.statistics import Accumulator
@@ -121,10 +121,10 @@ class SharedWriter(Shards):
     A context manager, like the writer. done, measured: as the leader's.
     """
 
-    def __init__(self, team: Team, out: Path, inputs: dict[str, str], overwrite: bool):
+    def __init__(self, team: Team, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
         super().__init__(out)
         self.team = team
-        self.writer = Writer(out, inputs, overwrite) if team.leads else None
+        self.writer = Writer(out, inputs, source_of, overwrite) if team.leads else None
         state = (self.writer.done, self.writer.measured) if self.writer else None
         self.done, self.measured = team.from_rank(0, state) or ({}, {})
 
@@ -143,13 +143,14 @@ class SharedWriter(Shards):
     def commit_all(self, found: dict[str, tuple[int, int, Parts, dict[str, Any]]]) -> None:
         """`Writer.commit` of the blocks, by name, that any process has; of one that several have the first one's."""
         before = [name for names in self.team.everyones(list(found))[: self.team.rank] for name in names]
-        facts = {
-            name: self.write_shard(number, count, tensors) | record
-            for name, (number, count, tensors, record) in found.items()
-            if name not in before
-        }
-        for name, record in (item for each in self.team.everyones(facts) for item in each.items()):
-            self._journal(name, record)
+        with undisturbed():
+            facts = {
+                name: self.write_shard(number, count, tensors) | record
+                for name, (number, count, tensors, record) in found.items()
+                if name not in before
+            }
+            for name, record in (item for each in self.team.everyones(facts) for item in each.items()):
+                self._journal(name, record)
 
     def _journal(self, name: str, record: dict[str, Any]) -> None:
         if self.writer:

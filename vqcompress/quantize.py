@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vqcompress.rotation import Rotated
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.load import assemble, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
+from vqcompress.states import States, keep
 from vqcompress.tuning import distill
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -93,27 +95,36 @@ def quantize(
     overwrite: bool = False,
     target_bits: float | None = None,
     watch: Watch = lambda event, facts: None,
+    states: str = "memory",
 ) -> dict[str, Any]:
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
     A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
-    with "measure", "plan", "block", "target", "done" and "distill" and what is known about each.
+    with "measure", "plan", "block", "target", "done" and "distill" and what is known about each. states: "memory" or
+    "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
     """
     start = time.perf_counter()
     if str(out) == "demo":
         raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     source, chosen = open_checkpoint(model), choose_device(device)
     team = join(chosen)
-    stream = BlockStream(source, chosen, model_dtype(source.config, chosen), team)
+    scratch = {"memory": None, "disk": out}[states]
+    stream = BlockStream(source, chosen, model_dtype(source.config, chosen), team, scratch)
     plan, *others = make_plans(stream, recipe, target_bits)
     if plan.recipe.rotation:
         source = Rotated(stream, partial(generator_for, seed))
-        stream = BlockStream(source, chosen, stream.dtype, team)
+        stream = BlockStream(source, chosen, stream.dtype, team, scratch)
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
     if rows is None:
         # Nothing to add up: each process has whole blocks for itself.
         stream.team = ALONE
-    with SharedWriter(team, out, _inputs(source, plan, rows, seed, stream), overwrite) as writer:
+
+    def source_of(name: str) -> str:
+        """The fingerprint of a block's weights."""
+        return source.digest(stream.rest if name == REST else stream.names.under(name))
+
+    inputs = _inputs(source, plan, rows, seed, stream)
+    with SharedWriter(team, out, inputs, source_of, overwrite) as writer, ThreadPoolExecutor(1) as aside:
         if plan.target_bits is not None and rows is not None:
             plan = allocate(stream, [plan, *others], rows, writer, seed, watch)
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
@@ -121,33 +132,38 @@ def quantize(
         if REST not in writer.done:
             rest = source.read(stream.rest) if team.leads else {}
             check_finite(rest)
-            writer.commit(REST, 1, len(blocks) + 1, rest | {HINT: MARKER}, {"targets": [], "seconds": 0.0})
-        states = first_states(stream, rows) if rows is not None else []
+            facts = {"targets": [], "seconds": 0.0, "source": source_of(REST)}
+            writer.commit(REST, 1, len(blocks) + 1, rest | {HINT: MARKER}, facts)
+        hidden: States = first_states(stream, rows) if rows is not None else []
         # A second stream, of the dense model, where the difference is made good.
-        truth = list(states) if plan.asks_for_truth else []
+        truth: States = keep(hidden, scratch) if plan.asks_for_truth else []
         entries = []
         for i, block in enumerate(blocks):
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(blocks), "name": block.name})
-                places = [i] if states else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
-                found = {
-                    j: compress_block(stream, plan, j, states, truth, seed, tick)
-                    for j in (places if states else team.mine(places[: team.size]))
-                }
-                writer.commit_all({blocks[j].name: (j + 2, len(blocks) + 1, *made) for j, made in found.items()})
+                if i + 1 < len(blocks):
+                    source.prefetch(stream.names.under(blocks[i + 1].name))
+                places = [i] if hidden else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
+                found = {}
+                for j in places if hidden else team.mine(places[: team.size]):
+                    name = blocks[j].name
+                    digest = aside.submit(source_of, name)
+                    tensors, facts = compress_block(stream, plan, j, hidden, truth, seed, tick)
+                    found[name] = j + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()}
+                writer.commit_all(found)
             elif truth and i + 1 < len(blocks):
                 stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
             stored = entries_of(plan, block, record)
             entries += stored
-            if states and i + 1 < len(blocks):
+            if hidden and i + 1 < len(blocks):
                 # What the next block sees is what was stored: its errors are made up for where they can still be.
                 # The block has no name here, so that it is gone before the next one comes.
-                stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, states)
+                stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, hidden)
             watch("done", {"index": i, "count": len(blocks), "name": block.name, "record": record})
         tuning = plan.recipe.tuning
         if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
-            states.clear()
+            hidden.clear()
             truth.clear()
             files = [record["file"] for record in writer.done.values()]
             student = assemble(stream.config, entries, out, files, torch.float32, chosen)
@@ -172,7 +188,8 @@ def _inputs(source: Checkpoint, plan: Plan, rows: Tensor | None, seed: int, stre
     """All that determines the bytes of an artifact, by the name that an error will show."""
     gpu = f" {torch.cuda.get_device_name()}" if stream.device.type == "cuda" else ""
     return {
-        "checkpoint": source.fingerprint(),
+        # Settings within a budget depend on all weights at once; otherwise each block's are looked at in their turn.
+        "checkpoint": source.fingerprint() + ("" if plan.target_bits is None else source.digest(source.tensors)),
         "recipe": plan.recipe.fingerprint(),
         "target bits": str(plan.target_bits),
         "calibration": "none" if rows is None else fingerprint(rows),

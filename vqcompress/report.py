@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import transformers
 from torch import Tensor
 
 import vqcompress
-from vqcompress.artifact import STAGED, Writer
+from vqcompress.artifact import STAGED, Entry, Writer
 from vqcompress.checkpoint import Checkpoint
+from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.recipe import setting
 from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
+from vqcompress.targets import Block
 
 CARD = """---
 library_name: vqcompress
@@ -57,6 +60,34 @@ Calibration: {calibration}. Seed {seed}. `report.json` has a row per weight; `SH
 """
 
 
+class Uses:
+    """How often the entries of codebooks are used by the weights of a block, each codebook in its place.
+
+    Places: the path of shared parts, a target with its own, or the settings whose table ships with the package.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.sums: dict[tuple[str, bool], Tensor] = {}
+
+    def add(self, entry: Entry, parts: Parts, common: Parts) -> None:
+        """Count the codes of a target. parts: its own; common: those that it shares."""
+        own, uses_RK = "codebook" in parts, entry.method.counts(parts | common, entry.target.shape)
+        place = entry.target.name if own else entry.shared or f"{self.block.name}: {setting(entry.method)}"
+        if uses_RK is not None:
+            self.sums[place, own] = self.sums.get((place, own), 0) + uses_RK
+
+    def report(self) -> dict[str, Any]:
+        """JSON by place: entries, the share of uses that the first 1/8, 1/4 and 1/2 take; counts unless a target's."""
+        found = {}
+        for (place, own), uses_RK in self.sums.items():
+            count = uses_RK.shape[1]
+            firsts = [uses_RK[:, : -(-count // part)].sum().item() / uses_RK.sum().item() for part in (8, 4, 2)]
+            every = {} if own else {"counts": uses_RK.tolist()}
+            found[place] = {"entries": count, "hottest": [round(share, 4) for share in firsts], **every}
+        return found
+
+
 def size(count: float) -> str:
     """A number of bytes for people: 1.5 GB."""
     for unit in ("B", "kB", "MB"):
@@ -86,6 +117,7 @@ def run_report(
     chosen: dict[str, list[int]] = {}
     for target in plan.targets:
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
+    sources = [record["source"] for record in shards.values()]
     return {
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
@@ -100,7 +132,7 @@ def run_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
         "calibration": None if rows is None else {"samples": rows.shape[0], "seqlen": rows.shape[1]},
-        "inputs": writer.inputs,
+        "inputs": writer.inputs | {"weights": hashlib.sha256("".join(sources).encode()).hexdigest()},
         "versions": {
             "vqcompress": vqcompress.__version__,
             "torch": torch.__version__,

@@ -18,6 +18,7 @@ from vqcompress.blocks import BlockStream
 from vqcompress.distributed import Team
 from vqcompress.recipe import Tuning
 from vqcompress.runtime.modules import CompressedLinear, SharedParts
+from vqcompress.states import States
 
 # Of a step; smaller ones make more of the same passes.
 BATCH_TOKENS = 2048
@@ -156,8 +157,8 @@ def tune_block(
     index: int,
     tensors: dict[str, Tensor],
     entries: list[Entry],
-    states: list[Tensor],
-    truth: list[Tensor],
+    states: States,
+    truth: States,
     tuning: Tuning,
     seed: int,
 ) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Shape legend: T tokens, O output rows, I input columns, P = ceil(O / 128) and J 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from vqcompress import ops
 from vqcompress.methods.method import Layout, Method, Parts, Shape
 from vqcompress.statistics import Statistics
+
+# Weights that are worked on at once.
+STRIP = 2**19
 
 
 def expand_tiles(scale_PJ: Tensor, shape: Shape) -> Tensor:
@@ -28,11 +32,24 @@ def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tenso
     scale = max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; code = w / scale rounded to E4M3. A tile at
     the edge holds fewer weights.
     """
-    rows, columns = weight_OI.shape
-    padded = F.pad(weight_OI.abs(), (0, -columns % ops.TILE, 0, -rows % ops.TILE))
-    tiles = padded.reshape(padded.shape[0] // ops.TILE, ops.TILE, padded.shape[1] // ops.TILE, ops.TILE)
-    scale_PJ = ops.e4m3_scale(tiles.amax((1, 3)), power_of_two)
-    return ops.to_e4m3(weight_OI / expand_tiles(scale_PJ, (rows, columns))), scale_PJ
+    (rows, columns), tiles = weight_OI.shape, -(-weight_OI.shape[1] // ops.TILE)
+    codes_OI, scales = weight_OI.new_empty((rows, columns), dtype=torch.float8_e4m3fn), []
+    for strip in _strips(weight_OI):
+        some = weight_OI[strip].float()
+        padded = F.pad(some, (0, -columns % ops.TILE, 0, -len(some) % ops.TILE)).view(-1, ops.TILE, tiles, ops.TILE)
+        scale = ops.e4m3_scale(padded.abs().amax((1, 3), keepdim=True), power_of_two)
+        codes = ops.to_e4m3(padded / scale).view(-1, tiles * ops.TILE)
+        codes_OI[strip] = codes[: len(some), :columns]
+        scales.append(scale[:, 0, :, 0])
+    return codes_OI, torch.cat(scales) if scales else weight_OI.new_empty((0, tiles), dtype=torch.float32)
+
+
+def _strips(matrix: Tensor) -> Iterator[slice]:
+    """Rows of whole tiles that fit together into a CPU's cache, where the same arithmetic takes a third of the time."""
+    rows = len(matrix)
+    if matrix.device.type == "cpu":
+        rows = max(1, STRIP // (ops.TILE * max(1, matrix.shape[1]))) * ops.TILE
+    return (slice(start, start + rows) for start in range(0, len(matrix), max(1, rows)))
 
 
 class FP8(Method):
@@ -60,7 +77,15 @@ class FP8(Method):
 
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
-        return parts["codes"].float() * expand_tiles(parts["scale"], shape)
+        codes_OI, scale_PJ = parts["codes"], parts["scale"]
+        # Looked up: torch converts float8 on a CPU one number at a time.
+        bytes_ = torch.arange(256, dtype=torch.uint8, device=codes_OI.device)
+        value, weight_OI = bytes_.view(torch.float8_e4m3fn).float(), scale_PJ.new_empty(shape)
+        for strip in _strips(codes_OI):
+            some, tiles = weight_OI[strip], slice(strip.start // ops.TILE, -(-strip.stop // ops.TILE))
+            torch.index_select(value, 0, codes_OI[strip].view(torch.uint8).int().flatten(), out=some.view(-1))
+            some.mul_(expand_tiles(scale_PJ[tiles], (len(some), shape[1])))
+        return weight_OI
 
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError for NaN codes and for scales that are not positive, finite and, if asked, powers of two."""

@@ -73,7 +73,7 @@ class Method(BaseModel):
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError naming the part if a stored value is out of its range or not finite."""
         for name, part in parts.items():
-            if part.is_floating_point() and not torch.isfinite(part.float()).all():
+            if not is_finite(part):
                 raise ValueError(f"{name} holds NaN or Inf")
 
     def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
@@ -127,6 +127,19 @@ class Method(BaseModel):
     def describe(self) -> dict[str, Any]:
         """JSON for an artifact's config: the method's name, version and every knob."""
         return {"method": self.name, "version": self.version, **self.model_dump(mode="json")}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any type holds neither NaN nor Inf."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.itemsize == 1:
+        every = torch.arange(256, dtype=torch.uint8, device=tensor.device)
+        others = every[~every.view(tensor.dtype).float().isfinite()]
+        return not any((tensor.view(torch.uint8) == byte).any() for byte in others)
+    # One pass and no copy: the largest is NaN if anything is.
+    ends = torch.aminmax(tensor)
+    return bool(ends.min.isfinite() & ends.max.isfinite())
 
 
 def layout_bits(layout: Layout) -> int:

@@ -1,0 +1,75 @@
+"""The options that commands share: their names, words of help and types. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from vqcompress.packaged import packaged
+
+DEBUG = "vqcompress.debug"
+
+
+class Weights(StrEnum):
+    """How a CPU keeps compressed weights; auto is dense if that fits into memory."""
+
+    auto = "auto"
+    dense = "dense"
+    packed = "packed"
+
+
+class States(StrEnum):
+    """Where hidden states are kept between two blocks."""
+
+    memory = "memory"
+    disk = "disk"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.meta[DEBUG] = True
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in packaged() if name.startswith(incomplete)]
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, or 'demo'.")]
+Either = Annotated[str, typer.Argument(metavar="MODEL", help="An artifact, a directory, a hub id, or 'demo'.")]
+Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `quantize` wrote: a directory or a hub id.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A packaged recipe (see `recipes`) or a file.", autocompletion=_complete_recipe),
+]
+TargetBits = Annotated[
+    float | None,
+    typer.Option("--target-bits", help="Bits per weight to keep to, 1.5 to 6: a setting is chosen for each weight."),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", help="Text, JSONL, Parquet or dataset id; repeatable. Default: a built-in text."),
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Rows of calibration. Default: up to 128.")]
+Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a row. Default: the context, ≤ 2048.")]
+Kept = Annotated[States, typer.Option("--states", help="Where the hidden states of the rows are kept meanwhile.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Where = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+CpuWeights = Annotated[
+    Weights,
+    typer.Option("--cpu-weights", help="On a CPU: decode weights once (dense) or at every call (packed)."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an artifact or an unfinished run in the output directory.")
+]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
