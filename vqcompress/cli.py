@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -404,8 +405,15 @@ def recipes(debug: Debug = False) -> None:
         print(f"{name:{width}}  {description(path)}")
 
 
+def _set_up_memory() -> None:
+    """Large tensors in large pages of Linux, and given back when they are freed: docs/performance.md."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        # M_MMAP_THRESHOLD of glibc, which otherwise grows to 32 MiB; what lies below the next thing then stays.
+        ctypes.CDLL(None).mallopt(-3, 8 * 2**20)
+
+
 def main() -> None:
     """The entry point of the `vqcompress` command."""
-    # Large tensors in large pages: taking memory from Linux page by page costs more than most arithmetic on it.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _set_up_memory()
     app(prog_name="vqcompress")
