@@ -7,7 +7,7 @@ For every product of kernel_cases.py, every number of rows and every mixture of 
 once, those that do not fit or that spill are dropped, the others are timed, and the fastest is kept. Where words come
 from a table, the fastest few are also timed with as many hot entries as cost no resident program (`ahead.hot_entries`).
 Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last the searches
-of quantization itself. The table is written after every shape, so a run that is cut off keeps what it has; a later one
+of quantization itself. The table is written after every place, so a run that is cut off keeps what it has; a later one
 goes on where settings are missing. --dry-run goes through tiny places without a GPU, launches and compiles nothing, and
 fails if any launcher would have to guess afterwards.
 """
@@ -250,7 +250,7 @@ class Tuner:
         if self.compiles and place.splits:
             fastest = [option for _, _, option in sorted(times)[:FEW]]
             hot = [option | {"HOT": self.split(place, option)} for option in fastest]
-            times += self._times(place, [option for option in hot if option["HOT"]], len(times))
+            times += self._times(place, [option for option in hot if option["HOT"]], len(options))
         if not times:
             print(f"{place.kernel} {place.key}: nothing can be launched", flush=True)
             return
@@ -356,7 +356,7 @@ def main() -> None:
                     print("out of time")
                     return
                 tuner.tune(place)
-            tuner.write()
+                tuner.write()
 
 
 if __name__ == "__main__":
