@@ -1,4 +1,7 @@
-"""Kernels compiled ahead of time, for devices that are not here: what tests and the table of resources look at."""
+"""Kernels compiled ahead of time, for devices that are not here: what tests and the table of resources look at.
+
+And what follows from that for settings: which of them fit a device, and how much of a codebook a program may keep.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from vqcompress.kernels.launch import Call
+from vqcompress.kernels.launch import Call, Facts
 
-TARGETS: dict[int | str, GPUTarget] = {
-    80: GPUTarget("cuda", 80, 32),
-    90: GPUTarget("cuda", 90, 32),
-    100: GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+# Those that the table of resources is made for.
+ARCHS: list[int | str] = [80, 90, 100, "gfx942"]
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -35,25 +36,33 @@ TYPES = {
     torch.int64: "i64",
 }
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "num_ctas", "maxnreg", "waves_per_eu"}
+# Compiled kernel → what it takes.
+_known: dict[str, Resources] = {}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a thread: registers, and bytes on the stack, where spilled registers go. Of a program: shared bytes."""
+    """Of a thread: registers, and bytes on the stack, where spilled registers go. Of a program: shared bytes, warps."""
 
     registers: int
     stack: int
     shared: int
+    warps: int
+
+    def resident(self, facts: Facts) -> int:
+        """Programs that a multiprocessor holds at once."""
+        return facts.resident(self.registers, self.shared, self.warps)
 
 
-def compile_call(call: Call, arch: int | str) -> Any:
-    """The compiled kernel of a recorded launch, specialized as the launch would be."""
+def source_of(call: Call) -> tuple[Any, dict[str, Any]]:
+    """Triton's source of a recorded launch, specialized as the launch would be, and its options."""
     names = call.kernel.arg_names
     given = dict(zip(names, call.arguments, strict=False)) | {k: v for k, v in call.settings.items() if k in names}
     constants = {p.name for p in call.kernel.params if p.is_constexpr}
     fixed = {p.name for p in call.kernel.params if p.do_not_specialize}
     unaligned = {p.name for p in call.kernel.params if p.do_not_specialize_on_alignment}
-    signature, values, attributes = {}, {}, {}
+    signature, values = {}, {}
+    attributes: dict[tuple[int], list[list[Any]]] = {(n,): [] for n, name in enumerate(names) if name not in fixed}
     for n, name in enumerate(names):
         value = given[name]
         if isinstance(value, Tensor):
@@ -67,22 +76,78 @@ def compile_call(call: Call, arch: int | str) -> Any:
         if aligned and name not in unaligned:
             attributes[(n,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(call.kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {name: value for name, value in call.settings.items() if name in OPTIONS}
-    return triton.compile(source, target=TARGETS[arch], options=options)
+    return source, {name: value for name, value in call.settings.items() if name in OPTIONS}
+
+
+def target_of(arch: int | str) -> GPUTarget:
+    """Triton's name of a device."""
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+def compile_call(call: Call, arch: int | str) -> Any:
+    """The compiled kernel of a recorded launch. A launch on such a device then finds it in Triton's cache."""
+    source, options = source_of(call)
+    return triton.compile(source, target=target_of(arch), options=options)
 
 
 def resources(compiled: Any) -> Resources:
     """What a compiled kernel takes."""
-    if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        registers, scratch = (
-            int(re.findall(rf"\.{name}:\s*(\d+)", text)[0]) for name in ("vgpr_count", "private_segment_fixed_size")
-        )
-        return Resources(registers, scratch, compiled.metadata.shared)
+    if compiled.hash not in _known:
+        used = _of_amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _of_nvidia(compiled.asm["cubin"])
+        _known[compiled.hash] = Resources(*used, compiled.metadata.shared, compiled.metadata.num_warps)
+    return _known[compiled.hash]
+
+
+def _of_amd(text: str) -> list[int]:
+    return [int(re.findall(rf"\.{name}:\s*(\d+)", text)[0]) for name in ("vgpr_count", "private_segment_fixed_size")]
+
+
+def _of_nvidia(binary: bytes) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(binary)
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
         text = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"})
-    registers, stack = (int(re.findall(rf"{name}:(\d+)", text.stdout)[0]) for name in ("REG", "STACK"))
-    return Resources(registers, stack, compiled.metadata.shared)
+    return [int(re.findall(rf"{name}:(\d+)", text.stdout)[0]) for name in ("REG", "STACK")]
+
+
+def compile_all(launches: Iterable[Sequence[Call]], arch: int | str) -> list[list[Resources] | None]:
+    """What the kernels of each row of launches take, compiled at once; None for a row that does not compile."""
+
+    def one(calls: Sequence[Call]) -> list[Resources] | None:
+        try:
+            return [resources(compile_call(call, arch)) for call in calls]
+        except Exception as error:
+            # Compilers refuse in as many ways as there are devices: it is no candidate then.
+            print(f"  {calls[-1].settings}: {type(error).__name__}")
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, launches))
+
+
+def fitting(launches: Sequence[Sequence[Call]], facts: Facts) -> list[int]:
+    """Which rows of launches fit a device and spill no more than those do that spill least."""
+    found = compile_all(launches, facts.arch)
+    spilled = {
+        n: max(used.stack for used in row)
+        for n, row in enumerate(found)
+        if row and all(used.resident(facts) for used in row)
+    }
+    return [n for n, stack in spilled.items() if stack == min(spilled.values())]
+
+
+def hot_entries(splits: Sequence[int], launch_with: Callable[[int], Call], facts: Facts) -> int:
+    """The most of some numbers of hottest entries that cost nothing: as many programs are resident, and nothing spills.
+
+    splits: numbers of entries, most first. launch_with: such a number → the launch of the product with it. 0 if the
+    registers and the shared memory that are left hold none of them. VQ-LLM (arXiv 2503.02236), section 4.
+    """
+    rows = compile_all([[launch_with(hot)] for hot in (0, *splits)], facts.arch)
+    if rows[0] is None:
+        return 0
+    (without,) = rows[0]
+    for hot, row in zip(splits, rows[1:], strict=True):
+        if row and not row[0].stack and row[0].resident(facts) >= without.resident(facts):
+            return hot
+    return 0

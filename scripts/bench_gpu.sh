@@ -27,6 +27,7 @@ fi
 export HF_HUB_OFFLINE=1
 if [ "${1:-}" = --interpret ]; then
     "$py" scripts/bench_kernels.py --interpret
+    "$py" scripts/tune.py --dry-run --rows 1 16
     "$py" scripts/bench_model.py --layers 1 --hidden 128 --device cpu --new-tokens 8
     exit
 fi

@@ -22,10 +22,23 @@ from typing import Any
 import torch
 import triton
 from gpu_clock import LEAST, copies, seconds
-from kernel_cases import CASES, EXPERTS, ROWS, SHAPES, TINY, Case, Shape, by_kernel, random_rows, reference
+from kernel_cases import (
+    CASES,
+    EXPERTS,
+    ROWS,
+    SHAPES,
+    TINY,
+    TINY_EXPERTS,
+    Case,
+    Shape,
+    by_kernel,
+    grouped_by_kernel,
+    random_rows,
+    reference,
+)
 
-from vqcompress.codebooks import product
-from vqcompress.kernels import fp8, int8, launch
+from vqcompress.kernels import launch
+from vqcompress.methods import Parts
 from vqcompress.ops import by_expert
 
 # Root mean square of the error of a right result, relative: operands are rounded to the type of x, as is the result.
@@ -115,19 +128,15 @@ class Bench:
         shape, total = (rest[0], rest[1]), rows * chosen
         ends_E = (torch.arange(1, count + 1, device=self.device) * total // count).int()
         x_SI = random_rows(total, shape[1], self.device, self.dtype)
-        one = [case.parts(shape, self.device, self.dtype, seed) for seed in range(4)]
-        # Experts repeat after four, in copies of their own.
-        stacked = {name: torch.stack([one[e % 4][name] for e in range(count)]) for name in one[0]}
-        expected = by_expert(x_SI.float(), ends_E, shape[0], lambda x, e: reference(case, x, one[e % 4], shape))
-        method: Any = case.method
-        if method.name == "int8":
-            run = lambda p: int8.grouped(x_SI, ends_E, p["codes"], p["scale"])  # noqa: E731
-        elif method.name == "fp8":
-            run = lambda p: fp8.grouped(x_SI, ends_E, p["codes"], p["scale"], False)  # noqa: E731
-        else:
-            run = lambda p: product.grouped_on_gpu(  # noqa: E731
-                x_SI, ends_E, p["codes"], p["table"], p["scale"], p.get("signs"), method.form
-            )
+        stacked, grouped = case.stacked(count, shape, self.device, self.dtype), grouped_by_kernel(case)
+
+        def one_by_one(x_TI: torch.Tensor, e: int) -> torch.Tensor:
+            return reference(case, x_TI, {name: part[e] for name, part in stacked.items()}, shape)
+
+        def run(parts: Parts) -> torch.Tensor:
+            return grouped(x_SI, ends_E, parts)
+
+        expected = by_expert(x_SI.float(), ends_E, shape[0], one_by_one)
         label = f"{case.name}, {rows} tokens, {model}: {count} experts of {shape[0]} × {shape[1]}"
         if self._right(label, error(run(stacked), expected)):
             # The launch of a graph is shared by a few calls; a mixture is larger than any cache.
@@ -163,7 +172,7 @@ class Bench:
     def run(self) -> None:
         """All that was asked for, what matters most first: few rows, then many."""
         shapes = TINY if self.a.interpret else SHAPES
-        mixtures = {"tiny": ([(5, 64, 128)], 2)} if self.a.interpret else EXPERTS
+        mixtures = TINY_EXPERTS if self.a.interpret else EXPERTS
         cases = [case for case in CASES if not self.a.only or case.name in self.a.only]
         jobs: list[Callable[[], None]] = []
         for rows in self.a.rows or ((1, 3) if self.a.interpret else ROWS):

@@ -32,6 +32,7 @@ EXPERTS: dict[str, tuple[list[tuple[int, int, int]], int]] = {
 # What is asked of the kernels first.
 ROWS = (1, 16, 4096, 4, 64, 512)
 TINY: dict[str, list[Shape]] = {"tiny": [(96, 128), (64, 256)]}
+TINY_EXPERTS: dict[str, tuple[list[tuple[int, int, int]], int]] = {"tiny": ([(5, 64, 128)], 2)}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Case:
         layout = self.method.layout(shape) | self.method.shared_layout()
         parts = {name: _random(name, *facts, device, draw) for name, facts in layout.items()}
         return self.method.prepare(parts, shape, dtype, packed=True)
+
+    def stacked(self, experts: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> Parts:
+        """The parts of so many experts behind one another; they repeat after four, in copies of their own."""
+        four = [self.parts(shape, device, dtype, seed) for seed in range(min(experts, 4))]
+        return {name: torch.stack([four[e % 4][name] for e in range(experts)]) for name in four[0]}
 
     def bytes(self, shape: Shape) -> int:
         """Of the parts of a weight."""
@@ -104,6 +110,20 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Ten
         return lambda x, parts, shape: fp8.linear(x, parts["codes"], parts["scale"], method.power_of_two_scales)
     return lambda x, parts, shape: product.on_gpu(
         x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form, way
+    )
+
+
+def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, Parts], Tensor]:
+    """x (S, I) sorted by expert, the ends of their rows (E,), parts of all experts → (S, O) by the kernels."""
+    from vqcompress.kernels import fp8, int8
+
+    method: Any = case.method
+    if method.name == "int8":
+        return lambda x, ends, parts: int8.grouped(x, ends, parts["codes"], parts["scale"])
+    if method.name == "fp8":
+        return lambda x, ends, parts: fp8.grouped(x, ends, parts["codes"], parts["scale"], method.power_of_two_scales)
+    return lambda x, ends, parts: product.grouped_on_gpu(
+        x, ends, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form
     )
 
 

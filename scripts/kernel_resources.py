@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     a = parser.parse_args()
-    table = [row for arch in ahead.TARGETS for row in rows_of(arch)]
+    table = [row for arch in ahead.ARCHS for row in rows_of(arch)]
     lines = ["| kernel | of | rows | device | registers | stack | shared bytes | warps |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in table:

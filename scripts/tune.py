@@ -1,132 +1,333 @@
 """Measures the settings of kernels on this GPU and writes them into the launch table that comes with the package.
 
-Usage: python scripts/tune.py [--only CASE ...] [--rows N ...] [--limit SECONDS]
+Usage: python scripts/tune.py [--only CASE ...] [--rows N ...] [--dtype TYPE] [--limit SECONDS] [--again]
+       python scripts/tune.py --dry-run [--arch ARCH]
 
-For every product of kernel_cases.py and every number of rows the candidates are timed and the fastest is kept, then the
-ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with it. The table is written after
-every shape, so a run that is cut off keeps what it has; a later one goes on where settings are missing.
+For every product of kernel_cases.py, every number of rows and every mixture of experts the candidates are compiled at
+once, those that do not fit or that spill are dropped, the others are timed, and the fastest is kept. Where words come
+from a table, the fastest few are also timed with as many hot entries as cost no resident program (`ahead.hot_entries`).
+Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last the searches
+of quantization itself. The table is written after every place, so a run that is cut off keeps what it has; a later one
+goes on where settings are missing. --dry-run goes through tiny places without a GPU, launches and compiles nothing, and
+fails if any launcher would have to guess afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
+import ahead
 import torch
-from gpu_clock import copies, seconds
-from kernel_cases import CASES, SHAPES, Case, Shape, by_kernel, random_rows
+from gpu_clock import LEAST, copies, seconds
+from kernel_cases import (
+    CASES,
+    EXPERTS,
+    SHAPES,
+    TINY,
+    TINY_EXPERTS,
+    Case,
+    Shape,
+    by_kernel,
+    grouped_by_kernel,
+    random_rows,
+)
 
-from vqcompress.kernels import fp8, int8, launch, rotate, words
+from vqcompress.kernels import fp8, int8, launch, nearest, rotate, viterbi, words
+from vqcompress.kernels.launch import Call, Facts, Settings
 
-Table = dict[str, dict[str, Any]]
-# Settings of one kernel that are tried at one place: each takes a second to compile.
+# Settings of one kernel that are tried at one place.
 MOST = 24
+# The fastest of them, which are also tried with hot entries.
+FEW = 4
+# Vectors, and sequences of a trellis, that a search is given at once: by a column of a weight, or by many.
+VECTORS, SEQUENCES, BEAM = (256, 1024, 4096), (4, 16, 64, 256), 4
+TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Place:
+    """An entry of the table: the settings to try there, and the call to time, on one of `made()` after the other.
+
+    one: the first of them. splits: numbers of hot entries, most first.
+    """
+
+    kernel: str
+    rows: int
+    shape: tuple[int, ...]
+    options: Sequence[Settings]
+    call: Callable[[Any], Any]
+    one: Any
+    made: Callable[[], Sequence[Any]]
+    splits: Sequence[int] = ()
+
+    @property
+    def key(self) -> str:
+        """Of the entry."""
+        return launch.key(self.rows, self.shape)
+
+    def launches(self, option: Settings, facts: Facts) -> list[Call]:
+        """What the call would launch with some settings."""
+        with launch.trying(self.kernel, option), launch.recording(facts) as calls:
+            self.call(self.one)
+        return calls
+
+
+def _first(guess: Settings, candidates: Iterable[Settings]) -> list[Settings]:
+    """All, the guess first: it is always tried, and what is kept cannot be slower."""
+    return [guess, *(option for option in candidates if option != guess)]
+
+
+def _products(name: str, facts: Facts, rows: int, shape: Shape) -> list[Settings]:
+    """Settings to try for an INT8 or FP8 product."""
+    kernels = int8 if name == "int8" else fp8
+    return _first(kernels.guess(facts, rows, *shape), kernels.candidates(facts, rows, *shape))
+
+
+class Places:
+    """What there is to tune on a device; without memory on `meta`.
+
+    Places come one by one, since later ones depend on what was chosen: how many partial sums are added up, say.
+    """
+
+    def __init__(self, facts: Facts, device: torch.device, dtype: torch.dtype):
+        self.facts, self.device, self.dtype = facts, device, dtype
+
+    def product(self, case: Case, shape: Shape, rows: int) -> Iterator[Place]:
+        """Settings of one product, and of what comes before and after it."""
+        x_TI = random_rows(rows, shape[1], self.device, self.dtype)
+        method, one = cast(Any, case.method), case.parts(shape, self.device, self.dtype)
+
+        @cache
+        def weights() -> list[Any]:
+            number = 1 if self.device.type == "meta" else copies(case.bytes(shape))
+            four = [case.parts(shape, self.device, self.dtype, seed) for seed in range(min(number, 4))]
+            return [
+                {n: p.clone() if n == "codes" else p for n, p in four[k % len(four)].items()} for k in range(number)
+            ]
+
+        def multiplied(way: str = "") -> Callable[[Any], Any]:
+            run = by_kernel(case, way)
+            return lambda parts: run(x_TI, parts, shape)
+
+        if method.name in ("int8", "fp8"):
+            options = _products(method.name, self.facts, rows, shape)
+            yield Place(f"{method.name}.linear", rows, shape, options, multiplied(), one, weights)
+            return
+        form, sums = method.form, [x_TI.new_empty((1, rows, shape[0]), dtype=torch.float32)]
+        if method.rotation:
+            yield self._rotate(x_TI, one["signs"])
+        if rows <= 1024:
+            element = self.dtype.itemsize
+            options = words.candidates(self.facts, rows, shape, form, 0, element)
+            splits = words.splits(form) if rows == 1 else []
+            # Timed with what adds the slices up.
+            call = multiplied("multiply")
+            yield Place(words.named(form, 0, element), rows, shape, options, call, one, weights, splits)
+            sums.append(words.multiply(x_TI, one["codes"], one["table"], shape[0], form))
+        ways = ["dequantize"] + (["multiply"] if rows <= 1024 else [])
+        if form.by_rows and form.bits <= 10 and rows <= 4:
+            ways.append("on_codes")
+            options = words.on_codes_candidates(self.facts, shape, form)
+            yield Place(f"words.on_codes.{form.name}", rows, shape, options, multiplied("on_codes"), one, weights)
+            sums.append(words.on_codes(x_TI, one["codes"], one["table"], shape[0], form))
+
+        def decoded(parts: Any) -> None:
+            words.dequantize(parts["codes"], parts["table"], shape, form, self.dtype)
+
+        options = words.dequantize_candidates(form)
+        yield Place(f"words.dequantize.{form.name}", 1, shape, options, decoded, one, weights)
+        yield from (self._finish(sums_STO, one["scale"], method.rotation) for sums_STO in sums)
+        options = [{"path": way} for way in ways]
+        yield Place(f"words.path.{form.name}", rows, shape, options, multiplied(), one, weights)
+
+    def experts(self, case: Case, size: tuple[int, int, int], rows: int) -> Iterator[Place]:
+        """The same of a mixture (E, O, I) for so many rows of all experts together."""
+        count, *rest = size
+        shape, method = (rest[0], rest[1]), cast(Any, case.method)
+        x_SI = random_rows(rows, shape[1], self.device, self.dtype)
+        ends_E = (torch.arange(1, count + 1, device=self.device) * rows // count).int()
+        # A mixture is larger than any cache.
+        one, run = case.stacked(count, shape, self.device, self.dtype), grouped_by_kernel(case)
+        made = lambda: [one] * LEAST  # noqa: E731
+        call = lambda parts: run(x_SI, ends_E, parts)  # noqa: E731
+        if method.name in ("int8", "fp8"):
+            # Their inputs are never split.
+            found = [o | {"SPLIT": 1} for o in _products(method.name, self.facts, -(-rows // count), shape)]
+            options = [option for n, option in enumerate(found) if option not in found[:n]]
+            yield Place(f"{method.name}.grouped", rows, size, options, call, one, made)
+            return
+        form, element = method.form, self.dtype.itemsize
+        options = words.candidates(self.facts, rows, shape, form, count, element)
+        yield Place(words.named(form, count, element), rows, size, options, call, one, made)
+        if "signs" in one:
+            yield self._rotate(x_SI, one["signs"][0])
+        sums_STO = words.multiply(x_SI, one["codes"], one["table"], shape[0], form, ends_E)
+        yield self._finish(sums_STO, one["scale"][0], "signs" in one)
+
+    def _rotate(self, x_TI: torch.Tensor, signs: torch.Tensor) -> Place:
+        rows, columns = x_TI.shape
+        options = list(rotate.candidates(self.facts, rows, columns))
+        call = lambda x_TI: rotate.rotate(x_TI, signs)  # noqa: E731
+        return Place("rotate", rows, (1, columns), options, call, x_TI, lambda: [x_TI] * LEAST)
+
+    def _finish(self, sums_STO: torch.Tensor, scale_O: torch.Tensor, rotated: bool) -> Place:
+        sums, rows, columns = sums_STO.shape
+        options = list(rotate.candidates(self.facts, rows, columns))
+        call = lambda sums_STO: rotate.finish(sums_STO, scale_O, None, self.dtype, rotated)  # noqa: E731
+        kernel = "finish" if rotated else "finish.plain"
+        # Partial sums were just written, so they are in the cache.
+        return Place(kernel, rows, (columns, sums), options, call, sums_STO, lambda: [sums_STO] * LEAST)
+
+    def searches(self, case: Case) -> Iterator[Place]:
+        """What quantization with a method searches with."""
+        form: Any = getattr(case.method, "form", None)
+        if form is None:
+            return
+        if form.family == "trellis":
+            words_S, shape = self._draw(1, 1 << form.depth)[0], (1 << form.depth, form.bits)
+            options = viterbi.candidates(self.facts, form.depth, form.bits)
+            walk = lambda x_NT: viterbi.walks(x_NT, words_S, form.depth, form.bits, 32)  # noqa: E731
+            yield from (self._search("viterbi", shape, options, walk, self._draw(n, 256)) for n in SEQUENCES)
+            return
+        shape = (nearest.PATTERNS if form.family == "lattice" else 1 << form.bits, form.d)
+        entries_Kd = self._draw(*shape)
+        pattern_8P = entries_Kd.T.contiguous()
+        for n in VECTORS:
+            x_Nd = self._draw(n, form.d)
+            if form.family == "lattice":
+                e8p = list(nearest.candidates_e8p(self.facts, n))
+                yield self._search("nearest_e8p", shape, e8p, lambda x: nearest.nearest_e8p(x, pattern_8P), x_Nd)
+                continue
+            options = _first(nearest.guess(self.facts, n, *shape), nearest.candidates(self.facts, n, *shape))
+            yield self._search("nearest", shape, options, lambda x: nearest.best(x, entries_Kd, 1), x_Nd)
+            yield self._search("nearest.beam", shape, options, lambda x: nearest.best(x, entries_Kd, BEAM), x_Nd)
+
+    def _draw(self, rows: int, columns: int) -> torch.Tensor:
+        return random_rows(rows, columns, self.device, torch.float32)
+
+    def _search(
+        self, kernel: str, shape: Shape, options: list[Settings], call: Callable[[Any], Any], x: torch.Tensor
+    ) -> Place:
+        return Place(kernel, len(x), shape, options, call, x, lambda: [x] * LEAST)
 
 
 class Tuner:
-    """The table of one device, and the time that is left."""
+    """The table of one device, and the time that is left.
 
-    def __init__(self, limit: float, again: bool):
-        self.device, self.end, self.again = torch.device("cuda"), time.perf_counter() + limit, again
-        self.facts = launch.facts(self.device)
-        self.file = Path(launch.__file__).parent / launch.table_name(self.facts)
-        self.table: Table = json.loads(self.file.read_text()) if self.file.is_file() else {}
+    clock: seconds of a call, by the call and its arguments. compiles: drop what does not fit or spills, and find how
+    many hot entries cost nothing.
+    """
 
-    def best(self, kernel: str, rows: int, shape: Shape, options: Iterable[Any], call: Callable[[Any], float]) -> None:
-        """Keep the fastest of the options. call: seconds with one; what cannot be launched has none."""
-        place = self.table.setdefault(kernel, {})
-        if launch.key(rows, shape) in place and not self.again:
+    def __init__(
+        self, facts: Facts, limit: float, again: bool, clock: Callable[[Any, Any], float], compiles: bool = True
+    ):
+        self.facts, self.clock, self.compiles = facts, clock, compiles
+        self.end, self.again, self.done = time.perf_counter() + limit, again, set[tuple[str, str]]()
+        # What launchers look into, so that all that comes after a choice is measured with it.
+        self.table = launch.table(facts)
+
+    def tune(self, place: Place) -> None:
+        """Keep the fastest settings of a place."""
+        entries = self.table.setdefault(place.kernel, {})
+        if place.key in entries and (not self.again or (place.kernel, place.key) in self.done):
             return
-        found = []
-        for option in options:
-            try:
-                found.append((call(option), len(found), option))
-            except Exception as error:
-                # Out of registers or of shared memory: not for this device.
-                print(f"  {kernel} {option}: {type(error).__name__}")
-        if found:
-            took, _, option = min(found)
-            place[launch.key(rows, shape)] = option
-            print(f"{kernel} {launch.key(rows, shape)}: {took * 1e6:.1f} µs, {option} of {len(found)}", flush=True)
-
-    def try_all(
-        self,
-        kernel: str,
-        rows: int,
-        shape: Shape,
-        options: Iterable[Any],
-        call: Callable[[Any], Any],
-        weights: list[Any],
-    ) -> None:
-        """Keep the fastest settings of a kernel for a call."""
-
-        options = list(options)
+        self.done.add((place.kernel, place.key))
         # Every so many of a long list.
-        options = options[:: -(-len(options) // MOST)]
-
-        def clock(option: Any) -> float:
-            with launch.trying(kernel, option):
-                return seconds(call, weights)
-
-        self.best(kernel, rows, shape, options, clock)
-
-    def tune(self, case: Case, shape: Shape, rows: int) -> None:
-        """Settings of one product, and of what comes before and after it."""
-        x_TI = random_rows(rows, shape[1], self.device, torch.bfloat16)
-        number = copies(case.bytes(shape))
-        four = [case.parts(shape, self.device, torch.bfloat16, seed) for seed in range(min(number, 4))]
-        weights = [{n: p.clone() if n == "codes" else p for n, p in four[k % len(four)].items()} for k in range(number)]
-        method: Any = case.method
-        if method.name in ("int8", "fp8"):
-            kernels: Any = int8 if method.name == "int8" else fp8
-            options = kernels.candidates(self.facts, rows, *shape)
-            self.try_all(
-                f"{method.name}.linear", rows, shape, options, lambda w: by_kernel(case)(x_TI, w, shape), weights
-            )
+        options = place.options[:: -(-len(place.options) // MOST)]
+        launches = [place.launches(option, self.facts) for option in options]
+        if self.compiles and "path" not in options[0]:
+            options = [options[n] for n in ahead.fitting(launches, self.facts)]
+        times = self._times(place, options)
+        if self.compiles and place.splits:
+            fastest = [option for _, _, option in sorted(times)[:FEW]]
+            hot = [option | {"HOT": self.split(place, option)} for option in fastest]
+            times += self._times(place, [option for option in hot if option["HOT"]], len(options))
+        if not times:
+            print(f"{place.kernel} {place.key}: nothing can be launched", flush=True)
             return
-        form = method.form
-        if rows <= 1024:
-            options = words.candidates(self.facts, rows, shape, form)
-            # With what adds the slices up.
-            multiply = lambda w: by_kernel(case, "multiply")(x_TI, w, shape)  # noqa: E731
-            self.try_all(f"words.{form.name}", rows, shape, options, multiply, weights)
-        if method.rotation:
-            turn = lambda w: rotate.rotate(x_TI, w["signs"])  # noqa: E731
-            options = rotate.candidates(self.facts, rows, shape[1])
-            self.try_all("rotate", rows, (1, shape[1]), options, turn, weights[:4])
-        self.write()
-        ways = ["dequantize"] + (["multiply"] if rows <= 1024 else [])
-        ways += ["on_codes"] if form.by_rows and form.bits <= 10 and rows <= 4 else []
-        self.best(
-            f"words.path.{form.name}",
-            rows,
-            shape,
-            [{"path": way} for way in ways],
-            lambda option: seconds(lambda w: by_kernel(case, option["path"])(x_TI, w, shape), weights),
-        )
+        took, _, entries[place.key] = min(times)
+        if took:
+            print(f"{place.kernel} {place.key}: {took * 1e6:.1f} µs, {entries[place.key]} of {len(times)}", flush=True)
+
+    def split(self, place: Place, option: Settings) -> int:
+        """How many hot entries cost nothing with some settings."""
+
+        def launched(hot: int) -> Call:
+            return next(c for c in place.launches(option | {"HOT": hot}, self.facts) if "HOT" in c.settings)
+
+        return ahead.hot_entries(place.splits, launched, self.facts)
+
+    def _times(self, place: Place, options: Iterable[Settings], first: int = 0) -> list[tuple[float, int, Settings]]:
+        """Seconds of every option that can be launched, with its number."""
+        found = []
+        for n, option in enumerate(options, first):
+            try:
+                with launch.trying(place.kernel, option):
+                    found.append((self.clock(place.call, place.made()), n, option))
+            except Exception as error:
+                # A device may refuse what its compiler took.
+                print(f"  {place.kernel} {option}: {type(error).__name__}")
+        return found
 
     def write(self) -> None:
         """The table, for all that run after this."""
-        self.file.parent.mkdir(exist_ok=True)
+        file = Path(launch.__file__).parent / launch.table_name(self.facts)
+        file.parent.mkdir(exist_ok=True)
         kept = {kernel: dict(sorted(places.items())) for kernel, places in sorted(self.table.items()) if places}
-        self.file.write_text(json.dumps(kept, indent=1) + "\n")
-        launch.forget()
+        file.write_text(json.dumps(kept, indent=1) + "\n")
 
-    def run(self, cases: list[Case], rows: list[int]) -> None:
-        """All cases at all shapes, few rows first."""
-        shapes = dict.fromkeys(shape for model in SHAPES.values() for shape in model)
-        for count in rows:
-            for shape in shapes:
-                for case in cases:
-                    if time.perf_counter() > self.end:
-                        print("out of time")
-                        return
-                    self.tune(case, shape, count)
-                    self.write()
+
+def all_places(
+    places: Places, cases: list[Case], rows: Iterable[int], shapes: dict[str, list[Shape]], mixtures: dict[str, Any]
+) -> Iterator[Iterator[Place]]:
+    """Everything, what matters most first: few rows, then many, then the searches."""
+    sizes = [size for some, _ in mixtures.values() for size in some]
+    for count in rows:
+        for shape in dict.fromkeys(shape for model in shapes.values() for shape in model):
+            yield from (places.product(case, shape, count) for case in cases)
+        # Tokens of a mixture have rows of several experts.
+        for size in sizes:
+            yield from (places.experts(case, size, 4 * count) for case in cases)
+    yield from (places.searches(case) for case in cases)
+
+
+def dry_run(arch: int | str, cases: list[Case], rows: Sequence[int]) -> tuple[int, set[str]]:
+    """How many places there are in tiny models, and what launchers would still guess after tuning them.
+
+    For a device that is not here; its table is changed for this process, not written.
+    """
+    facts, meta = launch.KNOWN[arch], torch.device("meta")
+    tuner = Tuner(facts, 0.0, True, lambda *call: 0.0, compiles=False)
+    guessed, count, ask = set[str](), 0, launch.settings
+
+    def asked(kernel: str, device: Any, rows: int, shape: Any, guess: Any) -> Settings:
+        def noted(facts: Facts) -> Settings:
+            guessed.add(f"{kernel} {launch.key(rows, shape)}")
+            return dict(guess(facts))
+
+        return ask(kernel, device, rows, shape, noted)
+
+    for dtype in TYPES.values():
+        with launch.recording(facts):
+            for some in all_places(Places(facts, meta, dtype), cases, rows, TINY, TINY_EXPERTS):
+                done = []
+                for place in some:
+                    tuner.tune(place)
+                    done.append(place)
+                with mock.patch.object(launch, "settings", asked):
+                    for place in done:
+                        place.call(place.one)
+                count += len(done)
+    return count, guessed
 
 
 def main() -> None:
@@ -134,11 +335,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="CASE")
     parser.add_argument("--rows", nargs="+", type=int, default=list(launch.BUCKETS))
-    parser.add_argument("--limit", type=float, default=540)
+    parser.add_argument("--dtype", choices=list(TYPES), default="bfloat16", help="of x")
+    parser.add_argument("--limit", type=float, default=540, help="seconds; what is not reached by then is left out")
     parser.add_argument("--again", action="store_true", help="also what the table has")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--arch", choices=[str(arch) for arch in ahead.ARCHS], default="90", help="of a dry run")
     a = parser.parse_args()
+    cases = [c for c in CASES if not a.only or c.name in a.only]
+    if a.dry_run:
+        count, guessed = dry_run(int(a.arch) if a.arch.isdigit() else a.arch, cases, a.rows)
+        print(f"{count} places")
+        sys.exit(f"these are still guessed: {', '.join(sorted(guessed))}" if guessed else 0)
+    device = torch.device("cuda")
+    facts = launch.facts(device)
+    tuner, places = Tuner(facts, a.limit, a.again, seconds), Places(facts, device, TYPES[a.dtype])
     with torch.inference_mode():
-        Tuner(a.limit, a.again).run([c for c in CASES if not a.only or c.name in a.only], a.rows)
+        for some in all_places(places, cases, a.rows, SHAPES, EXPERTS):
+            for place in some:
+                if time.perf_counter() > tuner.end:
+                    print("out of time")
+                    return
+                tuner.tune(place)
+                tuner.write()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ OPTIONS = {
         *("--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug")
     },
     "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
-    "inspect": {"--runtime", "--device", "--json", "--debug"},
+    "inspect": {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
     "verify": {"--json", "--debug"},
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug"},
     "doctor": {"--json", "--debug"},
@@ -245,6 +245,9 @@ def test_inspect_says_how_this_device_multiplies(artifact: Path) -> None:
     assert facts["device"] == "cpu"
     assert all(row["runtime"].keys() == {"1", "16", "512"} for row in facts["targets"])
     assert "decoded once, then a dense product" in result.stderr
+    packed = call("inspect", artifact, "--runtime", "--device", "cpu", "--cpu-weights", "packed").stdout
+    assert "1, 16, 512 rows: decoded at every call, then a dense product" in packed
+    assert "decoded once" not in packed
 
 
 def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:

@@ -19,16 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from vqcompress import artifact
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
+from vqcompress.cli import app
 from vqcompress.compress import first_states, gather
 from vqcompress.evaluate import perplexity
 from vqcompress.export import export
 from vqcompress.inputs import find_inputs
 from vqcompress.inspect import inspect
+from vqcompress.kernels import launch
 from vqcompress.plan import make_plan
 from vqcompress.quantize import dry_run, quantize
 from vqcompress.recipe import parse
@@ -50,6 +53,10 @@ LEAVES = {
 }
 every_family = pytest.mark.parametrize("family", LEAVES)
 RECIPES = ["smoothquant-int8", "fp8-tile", "vq-small"]
+STATIC = "rules:\n  - {match: '*', method: int8, activations: per_tensor}\n"
+ALONE = "rules:\n  - {match: '*.experts.0.*', method: fp8}\n  - {match: '*', method: int8}\n"
+# 48 outputs are no multiple of 32.
+RAGGED = "rules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
 
 
 @torch.inference_mode()
@@ -381,3 +388,57 @@ def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make)
     assert torch.equal(logits(one), wanted)
     one.to(torch.bfloat16).float()
     assert not any(m._stacks for m in one.modules() if isinstance(m, Experts))
+
+
+def runtime(folder: Path, device: str, cpu_weights: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """What `inspect --runtime` says of every weight on a device, which need not be here."""
+    with launch.recording(90):
+        monkeypatch.setattr("vqcompress.inspect.choose_device", torch.device)
+        return {row["name"]: row for row in inspect(str(folder), device, cpu_weights)["targets"]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "cpu_weights", "said"),
+    [
+        ("vq-small", "cpu", "dense", "one by one: decoded weights"),
+        ("vq-small", "cpu", "packed", "one stack, expert by expert"),
+        ("int8-plain", "cpu", "packed", "one stack, expert by expert"),
+        ("int8-runtime", "cpu", "packed", "one by one: smoothing at run time"),
+        (ALONE, "cpu", "packed", "one by one: different settings"),
+        (STATIC, "cpu", "packed", "one by one: static scales of activations"),
+        (STATIC, "cuda", "auto", "one by one: static scales of activations"),
+        ("vq-small", "cuda", "auto", "all in one launch"),
+        ("fp8-tile", "cuda", "auto", "all in one launch"),
+        (RAGGED, "cuda", "auto", "one by one: decoded weights"),
+    ],
+)
+def test_inspect_says_how_experts_run(
+    recipe: str, device: str, cpu_weights: str, said: str, quantized: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantized(recipe, "mixtral", **({"hidden": 48} if recipe == RAGGED else {}))
+    rows = runtime(folder, device, cpu_weights, monkeypatch)
+    assert all(("experts" in row) == (".experts." in name) for name, row in rows.items())
+    assert {row["experts"] for name, row in rows.items() if "experts" in row} == {said}
+    ways = {way for row in rows.values() for way in row["runtime"].values()}
+    if device == "cuda":
+        # A stack of words is never written out.
+        grouped = {way for row in rows.values() if row.get("experts") == said for way in row["runtime"].values()}
+        assert recipe != "vq-small" or grouped == {"multiply"}
+        assert recipe != "vq-small" or ways == {"multiply", "dequantize"}
+        assert recipe != RAGGED or any("no multiple of 32" in way for way in grouped)
+        return
+    assert all(("every call" in way) == (cpu_weights == "packed") for way in ways)
+    # And that is how they run.
+    model = load(folder, device, cpu_weights=cpu_weights)
+    logits(model)
+    stacked = {bool(m._stacks) for m in model.modules() if isinstance(m, Experts)}
+    assert stacked == {not said.startswith("one by one")}
+
+
+def test_inspect_shows_how_experts_run(quantized: Make) -> None:
+    result = CliRunner().invoke(
+        app, ["inspect", str(quantized("vq-small", "mixtral")), "--runtime", "--cpu-weights", "dense"]
+    )
+    assert result.exit_code == 0, result.stderr
+    wanted = "1, 16, 512 rows: decoded once, then a dense product; experts one by one: decoded weights"
+    assert sum(wanted in line and ".experts." in line for line in result.stdout.splitlines()) == 3

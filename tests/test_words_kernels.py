@@ -68,11 +68,11 @@ def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
 
     form, parts = stored(name, shape)
     codes, table, x_TI = parts["codes"], parts["table"], inputs(rows, shape[1], dtype)
-    value_OI = product.values(codes, table, form, shape)
+    want_TO = x_TI.double() @ product.values(codes, table, form, shape).double().T
 
     def with_settings(some: dict[str, int]) -> Tensor:
         settings = words.guess(launch.KNOWN["cpu"], max(rows, 1), shape, form) | some
-        with launch.trying(f"words.{form.name}", settings):
+        with launch.trying(words.named(form, 0, x_TI.itemsize), settings):
             return words.multiply(x_TI, codes, table, shape[0], form).sum(0)
 
     found = {
@@ -80,11 +80,16 @@ def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
         "one slice": with_settings({"SPLIT": 1}),
         "dequantize": x_TI.float() @ words.dequantize(codes, table, shape, form, torch.float32).T,
     }
-    if form.family in ("learned", "universal"):
+    if form.family != "trellis":
         found["hot entries"] = with_settings({"HOT": 8})
     if form.by_rows:
         found["on codes"] = words.on_codes(x_TI, codes, table, shape[0], form).sum(0)
-    want_TO = x_TI.double() @ value_OI.double().T
+        other = words.on_codes_candidates(launch.KNOWN["cpu"], shape, form)[-1]
+        with launch.trying(f"words.on_codes.{form.name}", other):
+            found["on codes, other settings"] = words.on_codes(x_TI, codes, table, shape[0], form).sum(0)
+    with launch.trying(f"words.dequantize.{form.name}", words.dequantize_candidates(form)[-1]):
+        value_OI = words.dequantize(codes, table, shape, form, torch.float32)
+    found["dequantize, other settings"] = x_TI.float() @ value_OI.T
     return {way: relative_rms(y_TO, want_TO) for way, y_TO in found.items()}
 
 
@@ -218,7 +223,7 @@ def test_rarer_launches_compile_without_spills(name: str) -> None:
         if form.family in ("learned", "universal") and form.d != 3:
             guess = words.guess(launch.KNOWN[90], 1, (4096, 4096), form)
             for hot in (32, 1 << form.bits):
-                with launch.trying(f"words.{form.name}", guess | {"HOT": hot}):
+                with launch.trying(words.named(form), guess | {"HOT": hot}):
                     words.multiply(meta_rows(1, 4096), *read)
         if form.by_rows:
             words.on_codes(meta_rows(1, 4096), *read)

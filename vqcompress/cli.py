@@ -320,6 +320,7 @@ def export(
 def inspect(
     artifact: Source,
     runtime: Annotated[bool, typer.Option("--runtime", help="How this device multiplies with each weight.")] = False,
+    cpu_weights: CpuWeights = Weights.auto,
     device: Where = Device.auto,
     json_file: Json = None,
     debug: Debug = False,
@@ -332,7 +333,7 @@ def inspect(
         from vqcompress import show
         from vqcompress.inspect import inspect as run
 
-        facts = run(artifact, device.value if runtime else None)
+        facts = run(artifact, device.value if runtime else None, cpu_weights.value)
         write(facts)
         show.inspected(console, facts)
 

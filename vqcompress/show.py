@@ -235,12 +235,14 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens)
     to.print(table)
-    ways = Counter((kind(row["name"]), tuple(row["runtime"].items())) for row in facts["targets"] if "runtime" in row)
-    for (name, paths), count in ways.items():
+    rows = [row for row in facts["targets"] if "runtime" in row]
+    ways = Counter((kind(row["name"]), tuple(row["runtime"].items()), row.get("experts")) for row in rows)
+    for (name, paths, experts), count in ways.items():
         by_way: dict[str, list[str]] = {}
-        for rows, way in paths:
-            by_way.setdefault(way, []).append(rows)
-        told = "; ".join(f"{', '.join(rows)} rows: {way}" for way, rows in by_way.items())
+        for number, way in paths:
+            by_way.setdefault(way, []).append(number)
+        told = "; ".join(f"{', '.join(numbers)} rows: {way}" for way, numbers in by_way.items())
+        told += f"; experts {experts}" if experts else ""
         to.print(f"{name} ({count} on {facts['device']}) {told}", soft_wrap=True)
     settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
     for (method, knobs), count in settings.items():

@@ -196,7 +196,8 @@ def _product(
     experts = 0 if ends_E is None else len(ends_E)
     # An expert has so many rows on average.
     rows, shape = triton.cdiv(tokens, max(1, experts)), (outputs, inputs)
-    settings = dict(launch.settings(name, x_TI.device, rows, shape, lambda facts: guess(facts, rows, *shape)))
+    of_all = (experts, *shape) if experts else shape
+    settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
     if experts:
         settings["SPLIT"] = 1
     split, tiles_T = settings["SPLIT"], tiles_of(tokens, settings["BLOCK_T"], experts)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 Settings = dict[str, Any]
+Shape = tuple[int, ...]
+Table = dict[str, dict[str, Settings]]
 # Numbers of rows that settings are measured at; a product of other sizes takes the next larger one's.
 BUCKETS = (1, 4, 16, 64, 256, 1024, 4096)
 
@@ -27,6 +29,7 @@ class Facts:
     """What settings depend on. name: of the device as its maker calls it; arch: 80, 90, 100 … or gfx942.
 
     processors: multiprocessors or compute units. warp: threads of a warp. shared: bytes that one program may have.
+    Of a multiprocessor: memory, shared bytes; registers; threads.
     """
 
     name: str
@@ -34,20 +37,35 @@ class Facts:
     processors: int
     warp: int
     shared: int
+    memory: int
+    registers: int = 1 << 16
+    threads: int = 2048
 
     @property
     def has_fp8(self) -> bool:
         """Whether matrix products read float8_e4m3fn (gfx942 has another FP8)."""
         return isinstance(self.arch, int) and self.arch >= 89
 
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        """Programs that a multiprocessor holds at once; 0 if not even one. registers: of a thread.
+
+        NVIDIA's occupancy calculator: a warp has its registers on one of four sides, in units of 8 a thread, and a
+        program takes 1 kB of shared memory for the system. At most 32 programs, which only those of a warp could pass.
+        """
+        of_a_warp = -(-max(registers, 1) // 8) * 8 * self.warp
+        by_registers = self.registers // 4 // of_a_warp * 4 // warps
+        reserved = 1024 if isinstance(self.arch, int) else 0
+        by_memory = self.memory // max(shared + reserved, 1) if shared <= self.shared else 0
+        return min(by_registers, by_memory, self.threads // (warps * self.warp), 32)
+
 
 # Devices that kernels are compiled for ahead of time, and a stand-in for Triton's interpreter.
 KNOWN: dict[int | str, Facts] = {
-    80: Facts("NVIDIA A100", 80, 108, 32, 163 << 10),
-    90: Facts("NVIDIA H200", 90, 132, 32, 227 << 10),
-    100: Facts("NVIDIA B200", 100, 148, 32, 227 << 10),
-    "gfx942": Facts("AMD Instinct MI300X", "gfx942", 304, 64, 64 << 10),
-    "cpu": Facts("interpreter", 90, 4, 32, 227 << 10),
+    80: Facts("NVIDIA A100", 80, 108, 32, 163 << 10, 164 << 10),
+    90: Facts("NVIDIA H200", 90, 132, 32, 227 << 10, 228 << 10),
+    100: Facts("NVIDIA B200", 100, 148, 32, 227 << 10, 228 << 10),
+    "gfx942": Facts("AMD Instinct MI300X", "gfx942", 304, 64, 64 << 10, 64 << 10, 1 << 17),
+    "cpu": Facts("interpreter", 90, 4, 32, 227 << 10, 228 << 10),
 }
 
 
@@ -70,10 +88,10 @@ _recorder: _Recorder | None = None
 
 
 @contextmanager
-def recording(arch: int | str) -> Iterator[list[Call]]:
-    """Launchers that are called inside behave as on a known device and launch nothing; what they would is collected."""
+def recording(device: int | str | Facts) -> Iterator[list[Call]]:
+    """Launchers that are called inside behave as on this device and launch nothing; what they would is collected."""
     global _recorder
-    before, _recorder = _recorder, _Recorder(KNOWN[arch])
+    before, _recorder = _recorder, _Recorder(device if isinstance(device, Facts) else KNOWN[device])
     try:
         yield _recorder.calls
     finally:
@@ -89,7 +107,10 @@ def _facts(device: torch.device) -> Facts:
     if torch.version.hip:
         arch = properties.gcnArchName.partition(":")[0]
     shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
-    return Facts(properties.name, arch, properties.multi_processor_count, properties.warp_size, shared)
+    memory = max(shared, properties.shared_memory_per_multiprocessor)
+    registers, threads = 1 << 17 if torch.version.hip else 1 << 16, properties.max_threads_per_multi_processor
+    counts = properties.multi_processor_count, properties.warp_size
+    return Facts(properties.name, arch, *counts, shared, memory, registers, threads)
 
 
 def facts(device: torch.device) -> Facts:
@@ -103,28 +124,24 @@ def table_name(facts: Facts) -> str:
 
 
 @cache
-def _table(facts: Facts) -> dict[str, dict[str, Settings]]:
+def table(facts: Facts) -> Table:
+    """What was measured on a device, read once: kernel → `key` → settings. A tuner writes into it."""
     try:
         data = pkgutil.get_data(__package__, table_name(facts))
     except FileNotFoundError:
         return {}
-    table: dict[str, dict[str, Settings]] = json.loads(data or b"{}")
-    return table
+    measured: Table = json.loads(data or b"{}")
+    return measured
 
 
-def forget() -> None:
-    """Read the tables anew."""
-    _table.cache_clear()
+def key(rows: int, shape: Shape) -> str:
+    """Where a table has the settings for x (rows, I) times a weight (O, I), or times those of experts (E, O, I).
 
-
-def bucket(rows: int) -> int:
-    """The number of rows whose settings hold for so many."""
-    return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
-
-
-def key(rows: int, shape: tuple[int, int]) -> str:
-    """Where a table has the settings for x (rows, I) times a weight (O, I)."""
-    return f"{bucket(rows)}x{shape[0]}x{shape[1]}"
+    Of experts, rows are those of all together, which go four times as far.
+    """
+    factor = 4 if len(shape) == 3 else 1
+    bucket = next((b for b in BUCKETS if rows <= b * factor), BUCKETS[-1])
+    return "x".join(map(str, (bucket * factor, *shape)))
 
 
 _tried: dict[str, Settings] = {}
@@ -141,11 +158,11 @@ def trying(kernel: str, settings: Settings) -> Iterator[None]:
 
 
 def settings(
-    kernel: str, device: torch.device, rows: int, shape: tuple[int, int], guess: Callable[[Facts], Settings]
+    kernel: str, device: torch.device, rows: int, shape: Shape, guess: Callable[[Facts], Settings]
 ) -> Settings:
-    """The settings measured for x (rows, I) times a weight (O, I) on a device, or the guess."""
+    """The settings that were measured on a device at `key(rows, shape)`, or the guess."""
     known = facts(device)
-    return _tried.get(kernel) or _table(known).get(kernel, {}).get(key(rows, shape)) or guess(known)
+    return _tried.get(kernel) or table(known).get(kernel, {}).get(key(rows, shape)) or guess(known)
 
 
 def run(kernel: Any, grid: Sequence[int], *arguments: Any, **settings: Any) -> None:

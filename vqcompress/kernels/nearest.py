@@ -168,9 +168,9 @@ def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     code_Nb = x_Nd.new_empty((vectors, beam), dtype=torch.int32)
     score_Nb = x_Nd.new_empty((vectors, beam), dtype=torch.float32)
     if vectors:
-        settings = launch.settings(
-            "nearest", x_Nd.device, vectors, (count, length), lambda facts: guess(facts, vectors, count, length)
-        )
+        # A beam has more to keep in registers.
+        kernel, shape = "nearest" if beam == 1 else "nearest.beam", (count, length)
+        settings = launch.settings(kernel, x_Nd.device, vectors, shape, lambda facts: guess(facts, vectors, *shape))
         tensors = (x_Nd.float().contiguous(), book_Kd.float().T.contiguous(), code_Nb, score_Nb)
         constants = {"LENGTH": length, "BEAM": beam, "num_stages": 1, "enable_fp_fusion": True}
         grid = (triton.cdiv(vectors, settings["V"]),)
@@ -188,9 +188,8 @@ def nearest_e8p(x_N8: Tensor, pattern_8P: Tensor) -> Tensor:
         raise ValueError(f"vectors and patterns are {found}; they must be (N, 8) and {(8, PATTERNS)}")
     code_N = x_N8.new_empty((len(x_N8),), dtype=torch.int32)
     if len(x_N8):
-        settings = launch.settings(
-            "nearest_e8p", x_N8.device, len(x_N8), (PATTERNS, 8), lambda facts: guess_e8p(facts, len(x_N8))
-        )
+        vectors, shape = len(x_N8), (PATTERNS, 8)
+        settings = launch.settings("nearest_e8p", x_N8.device, vectors, shape, lambda facts: guess_e8p(facts, vectors))
         tensors = (x_N8.float().contiguous(), pattern_8P.float().contiguous(), code_N)
         constants = {"P": PATTERNS, "num_stages": 1, "enable_fp_fusion": False}
         launch.run(_e8p, (triton.cdiv(len(x_N8), settings["V"]),), *tensors, len(x_N8), **constants, **settings)

@@ -222,10 +222,9 @@ def finish(
             raise ValueError(f"{name} is {tuple(given_O.shape)}; {columns} outputs have {(columns,)}")
     y_TO = partial_STO.new_empty((rows, columns), dtype=dtype)
     if rows:
-        shape = (columns, sums)
-        settings = launch.settings(
-            "finish", y_TO.device, rows, shape, lambda facts: guess(facts, rows, columns, rotated)
-        )
+        # Without a rotation another kernel is compiled.
+        kernel, shape = "finish" if rotated else "finish.plain", (columns, sums)
+        settings = launch.settings(kernel, y_TO.device, rows, shape, lambda facts: guess(facts, rows, columns, rotated))
         parts, options = _tiles(columns, rotated, settings)
         ahead = min(AHEAD, triton.next_power_of_2(sums * options["BLOCK"] // options["N"]))
         tensors = (

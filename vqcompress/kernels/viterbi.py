@@ -15,8 +15,6 @@ Shape legend: N sequences, T weights of a sequence, S = 2**states, P = 2**k, Q =
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -149,14 +147,15 @@ def _walk(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
 
 
-def configuration(states: int, k: int, warp: int = 32) -> tuple[dict[str, int], dict[str, Any]]:
-    """The constants of the kernel and the options of its launch, for all shapes. warp: threads of a warp.
-
-    Without fusing a multiplication with an addition, so that costs are those of the CPU.
-    """
-    held = states if states <= IN_REGISTERS else TILE
-    options = {"num_warps": max(1, (1 << held) // OF_A_THREAD // warp), "num_stages": 1, "enable_fp_fusion": False}
-    return {"K": k, "STATES": states, "B": 1 << (held - 2 * k)}, options
+def candidates(facts: launch.Facts, states: int, k: int) -> list[launch.Settings]:
+    """Settings that are worth measuring, the guess first."""
+    found = []
+    for tile in (TILE, TILE - 1, TILE + 1) if states > IN_REGISTERS else (states,):
+        for of_a_thread in (OF_A_THREAD, OF_A_THREAD // 2, OF_A_THREAD * 2):
+            threads = max(facts.warp, (1 << tile) // of_a_thread)
+            if 1 << k <= of_a_thread and 2 * k <= tile and threads <= 1024:
+                found.append({"B": 1 << (tile - 2 * k), "num_warps": threads // facts.warp})
+    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:
@@ -167,7 +166,10 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     sequences, length = x_NT.shape
     margin, ways, classes = min(margin, length), 1 << k, 1 << (states - k)
     rows = max(length, 2 * margin)
-    constants, options = configuration(states, k, launch.facts(x_NT.device).warp)
+    shape = (1 << states, k)
+    settings = launch.settings("viterbi", x_NT.device, sequences, shape, lambda facts: candidates(facts, states, k)[0])
+    # Nothing is fused, so that costs are those of the CPU.
+    constants = {"K": k, "STATES": states, "num_stages": 1, "enable_fp_fusion": False, **settings}
     x_NL = torch.cat([x_NT[:, length - margin :], x_NT[:, :margin], x_NT], 1).float()
     words_S = words_S.view(classes, ways).T.contiguous()
     codes_NT = x_NT.new_empty((sequences, length), dtype=torch.int32)
@@ -176,5 +178,5 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     least_N2Q = x_NT.new_empty((chunk if states > IN_REGISTERS else 0, 2, classes), dtype=torch.int32)
     for x_nL, codes_nT in zip(x_NL.split(chunk), codes_NT.split(chunk), strict=True):
         tensors = (x_nL, words_S, back_NTQ, least_N2Q, codes_nT)
-        launch.run(_walk, (len(x_nL),), *tensors, length, margin, rows, **constants, **options)
+        launch.run(_walk, (len(x_nL),), *tensors, length, margin, rows, **constants)
     return codes_NT

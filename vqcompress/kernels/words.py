@@ -20,6 +20,7 @@ word, E experts.
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import torch
@@ -240,27 +241,35 @@ def guess(
     return _settled(form, rows, shape, experts, facts, **size, num_warps=4)
 
 
-def candidates(facts: Facts, rows: int, shape: tuple[int, int], form: Format) -> list[Settings]:
-    """Settings of `multiply` that are worth measuring."""
-    most = max(16, triton.next_power_of_2(rows))
-    # Words with lanes to spare have no registers left for it.
-    cached = (
-        form.family in ("universal", "learned") and rows == 1 and form.weights == triton.next_power_of_2(form.weights)
-    )
-    hot = (0, 32, min(256, 1 << form.bits)) if cached else (0,)
+def splits(form: Format) -> list[int]:
+    """How many of the hottest entries `multiply` may keep for one row, most first: powers of two from 8 on; or none."""
+    # Words with lanes to spare have no registers left for it, and a trellis has no entries.
+    if form.family == "trellis" or form.weights != triton.next_power_of_2(form.weights):
+        return []
+    return [1 << k for k in range(8 if form.family == "lattice" else form.bits, 2, -1)]
+
+
+def candidates(
+    facts: Facts, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
+) -> list[Settings]:
+    """Settings of `multiply` that are worth measuring, without hot entries."""
+    most = max(16, triton.next_power_of_2(-(-rows // experts) if experts else rows))
     tiles = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
-    found = []
-    for bt, (across, along), warps in itertools.product(
-        {1} if rows == 1 else {16, min(64, most), min(128, most)}, tiles, (4, 8)
-    ):
+    heights = [1] if rows == 1 and not experts else sorted({16, min(64, most), min(128, most)})
+    found = [guess(facts, rows, shape, form, experts, element)]
+    for bt, (across, along), warps in itertools.product(heights, tiles, (4, 8)):
         # The values that a thread makes at once.
         if not 8 <= across * along // (32 * warps) <= 64:
             continue
         size = {"BT": bt, "BA": across, "BN": max(1, along // triton.next_power_of_2(form.weights)), "num_warps": warps}
-        settled = _settled(form, rows, shape, 0, facts, **size)
-        slices = {settled["SPLIT"], max(1, settled["SPLIT"] // 2)}
-        found += [settled | {"SPLIT": split, "HOT": kept} for split in slices for kept in hot]
-    return found
+        settled = _settled(form, rows, shape, experts, facts, **size)
+        found += [settled | {"SPLIT": split} for split in sorted({settled["SPLIT"], max(1, settled["SPLIT"] // 2)})]
+    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
+
+
+def named(form: Format, experts: int = 0, element: int = 2) -> str:
+    """`multiply` in tables of settings. Products of float32 have other ones."""
+    return f"words.{form.name}{'.float32' if element == 4 else ''}{'.grouped' if experts else ''}"
 
 
 def multiply(
@@ -282,13 +291,13 @@ def multiply(
         return x_TI.new_empty((1, 0, outputs), dtype=torch.float32)
     codes, experts = form.view(codes), 0 if ends_E is None else len(ends_E)
     shape = (outputs, inputs)
-    kernel = f"words.{form.name}{'.grouped' if experts else ''}"
-    each = -(-rows // experts) if experts else rows
+    kernel = named(form, experts, x_TI.itemsize)
 
     def guessed(facts: Facts) -> Settings:
         return guess(facts, rows, shape, form, experts, x_TI.itemsize)
 
-    chosen = dict(launch.settings(kernel, x_TI.device, each, shape, guessed))
+    of_all = (experts, *shape) if experts else shape
+    chosen = dict(launch.settings(kernel, x_TI.device, rows, of_all, guessed))
     units = form.units(shape)
     along, step = (units, chosen["BN"]) if form.by_rows else (inputs, chosen["BA"])
     span, split = _slices(along, step, chosen.pop("SPLIT"))
@@ -316,15 +325,23 @@ def multiply(
     return out_STO
 
 
+@cache
+def dequantize_candidates(form: Format) -> list[Settings]:
+    """Settings of `dequantize` that are worth measuring, the guess first."""
+    lanes = triton.next_power_of_2(form.weights)
+    sizes = [(16, 256, 4), *itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8))]
+    # Each once, with 8 to 64 values of a thread.
+    sizes = [(a, b, w) for n, (a, b, w) in enumerate(sizes) if (a, b, w) not in sizes[:n] and 256 <= a * b // w <= 2048]
+    return [{"BA": a, "BN": max(1, along // lanes), "HOT": 0, "num_warps": warps} for a, along, warps in sizes]
+
+
 def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Format, dtype: torch.dtype) -> Tensor:
     """The values (O, I) of codes; of column words a view of Vᵀ, as a matrix library likes it."""
     codes = form.view(codes)
     streams, length = shape if form.by_rows else shape[::-1]
     out = codes.new_empty((streams, length), dtype=dtype)
-    block = {"BA": 16, "BN": max(1, 256 // triton.next_power_of_2(form.weights))}
-    chosen = launch.settings(
-        f"words.dequantize.{form.name}", codes.device, 1, shape, lambda facts: {**block, "HOT": 0, "num_warps": 4}
-    )
+    kernel = f"words.dequantize.{form.name}"
+    chosen = launch.settings(kernel, codes.device, 1, shape, lambda facts: dequantize_candidates(form)[0])
     grid = -(-streams // chosen["BA"]), -(-length // (chosen["BN"] * form.weights))
     sizes = streams, length, codes.shape[-1], form.units(shape)
     launch.run(
@@ -341,18 +358,25 @@ def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Forma
     return out if form.by_rows else out.T
 
 
+@cache
+def on_codes_candidates(facts: Facts, shape: tuple[int, int], form: Format) -> list[Settings]:
+    """Settings of `on_codes` that are worth measuring, the guess first."""
+    found = []
+    # Products with every entry of so many words, 8 of a thread in the first; as many look-ups.
+    for across, products, warps in ((256, 2048, 8), *itertools.product((128, 512), (1024, 2048, 4096), (4, 8))):
+        groups = max(1, min(8, products >> form.bits))
+        split = max(1, min(4 * facts.processors // -(-shape[0] // across), -(-form.units(shape) // groups)))
+        for slices in (split, max(1, split // 2)):
+            found.append({"BA": across, "BN": groups, "SPLIT": slices, "num_warps": warps, "num_stages": 1})
+    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
+
+
 def on_codes(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: Format) -> Tensor:
     """What `multiply` answers for learned words, by look-ups in the products of x with the codebook."""
     rows, inputs = x_TI.shape
     codes, shape = form.view(codes), (outputs, inputs)
-
-    def guess(facts: Facts) -> Settings:
-        # Products with every entry of so many words, 8 of a thread; as many look-ups.
-        groups = max(1, min(8, 2048 >> form.bits))
-        split = max(1, min(4 * facts.processors // -(-outputs // 256), -(-form.units(shape) // groups)))
-        return {"BA": 256, "BN": groups, "SPLIT": split, "num_warps": 8, "num_stages": 1}
-
-    chosen = dict(launch.settings(f"words.on_codes.{form.name}", x_TI.device, rows, shape, guess))
+    kernel, guessed = f"words.on_codes.{form.name}", lambda facts: on_codes_candidates(facts, shape, form)[0]
+    chosen = dict(launch.settings(kernel, x_TI.device, rows, shape, guessed))
     span, split = _slices(form.units(shape), chosen["BN"], chosen.pop("SPLIT"))
     out_STO = x_TI.new_empty((split, rows, outputs), dtype=torch.float32)
     sizes = rows, outputs, inputs, codes.shape[-1], form.units(shape), span

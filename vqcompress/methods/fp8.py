@@ -105,9 +105,9 @@ class FP8(Method):
         """Always."""
         return True
 
-    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
         """The kernel; on a CPU a product of the codes as floats."""
-        return "decoded once, then a dense product" if device.type == "cpu" else "tile-wise FP8 product of codes"
+        return super().path(shape, rows, device, packed) if device.type == "cpu" else "tile-wise FP8 product of codes"
 
     def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
         """x Wᵀ of `ops.fp8_linear`, the activation in 1×128 tiles; a decoded weight times x rounded as there."""

@@ -82,9 +82,16 @@ class INT8(Method):
         """Always."""
         return True
 
-    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+    @property
+    def ungrouped(self) -> str:
+        """Scales of activations that are stored differ from expert to expert."""
+        return "static scales of activations" if self.activations == "per_tensor" else ""
+
+    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
         """The kernel; on a CPU a product of the codes as floats."""
-        return "codes as float32, then a dense product" if device.type == "cpu" else "W8A8 product of codes"
+        if device.type != "cpu":
+            return "W8A8 product of codes"
+        return f"codes as float32{' at every call' if packed else ''}, then a dense product"
 
     def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
         """x Wᵀ of `ops.int8_linear`, the activation per token or with the stored scale."""

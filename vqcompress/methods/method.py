@@ -104,9 +104,14 @@ class Method(BaseModel):
         """Whether a GPU multiplies with the stored parts, not with a decoded weight."""
         return False
 
-    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
-        """How `linear` multiplies so many rows on a device, for people to read."""
-        return "decoded once, then a dense product"
+    @property
+    def ungrouped(self) -> str:
+        """Why `grouped` goes from expert to expert on every device, for people to read; empty if it does not."""
+        return ""
+
+    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
+        """How `linear` or `grouped` multiplies so many rows on a device, for people to read. packed: see `prepare`."""
+        return f"decoded {'at every call' if packed else 'once'}, then a dense product"
 
     def counts(self, parts: Parts, shape: Shape) -> Tensor | None:
         """How often each entry of a codebook is used by a weight, int64 (stages, entries); None without a table.

@@ -214,12 +214,12 @@ class VQ(Method):
         """Unless its streams end within a word."""
         return not self.form.refusal(shape)
 
-    def path(self, shape: Shape, rows: int, device: torch.device) -> str:
+    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
         """The kernel, or why there is none."""
         if device.type == "cpu" or self.form.refusal(shape):
             reason = self.form.refusal(shape) if device.type != "cpu" else ""
-            return super().path(shape, rows, device) + (f" ({reason})" if reason else "")
-        return product.path(self.form, device, rows, shape)
+            return super().path(shape, rows, device, packed) + (f" ({reason})" if reason else "")
+        return "multiply" if grouped else product.path(self.form, device, rows, shape)
 
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError naming the part if it is missing, of another type or shape, not finite or has stray bits."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from vqcompress.runtime.stacked import Stack, can_stack
+from vqcompress.runtime.stacked import Stack, refusal
 
 MERGES = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 # Widths of the random experts that the proof runs on; real ones may not fit into memory.
@@ -103,11 +103,18 @@ class Experts(nn.Module):
         current = all(stack.is_current(*(expert[leaf] for expert in ends)) for leaf, stack in self._stacks.items())
         if self._stacked_for != (x.device, x.dtype) or not current:
             self._stacks, self._stacked_for = {}, (x.device, x.dtype)
-            columns = {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
-            if all(can_stack(layers) for layers in columns.values()):
+            if not self.refusal(x.device):
                 with torch.inference_mode(False), torch.no_grad():
-                    self._stacks = {leaf: Stack(layers, x.dtype) for leaf, layers in columns.items()}
+                    self._stacks = {leaf: Stack(layers, x.dtype) for leaf, layers in self._columns().items()}
         return self._stacks
+
+    def refusal(self, device: torch.device) -> str:
+        """Why experts run one after the other on a device, for people to read; empty if they run as one stack."""
+        return next((why for layers in self._columns().values() if (why := refusal(layers, device))), "")
+
+    def _columns(self) -> dict[str, list[Any]]:
+        experts = cast(Any, list(self._modules.values()))
+        return {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
 
     def _activate(self, x: Tensor) -> Tensor:
         fused: Any = self._fused[0]

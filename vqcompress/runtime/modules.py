@@ -80,10 +80,8 @@ class CompressedLinear(_Stored):
         """The decoded weight, for code that reads a layer's `weight`."""
         return self.decoded().to(self._prepared_for)
 
-    @property
-    def keeps_parts(self) -> bool:
-        """Whether a product reads the stored parts, not a weight that was decoded once."""
-        device = self.get_buffer(part_name("weight", next(iter(self.entry.layout())))).device
+    def keeps_parts(self, device: torch.device) -> bool:
+        """Whether a product on a device reads the stored parts, not a weight that was decoded once."""
         return self.packed if device.type == "cpu" else self.entry.method.has_kernel(self.entry.target.shape)
 
     def view_part(self, name: str, part: Tensor) -> None:

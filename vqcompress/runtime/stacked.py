@@ -47,15 +47,20 @@ class Stack:
         return self.entry.method.grouped(x_SI, ends_E, self.parts, self.entry.target.shape)
 
 
-def can_stack(layers: Sequence[Any]) -> bool:
-    """Whether layers are compressed alike, are multiplied as they are stored, and nothing is added or divided."""
-    entries = [getattr(layer, "entry", None) for layer in layers]
+def refusal(layers: Sequence[Any], device: torch.device) -> str:
+    """Why layers cannot be stacked on a device, for people to read; empty if they can.
+
+    They must be compressed alike and multiplied as they are stored, with nothing to add or to divide by.
+    """
+    entries: list[Any] = [getattr(layer, "entry", None) for layer in layers]
+    if None in entries:
+        return "not all are compressed"
     first = entries[0]
-    return first is not None and all(
-        entry is not None
-        and (entry.method, entry.target.shape) == (first.method, first.target.shape)
-        and not entry.smoothed
-        and not entry.target.bias
-        and layer.keeps_parts
-        for entry, layer in zip(entries, layers, strict=True)
-    )
+    reasons = {
+        "different settings": any((e.method, e.target.shape) != (first.method, first.target.shape) for e in entries),
+        "smoothing at run time": any(e.smoothed for e in entries),
+        "biases": any(e.target.bias for e in entries),
+        first.method.ungrouped: bool(first.method.ungrouped),
+        "decoded weights": not all(layer.keeps_parts(device) for layer in layers),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
