@@ -76,10 +76,9 @@ def _multiply(  # type: ignore[no-untyped-def]
     if EXPERTS:
         codes += expert.to(tl.int64) * codes_of_expert
         table += expert * table_of_expert
-    t_T = tl.arange(0, BT)
     # A tile's rows count from its first, so that no thread carries offsets of 64 bits through the loop.
+    t_T, count = tl.arange(0, BT), last - first
     x_TI += first.to(tl.int64) * inputs
-    count = last - first
     x_T1 = x_TI + t_T[:, None] * inputs
     begin = slice_ * span
     # Of row words slices and steps count words, of column words inputs.
