@@ -6,6 +6,17 @@
 # network is needed; where there is no such Python it makes .venv. Results: benchmarks/results/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "$*" in
+"" | --interpret) ;;
+-h | --help)
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' scripts/bench_gpu.sh
+    exit
+    ;;
+*)
+    echo "bench_gpu.sh does not know '$*'; it takes --interpret, --help or nothing" >&2
+    exit 2
+    ;;
+esac
 needed="torch triton transformers accelerate safetensors numba pydantic typer rich yaml"
 missing() { "$1" -c "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if not u.find_spec(m)])" $needed; }
 py=python3

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kernels import relative_rms
+from kernels import interpreter, needs_gpu, relative_rms
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
@@ -35,6 +35,7 @@ from vqcompress.kernels import launch
 from vqcompress.plan import make_plan
 from vqcompress.quantize import dry_run, quantize
 from vqcompress.recipe import parse
+from vqcompress.runtime.decode import Decoder
 from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.load import load, load_any
 from vqcompress.runtime.modules import CompressedLinear
@@ -442,3 +443,102 @@ def test_inspect_shows_how_experts_run(quantized: Make) -> None:
     assert result.exit_code == 0, result.stderr
     wanted = "1, 16, 512 rows: decoded once, then a dense product; experts one by one: decoded weights"
     assert sum(wanted in line and ".experts." in line for line in result.stdout.splitlines()) == 3
+
+
+# Ways to store the weights of a mixture that a GPU multiplies in one launch for all experts, and the relative error of
+# a token's logits to the same on a CPU: activations in 8 bits may be rounded to another code.
+STORED = {
+    "int8": ("method: int8", 2e-2),
+    "fp8": ("method: fp8", 2e-2),
+    "learned": ("method: vq, d: 2, bits: 4, iterations: 2, refits: 0", 1e-3),
+    "universal": ("method: vq, codebook: universal", 1e-3),
+    "lattice": ("method: vq, codebook: lattice", 1e-3),
+    "trellis": ("method: vq, codebook: trellis, states: 8", 1e-3),
+}
+PROMPT = 6
+every_way_to_store = pytest.mark.parametrize("name", STORED)
+
+
+@torch.inference_mode()
+def run_mixture(folder: Path, device: str) -> tuple[Tensor, Tensor]:
+    """A mixture's logits (L, V) of a prompt and the tokens that it decodes then, on a GPU by a graph too."""
+    network = load(folder, device=device, cpu_weights="packed")
+    prompt_BL = ROWS[:1, :PROMPT].to(device)
+    logits_LV = network(prompt_BL).logits[0].float()
+    modules = [m for m in network.modules() if isinstance(m, Experts)]
+    assert modules
+    assert all(m._stacks.keys() == {*m.first, m.last} for m in modules)
+    decoded = []
+    for records in (False, True) if device == "cuda" else (False,):
+        decoder = Decoder(network, PROMPT + 3)
+        decoder.records &= records
+        decoded.append(torch.cat([decoder.prefill(prompt_BL).clone(), *(decoder.step().clone() for _ in range(2))], 1))
+    assert (decoder.graph is not None) == (device == "cuda")
+    assert torch.equal(decoded[0], decoded[-1])
+    return logits_LV.cpu(), decoded[-1].cpu()
+
+
+def run_mixture_by_kernels(folder: Path) -> tuple[Tensor, Tensor]:
+    """The same in a process with the interpreter, where what a GPU runs is behind the operators on a CPU too."""
+    from vqcompress import ops
+    from vqcompress.codebooks import product
+    from vqcompress.kernels import fp8, int8
+
+    calls = []
+
+    def by(kernel: Callable[..., Tensor], form: int | None = None) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            calls.append(kernel)
+            knobs = () if form is None else (product.Format(*arguments[form:]),)
+            return kernel(*arguments[:form], *knobs)
+
+        return run
+
+    for operator, kernel in (
+        (ops.int8_linear, by(int8.linear)),
+        (ops.int8_grouped, by(int8.grouped)),
+        (ops.fp8_linear, by(fp8.linear)),
+        (ops.fp8_grouped, by(fp8.grouped)),
+        (product.vq_linear, by(product.on_gpu, 5)),
+        (product.vq_grouped, by(product.grouped_on_gpu, 6)),
+    ):
+        operator.register_kernel("cpu")(kernel)
+    found = run_mixture(folder, "cpu")
+    assert {kernel.__name__.removesuffix("_on_gpu") for kernel in calls} in (
+        {"linear", "grouped"},
+        {"on_gpu", "grouped"},
+    )
+    return found
+
+
+def check_mixture(name: str, folder: Path, found: tuple[Tensor, Tensor]) -> None:
+    """Against decoded weights on a CPU, one expert after the other."""
+    with torch.inference_mode():
+        wanted_LV = load(folder, cpu_weights="dense")(ROWS[:1, :PROMPT]).logits[0].float()
+    errors = [relative_rms(f, w) for f, w in zip(found[0], wanted_LV, strict=True)]
+    # One of the tokens may have two experts that are as good as equal, and go to the other.
+    assert sorted(errors)[-2] < STORED[name][1]
+    assert found[1].shape == (1, 3)
+    assert found[1][0, 0] == found[0][-1].argmax()
+
+
+@pytest.fixture(scope="module")
+def interpret() -> Any:
+    with interpreter() as call:
+        yield call
+
+
+@every_way_to_store
+def test_a_mixture_by_its_kernels(name: str, quantized: Make, interpret: Callable[..., Any]) -> None:
+    # One layer is enough of what takes the interpreter so long.
+    folder = quantized(f"rules:\n  - {{match: '*', {STORED[name][0]}}}\n", "mixtral", layers=1)
+    check_mixture(name, folder, interpret(run_mixture_by_kernels, folder))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@every_way_to_store
+def test_a_mixture_on_a_gpu(name: str, quantized: Make) -> None:
+    """Experts in one launch, and decoding as a graph, which answers what single steps do."""
+    folder = quantized(f"rules:\n  - {{match: '*', {STORED[name][0]}}}\n", "mixtral")
+    check_mixture(name, folder, run_mixture(folder, "cuda"))

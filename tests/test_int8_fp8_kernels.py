@@ -242,6 +242,22 @@ def test_tiles_in_groups_and_of_other_sizes(call: Call) -> None:
         check_fp8_linear(call, x_TI, e4m3_OI, scale_PJ, False, settings=settings)
 
 
+@pytest.mark.parametrize("columns", [24, 100, 300, 1000])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
+def test_inputs_that_are_no_multiple_of_16(call: Call, tokens: int, columns: int) -> None:
+    """Up to 16 rows as it is stored, above with zeros; also of experts, and with both types that x is multiplied in."""
+    x_TI = activations(tokens, columns, torch.float32)
+    (codes_OI, scale_O), (e4m3_OI, scale_PJ) = int8_weight(150, columns), fp8_weight(150, columns)
+    found_TO = call("int8", "linear", x_TI, codes_OI, scale_O)
+    assert torch.equal(found_TO, ops.int8_linear(x_TI, codes_OI, scale_O, None))
+    for arch in (90, 80):
+        check_fp8_linear(call, x_TI, e4m3_OI, scale_PJ, False, arch=arch)
+    ends_E = torch.tensor([tokens], dtype=torch.int32)
+    assert torch.equal(call("int8", "grouped", x_TI, ends_E, codes_OI[None], scale_O[None]), found_TO)
+    found_TO = call("fp8", "grouped", x_TI, ends_E, e4m3_OI[None], scale_PJ[None], True)
+    assert relative_rms(found_TO, ops.fp8_linear(x_TI, e4m3_OI, scale_PJ, True)) <= tolerance(call)
+
+
 def test_no_rows_and_columns_in_another_order(call: Call) -> None:
     x_TI, (codes_OI, scale_O), (e4m3_OI, scale_PJ) = inputs(40, 5).T, int8_weight(3, 40), fp8_weight(3, 40)
     assert torch.equal(call("int8", "linear", x_TI, codes_OI, scale_O), ops.int8_linear(x_TI, codes_OI, scale_O, None))
@@ -314,7 +330,8 @@ def recorded(kernel: str, arch: int | str, rows: int, shape: Shape, experts: int
 
 
 @pytest.mark.parametrize(
-    ("rows", "shape"), [(1, (4096, 4096)), (16, (4096, 14336)), (512, (4096, 14336)), (4096, (4096, 4096))]
+    ("rows", "shape"),
+    [(1, (4096, 4096)), (16, (4096, 14336)), (512, (4096, 14336)), *((n, (4096, 4096)) for n in (17, 64, 4096))],
 )
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", ["int8", "fp8"])
@@ -323,7 +340,7 @@ def test_compiles_for(kernel: str, arch: int | str, rows: int, shape: Shape) -> 
     launches = recorded(kernel, arch, rows, shape)
     check_resources(launches, arch)
     names = [c.kernel.fn.__name__ for c, _, _ in launches]
-    assert names == ["_quantize", "_multiply", "_finish"][: 3 if rows <= 16 else 2]
+    assert names == ["_quantize", "_multiply", "_finish"][: 3 if rows <= 64 else 2]
     check_division(launches[0][1])
     product, compiled, _ = launches[1]
     check_product(compiled, arch, product.settings["BLOCK_T"] >= 64)
@@ -341,6 +358,21 @@ def test_grouped_compiles_for(kernel: str, arch: int | str) -> None:
         check_resources(launches, arch)
         assert len(launches) == 2
         check_product(launches[1][1], arch, launches[1][0].settings["BLOCK_T"] >= 64)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", ["int8", "fp8"])
+def test_inputs_that_are_no_multiple_of_16_compile_for(kernel: str, arch: int | str) -> None:
+    """Few rows are multiplied by a weight as it is stored; for many it is filled up with zeros, and loads are wide."""
+    for columns in (24, 4095):
+        for rows, experts in ((1, 0), (16, 0), (17, 0), (64, 0), (4096, 0), (8, 64), (4096, 64)):
+            launches = recorded(kernel, arch, rows, (2048, columns), experts)
+            check_resources(launches, arch)
+            _, product, *_ = launches
+            padded = rows > 16 * max(1, experts)
+            assert product[0].arguments[8] == (math.ceil(columns / 16) * 16 if padded else columns)
+            if padded:
+                check_product(product[1], arch, product[0].settings["BLOCK_T"] >= 64)
 
 
 def check_resources(launches: list[Any], arch: int | str) -> None:

@@ -66,6 +66,10 @@ def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     return module.best(x_Nd, book_Kd, beam)
 
 
+def beam_search(x_Nd: Tensor, books_RKd: Tensor, beam: int) -> Tensor:
+    return learned.nearest(x_Nd, books_RKd, beam, kernel=True)
+
+
 def nearest_e8p(x_N8: Tensor) -> Tensor:
     from vqcompress.kernels import nearest as module
 
@@ -153,6 +157,26 @@ def check_best(call: Call, vectors: int, count: int, length: int, beam: int) -> 
     assert torch.equal(score_Nb, exact_NK.gather(1, order_Nb))
 
 
+def check_beam_search(call: Call, vectors: int, size: tuple[int, int, int], beam: int) -> None:
+    """The codes of the search that looks at every score, where stages are as fine as they are in practice."""
+    stages, count, length = size
+    books_RKd = gaussian((stages * count, length), 6).view(size) * 0.4 ** torch.arange(stages).view(-1, 1, 1)
+    x_Nd = gaussian((vectors, length), 7)
+    code_NR = call("beam_search", x_Nd, books_RKd, beam)
+    assert (code_NR.shape, code_NR.dtype) == ((vectors, stages), torch.int64)
+    assert torch.equal(code_NR, learned.nearest(x_Nd, books_RKd, beam, kernel=False))
+
+
+BEAMS = [
+    (0, (2, 8, 4), 2),
+    (1, (2, 5, 3), 8),
+    (40, (2, 64, 8), 1),
+    (40, (2, 64, 4), 4),
+    (30, (3, 20, 5), 3),
+    (9, (4, 3, 2), 8),
+]
+
+
 def e8p_vectors(count: int) -> Tensor:
     """Gaussian, with one of zeros, one far outside and, in the last half, some that are as near to several words."""
     x_N8 = gaussian((count, 8), 5)
@@ -205,6 +229,22 @@ def test_finish(interpret: Call, sums: int, shape: tuple[int, int], dtype: torch
 )
 def test_best(interpret: Call, vectors: int, count: int, length: int, beam: int) -> None:
     check_best(lambda *a: interpret(by_interpreter, *a), vectors, count, length, beam)
+
+
+@pytest.mark.parametrize(("vectors", "size", "beam"), BEAMS)
+def test_beam_search(interpret: Call, vectors: int, size: tuple[int, int, int], beam: int) -> None:
+    check_beam_search(lambda *a: interpret(by_interpreter, *a), vectors, size, beam)
+
+
+def test_a_beam_search_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No temporary is larger than was said, and the codes are the same."""
+    x_Nd, books_RKd = gaussian((50, 4), 1), gaussian((32, 4), 2).view(2, 16, 4)
+    expected_NR, largest = learned.nearest(x_Nd, books_RKd, 3), []
+    monkeypatch.setattr(learned, "CHUNK", 200)
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: largest.append((y := addmm(*a, **k)).numel()) or y)
+    assert torch.equal(learned.nearest(x_Nd, books_RKd, 3), expected_NR)
+    assert 0 < max(largest) <= 200
 
 
 @pytest.mark.parametrize("vectors", [0, 1, 3, 17, 129])
@@ -323,6 +363,13 @@ def test_finish_on_a_gpu(sums: int, shape: tuple[int, int], rotated: bool, dtype
 @pytest.mark.parametrize(("count", "length"), [(5, 3), (64, 1), (256, 8), (300, 2), (4096, 16), (1 << 16, 8)])
 def test_best_on_a_gpu(vectors: int, count: int, length: int, beam: int) -> None:
     check_best(on_gpu, min(vectors, (1 << 26) // count), count, length, beam)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("vectors", "size", "beam"), [*BEAMS, (2000, (2, 256, 8), 8)])
+def test_beam_search_on_a_gpu(vectors: int, size: tuple[int, int, int], beam: int) -> None:
+    check_beam_search(on_gpu, vectors, size, beam)
 
 
 @pytest.mark.gpu

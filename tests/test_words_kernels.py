@@ -165,16 +165,13 @@ def meta_rows(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> T
     return torch.empty((rows, columns), dtype=dtype, device="meta")
 
 
-def check_compiled(call: Any, arch: int | str, parked: int = 0) -> Any:
-    """A launch compiled ahead of time; it must fit the device and spill nothing.
-
-    parked: bytes that a thread may keep on its stack from before its loop until after it.
-    """
+def check_compiled(call: Any, arch: int | str) -> Any:
+    """A launch compiled ahead of time; it must fit the device and spill nothing."""
     import ahead
 
     kernel = ahead.compile_call(call, arch)
     used = ahead.resources(kernel)
-    assert used.stack <= parked
+    assert used.stack == 0
     assert used.shared <= launch.KNOWN[arch].shared
     return kernel
 
@@ -208,19 +205,25 @@ def test_compiles_for_gpus_without_spills(name: str, arch: int | str) -> None:
             assert "dp4a" in text
 
 
-@pytest.mark.parametrize("name", ["learned", "learned d 3, 5 bits", "universal 4,8", "lattice 2", "trellis 2"])
-def test_rarer_launches_compile_without_spills(name: str) -> None:
-    """float32, the hot entries of a codebook kept by the program, look-ups on codes, experts."""
+RARER = ["learned", "learned d 3, 5 bits", "universal 4,8", "lattice 2", "trellis 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(n, 90) for n in RARER] + [(n, arch) for arch in (80, 100, "gfx942") for n in RARER[1::3]]
+)
+def test_rarer_launches_compile_without_spills(name: str, arch: int | str) -> None:
+    """float32, experts with few rows and many, look-ups on codes, the hot entries of a codebook kept by the program."""
     pytest.importorskip("triton")
     from vqcompress.kernels import words
 
     for rows in (1, 17, 129):
-        for call in calls_of(name, 90, meta_rows(rows, 4096, torch.float32), 4096):
-            check_compiled(call, 90, parked=8)
+        for call in calls_of(name, arch, meta_rows(rows, 4096, torch.float32), 4096):
+            check_compiled(call, arch)
     form, parts = meta_parts(name, (4096, 4096))
     read = parts["codes"], parts["table"], 4096, form
-    with launch.recording(90) as calls:
-        if form.family in ("learned", "universal") and form.d != 3:
+    with launch.recording(arch) as calls:
+        # Settings that no guess has: what they take is measured where they are tuned.
+        if form.family in ("learned", "universal") and form.d != 3 and arch == 90:
             guess = words.guess(launch.KNOWN[90], 1, (4096, 4096), form)
             for hot in (32, 1 << form.bits):
                 with launch.trying(words.named(form), guess | {"HOT": hot}):
@@ -229,10 +232,10 @@ def test_rarer_launches_compile_without_spills(name: str) -> None:
             words.on_codes(meta_rows(1, 4096), *read)
         _, parts = meta_parts(name, (2048, 4096), experts=64)
         ends_E = torch.empty(64, dtype=torch.int32, device="meta")
-        for rows in (8, 512):
-            words.multiply(meta_rows(rows, 4096), parts["codes"], parts["table"], 2048, form, ends_E)
+        for rows, dtype in ((8, torch.bfloat16), (8192, torch.bfloat16), (512, torch.float32)):
+            words.multiply(meta_rows(rows, 4096, dtype), parts["codes"], parts["table"], 2048, form, ends_E)
     for call in calls:
-        check_compiled(call, 90, parked=8)
+        check_compiled(call, arch)
 
 
 @pytest.mark.gpu

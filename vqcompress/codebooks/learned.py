@@ -1,7 +1,7 @@
 """Tables of entries: the search in them, and learning them from the weights that they will encode.
 
 Shape legend: O output rows, J input columns in the order of encoding, d vector length, G = J / d groups, R stages, K
-entries of a stage, N vectors, M candidates of a beam.
+entries of a stage, N vectors, M candidates of a beam, V = N · M, b entries looked at of each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from vqcompress.codebooks.feedback import Problem, error_feedback
 
 # Numbers in the largest temporary of a search.
 CHUNK = 1 << 22
+# Candidates up to which a pass over the entries for each is thought to cost less than a matrix of scores.
+PASSES = 16
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,37 @@ def learn(
     return hottest_first(problems, codebooks_RKd, beam)
 
 
-def nearest(target_Nd: Tensor, codebooks_RKd: Tensor, beam: int) -> Tensor:
-    """Codes (N, R), int64, of the entries whose sum is nearest to each target; a beam search from stage to stage."""
-    stages, count, d = codebooks_RKd.shape
-    if target_Nd.is_cuda and stages == 1:
-        from vqcompress.kernels import nearest as kernel
+def nearest(target_Nd: Tensor, codebooks_RKd: Tensor, beam: int, kernel: bool | None = None) -> Tensor:
+    """Codes (N, R), int64, of the entries whose sum is nearest to each target; a beam search from stage to stage.
 
-        return kernel.nearest(target_Nd, codebooks_RKd[0]).long()[:, None]
-    rows = max(1, CHUNK // (count * (beam if stages > 1 else 1)))
+    kernel: search by `kernels.nearest`, which never holds a score for every entry; unless said, on a GPU, and with no
+    more candidates than it may have passes over the entries.
+    """
+    stages, count, d = codebooks_RKd.shape
+    if kernel is None:
+        kernel = target_Nd.is_cuda and (stages == 1 or beam <= PASSES)
+    rows = max(1, CHUNK // ((max(beam, d) if kernel else count) * (beam if stages > 1 else 1)))
     if len(target_Nd) > rows:
-        return torch.cat([nearest(chunk_Nd, codebooks_RKd, beam) for chunk_Nd in target_Nd.split(rows)])
+        return torch.cat([nearest(chunk_Nd, codebooks_RKd, beam, kernel) for chunk_Nd in target_Nd.split(rows)])
     rest_NMd = target_Nd[:, None]
     codes_NMR = torch.empty((len(target_Nd), 1, 0), dtype=torch.int64, device=target_Nd.device)
     for stage, book_Kd in enumerate(codebooks_RKd):
+        keep = 1 if stage == stages - 1 else min(beam, rest_NMd.shape[1] * count)
         # Half the squared distance, less |rest|² / 2 where there is one candidate, so that it does not matter.
-        half_K = book_Kd.square().sum(1) / 2
-        score_NMK = torch.addmm(half_K, rest_NMd.reshape(-1, d), book_Kd.T, alpha=-1).view(len(rest_NMd), -1, count)
+        if kernel:
+            from vqcompress.kernels import nearest as search
+
+            # The best of all are among the best of each candidate.
+            found_Vb, score_Vb = search.best(rest_NMd.reshape(-1, d), book_Kd, min(keep, count))
+        else:
+            score_Vb = torch.addmm(book_Kd.square().sum(1) / 2, rest_NMd.reshape(-1, d), book_Kd.T, alpha=-1)
+        score_NMb = score_Vb.view(*rest_NMd.shape[:2], score_Vb.shape[1])
         if rest_NMd.shape[1] > 1:
-            score_NMK += rest_NMd.square().sum(2, keepdim=True) / 2
-        flat = score_NMK.flatten(1)
-        keep = 1 if stage == stages - 1 else min(beam, flat.shape[1])
+            score_NMb += rest_NMd.square().sum(2, keepdim=True) / 2
+        flat = score_NMb.flatten(1)
         best_NM = flat.argmin(1, keepdim=True) if keep == 1 else flat.topk(keep, 1, largest=False).indices
-        origin_NM, code_NM = best_NM // count, best_NM % count
+        origin_NM = best_NM // score_NMb.shape[2]
+        code_NM = found_Vb.view(flat.shape).gather(1, best_NM).long() if kernel else best_NM % count
         before_NMR = codes_NMR.gather(1, origin_NM[..., None].expand(-1, -1, stage))
         codes_NMR = torch.cat([before_NMR, code_NM[..., None]], 2)
         rest_NMd = rest_NMd.gather(1, origin_NM[..., None].expand(-1, -1, d)) - book_Kd[code_NM]

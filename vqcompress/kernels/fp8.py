@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqcompress.kernels import launch
-from vqcompress.kernels.int8 import FINISHED, largest, most_stages, place, shapes, split_for, wide
+from vqcompress.kernels.int8 import ALIGNED, FINISHED, aligned, largest, most_stages, place, shapes, split_for, wide
 from vqcompress.kernels.launch import Facts, Settings
 from vqcompress.kernels.tiles import rows_of, tiles_of
 
@@ -189,13 +189,15 @@ def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, 
 def _product(
     name: str, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, power_of_two: bool
 ) -> Tensor:
-    (tokens, inputs), outputs = x_TI.shape, codes.shape[-2]
+    tokens, outputs = len(x_TI), codes.shape[-2]
     y_TO = x_TI.new_empty((tokens, outputs))
     if not tokens:
         return y_TO
     experts = 0 if ends_E is None else len(ends_E)
     # An expert has so many rows on average.
-    rows, shape = triton.cdiv(tokens, max(1, experts)), (outputs, inputs)
+    rows = triton.cdiv(tokens, max(1, experts))
+    x_TI, codes = aligned(x_TI, codes, rows)
+    shape = (outputs, inputs := x_TI.shape[1])
     of_all = (experts, *shape) if experts else shape
     settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
     if experts:
@@ -235,7 +237,9 @@ def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
     split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, SIDE)
     most = 2 if facts.warp == 64 else 3 if block_T == 64 else 5
     stages = min(most, _most_stages(facts, block_T, block_O))
-    return _settings(block_T, block_O, split, 4 if block_T * block_O < 8192 or wide(facts) else 8, stages)
+    # Loads of single bytes take the registers of twice as many threads.
+    narrow = inputs % ALIGNED == 0 and (block_T * block_O < 8192 or wide(facts))
+    return _settings(block_T, block_O, split, 4 if narrow else 8, stages)
 
 
 def candidates(facts: Facts, rows: int, outputs: int, inputs: int) -> list[Settings]:

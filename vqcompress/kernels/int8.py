@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vqcompress.kernels import launch
 from vqcompress.kernels.launch import Facts, Settings
@@ -34,6 +35,9 @@ from vqcompress.kernels.tiles import rows_of, tiles_of
 HELD = 16384
 # Outputs of a row that a program of `_finish` writes.
 FINISHED = 512
+# Inputs must be a multiple of this for loads of 16 bytes, since a row of codes begins where the last one ends. If they
+# are not, up to so many rows of x are multiplied by what is loaded byte by byte; for more, codes are copied with zeros.
+ALIGNED, FEW = 16, 16
 INT8_MAX = tl.constexpr(127.0)
 SCALE_MIN = tl.constexpr(2.0**-126)
 # The bits of infinity; those of NaN without its sign are greater.
@@ -126,13 +130,12 @@ def _multiply(  # type: ignore[no-untyped-def]
         return
     s = tl.program_id(1)
     share = tl.cdiv(tl.cdiv(inputs, BLOCK_I), SPLIT) * BLOCK_I
-    t_T = first + tl.arange(0, BLOCK_T)
-    o_O = tile_O * BLOCK_O + tl.arange(0, BLOCK_O)
-    i_I = s * share + tl.arange(0, BLOCK_I)
-    row_O = tl.cast(expert, tl.int64) * outputs + o_O
-    x_TI = codes_TI + t_T.to(tl.int64)[:, None] * inputs + i_I[None, :]
-    w_IO = codes_EOI + row_O[None, :] * inputs + i_I[:, None]
-    has_T, has_O = t_T < last, o_O < outputs
+    t_T, o_O, i_I = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
+    # A tile's rows count from its first ones, so that no thread carries offsets of 64 bits through the loop.
+    row = tl.cast(expert, tl.int64) * outputs + tile_O * BLOCK_O
+    x_TI = codes_TI + first.to(tl.int64) * inputs + s * share + t_T[:, None] * inputs + i_I[None, :]
+    w_IO = codes_EOI + row * inputs + s * share + o_O[None, :] * inputs + i_I[:, None]
+    has_T, has_O = t_T < last - first, o_O < outputs - tile_O * BLOCK_O
     acc_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.int32)
     for i in range(s * share, tl.minimum((s + 1) * share, inputs), BLOCK_I):
         has_I = tl.arange(0, BLOCK_I) < inputs - i
@@ -141,12 +144,15 @@ def _multiply(  # type: ignore[no-untyped-def]
         acc_TO = tl.dot(x, w, acc_TO, out_dtype=tl.int32)
         x_TI += BLOCK_I
         w_IO += BLOCK_I
-    out_TO = out + (s.to(tl.int64) * tokens + t_T)[:, None] * outputs + o_O[None, :]
+    out += (s.to(tl.int64) * tokens + first) * outputs + tile_O * BLOCK_O
+    out_TO = out + t_T[:, None] * outputs + o_O[None, :]
     has_TO = has_T[:, None] & has_O[None, :]
     if SPLIT > 1:
         tl.store(out_TO, acc_TO, mask=has_TO)
     else:
-        scale_TO = tl.load(scale_T + t_T, mask=has_T)[:, None] * tl.load(scale_EO + row_O, mask=has_O)[None, :]
+        scale_TO = (
+            tl.load(scale_T + first + t_T, mask=has_T)[:, None] * tl.load(scale_EO + row + o_O, mask=has_O)[None, :]
+        )
         tl.store(out_TO, (acc_TO.to(tl.float32) * scale_TO).to(out.dtype.element_ty), mask=has_TO)
 
 
@@ -201,13 +207,15 @@ def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -
 def _product(
     name: str, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, input_scale: Tensor | None
 ) -> Tensor:
-    (tokens, inputs), outputs = x_TI.shape, codes.shape[-2]
+    tokens, outputs = len(x_TI), codes.shape[-2]
     y_TO = x_TI.new_empty((tokens, outputs))
     if not tokens:
         return y_TO
     experts = 0 if ends_E is None else len(ends_E)
     # An expert has so many rows on average.
-    rows, shape = triton.cdiv(tokens, max(1, experts)), (outputs, inputs)
+    rows = triton.cdiv(tokens, max(1, experts))
+    x_TI, codes = aligned(x_TI, codes, rows)
+    shape = (outputs, inputs := x_TI.shape[1])
     of_all = (experts, *shape) if experts else shape
     settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
     if experts:
@@ -224,6 +232,19 @@ def _product(
         constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
         launch.run(_finish, grid, out, scale_T1, scale, y_TO, tokens, outputs, **constants)
     return y_TO
+
+
+def aligned(x_TI: Tensor, codes: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """x and the codes of a weight; for many rows with inputs of zeros, so that each row is loaded 16 bytes at once.
+
+    Addresses of single bytes for tiles of many rows would not fit the registers; a copy takes two more passes over the
+    weight, too much for few rows.
+    """
+    if rows <= FEW or x_TI.shape[1] % ALIGNED == 0:
+        return x_TI, codes
+    more = (0, -x_TI.shape[1] % ALIGNED)
+    # Zero is the byte 0 in INT8 and in E4M3, which not every torch can pad.
+    return pad(x_TI, more), pad(codes.view(torch.int8), more).view(codes.dtype)
 
 
 def split_for(facts: Facts, tiles: int, rows: int, inputs: int, block_I: int) -> int:
@@ -267,6 +288,9 @@ def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
         block_O = 256
     elif tiles_T * triton.cdiv(outputs, block_O) < facts.processors:
         block_O = 64
+    if inputs % ALIGNED:
+        # Each byte is a load of its own: half as many at once.
+        block_O = 32
     split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, block_I)
     stages = min(4 if facts.warp == 32 else 2, most_stages(facts, (block_T + block_O) * block_I))
     return _settings(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)

@@ -77,8 +77,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     if EXPERTS:
         codes += expert.to(tl.int64) * codes_of_expert
         table += expert * table_of_expert
-    t_T = first + tl.arange(0, BT)
-    x_T1 = x_TI + t_T[:, None].to(tl.int64) * inputs
+    # A tile's rows count from its first, so that no thread carries offsets of 64 bits through the loop.
+    t_T, count = tl.arange(0, BT), last - first
+    x_TI += first.to(tl.int64) * inputs
+    x_T1 = x_TI + t_T[:, None] * inputs
     begin = slice_ * span
     # Of row words slices and steps count words, of column words inputs.
     end = tl.minimum(begin + span, units if by_rows else inputs)
@@ -105,9 +107,9 @@ def _multiply(  # type: ignore[no-untyped-def]
             if by_rows:
                 i_NJ = unit_N[:, None] * D + j_J[None, :]
                 inside_NJ = (unit_N < end)[:, None] & (i_NJ < inputs) & (j_J < D)[None, :]
-                x_ANJ = tl.load(x_TI + first * inputs + i_NJ, inside_NJ, 0.0)[None, :, :]
+                x_ANJ = tl.load(x_TI + i_NJ, inside_NJ, 0.0)[None, :, :]
             else:
-                x_ANJ = tl.load(x_TI + first * inputs + stream_A, inside_A, 0.0)[:, None, None]
+                x_ANJ = tl.load(x_TI + stream_A, inside_A, 0.0)[:, None, None]
             sum_ANJ += value_ANJ * x_ANJ.to(tl.float32)
         else:
             value_AM = tl.reshape(value_ANJ, (BA, BN * J)).to(DTYPE)
@@ -118,12 +120,12 @@ def _multiply(  # type: ignore[no-untyped-def]
                 value_IO = tl.trans(value_AM)
             else:
                 i_I, inside_I, value_IO = stream_A, inside_A, value_AM
-            x_TB = tl.load(x_T1 + i_I[None, :], (t_T[:, None] < last) & inside_I[None, :], 0.0)
+            x_TB = tl.load(x_T1 + i_I[None, :], (t_T[:, None] < count) & inside_I[None, :], 0.0)
             sum_TO = tl.dot(x_TB.to(DTYPE), value_IO, sum_TO, input_precision="ieee")
     if BT == 1:
         sum_TO = tl.sum(tl.sum(sum_ANJ, 2), 1)[None, :] if by_rows else tl.reshape(tl.sum(sum_ANJ, 0), (1, BN * J))
-    out_TO = out_STO + (slice_.to(tl.int64) * rows + t_T[:, None]) * outputs + o_O[None, :]
-    tl.store(out_TO, sum_TO, (t_T[:, None] < last) & (o_O[None, :] < outputs))
+    out_TO = out_STO + (slice_.to(tl.int64) * rows + first + t_T[:, None]) * outputs + o_O[None, :]
+    tl.store(out_TO, sum_TO, (t_T[:, None] < count) & (o_O[None, :] < outputs))
 
 
 @triton.jit
@@ -230,15 +232,17 @@ def guess(
     """Settings of `multiply` where nothing was measured. SPLIT: slices of the reduction. element: bytes of one of x."""
     lanes = triton.next_power_of_2(form.weights)
     if rows == 1 and not experts:
-        # 16 bytes of codes for each of 128 threads, as far as their registers go.
+        # 16 bytes of codes for each of 128 threads, as far as their registers go; float32 takes twice as many.
         across, along = (32, 256) if form.bits_per_weight <= 2 else (32, 128) if form.by_rows else (16, 256)
-        size = {"BT": 1, "BA": across, "BN": max(1, along // lanes)}
+        size = {"BT": 1, "BA": 2 * across // element, "BN": max(1, along // lanes), "num_warps": 4}
     else:
         # Products of float32 have no matrix units, and lie in registers with both operands.
         across, along, most = (32, 128, 64) if element == 2 else (16, 64, 16)
         of_a_tile = triton.next_power_of_2(-(-rows // experts) if experts else rows)
         size = {"BT": min(most, max(16, of_a_tile)), "BA": across, "BN": max(1, along // lanes)}
-    return _settled(form, rows, shape, experts, facts, **size, num_warps=4)
+        # Lanes to spare, and the masks for them, take registers too.
+        size["num_warps"] = 8 if size["BT"] == 64 and lanes != form.weights else 4
+    return _settled(form, rows, shape, experts, facts, **size)
 
 
 def splits(form: Format) -> list[int]:
