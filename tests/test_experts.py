@@ -29,7 +29,7 @@ from vqcompress.evaluate import perplexity
 from vqcompress.export import export
 from vqcompress.inputs import find_inputs
 from vqcompress.inspect import inspect
-from vqcompress.plan import make_plan
+from vqcompress.plan import dense_weights, make_plan
 from vqcompress.quantize import dry_run, quantize
 from vqcompress.recipe import parse
 from vqcompress.runtime.experts import Experts, unfuse
@@ -47,8 +47,12 @@ LEAVES = {
     "mixtral": ("w1", "w3", "w2"),
     "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
     "deepseek_v3": ("gate_proj", "up_proj", "down_proj"),
+    # Stored fused: these names are ours.
+    "gpt_oss": ("gate_proj", "up_proj", "down_proj"),
+    "llama4": ("gate_proj", "up_proj", "down_proj"),
 }
 every_family = pytest.mark.parametrize("family", LEAVES)
+stored_fused = pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
 RECIPES = ["smoothquant-int8", "fp8-tile", "vq-small"]
 
 
@@ -61,6 +65,11 @@ def files(folder: Path) -> dict[str, str]:
     """SHA-256 by name, of what the inputs determine."""
     kept = (path for path in folder.iterdir() if path.name not in ("report.json", "README.md"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def mixture(family: str) -> str:
+    """Path of the mixture in a block."""
+    return "feed_forward" if family == "llama4" else "mlp"
 
 
 def rewritten(source: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -98,14 +107,16 @@ def test_taken_apart_the_experts_compute_the_same(family: str, toy: Make) -> Non
     assert not others
     fused = load_any(str(toy(family))).model.layers[1].get_submodule(path)
     # The other implementations read uninitialized memory for a token without an expert, and the tests fill it with NaN.
-    fused.config._experts_implementation = "eager"
+    if family != "llama4":
+        fused.config._experts_implementation = "eager"
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(50, 64, generator=draw)
-    # Four means no expert, as in transformers' own.
-    chosen = torch.stack([torch.randperm(5, generator=draw)[:2] for _ in x])
-    weights = torch.rand(50, 2, generator=draw)
-    torch.testing.assert_close(experts(x, chosen, weights), fused(x, chosen, weights), atol=1e-5, rtol=1e-5)
-    assert torch.equal(experts(x[:0], chosen[:0], weights[:0]), x[:0])
+    # Four means no expert, as in transformers' own, except that of gpt-oss.
+    chosen = torch.stack([torch.randperm(4 + (family != "gpt_oss"), generator=draw)[:2] for _ in x])
+    routing = () if family == "llama4" else (chosen, torch.rand(50, 2, generator=draw))
+    x = x[:48] * (torch.arange(48) % 3 > 0)[:, None] if family == "llama4" else x
+    torch.testing.assert_close(experts(x, *routing), fused(x, *routing), atol=1e-5, rtol=1e-5)
+    assert torch.equal(experts(x[:0], *(r[:0] for r in routing)), x[:0])
 
 
 @every_family
@@ -114,11 +125,12 @@ def test_every_expert_is_three_targets_named_as_in_the_checkpoint(family: str, t
         t.name: t.shape for b in BlockStream(Checkpoint(toy(family)), CPU, torch.float32).blocks for t in b.targets
     }
     gate, up, down = LEAVES[family]
-    inner = names[f"model.layers.1.mlp.experts.3.{gate}"][0]
+    path = f"model.layers.1.{mixture(family)}.experts"
+    inner = names[f"{path}.3.{gate}"][0]
     for e in range(4):
-        assert names[f"model.layers.1.mlp.experts.{e}.{gate}"] == (inner, 64)
-        assert names[f"model.layers.1.mlp.experts.{e}.{up}"] == (inner, 64)
-        assert names[f"model.layers.1.mlp.experts.{e}.{down}"] == (64, inner)
+        assert names[f"{path}.{e}.{gate}"] == (inner, 64)
+        assert names[f"{path}.{e}.{up}"] == (inner, 64)
+        assert names[f"{path}.{e}.{down}"] == (64, inner)
 
 
 @every_family
@@ -167,6 +179,81 @@ def test_experts_that_are_stored_fused_stay_dense_and_are_named(toy: Make, tmp_p
     verify(str(tmp_path / "out"))
     assert not any("experts" in name for name in Artifact(tmp_path / "out").entries)
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+@stored_fused
+def test_experts_that_nothing_compresses_are_copied_as_they_are_stored(family: str, quantized: Make, toy: Make) -> None:
+    rules = (
+        "{match: '*.experts.*', method: keep}\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}"
+    )
+    folder = quantized(f"rules:\n  - {rules}\n", family)
+    verify(str(folder))
+    stored, source = Artifact(folder), Checkpoint(toy(family))
+    fused = {name for name in source.tensors if ".experts." in name}
+    assert fused == {name for name in stored.tensors if ".experts." in name}
+    before, after = source.read(fused), stored.read(fused)
+    assert all(torch.equal(before[name], after[name]) for name in fused)
+    other, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(other.eval()), logits(load(folder)))
+
+
+@stored_fused
+def test_what_is_taken_apart_is_put_together_again_to_the_bit(
+    family: str, quantized: Make, toy: Make, tmp_path: Path
+) -> None:
+    """In a process that knows nothing of vqcompress, too."""
+    folder = quantized("rules:\n  - {match: '*.experts.1.*', method: int8}\n", family)
+    export(str(folder), "dense", tmp_path / "dense", verify=True)
+    before, after = Checkpoint(toy(family)), Checkpoint(tmp_path / "dense")
+    assert {n: i.shape for n, i in before.tensors.items()} == {n: i.shape for n, i in after.tensors.items()}
+    assert before.tensors.keys() == after.tensors.keys()
+    old, new = before.read(before.tensors), after.read(after.tensors)
+    for name in old:
+        if ".experts." in name and not name.endswith("bias"):
+            assert not torch.equal(new[name][1], old[name][1])
+            old[name][1] = new[name][1]
+        assert torch.equal(old[name], new[name]), name
+    code = (
+        "import sys, transformers; _, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1],"
+        " output_loading_info=True); assert not any(info.values()), info; assert 'vqcompress' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "dense")], check=True)
+
+
+@stored_fused
+def test_a_fused_module_that_computes_something_else_stays_dense(
+    family: str, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint(toy(family))
+    stream = BlockStream(source, CPU, torch.float32)
+    fused = next(m for m in stream.skeletons[0].modules() if isinstance(m, Experts))._fused[0]
+    forward = type(fused).forward
+    monkeypatch.setattr(type(fused), "forward", lambda self, x, *routing: forward(self, x, *routing) + x)
+    stream = BlockStream(source, CPU, torch.float32)
+    assert stream.source is source
+    left = {name: why for name, why in dense_weights(stream).items() if "experts" in name}
+    assert any(name.endswith("experts.gate_up_proj") for name in left)
+    assert all("does more than gate, up and down" in why for why in left.values())
+    assert not any("experts" in target.name for block in stream.blocks for target in block.targets)
+
+
+@stored_fused
+def test_gate_and_up_are_the_rows_that_meet_in_a_channel(family: str, toy: Make) -> None:
+    stored = Checkpoint(toy(family))
+    stream = BlockStream(stored, CPU, torch.float32)
+    path = f"model.layers.1.{mixture(family)}.experts"
+    fused = stored.read([f"{path}.gate_up_proj"])[f"{path}.gate_up_proj"]
+    names = [f"{path}.2.{leaf}_proj.weight" for leaf in ("gate", "up")]
+    gate, up = (stream.source.read(names)[name] for name in names)
+    rows = fused[2].T
+    if family == "gpt_oss":
+        assert torch.equal(gate, rows[::2])
+        assert torch.equal(up, rows[1::2])
+    else:
+        assert torch.equal(torch.cat([gate, up]), rows)
+    assert stream.source.bytes == stored.bytes
+    assert stream.source.fingerprint() == stored.fingerprint()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -306,12 +393,16 @@ def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(fami
     block = stream.load_block(1)
     inputs = find_inputs(block, stream.blocks[1], lambda m: stream.run(m, 1, states[0]))
     gate, up, down = LEAVES[family]
-    (shared,) = (i for i in inputs if f"mlp.experts.0.{gate}" in i.consumers)
-    assert {"mlp.gate", *(f"mlp.experts.{e}.{leaf}" for e in range(4) for leaf in (gate, up))} <= set(shared.consumers)
+    path, router = mixture(family), "router" if family in ("gpt_oss", "llama4") else "gate"
+    heads = {f"{path}.experts.{e}.{leaf}" for e in range(4) for leaf in (gate, up)}
+    (shared,) = (i for i in inputs if f"{path}.experts.0.{gate}" in i.consumers)
+    assert {f"{path}.{router}", *heads} <= set(shared.consumers)
     assert shared.producer is not None
     assert shared.producer.path == "post_attention_layernorm"
     folds = {i.consumers: i.producer.path for i in inputs if i.pool and i.producer}
-    assert folds == {(f"mlp.experts.{e}.{down}",): f"mlp.experts.{e}.{up}" for e in range(4)}
+    # That of gpt-oss adds one to what the up projection makes, and clamps it.
+    known = {(f"{path}.experts.{e}.{down}",): f"{path}.experts.{e}.{up}" for e in range(4)}
+    assert folds == ({} if family == "gpt_oss" else known)
 
 
 @pytest.mark.parametrize("recipe", ["smoothquant-int8", "vq-small"])

@@ -114,7 +114,8 @@ def compress_block(
         tuning_seed = seed_for(seed, block.name)
         changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
     seconds = round(time.perf_counter() - start, 3)
-    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
+    stored = stream.as_stored(tensors | changed, (target.name for target in plan.targets))
+    return stored, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
 
 
 def study(

@@ -18,7 +18,7 @@ from vqcompress.methods import Method
 from vqcompress.recipe import Recipe, Rule
 from vqcompress.runtime.device import peak_rss_bytes
 from vqcompress.runtime.experts import Experts
-from vqcompress.targets import Block, Target
+from vqcompress.targets import Block, Target, gates
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,17 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}
+        deciding = gates(layer)
         for path, tensor in layer.named_parameters():
             if tensor.dim() > 1 and path not in known:
                 name = f"{block.name.rpartition('.')[0]}.*.{path}"
                 counts[name] += tensor.numel()
                 why = stream.fused_because or "their structure is another than gate, up and down"
                 fused = f"the experts of a mixture are one parameter: {why}"
-                found[name] = f"{fused if tensor.dim() == 3 else 'not an nn.Linear'} ({counts[name]:,} weights)"
+                module = path.rpartition(".")[0]
+                plain = "routes or gates" if module in deciding else "not an nn.Linear"
+                one = any(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False))
+                found[name] = f"{fused if one else plain} ({counts[name]:,} weights)"
     return found
 
 
