@@ -24,9 +24,11 @@ from vqcompress import artifact
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
-from vqcompress.compress import first_states, gather
+from vqcompress.compress import first_states
+from vqcompress.errors import UsageError
 from vqcompress.evaluate import perplexity
 from vqcompress.export import export
+from vqcompress.gather import coverage, gather
 from vqcompress.inputs import find_inputs
 from vqcompress.inspect import inspect
 from vqcompress.plan import dense_weights, make_plan
@@ -36,6 +38,8 @@ from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.load import load, load_any
 from vqcompress.runtime.modules import CompressedLinear
 from vqcompress.runtime.weights import skeleton
+from vqcompress.show import console, inspected
+from vqcompress.show import quantized as quantized_words
 from vqcompress.statistics import Accumulator
 from vqcompress.verify import verify
 
@@ -366,6 +370,155 @@ def test_gate_and_up_share_statistics_and_down_has_its_own(lonely: Path) -> None
     assert own.hessian_II is not None
     assert borrowed.hessian_II is not None
     torch.testing.assert_close(borrowed.hessian_II * 512, own.hessian_II * own.tokens)
+
+
+def studied(source: Path, knobs: str, rows: Tensor = ROWS) -> tuple[Any, Experts, dict[str, Any], list[Tensor]]:
+    """Statistics of the last block of a toy under an `experts` key, its mixture, and how that was called."""
+    stream = BlockStream(Checkpoint(source), CPU, torch.float32)
+    rules = "rules:\n  - {match: '*', method: vq, d: 2, bits: 4}\n"
+    plan = make_plan(stream, parse(f"experts: {knobs}\n{rules}", "test"))
+    states = first_states(stream, rows)
+    stream.advance(stream.load_block(0), 0, states)
+    module = stream.load_block(1)
+    inputs = find_inputs(module, plan.blocks[1], lambda m: stream.run(m, 1, states[0]))
+    (experts,) = (m for m in module.modules() if isinstance(m, Experts))
+    calls: list[Tensor] = []
+    handle = experts.register_forward_pre_hook(lambda _, args: calls.extend(args))
+    before = stream.run(module, 1, states[0])
+    handle.remove()
+    found = gather(stream, plan, 1, module, states, inputs, 0)
+    # What goes on to the next block is that of the real routing, and nobody is left listening.
+    assert torch.equal(stream.run(module, 1, states[0]), before)
+    assert not any(m._forward_pre_hooks for m in module.modules())
+    return coverage(inputs, found), experts, found, calls
+
+
+def moment(x_TI: Tensor, weight_T: Tensor) -> Tensor:
+    x_TI, weight_T = x_TI.double(), weight_T.double()
+    return (x_TI.T @ (x_TI * weight_T[:, None]) / weight_T.sum()).float()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_statistics_can_be_weighted_by_the_square_of_the_routing_weight(family: str, toy: Make) -> None:
+    _, experts, found, (x_TI, index_TK, weight_TK) = studied(toy(family), "{calibrate: weighted, min_tokens: 1}")
+    shared, square_TK = found["mlp.experts.0.gate_proj"], weight_TK.square()
+    assert all(found[f"mlp.experts.{e}.{leaf}"] is shared for e in range(4) for leaf in ("gate_proj", "up_proj"))
+    torch.testing.assert_close(shared.hessian_II, moment(x_TI, square_TK.sum(1)), atol=1e-5, rtol=1e-4)
+    assert shared.tokens == len(x_TI)
+    if family == "deepseek_v3":
+        # The shared expert sees every token as it is.
+        plain = found["mlp.shared_experts.gate_proj"]
+        torch.testing.assert_close(plain.hessian_II, moment(x_TI, torch.ones(len(x_TI))), atol=1e-5, rtol=1e-4)
+    for e in range(4):
+        tokens, place = torch.where(index_TK == e)
+        last = found[f"mlp.experts.{e}.down_proj"]
+        assert (last.tokens, last.routed, last.own_tokens) == (len(tokens), len(tokens), None)
+        with torch.no_grad():
+            inner_TF = experts.inner(e, x_TI[tokens])
+        torch.testing.assert_close(last.hessian_II, moment(inner_TF, square_TK[tokens, place]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("knobs", ["{calibrate: routed}", "{calibrate: weighted}"])
+def test_inputs_that_were_multiplied_are_counted_as_they_are(knobs: str, toy: Make) -> None:
+    """Llama-4's router multiplies what enters an expert, so its weight is in the statistics already."""
+    tokens, _, found, (x_TI,) = studied(toy("llama4"), knobs)
+    rows_TI = x_TI[x_TI.any(1)]
+    shared, plain = (found[f"feed_forward.{path}.up_proj"] for path in ("experts.3", "shared_expert"))
+    assert (len(rows_TI), shared.tokens, plain.tokens) == (128, 128, 128)
+    torch.testing.assert_close(shared.hessian_II, moment(rows_TI, torch.ones(128)), atol=1e-5, rtol=1e-4)
+    assert (shared.hessian_II.diag() < plain.hessian_II.diag()).all()
+    routed = x_TI.any(1).view(4, -1).sum(1).tolist()
+    assert tokens["feed_forward.experts"]["routed"] == routed
+    assert sum(routed) == 128
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])
+def test_all_tokens_can_be_counted_for_every_expert(family: str, toy: Make) -> None:
+    tokens, experts, found, (x_TI, *routing) = studied(toy(family), "{calibrate: all}")
+    x_TI, index_TK, _ = experts.routing(x_TI, *routing)
+    x_TI = x_TI[(index_TK < 4).any(1)]
+    for e in range(4):
+        with torch.no_grad():
+            inner_TF = experts.inner(e, x_TI)
+        last = found[f"{mixture(family)}.experts.{e}.down_proj"]
+        torch.testing.assert_close(last.hessian_II, moment(inner_TF, torch.ones(128)), atol=1e-5, rtol=1e-4)
+    routed = torch.bincount(index_TK.flatten(), minlength=5)[:4].tolist()
+    assert tokens == {f"{mixture(family)}.experts": {"routed": routed, "counted": [128] * 4, "borrowed": []}}
+
+
+def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
+    for floor, borrowed in ((1, []), (1000, [0, 1, 2, 3])):
+        tokens, *_ = studied(toy("mixtral"), f"{{min_tokens: {floor}}}")
+        assert tokens["mlp.experts"]["borrowed"] == borrowed
+        assert tokens["mlp.experts"]["counted"] == tokens["mlp.experts"]["routed"]
+        assert sum(tokens["mlp.experts"]["routed"]) == 2 * ROWS.numel()
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "said"),
+    [
+        ("mixtral", "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]", "experts calibrate: Input should"),
+        (
+            "mixtral",
+            "experts: {min_tokens: 0}\nrules: [{match: '*', method: int8}]",
+            "experts min_tokens: Input should",
+        ),
+        ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "unknown key 'floor'"),
+        ("mixtral", "experts: {calibrate: all}\nrules: [{match: '*', method: fp8}]", "its methods need no data"),
+        (
+            "llama",
+            "experts: {calibrate: all}\nrules: [{match: '*', method: vq}]",
+            "the model has no mixture of experts",
+        ),
+    ],
+)
+def test_what_is_said_of_experts_in_vain_is_refused(
+    family: str, recipe: str, said: str, toy: Make, recipe_file: Any
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        dry_run(str(toy(family)), recipe_file(recipe))
+
+
+def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
+    lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
+) -> None:
+    rules = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+    for knobs, counted in (("routed", None), ("all", [512] * 4)):
+        out, recipe = tmp_path / knobs, recipe_file(f"experts: {{calibrate: {knobs}}}\n{rules}")
+        report = quantize(str(lonely), out, recipe, [str(text)], samples=8, seqlen=64)
+        facts = inspect(str(out))
+        for i in range(2):
+            tokens = facts["experts"][f"model.layers.{i}.mlp.experts"]
+            assert tokens == report["experts"][f"model.layers.{i}.mlp.experts"]
+            assert sum(tokens["routed"]) == 512
+            assert tokens["routed"][2:] == [0, 0]
+            assert tokens["counted"] == (counted or tokens["routed"])
+            assert set(tokens["borrowed"]) == {e for e in range(4) if tokens["counted"][e] < 128}
+        shown = console()
+        with shown.capture() as seen:
+            inspected(shown, facts)
+        assert "experts model.layers.1.mlp.experts: 4 experts, 0 to " in seen.get()
+        assert ("so with those of all of a layer: " in seen.get()) == (counted is None)
+
+
+def test_experts_to_which_nothing_came_are_named(
+    toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = Experts.routing
+
+    def nowhere(self: Experts, *args: Any) -> Any:
+        x_TI, index_TK, weight_TK = routing(self, *args)
+        # Not where it is proven that the experts are what they stand for.
+        return x_TI, torch.full_like(index_TK, 4) if x_TI.shape[1] == 64 else index_TK, weight_TK
+
+    monkeypatch.setattr(Experts, "routing", nowhere)
+    out = tmp_path / "out"
+    report = quantize(str(toy("mixtral")), out, recipe_file("vq-small"), [str(text)], samples=2, seqlen=32)
+    assert report["uncalibrated"] == [f"model.layers.{i}.mlp.experts.{e}.w2" for i in range(2) for e in range(4)]
+    shown = console()
+    with shown.capture() as seen:
+        quantized_words(shown, report, str(out), "toy")
+    assert "no token of the calibration came to model.layers.0.mlp.experts.0.w2" in seen.get()
 
 
 def test_what_is_borrowed_is_what_one_accumulator_of_all_would_have_seen() -> None:

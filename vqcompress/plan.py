@@ -71,8 +71,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether any target asks for statistics, or a budget for measurements; if not, the model is never run."""
-        rules = [self.rules[target.name] for target in self.targets]
-        return self.target_bits is not None or any(rule.method.needs or rule.smoothing for rule in rules)
+        return self.target_bits is not None or any(self.rules[target.name].needs for target in self.targets)
 
     def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
         """How the target will be stored."""
@@ -86,6 +85,11 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
     if not plan.targets:
         raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
+    if recipe.experts and not any(isinstance(m, Experts) for layer in stream.skeletons for m in layer.modules()):
+        why = stream.fused_because or "the model has no mixture of experts"
+        raise UsageError(f"recipe {recipe.name}: 'experts' speaks of nothing here: {why}")
+    if recipe.experts and not plan.calibrated:
+        raise UsageError(f"recipe {recipe.name}: 'experts' calibrates nothing: its methods need no data")
     return plan
 
 

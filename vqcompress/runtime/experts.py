@@ -40,12 +40,13 @@ class _Linear(nn.Linear):
 class Experts(nn.Module):
     """y = Σ weight · down(act(up(x))) over the experts that the router chose for a token, as the fused module computes.
 
-    The child `E.MATRIX` is a linear layer of one matrix of `layout`.
+    The child `E.MATRIX` is a linear layer of one matrix of `layout`. scaled: the weight multiplies x, before the call.
     """
 
     def __init__(self, fused: nn.Module, layout: Layout):
         super().__init__()
         self.layout, self.first, self.last = layout, layout.first, layout.last
+        self.scaled = len(inspect.signature(fused.forward).parameters) == 1
         cubes = [p for p in fused.parameters() if p.dim() == 3]
         (rows, inputs), (outputs, inner) = (p.shape[1:][::-1] if layout.transposed else p.shape[1:] for p in cubes)
         biased = {matrix for matrices, kind in layout.parameters.values() if kind == "bias" for matrix in matrices}
@@ -241,7 +242,7 @@ def _is_exact(fused: nn.Module, layout: Layout) -> bool:
                     ours.get_parameter(path).data = part
             routing: tuple[Tensor, ...] = ()
             x_TI = normal(TOKENS, WIDTH)
-            if len(inspect.signature(fused.forward).parameters) > 1:
+            if not ours.scaled:
                 weights_TE = torch.rand(TOKENS, layout.experts, generator=draw, dtype=torch.float32)
                 weights_TK, index_TK = weights_TE.topk(min(2, layout.experts))
                 routing = index_TK, weights_TK
