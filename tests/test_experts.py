@@ -21,18 +21,21 @@ from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 
 from vqcompress import artifact
+from vqcompress.allocate import make_plans
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
-from vqcompress.compress import first_states
+from vqcompress.compress import first_states, smooth, study
 from vqcompress.errors import UsageError
 from vqcompress.evaluate import perplexity
 from vqcompress.export import export
 from vqcompress.gather import coverage, gather
 from vqcompress.inputs import find_inputs
 from vqcompress.inspect import inspect
+from vqcompress.packaged import packaged
 from vqcompress.plan import dense_weights, make_plan
 from vqcompress.quantize import dry_run, quantize
+from vqcompress.recipe import load as load_recipe
 from vqcompress.recipe import parse
 from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.load import load, load_any
@@ -625,3 +628,58 @@ def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make)
     assert torch.equal(logits(one), wanted)
     one.to(torch.bfloat16).float()
     assert not any(m._stacks for m in one.modules() if isinstance(m, Experts))
+
+
+@every_family
+@torch.no_grad()
+def test_routing_does_not_change_by_a_bit_when_smoothing_is_folded(family: str, toy: Make, tmp_path: Path) -> None:
+    """In float32 and with what is stored in 16 bits."""
+
+    def sharpen(tensors: dict[str, Tensor]) -> None:
+        """Norms whose channels are not alike."""
+        for name in tensors:
+            if name.endswith("post_attention_layernorm.weight"):
+                tensors[name] = (3 * torch.randn(64, generator=torch.Generator().manual_seed(0))).exp2().bfloat16()
+
+    source = rewritten(toy(family, dtype="bfloat16"), tmp_path / "sharp", sharpen)
+    stream = BlockStream(Checkpoint(source), CPU, torch.float32)
+    rules = f"rules:\n  - {{match: '*.{mixture(family)}.*', method: int8, smoothing: {{alpha: 0.5, mlp: fold}}}}\n"
+    plan = make_plan(stream, parse(rules, "test"))
+    states = first_states(stream, ROWS)
+    stream.advance(stream.load_block(0), 0, states)
+    _, module, inputs, statistics = study(stream, plan, 1, states, 0)
+    experts = next(m for m in module.modules() if isinstance(m, Experts))
+    calls: list[tuple[Tensor, ...]] = []
+    experts.register_forward_pre_hook(lambda _, args: calls.append(experts.routing(*args)))
+    stream.run(module, 1, states[0])
+    rewrites = smooth(stream, plan, plan.blocks[1], module, inputs, statistics, 0)
+    router = f"{mixture(family)}.{'router' if family in ('gpt_oss', 'llama4') else 'gate'}"
+    assert {"post_attention_layernorm", router} <= rewrites.dense
+    s_I = rewrites.columns[router]
+    assert s_I.unique().numel() > 2
+    assert torch.equal(s_I.log2(), s_I.log2().round())
+    # As it comes back from the disk.
+    for path in ("post_attention_layernorm", router):
+        weight = module.get_submodule(path).get_parameter("weight")
+        assert torch.equal(weight, weight.bfloat16().float())
+    stream.run(module, 1, states[0])
+    (x_TI, index_TK, weight_TK), (smoothed_TI, *routing) = calls
+    assert torch.equal(index_TK, routing[0])
+    assert torch.equal(weight_TK, routing[1])
+    assert torch.equal(smoothed_TI * s_I, x_TI)
+
+
+@pytest.mark.parametrize("family", [*LEAVES, "qwen2_moe"])
+def test_routers_and_gates_stay_dense_in_every_packaged_recipe(family: str, toy: Make) -> None:
+    stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
+    names = {"qwen2_moe": ("gate", "shared_expert_gate"), "gpt_oss": ("router",), "llama4": ("router",)}
+    left = {f"model.layers.*.{mixture(family)}.{name}.weight" for name in names.get(family, ("gate",))}
+    for recipe in packaged():
+        for plan in make_plans(stream, recipe, 4.0 if load_recipe(recipe).candidates else None):
+            told = {name: why for name, why in plan.left_dense.items() if name in left}
+            assert told.keys() == left
+            assert all("routes or gates" in why for why in told.values())
+            assert not {target.name.rpartition(".")[2] for target in plan.targets} & {"gate", "router", "wg"}
+            assert any(".experts.0." in target.name for target in plan.targets)
+            # All else in the blocks is compressed.
+            assert plan.left_dense.keys() <= left | {"model.embed_tokens.weight", "lm_head.weight"}
