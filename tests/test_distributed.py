@@ -25,6 +25,10 @@ TUNED = (
     "tuning: {block_epochs: 1, distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
 )
 MIXED = "candidates:\n  - {method: vq, codebook: universal}\n  - {method: vq, codebook: universal, d: 2}\n"
+EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+SMOOTHED = (
+    "experts: {calibrate: all}\nrules:\n  - {match: '*', method: int8, smoothing: {grid: [0.4, 0.6], mlp: fold}}\n"
+)
 # Recipe, family of the toy, and further arguments of quantize.
 JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fp8": ("fp8-tile", "llama", {}),
@@ -33,6 +37,8 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tuned": (TUNED, "llama", {}),
     "for a budget": (MIXED, "llama", {"target_bits": 3.0}),
     "experts": ("vq-small", "mixtral", {}),
+    "weighted experts": (f"experts: {{calibrate: weighted}}\n{EXPERTS}", "gpt_oss", {}),
+    "smoothed experts": (SMOOTHED, "mixtral", {}),
     "rotated": ("rotation: fold\nrules:\n  - {match: '*', method: int8}\n", "llama", {}),
 }
 

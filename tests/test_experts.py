@@ -22,24 +22,31 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vqcompress import artifact
+from vqcompress.allocate import make_plans
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
 from vqcompress.cli import app
-from vqcompress.compress import first_states, gather
+from vqcompress.compress import first_states, smooth, study
+from vqcompress.errors import UsageError
 from vqcompress.evaluate import perplexity
 from vqcompress.export import export
+from vqcompress.gather import coverage, gather
 from vqcompress.inputs import find_inputs
 from vqcompress.inspect import inspect
 from vqcompress.kernels import launch
-from vqcompress.plan import make_plan
+from vqcompress.packaged import packaged
+from vqcompress.plan import dense_weights, make_plan
 from vqcompress.quantize import dry_run, quantize
+from vqcompress.recipe import load as load_recipe
 from vqcompress.recipe import parse
 from vqcompress.runtime.decode import Decoder
 from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.load import load, load_any
 from vqcompress.runtime.modules import CompressedLinear
 from vqcompress.runtime.weights import skeleton
+from vqcompress.show import console, inspected
+from vqcompress.show import quantized as quantized_words
 from vqcompress.statistics import Accumulator
 from vqcompress.verify import verify
 
@@ -51,8 +58,12 @@ LEAVES = {
     "mixtral": ("w1", "w3", "w2"),
     "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
     "deepseek_v3": ("gate_proj", "up_proj", "down_proj"),
+    # Stored fused: these names are ours.
+    "gpt_oss": ("gate_proj", "up_proj", "down_proj"),
+    "llama4": ("gate_proj", "up_proj", "down_proj"),
 }
 every_family = pytest.mark.parametrize("family", LEAVES)
+stored_fused = pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
 RECIPES = ["smoothquant-int8", "fp8-tile", "vq-small"]
 STATIC = "rules:\n  - {match: '*', method: int8, activations: per_tensor}\n"
 ALONE = "rules:\n  - {match: '*.experts.0.*', method: fp8}\n  - {match: '*', method: int8}\n"
@@ -69,6 +80,11 @@ def files(folder: Path) -> dict[str, str]:
     """SHA-256 by name, of what the inputs determine."""
     kept = (path for path in folder.iterdir() if path.name not in ("report.json", "README.md"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def mixture(family: str) -> str:
+    """Path of the mixture in a block."""
+    return "feed_forward" if family == "llama4" else "mlp"
 
 
 def rewritten(source: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -106,14 +122,16 @@ def test_taken_apart_the_experts_compute_the_same(family: str, toy: Make) -> Non
     assert not others
     fused = load_any(str(toy(family))).model.layers[1].get_submodule(path)
     # The other implementations read uninitialized memory for a token without an expert, and the tests fill it with NaN.
-    fused.config._experts_implementation = "eager"
+    if family != "llama4":
+        fused.config._experts_implementation = "eager"
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(50, 64, generator=draw)
-    # Four means no expert, as in transformers' own.
-    chosen = torch.stack([torch.randperm(5, generator=draw)[:2] for _ in x])
-    weights = torch.rand(50, 2, generator=draw)
-    torch.testing.assert_close(experts(x, chosen, weights), fused(x, chosen, weights), atol=1e-5, rtol=1e-5)
-    assert torch.equal(experts(x[:0], chosen[:0], weights[:0]), x[:0])
+    # Four means no expert, as in transformers' own, except that of gpt-oss.
+    chosen = torch.stack([torch.randperm(4 + (family != "gpt_oss"), generator=draw)[:2] for _ in x])
+    routing = () if family == "llama4" else (chosen, torch.rand(50, 2, generator=draw))
+    x = x[:48] * (torch.arange(48) % 3 > 0)[:, None] if family == "llama4" else x
+    torch.testing.assert_close(experts(x, *routing), fused(x, *routing), atol=1e-5, rtol=1e-5)
+    assert torch.equal(experts(x[:0], *(r[:0] for r in routing)), x[:0])
 
 
 @every_family
@@ -122,11 +140,12 @@ def test_every_expert_is_three_targets_named_as_in_the_checkpoint(family: str, t
         t.name: t.shape for b in BlockStream(Checkpoint(toy(family)), CPU, torch.float32).blocks for t in b.targets
     }
     gate, up, down = LEAVES[family]
-    inner = names[f"model.layers.1.mlp.experts.3.{gate}"][0]
+    path = f"model.layers.1.{mixture(family)}.experts"
+    inner = names[f"{path}.3.{gate}"][0]
     for e in range(4):
-        assert names[f"model.layers.1.mlp.experts.{e}.{gate}"] == (inner, 64)
-        assert names[f"model.layers.1.mlp.experts.{e}.{up}"] == (inner, 64)
-        assert names[f"model.layers.1.mlp.experts.{e}.{down}"] == (64, inner)
+        assert names[f"{path}.{e}.{gate}"] == (inner, 64)
+        assert names[f"{path}.{e}.{up}"] == (inner, 64)
+        assert names[f"{path}.{e}.{down}"] == (64, inner)
 
 
 @every_family
@@ -175,6 +194,81 @@ def test_experts_that_are_stored_fused_stay_dense_and_are_named(toy: Make, tmp_p
     verify(str(tmp_path / "out"))
     assert not any("experts" in name for name in Artifact(tmp_path / "out").entries)
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+@stored_fused
+def test_experts_that_nothing_compresses_are_copied_as_they_are_stored(family: str, quantized: Make, toy: Make) -> None:
+    rules = (
+        "{match: '*.experts.*', method: keep}\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}"
+    )
+    folder = quantized(f"rules:\n  - {rules}\n", family)
+    verify(str(folder))
+    stored, source = Artifact(folder), Checkpoint(toy(family))
+    fused = {name for name in source.tensors if ".experts." in name}
+    assert fused == {name for name in stored.tensors if ".experts." in name}
+    before, after = source.read(fused), stored.read(fused)
+    assert all(torch.equal(before[name], after[name]) for name in fused)
+    other, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(other.eval()), logits(load(folder)))
+
+
+@stored_fused
+def test_what_is_taken_apart_is_put_together_again_to_the_bit(
+    family: str, quantized: Make, toy: Make, tmp_path: Path
+) -> None:
+    """In a process that knows nothing of vqcompress, too."""
+    folder = quantized("rules:\n  - {match: '*.experts.1.*', method: int8}\n", family)
+    export(str(folder), "dense", tmp_path / "dense", verify=True)
+    before, after = Checkpoint(toy(family)), Checkpoint(tmp_path / "dense")
+    assert {n: i.shape for n, i in before.tensors.items()} == {n: i.shape for n, i in after.tensors.items()}
+    assert before.tensors.keys() == after.tensors.keys()
+    old, new = before.read(before.tensors), after.read(after.tensors)
+    for name in old:
+        if ".experts." in name and not name.endswith("bias"):
+            assert not torch.equal(new[name][1], old[name][1])
+            old[name][1] = new[name][1]
+        assert torch.equal(old[name], new[name]), name
+    code = (
+        "import sys, transformers; _, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1],"
+        " output_loading_info=True); assert not any(info.values()), info; assert 'vqcompress' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "dense")], check=True)
+
+
+@stored_fused
+def test_a_fused_module_that_computes_something_else_stays_dense(
+    family: str, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Checkpoint(toy(family))
+    stream = BlockStream(source, CPU, torch.float32)
+    fused = next(m for m in stream.skeletons[0].modules() if isinstance(m, Experts))._fused[0]
+    forward = type(fused).forward
+    monkeypatch.setattr(type(fused), "forward", lambda self, x, *routing: forward(self, x, *routing) + x)
+    stream = BlockStream(source, CPU, torch.float32)
+    assert stream.source is source
+    left = {name: why for name, why in dense_weights(stream).items() if "experts" in name}
+    assert any(name.endswith("experts.gate_up_proj") for name in left)
+    assert all("does more than gate, up and down" in why for why in left.values())
+    assert not any("experts" in target.name for block in stream.blocks for target in block.targets)
+
+
+@stored_fused
+def test_gate_and_up_are_the_rows_that_meet_in_a_channel(family: str, toy: Make) -> None:
+    stored = Checkpoint(toy(family))
+    stream = BlockStream(stored, CPU, torch.float32)
+    path = f"model.layers.1.{mixture(family)}.experts"
+    fused = stored.read([f"{path}.gate_up_proj"])[f"{path}.gate_up_proj"]
+    names = [f"{path}.2.{leaf}_proj.weight" for leaf in ("gate", "up")]
+    gate, up = (stream.source.read(names)[name] for name in names)
+    rows = fused[2].T
+    if family == "gpt_oss":
+        assert torch.equal(gate, rows[::2])
+        assert torch.equal(up, rows[1::2])
+    else:
+        assert torch.equal(torch.cat([gate, up]), rows)
+    assert stream.source.bytes == stored.bytes
+    assert stream.source.fingerprint() == stored.fingerprint()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -289,6 +383,155 @@ def test_gate_and_up_share_statistics_and_down_has_its_own(lonely: Path) -> None
     torch.testing.assert_close(borrowed.hessian_II * 512, own.hessian_II * own.tokens)
 
 
+def studied(source: Path, knobs: str, rows: Tensor = ROWS) -> tuple[Any, Experts, dict[str, Any], list[Tensor]]:
+    """Statistics of the last block of a toy under an `experts` key, its mixture, and how that was called."""
+    stream = BlockStream(Checkpoint(source), CPU, torch.float32)
+    rules = "rules:\n  - {match: '*', method: vq, d: 2, bits: 4}\n"
+    plan = make_plan(stream, parse(f"experts: {knobs}\n{rules}", "test"))
+    states = first_states(stream, rows)
+    stream.advance(stream.load_block(0), 0, states)
+    module = stream.load_block(1)
+    inputs = find_inputs(module, plan.blocks[1], lambda m: stream.run(m, 1, states[0]))
+    (experts,) = (m for m in module.modules() if isinstance(m, Experts))
+    calls: list[Tensor] = []
+    handle = experts.register_forward_pre_hook(lambda _, args: calls.extend(args))
+    before = stream.run(module, 1, states[0])
+    handle.remove()
+    found = gather(stream, plan, 1, module, states, inputs, 0)
+    # What goes on to the next block is that of the real routing, and nobody is left listening.
+    assert torch.equal(stream.run(module, 1, states[0]), before)
+    assert not any(m._forward_pre_hooks for m in module.modules())
+    return coverage(inputs, found), experts, found, calls
+
+
+def moment(x_TI: Tensor, weight_T: Tensor) -> Tensor:
+    x_TI, weight_T = x_TI.double(), weight_T.double()
+    return (x_TI.T @ (x_TI * weight_T[:, None]) / weight_T.sum()).float()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_statistics_can_be_weighted_by_the_square_of_the_routing_weight(family: str, toy: Make) -> None:
+    _, experts, found, (x_TI, index_TK, weight_TK) = studied(toy(family), "{calibrate: weighted, min_tokens: 1}")
+    shared, square_TK = found["mlp.experts.0.gate_proj"], weight_TK.square()
+    assert all(found[f"mlp.experts.{e}.{leaf}"] is shared for e in range(4) for leaf in ("gate_proj", "up_proj"))
+    torch.testing.assert_close(shared.hessian_II, moment(x_TI, square_TK.sum(1)), atol=1e-5, rtol=1e-4)
+    assert shared.tokens == len(x_TI)
+    if family == "deepseek_v3":
+        # The shared expert sees every token as it is.
+        plain = found["mlp.shared_experts.gate_proj"]
+        torch.testing.assert_close(plain.hessian_II, moment(x_TI, torch.ones(len(x_TI))), atol=1e-5, rtol=1e-4)
+    for e in range(4):
+        tokens, place = torch.where(index_TK == e)
+        last = found[f"mlp.experts.{e}.down_proj"]
+        assert (last.tokens, last.routed, last.own_tokens) == (len(tokens), len(tokens), None)
+        with torch.no_grad():
+            inner_TF = experts.inner(e, x_TI[tokens])
+        torch.testing.assert_close(last.hessian_II, moment(inner_TF, square_TK[tokens, place]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("knobs", ["{calibrate: routed}", "{calibrate: weighted}"])
+def test_inputs_that_were_multiplied_are_counted_as_they_are(knobs: str, toy: Make) -> None:
+    """Llama-4's router multiplies what enters an expert, so its weight is in the statistics already."""
+    tokens, _, found, (x_TI,) = studied(toy("llama4"), knobs)
+    rows_TI = x_TI[x_TI.any(1)]
+    shared, plain = (found[f"feed_forward.{path}.up_proj"] for path in ("experts.3", "shared_expert"))
+    assert (len(rows_TI), shared.tokens, plain.tokens) == (128, 128, 128)
+    torch.testing.assert_close(shared.hessian_II, moment(rows_TI, torch.ones(128)), atol=1e-5, rtol=1e-4)
+    assert (shared.hessian_II.diag() < plain.hessian_II.diag()).all()
+    routed = x_TI.any(1).view(4, -1).sum(1).tolist()
+    assert tokens["feed_forward.experts"]["routed"] == routed
+    assert sum(routed) == 128
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])
+def test_all_tokens_can_be_counted_for_every_expert(family: str, toy: Make) -> None:
+    tokens, experts, found, (x_TI, *routing) = studied(toy(family), "{calibrate: all}")
+    x_TI, index_TK, _ = experts.routing(x_TI, *routing)
+    x_TI = x_TI[(index_TK < 4).any(1)]
+    for e in range(4):
+        with torch.no_grad():
+            inner_TF = experts.inner(e, x_TI)
+        last = found[f"{mixture(family)}.experts.{e}.down_proj"]
+        torch.testing.assert_close(last.hessian_II, moment(inner_TF, torch.ones(128)), atol=1e-5, rtol=1e-4)
+    routed = torch.bincount(index_TK.flatten(), minlength=5)[:4].tolist()
+    assert tokens == {f"{mixture(family)}.experts": {"routed": routed, "counted": [128] * 4, "borrowed": []}}
+
+
+def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
+    for floor, borrowed in ((1, []), (1000, [0, 1, 2, 3])):
+        tokens, *_ = studied(toy("mixtral"), f"{{min_tokens: {floor}}}")
+        assert tokens["mlp.experts"]["borrowed"] == borrowed
+        assert tokens["mlp.experts"]["counted"] == tokens["mlp.experts"]["routed"]
+        assert sum(tokens["mlp.experts"]["routed"]) == 2 * ROWS.numel()
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "said"),
+    [
+        ("mixtral", "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]", "experts calibrate: Input should"),
+        (
+            "mixtral",
+            "experts: {min_tokens: 0}\nrules: [{match: '*', method: int8}]",
+            "experts min_tokens: Input should",
+        ),
+        ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "unknown key 'floor'"),
+        ("mixtral", "experts: {calibrate: all}\nrules: [{match: '*', method: fp8}]", "its methods need no data"),
+        (
+            "llama",
+            "experts: {calibrate: all}\nrules: [{match: '*', method: vq}]",
+            "the model has no mixture of experts",
+        ),
+    ],
+)
+def test_what_is_said_of_experts_in_vain_is_refused(
+    family: str, recipe: str, said: str, toy: Make, recipe_file: Any
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        dry_run(str(toy(family)), recipe_file(recipe))
+
+
+def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
+    lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
+) -> None:
+    rules = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+    for knobs, counted in (("routed", None), ("all", [512] * 4)):
+        out, recipe = tmp_path / knobs, recipe_file(f"experts: {{calibrate: {knobs}}}\n{rules}")
+        report = quantize(str(lonely), out, recipe, [str(text)], samples=8, seqlen=64)
+        facts = inspect(str(out))
+        for i in range(2):
+            tokens = facts["experts"][f"model.layers.{i}.mlp.experts"]
+            assert tokens == report["experts"][f"model.layers.{i}.mlp.experts"]
+            assert sum(tokens["routed"]) == 512
+            assert tokens["routed"][2:] == [0, 0]
+            assert tokens["counted"] == (counted or tokens["routed"])
+            assert set(tokens["borrowed"]) == {e for e in range(4) if tokens["counted"][e] < 128}
+        shown = console()
+        with shown.capture() as seen:
+            inspected(shown, facts)
+        assert "experts model.layers.1.mlp.experts: 4 experts, 0 to " in seen.get()
+        assert ("so with those of all of a layer: " in seen.get()) == (counted is None)
+
+
+def test_experts_to_which_nothing_came_are_named(
+    toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = Experts.routing
+
+    def nowhere(self: Experts, *args: Any) -> Any:
+        x_TI, index_TK, weight_TK = routing(self, *args)
+        # Not where it is proven that the experts are what they stand for.
+        return x_TI, torch.full_like(index_TK, 4) if x_TI.shape[1] == 64 else index_TK, weight_TK
+
+    monkeypatch.setattr(Experts, "routing", nowhere)
+    out = tmp_path / "out"
+    report = quantize(str(toy("mixtral")), out, recipe_file("vq-small"), [str(text)], samples=2, seqlen=32)
+    assert report["uncalibrated"] == [f"model.layers.{i}.mlp.experts.{e}.w2" for i in range(2) for e in range(4)]
+    shown = console()
+    with shown.capture() as seen:
+        quantized_words(shown, report, str(out), "toy")
+    assert "no token of the calibration came to model.layers.0.mlp.experts.0.w2" in seen.get()
+
+
 def test_what_is_borrowed_is_what_one_accumulator_of_all_would_have_seen() -> None:
     needs = frozenset({"absmax", "sumsq", "hessian", "sample"})
     x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
@@ -314,12 +557,16 @@ def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(fami
     block = stream.load_block(1)
     inputs = find_inputs(block, stream.blocks[1], lambda m: stream.run(m, 1, states[0]))
     gate, up, down = LEAVES[family]
-    (shared,) = (i for i in inputs if f"mlp.experts.0.{gate}" in i.consumers)
-    assert {"mlp.gate", *(f"mlp.experts.{e}.{leaf}" for e in range(4) for leaf in (gate, up))} <= set(shared.consumers)
+    path, router = mixture(family), "router" if family in ("gpt_oss", "llama4") else "gate"
+    heads = {f"{path}.experts.{e}.{leaf}" for e in range(4) for leaf in (gate, up)}
+    (shared,) = (i for i in inputs if f"{path}.experts.0.{gate}" in i.consumers)
+    assert {f"{path}.{router}", *heads} <= set(shared.consumers)
     assert shared.producer is not None
     assert shared.producer.path == "post_attention_layernorm"
     folds = {i.consumers: i.producer.path for i in inputs if i.pool and i.producer}
-    assert folds == {(f"mlp.experts.{e}.{down}",): f"mlp.experts.{e}.{up}" for e in range(4)}
+    # That of gpt-oss adds one to what the up projection makes, and clamps it.
+    known = {(f"{path}.experts.{e}.{down}",): f"{path}.experts.{e}.{up}" for e in range(4)}
+    assert folds == ({} if family == "gpt_oss" else known)
 
 
 @pytest.mark.parametrize("recipe", ["smoothquant-int8", "vq-small"])
@@ -542,3 +789,58 @@ def test_a_mixture_on_a_gpu(name: str, quantized: Make) -> None:
     """Experts in one launch, and decoding as a graph, which answers what single steps do."""
     folder = quantized(f"rules:\n  - {{match: '*', {STORED[name][0]}}}\n", "mixtral")
     check_mixture(name, folder, run_mixture(folder, "cuda"))
+
+
+@every_family
+@torch.no_grad()
+def test_routing_does_not_change_by_a_bit_when_smoothing_is_folded(family: str, toy: Make, tmp_path: Path) -> None:
+    """In float32 and with what is stored in 16 bits."""
+
+    def sharpen(tensors: dict[str, Tensor]) -> None:
+        """Norms whose channels are not alike."""
+        for name in tensors:
+            if name.endswith("post_attention_layernorm.weight"):
+                tensors[name] = (3 * torch.randn(64, generator=torch.Generator().manual_seed(0))).exp2().bfloat16()
+
+    source = rewritten(toy(family, dtype="bfloat16"), tmp_path / "sharp", sharpen)
+    stream = BlockStream(Checkpoint(source), CPU, torch.float32)
+    rules = f"rules:\n  - {{match: '*.{mixture(family)}.*', method: int8, smoothing: {{alpha: 0.5, mlp: fold}}}}\n"
+    plan = make_plan(stream, parse(rules, "test"))
+    states = first_states(stream, ROWS)
+    stream.advance(stream.load_block(0), 0, states)
+    _, module, inputs, statistics = study(stream, plan, 1, states, 0)
+    experts = next(m for m in module.modules() if isinstance(m, Experts))
+    calls: list[tuple[Tensor, ...]] = []
+    experts.register_forward_pre_hook(lambda _, args: calls.append(experts.routing(*args)))
+    stream.run(module, 1, states[0])
+    rewrites = smooth(stream, plan, plan.blocks[1], module, inputs, statistics, 0)
+    router = f"{mixture(family)}.{'router' if family in ('gpt_oss', 'llama4') else 'gate'}"
+    assert {"post_attention_layernorm", router} <= rewrites.dense
+    s_I = rewrites.columns[router]
+    assert s_I.unique().numel() > 2
+    assert torch.equal(s_I.log2(), s_I.log2().round())
+    # As it comes back from the disk.
+    for path in ("post_attention_layernorm", router):
+        weight = module.get_submodule(path).get_parameter("weight")
+        assert torch.equal(weight, weight.bfloat16().float())
+    stream.run(module, 1, states[0])
+    (x_TI, index_TK, weight_TK), (smoothed_TI, *routing) = calls
+    assert torch.equal(index_TK, routing[0])
+    assert torch.equal(weight_TK, routing[1])
+    assert torch.equal(smoothed_TI * s_I, x_TI)
+
+
+@pytest.mark.parametrize("family", [*LEAVES, "qwen2_moe"])
+def test_routers_and_gates_stay_dense_in_every_packaged_recipe(family: str, toy: Make) -> None:
+    stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
+    names = {"qwen2_moe": ("gate", "shared_expert_gate"), "gpt_oss": ("router",), "llama4": ("router",)}
+    left = {f"model.layers.*.{mixture(family)}.{name}.weight" for name in names.get(family, ("gate",))}
+    for recipe in packaged():
+        for plan in make_plans(stream, recipe, 4.0 if load_recipe(recipe).candidates else None):
+            told = {name: why for name, why in plan.left_dense.items() if name in left}
+            assert told.keys() == left
+            assert all("routes or gates" in why for why in told.values())
+            assert not {target.name.rpartition(".")[2] for target in plan.targets} & {"gate", "router", "wg"}
+            assert any(".experts.0." in target.name for target in plan.targets)
+            # All else in the blocks is compressed.
+            assert plan.left_dense.keys() <= left | {"model.embed_tokens.weight", "lm_head.weight"}

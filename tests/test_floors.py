@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
     {
         "quantize",
         "compress",
+        "gather",
         "compensation",
         "tuning",
         "allocate",

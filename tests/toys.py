@@ -66,7 +66,13 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
         "gpt_neox": ("GPTNeoXConfig", {**common, "intermediate_size": 2 * hidden}),
         "mixtral": ("MixtralConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2}),
         "qwen3_moe": ("Qwen3MoeConfig", {**gated, **routed, "num_experts": 4}),
+        "qwen2_moe": (
+            "Qwen2MoeConfig",
+            {**gated, **routed, "num_experts": 4, "shared_expert_intermediate_size": hidden},
+        ),
         "deepseek_v3": ("DeepseekV3Config", {**gated, **routed, **latent, "n_routed_experts": 4}),
+        "gpt_oss": ("GptOssConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}),
+        "llama4": ("Llama4TextConfig", {**gated, "intermediate_size_mlp": 2 * hidden, "num_local_experts": 4}),
     }
     name, fields = families[family]
     return getattr(transformers, name)(**{**fields, **extra})

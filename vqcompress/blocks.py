@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from vqcompress.artifact import Artifact, Entry, part_name
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.distributed import ALONE, Team
 from vqcompress.errors import VQCompressError
-from vqcompress.runtime.experts import unfuse
+from vqcompress.runtime.experts import Experts, unfuse
+from vqcompress.runtime.fused import Layout, TakenApart, put_together, take_apart
 from vqcompress.runtime.modules import swap, unfuse_for
 from vqcompress.runtime.weights import Names, assign, finish_loading, load_config, skeleton
 from vqcompress.states import States
@@ -114,12 +116,17 @@ class BlockStream:
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
         else:
-            merged = Names(self.model, source.tensors).merged if source.tensors else None
-            self.fused_because = unfuse(self.model, merged)
+            names = Names(self.model, source.tensors)
+            self.fused_because = unfuse(self.model, Counter(names.parameter.values()) or None)
+            fused = [(names.spelled(path), layout) for path, layout in self._fused_layouts()]
+            if any(f"{prefix}.{name}" in source.tensors for prefix, layout in fused for name in layout.parameters):
+                self.source = TakenApart(source, fused)
         self.blocks = blocks_of(self.model)
         if isinstance(source, Artifact):
             swap(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
+        # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
+        self.mixtures = {path: (self.names.spelled(path), layout) for path, layout in self._fused_layouts()}
         _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
         self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
@@ -127,6 +134,15 @@ class BlockStream:
             self._layers[i] = recorder
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._rest_loaded = False
+
+    def _fused_layouts(self) -> list[tuple[str, Layout]]:
+        mixtures = [(path, m.layout) for path, m in self.model.named_modules() if isinstance(m, Experts)]
+        return [(path, layout) for path, layout in mixtures if layout.fused]
+
+    def as_stored(self, tensors: dict[str, Tensor], compressed: Iterable[str] = ()) -> dict[str, Tensor]:
+        """Tensors with experts fused where a plain checkpoint has them so, unless any of those names is an expert's."""
+        apart = {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys()
+        return tensors if apart else put_together(tensors, self.mixtures.values())
 
     @property
     def rest(self) -> list[str]:
@@ -163,6 +179,7 @@ class BlockStream:
         swap(block, self.blocks[i].name + ".", entries, self.dtype)
         if tensors is None:
             tensors = self.source.read(self.names.under(self.blocks[i].name))
+        tensors = take_apart(tensors, self.mixtures.values())
         self._layers[i] = block
         try:
             assign(self.model, tensors, self.dtype)
@@ -176,9 +193,10 @@ class BlockStream:
 
         Reads headers only. What several tensors are merged into is not looked at.
         """
+        merged = set(self.names.parameter.values()) - self.names.tensor.keys()
         for path, parameter in self.skeletons[i].named_parameters():
             name = f"{self.blocks[i].name}.{path}"
-            if name in self.names.merged:
+            if name in merged:
                 continue
             if name not in self.names.tensor:
                 raise VQCompressError(f"the checkpoint has no tensor for {name}")

@@ -187,11 +187,16 @@ class Checkpoint:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Let the system read these tensors into its cache meanwhile, if it can; takes no memory of ours."""
+        source, names = self.holders(names)
         if hasattr(os, "posix_fadvise"):
-            for file, wanted in self._by_file(names).items():
+            for file, wanted in source._by_file(names).items():
                 with (self.path / file).open("rb") as stream:
-                    for info in (self.tensors[name] for name in wanted):
+                    for info in (source.tensors[name] for name in wanted):
                         os.posix_fadvise(stream.fileno(), info.start, info.bytes, os.POSIX_FADV_WILLNEED)
+
+    def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
+        """The checkpoint of the files themselves, and the names in it of what these tensors are made of."""
+        return self, set(names)
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
         by_file: dict[str, list[str]] = defaultdict(list)
@@ -223,11 +228,11 @@ class Checkpoint:
 
     def digest(self, names: Iterable[str]) -> str:
         """A SHA-256 over tensors as they are stored."""
-        digest = hashlib.sha256()
-        for file, wanted in sorted(self._by_file(names).items()):
+        digest, (source, names) = hashlib.sha256(), self.holders(names)
+        for file, wanted in sorted(source._by_file(names).items()):
             with (self.path / file).open("rb") as stream:
                 for name in sorted(wanted):
-                    info = self.tensors[name]
+                    info = source.tensors[name]
                     digest.update(f"{name} {info.bytes} ".encode())
                     stream.seek(info.start)
                     for start in range(0, info.bytes, PIECE):

@@ -5,11 +5,10 @@ Shape legend: O output rows, I input channels, R rows of a producer.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from vqcompress.artifact import MARKER, SMOOTHING, Entry, part_name, stored_bits
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite
 from vqcompress.compensation import Compensation, closing_layer
-from vqcompress.distributed import add_up
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.gather import coverage, gather, seed_for
 from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_producer
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.report import Uses
 from vqcompress.states import States, keep
-from vqcompress.statistics import Accumulator, Statistics
+from vqcompress.statistics import Statistics
 from vqcompress.targets import Block
 from vqcompress.transforms import fit_smoothing
 from vqcompress.tuning import tune_block
@@ -52,11 +51,6 @@ class Rewrites:
 def generator_for(seed: int, name: str) -> torch.Generator:
     """Random state that depends on the seed and the target only, never on what was done before."""
     return torch.Generator().manual_seed(seed_for(seed, name))
-
-
-def seed_for(seed: int, name: str) -> int:
-    """A seed that depends on the run's and a name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
 
 
 def first_states(stream: BlockStream, rows_NL: Tensor) -> States:
@@ -115,7 +109,10 @@ def compress_block(
         tuning_seed = seed_for(seed, block.name)
         changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
     seconds = round(time.perf_counter() - start, 3)
-    return tensors | changed, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
+    stored = stream.as_stored(tensors | changed, (target.name for target in plan.targets))
+    mixtures = {f"{block.name}.{path}": tokens for path, tokens in coverage(inputs, statistics).items()}
+    facts |= {"experts": mixtures} if mixtures else {}
+    return stored, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
 
 
 def study(
@@ -141,67 +138,6 @@ def study(
         inputs = find_inputs(module, block, lambda m: stream.run(m, index, probe), prove=smoothing)
         statistics = gather(stream, plan, index, module, states, inputs, seed)
     return tensors, module, inputs, statistics
-
-
-def gather(
-    stream: BlockStream, plan: Plan, index: int, module: nn.Module, states: States, inputs: list[Input], seed: int
-) -> dict[str, Statistics]:
-    """Run the calibration rows through a dense block; statistics by the path of each target that reads an input.
-
-    Targets of one input share one object.
-    """
-    block = plan.blocks[index]
-    rules = {block.local(t): plan.rules[t.name] for t in plan.compressed(block)}
-    counts = stream.team.everyones(sum(state.shape[0] * state.shape[1] for state in states))
-    total, before = sum(counts), sum(counts[: stream.team.rank])
-    accumulators: list[tuple[Input, Accumulator]] = []
-    handles = []
-    for entrance in inputs:
-        readers = [rules[path] for path in entrance.consumers if path in rules]
-        needs = frozenset().union(*(rule.method.needs for rule in readers))
-        for rule in readers:
-            # The sample also measures the error that the report shows.
-            needs |= rule.smoothing.needs | {"sample"} if rule.smoothing else frozenset()
-        if not needs:
-            continue
-        # Which tokens come to an expert nobody knows before; there each process begins its sample anew.
-        accumulator = Accumulator(needs, entrance.channels, total, stream.device, 0 if entrance.pool else before)
-        accumulators.append((entrance, accumulator))
-
-        def read(_: nn.Module, args: tuple[Tensor, ...], accumulator: Accumulator = accumulator) -> None:
-            accumulator.add(args[0])
-
-        handles.append(module.get_submodule(entrance.reader).register_forward_pre_hook(read))
-    try:
-        for state in states:
-            stream.run(module, index, state)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found: dict[str, Statistics] = {}
-    for entrance, accumulator in accumulators:
-        add_up(stream.team, accumulator)
-        totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
-        found |= dict.fromkeys(entrance.consumers, totals)
-    return found | _borrowed(accumulators, found, total, stream.device)
-
-
-def _borrowed(
-    accumulators: list[tuple[Input, Accumulator]], own: dict[str, Statistics], total: int, device: torch.device
-) -> dict[str, Statistics]:
-    """For experts that saw fewer tokens than their input has channels: what all experts of the layer saw together."""
-    found: dict[str, Statistics] = {}
-    for pool in dict.fromkeys(entrance.pool for entrance, _ in accumulators if entrance.pool):
-        members = [(entrance, a) for entrance, a in accumulators if entrance.pool == pool]
-        short = [(entrance, a.tokens) for entrance, a in members if a.tokens < entrance.channels]
-        if short:
-            needs = frozenset().union(*(a.needs for _, a in members))
-            everything = Accumulator(needs, short[0][0].channels, total, device)
-            for _, a in members:
-                everything.merge(a)
-            shared = everything.statistics(own[members[0][0].consumers[0]].seed)
-            found |= {path: replace(shared, own_tokens=n) for entrance, n in short for path in entrance.consumers}
-    return found
 
 
 @torch.no_grad()
@@ -259,9 +195,12 @@ def smooth(
         s_I = s_R[rows_I]
         scale_consumers(module, tuple(smoothed), s_I)
         note = {"alpha": None if alpha != alpha else alpha, "folded_into": producer.path if producer else None}
-        divided = statistics[readers[0]].divided(s_I)
+        # Experts may have others than those that read the same input.
+        divided = {id(statistics[path]): statistics[path].divided(s_I) for path in readers}
         for path in smoothed:
-            rewrites.columns[path], rewrites.notes[path], statistics[path] = s_I, note, divided
+            rewrites.columns[path], rewrites.notes[path] = s_I, note
+        for path in readers:
+            statistics[path] = divided[id(statistics[path])]
     return rewrites
 
 
@@ -392,7 +331,7 @@ def _facts(entry: Entry, statistics: Statistics, bits: float) -> dict[str, Any]:
         "shape": list(entry.target.shape),
         "experts": None,
         "bits_per_weight": bits / entry.target.weights,
-        "tokens": statistics.tokens if statistics.own_tokens is None else statistics.own_tokens,
+        "tokens": statistics.seen,
         "borrowed": statistics.own_tokens is not None,
     }
 

@@ -108,7 +108,8 @@ def add_up(team: Team, accumulator: Accumulator) -> None:
     for total in (accumulator.sumsq_I, accumulator.hessian_II):
         if total is not None:
             team.add(total)
-    accumulator.tokens = sum(team.everyones(accumulator.tokens))
+    counts = team.everyones((accumulator.tokens, accumulator.routed, accumulator.mass))
+    accumulator.tokens, accumulator.routed, accumulator.mass = (sum(each) for each in zip(*counts, strict=True))
     if accumulator.sample is not None:
         samples = team.everyones([rows.cpu() for rows in accumulator.sample] if team.size > 1 else accumulator.sample)
         device = accumulator.sample[0].device if accumulator.sample else "cpu"

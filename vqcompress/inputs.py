@@ -51,7 +51,7 @@ class Input:
     pool: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Read:
     """A tensor that was seen entering modules. reader: the first of them."""
 
@@ -108,6 +108,15 @@ def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tens
     def first(candidates: Iterable[Producer], consumers: tuple[str, ...]) -> Producer | None:
         return next((c for c in candidates if prove and _is_exact(block, c, consumers, run, reference)), None)
 
+    for path in mixtures if prove else ():
+        # What a router has multiplied is another tensor than the norm's; that the norm is its producer too is proven.
+        for own in [read for read in reads if read.reader == path and _storage(read.x) not in norms]:
+            for read in reads:
+                norm, width, together = norms.get(_storage(read.x)), own.x.shape[-1], (*read.consumers, *own.consumers)
+                if norm and read.x.shape[-1] == width and first(_norm_candidates(norm, width), together):
+                    read.consumers.extend(own.consumers)
+                    reads.remove(own)
+                    break
     inputs: list[Input] = []
     earlier: list[str] = []
     for read in reads:
@@ -159,7 +168,8 @@ def _watch(
             def enter(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
                 heads = [f"{path}.{leaf}" for leaves, _ in mixtures[path].leaves() for leaf in leaves]
                 reads.setdefault(_storage(args[0]), _Read(args[0], path, [])).consumers.extend(heads)
-                busiest[path] = int(torch.bincount(args[1].flatten())[: len(mixtures[path].leaves())].argmax())
+                index_TK = mixtures[path].routing(*args)[1]
+                busiest[path] = int(torch.bincount(index_TK.flatten())[: len(mixtures[path].leaves())].argmax())
 
             handles.append(module.register_forward_pre_hook(enter))
         elif path in targets or (isinstance(weight, nn.Parameter) and weight.dim() == 2):

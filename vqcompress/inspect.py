@@ -60,6 +60,8 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
         "artifact_bytes": sum((artifact.path / file).stat().st_size for file in files),
         "files": len(files),
         "codebooks": report.get("codebooks", {}),
+        "experts": report.get("experts", {}),
+        "uncalibrated": report.get("uncalibrated", []),
         **({"device": launch.facts(chosen).name if chosen.type == "cuda" else chosen.type} if chosen else {}),
         "targets": rows,
     }

@@ -18,7 +18,7 @@ from vqcompress.methods import Method
 from vqcompress.recipe import Recipe, Rule
 from vqcompress.runtime.device import peak_rss_bytes
 from vqcompress.runtime.experts import Experts
-from vqcompress.targets import Block, Target
+from vqcompress.targets import Block, Target, gates
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether any target asks for statistics, or a budget for measurements; if not, the model is never run."""
-        rules = [self.rules[target.name] for target in self.targets]
-        return self.target_bits is not None or any(rule.method.needs or rule.smoothing for rule in rules)
+        return self.target_bits is not None or any(self.rules[target.name].needs for target in self.targets)
 
     def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
         """How the target will be stored."""
@@ -86,6 +85,11 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
     if not plan.targets:
         raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
+    if recipe.experts and not any(isinstance(m, Experts) for layer in stream.skeletons for m in layer.modules()):
+        why = stream.fused_because or "the model has no mixture of experts"
+        raise UsageError(f"recipe {recipe.name}: 'experts' speaks of nothing here: {why}")
+    if recipe.experts and not plan.calibrated:
+        raise UsageError(f"recipe {recipe.name}: 'experts' calibrates nothing: its methods need no data")
     return plan
 
 
@@ -102,13 +106,17 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}
+        deciding = gates(layer)
         for path, tensor in layer.named_parameters():
             if tensor.dim() > 1 and path not in known:
                 name = f"{block.name.rpartition('.')[0]}.*.{path}"
                 counts[name] += tensor.numel()
                 why = stream.fused_because or "their structure is another than gate, up and down"
                 fused = f"the experts of a mixture are one parameter: {why}"
-                found[name] = f"{fused if tensor.dim() == 3 else 'not an nn.Linear'} ({counts[name]:,} weights)"
+                module = path.rpartition(".")[0]
+                plain = "routes or gates" if module in deciding else "not an nn.Linear"
+                one = any(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False))
+                found[name] = f"{fused if one else plain} ({counts[name]:,} weights)"
     return found
 
 

@@ -121,7 +121,7 @@ def quantize(
 
     def source_of(name: str) -> str:
         """The fingerprint of a block's weights."""
-        return source.digest(stream.rest if name == REST else stream.names.under(name))
+        return stream.source.digest(stream.rest if name == REST else stream.names.under(name))
 
     inputs = _inputs(source, plan, rows, seed, stream)
     with SharedWriter(team, out, inputs, source_of, overwrite) as writer, ThreadPoolExecutor(1) as aside:
@@ -142,7 +142,7 @@ def quantize(
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(blocks), "name": block.name})
                 if i + 1 < len(blocks):
-                    source.prefetch(stream.names.under(blocks[i + 1].name))
+                    stream.source.prefetch(stream.names.under(blocks[i + 1].name))
                 places = [i] if hidden else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
                 found = {}
                 for j in places if hidden else team.mine(places[: team.size]):

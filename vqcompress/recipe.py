@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,6 +36,19 @@ class Tuning(BaseModel):
     distill_rate: float = Field(2e-3, gt=0, le=1)
 
 
+class ExpertCalibration(BaseModel):
+    """What the statistics of a mixture's experts are made of, see `gather`.
+
+    calibrate: the tokens `routed` to an expert; those, `weighted` by the square of their routing weight; or `all`
+    tokens through all experts. min_tokens: an expert that saw fewer takes the statistics of all experts of its layer
+    together; as many as its last layer has inputs unless given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    calibrate: Literal["routed", "weighted", "all"] = "routed"
+    min_tokens: int | None = Field(None, ge=1)
+
+
 @dataclass(frozen=True)
 class Rule:
     """match: a shell pattern over module names, or `re:` and a regular expression that the whole name must match."""
@@ -43,6 +56,12 @@ class Rule:
     match: str
     method: Method
     smoothing: Smoothing | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that method and smoothing ask for."""
+        # The sample also measures the error that the report shows.
+        return self.method.needs | (self.smoothing.needs | {"sample"} if self.smoothing else frozenset())
 
     @property
     def is_pattern(self) -> bool:
@@ -63,6 +82,7 @@ class Recipe:
     rotation: `fold` rotates the whole model first, see `rotation.Rotated`.
     tuning: of scales, codebooks and norms, once the codes are fixed.
     candidates: instead of rules, those for all targets that `allocate` chooses from.
+    experts: how those of a mixture are calibrated, if not by default.
     """
 
     name: str
@@ -71,6 +91,7 @@ class Recipe:
     rotation: str | None = None
     candidates: tuple[Rule, ...] = ()
     tuning: Tuning | None = None
+    experts: ExpertCalibration | None = None
 
     def assign(self, blocks: list[Block]) -> dict[str, Rule]:
         """Target name → first rule that matches; UsageError for a rule that decides about none of the targets."""
@@ -108,6 +129,7 @@ class Recipe:
         # Only where there is one: what recipes meant before rotations existed keeps its fingerprint.
         meaning += [{"rotation": self.rotation}] if self.rotation else []
         meaning += [{"tuning": self.tuning.model_dump()}] if self.tuning else []
+        meaning += [{"experts": self.experts.model_dump()}] if self.experts else []
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
@@ -133,12 +155,13 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules", "candidates", "rotation", "tuning"}, f"recipe {name}")
+    _only(data, {"description", "rules", "candidates", "rotation", "tuning", "experts"}, f"recipe {name}")
     rotation = data.get("rotation")
     if rotation not in (None, "fold"):
         hint = "rotation at run time is a knob of a vq rule"
         raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
     tuning = _knobs(Tuning, data.get("tuning"), f"recipe {name}", "tuning")
+    experts = _knobs(ExpertCalibration, data.get("experts"), f"recipe {name}", "experts")
     if {"rules", "candidates"} <= data.keys():
         raise UsageError(f"recipe {name} has both 'rules' and 'candidates'; it can have one of them")
     kind = "candidates" if "candidates" in data else "rules"
@@ -147,13 +170,13 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} needs a list '{kind}' with at least one {kind[:-1]}")
     if kind == "rules":
         rules = tuple(_rule(r, i, name) for i, r in enumerate(listed, 1))
-        return _tunable(Recipe(name, description, rules, rotation, tuning=tuning))
+        return _tunable(Recipe(name, description, rules, rotation, (), tuning, experts))
     if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
         raise UsageError(
             f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
         )
     candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
-    return _tunable(Recipe(name, description, (), rotation, candidates, tuning))
+    return _tunable(Recipe(name, description, (), rotation, candidates, tuning, experts))
 
 
 def _tunable(recipe: Recipe) -> Recipe:
@@ -175,6 +198,7 @@ def dump(recipe: Recipe) -> str:
     data: dict[str, Any] = {"description": recipe.description}
     data |= {"rotation": recipe.rotation} if recipe.rotation else {}
     data |= {"tuning": recipe.tuning.model_dump()} if recipe.tuning else {}
+    data |= {"experts": recipe.experts.model_dump()} if recipe.experts else {}
     return yaml.safe_dump(
         data | {"rules": rules}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000
     )

@@ -114,6 +114,7 @@ def run_report(
     targets = [row for record in shards.values() for row in record["targets"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in targets)
+    asked = {target.name: plan.rules[target.name].needs for target in plan.targets}
     chosen: dict[str, list[int]] = {}
     for target in plan.targets:
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
@@ -141,6 +142,8 @@ def run_report(
         "left_dense": plan.left_dense,
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
         "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},
+        "experts": {place: tokens for r in shards.values() for place, tokens in r.get("experts", {}).items()},
+        "uncalibrated": [row["name"] for row in targets if asked[row["name"]] and not row["tokens"] | row["borrowed"]],
         "blocks": {name: record["seconds"] for name, record in shards.items()},
         "targets": targets,
     }

@@ -182,6 +182,25 @@ def _mean(rows: list[dict[str, Any]], counts: list[int], key: str) -> float:
     return float(sum(row[key] * n for row, n in zip(rows, counts, strict=True)) / sum(counts))
 
 
+def _experts(to: Console, facts: dict[str, Any], each: bool) -> None:
+    """Tokens per expert, of each mixture or of all together; what nothing is known of."""
+    mixtures = facts["experts"] if each else {"in all": _together(facts["experts"])} if facts["experts"] else {}
+    for place, tokens in mixtures.items():
+        text = f"{len(tokens['routed'])} experts, {min(tokens['routed']):,} to {max(tokens['routed']):,} tokens each"
+        if tokens["counted"] != tokens["routed"]:
+            text += f", counted {min(tokens['counted']):,} to {max(tokens['counted']):,}"
+        if tokens["borrowed"]:
+            which = ", ".join(map(str, tokens["borrowed"])) if each else f"{len(tokens['borrowed'])} of them"
+            text += f"; too few, so with those of all of a layer: {which}"
+        to.print(f"experts {place}: {text}", soft_wrap=True)
+    if names := facts["uncalibrated"]:
+        to.print(f"warning no token of the calibration came to {', '.join(names)}", soft_wrap=True)
+
+
+def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]:
+    return {key: [n for tokens in mixtures.values() for n in tokens[key]] for key in ("routed", "counted", "borrowed")}
+
+
 def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None:
     """The end of `quantize`: what came out and what to type next."""
     before, after = report["source_bytes"], report["artifact_bytes"]
@@ -194,6 +213,7 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
     worst = max(report["targets"], key=lambda row: row["relative_error"])
     to.print(f"{out}: {report['bits_per_weight']:.3f} bits per weight over {report['weights_quantized']:,} weights")
     to.print(f"size    {size(before)} → {size(after)}, {before / after:.2f} times smaller")
+    _experts(to, report, each=False)
     to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
@@ -250,6 +270,7 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
     if books := facts["codebooks"].values():
         means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
         to.print(f"entries the first 1/8, 1/4, 1/2 of a codebook's take {means} % of its uses (mean of {len(books)})")
+    _experts(to, facts, each=True)
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
     weights = f"{len(facts['targets'])} targets, {facts['weights_quantized']:,} weights"
     to.print(f"total   {weights}, {facts['bits_per_weight']:.3f} bits per weight")

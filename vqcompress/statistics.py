@@ -21,10 +21,11 @@ class Statistics:
 
     seed: random state that belongs to the input, so that all weights that read it are rotated by the same signs.
     tokens: number of calibration tokens seen. own_tokens: how many of them this input really saw, if the others were
-    borrowed from inputs like it; else None.
+    borrowed from inputs like it; else None. routed: tokens that a router sent to this expert, 0 for other inputs.
     absmax_I: largest magnitude per channel, float32.
     sumsq_I: mean square per channel, float32 (the diagonal of the Hessian).
-    hessian_II: XᵀX / tokens, float32 (GPTQ, arXiv 2210.17323, section 2: half the Hessian of the squared error).
+    hessian_II: XᵀX / tokens, float32 (GPTQ, arXiv 2210.17323, section 2: half the Hessian of the squared error). Where
+    tokens have weights w, these two are Xᵀ diag(w) X / Σw and its diagonal.
     sample_SI: some of the inputs themselves, float32, at most about `SAMPLE_TOKENS`.
     """
 
@@ -35,6 +36,12 @@ class Statistics:
     hessian_II: Tensor | None = None
     sample_SI: Tensor | None = None
     own_tokens: int | None = None
+    routed: int = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens that this input really saw."""
+        return self.tokens if self.own_tokens is None else self.own_tokens
 
     def divided(self, s_I: Tensor) -> Statistics:
         """The statistics of x / s."""
@@ -65,7 +72,7 @@ class Accumulator:
 
     Sums of a batch are float32, those over batches float64: the totals, rounded to float32, do not depend on the order.
     The sample takes every k-th token of the run, so it is the same whatever the batch size. before: tokens that others
-    count, who go first.
+    count, who go first; None if nobody knows how many, so that k counts from the start of each batch.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class Accumulator:
         channels: int,
         total_tokens: int,
         device: torch.device | str = "cpu",
-        before: int = 0,
+        before: int | None = 0,
     ):
         if unknown := needs - NAMES:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known are {sorted(NAMES)}")
@@ -83,24 +90,29 @@ class Accumulator:
             return torch.zeros(shape, dtype=dtype, device=device) if name in needs else None
 
         self.needs, self.tokens, self.before = needs, 0, before
+        # The sum of the tokens' weights, and what a router sent.
+        self.mass, self.routed = 0.0, 0
         self.absmax_I = zeros("absmax", torch.float32, channels)
         self.sumsq_I = zeros("sumsq", torch.float64, channels)
         self.hessian_II = zeros("hessian", torch.float64, channels, channels)
         self.sample: list[Tensor] | None = [] if "sample" in needs else None
         self.stride = max(1, -(-total_tokens // SAMPLE_TOKENS))
 
-    def add(self, x: Tensor) -> None:
-        """Count the inputs x (…, I), any float type."""
+    def add(self, x: Tensor, weight_T: Tensor | None = None) -> None:
+        """Count the inputs x (…, I), any float type. weight_T: how much each counts in means; 1 unless given."""
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
         if self.absmax_I is not None and len(x_TI):
             torch.maximum(self.absmax_I, x_TI.abs().amax(0), out=self.absmax_I)
+        weighted_TI = x_TI if weight_T is None else x_TI * weight_T.sqrt()[:, None]
         if self.sumsq_I is not None:
-            self.sumsq_I += x_TI.square().sum(0)
+            self.sumsq_I += weighted_TI.square().sum(0)
         if self.hessian_II is not None:
-            self.hessian_II += x_TI.T @ x_TI
+            self.hessian_II += weighted_TI.T @ weighted_TI
         if self.sample is not None:
-            self.sample.append(x_TI[-(self.before + self.tokens) % self.stride :: self.stride].clone())
+            start = 0 if self.before is None else -(self.before + self.tokens) % self.stride
+            self.sample.append(x_TI[start :: self.stride].clone())
         self.tokens += len(x_TI)
+        self.mass += len(x_TI) if weight_T is None else weight_T.sum(dtype=torch.float64).item()
 
     def merge(self, other: Accumulator) -> None:
         """Count what another accumulator of an input like it has seen; what only one of them gathers stays as it is."""
@@ -112,11 +124,11 @@ class Accumulator:
             self.hessian_II += other.hessian_II
         if self.sample is not None and other.sample is not None:
             self.sample += other.sample
-        self.tokens += other.tokens
+        self.tokens, self.mass = self.tokens + other.tokens, self.mass + other.mass
 
     def statistics(self, seed: int | None = None) -> Statistics:
-        """The totals so far; means are over `tokens`. seed: of the input."""
-        n = max(self.tokens, 1)
+        """The totals so far; means are over `tokens`, by their weights. seed: of the input."""
+        n = self.mass or 1.0
         sample_SI = torch.cat(self.sample) if self.sample else None
         if sample_SI is not None:
             # Only what was merged from many inputs can be too long.
@@ -128,4 +140,5 @@ class Accumulator:
             sumsq_I=None if self.sumsq_I is None else (self.sumsq_I / n).float(),
             hessian_II=None if self.hessian_II is None else (self.hessian_II / n).float(),
             sample_SI=sample_SI,
+            routed=self.routed,
         )

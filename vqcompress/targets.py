@@ -54,12 +54,31 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
-    """Every nn.Linear of a block, in the order of the module tree."""
+    """Every nn.Linear of a block, in the order of the module tree, but those that decide about experts.
+
+    A subclass with a forward of its own does more than multiply.
+    """
+    kept = gates(block)
     return tuple(
         Target(f"{name}.{path}", (module.out_features, module.in_features), module.bias is not None)
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and path not in kept
     )
+
+
+def gates(block: nn.Module) -> set[str]:
+    """Paths of routers and gates of shared experts: beside `experts`, a matrix with a row for each of them, or one."""
+    found = set()
+    for path, parent in block.named_modules():
+        experts = getattr(parent, "experts", None)
+        if not isinstance(experts, nn.Module) or not list(experts.parameters()):
+            continue
+        count = len(list(experts.children())) or len(next(experts.parameters()))
+        for name, module in parent.named_children():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) in (1, count):
+                found.add(f"{path}.{name}".removeprefix("."))
+    return found
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

@@ -35,4 +35,4 @@ def _tensors(stream: BlockStream, artifact: Artifact) -> Iterator[dict[str, Tens
                 name = stored.removesuffix(f"_{part}")
                 del tensors[stored]
             tensors[name] = weight.to(dtype)
-        yield {name: t for name, t in tensors.items() if ".shared_parts." not in name}
+        yield stream.as_stored({name: t for name, t in tensors.items() if ".shared_parts." not in name})

@@ -1,8 +1,9 @@
 """The experts of a mixture with one linear layer per stored matrix, in place of the fused module of transformers.
 
 transformers 5 merges the matrices that a checkpoint stores expert by expert into 3-D parameters. Which matrix becomes
-which part of a merge is read from its own conversion mapping, and that the layers compute what the fused module does
-is proven by running both, so no architecture needs a table.
+which part of a merge is read from its own conversion mapping; where the checkpoint stores the 3-D parameters, their
+shapes leave a few possibilities. That the layers compute what the fused module does is proven by running both, so no
+architecture needs a table.
 Shape legend: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I inputs of an expert,
 O outputs, F inner channels.
 """
@@ -10,6 +11,7 @@ O outputs, F inner channels.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -20,11 +22,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from vqcompress.runtime.fused import Layout, candidates
 from vqcompress.runtime.stacked import Stack, refusal
 
 MERGES = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-# Widths of the random experts that the proof runs on; real ones may not fit into memory.
-WIDTH, INNER, TOKENS = 16, 8, 32
+# The width of the random experts that the proof runs on; real ones may not fit into memory.
+WIDTH, TOKENS = 16, 32
 
 
 class _Linear(nn.Linear):
@@ -37,23 +40,27 @@ class _Linear(nn.Linear):
 class Experts(nn.Module):
     """y = Σ weight · down(act(up(x))) over the experts that the router chose for a token, as the fused module computes.
 
-    The child `E.LEAF` is a linear layer of what the checkpoint stores as one matrix. first: the leaves that read the
-    input (gate and up), in the order in which the merge stacks them. last: the one that reads what they make.
+    The child `E.MATRIX` is a linear layer of one matrix of `layout`. scaled: the weight multiplies x, before the call.
     """
 
-    def __init__(self, fused: nn.Module, first: tuple[str, ...], last: str):
+    def __init__(self, fused: nn.Module, layout: Layout):
         super().__init__()
-        up, down = fused.parameters()
-        self.first, self.last = first, last
+        self.layout, self.first, self.last = layout, layout.first, layout.last
+        self.scaled = len(inspect.signature(fused.forward).parameters) == 1
+        cubes = [p for p in fused.parameters() if p.dim() == 3]
+        (rows, inputs), (outputs, inner) = (p.shape[1:][::-1] if layout.transposed else p.shape[1:] for p in cubes)
+        biased = {matrix for matrices, kind in layout.parameters.values() if kind == "bias" for matrix in matrices}
+        made: dict[str, Any] = {"device": cubes[0].device, "dtype": cubes[0].dtype}
+        for e in range(layout.experts):
+            expert = nn.ModuleDict()
+            for leaf in layout.first:
+                expert[leaf] = _Linear(inputs, rows // len(layout.first), bias=leaf in biased, **made)
+            expert[layout.last] = _Linear(inner, outputs, bias=layout.last in biased, **made)
+            self.add_module(str(e), expert)
         # Behind a tuple: transformers would initialize its parameters, which are no longer there.
         self._fused = (_with_parameters(fused),)
         self._stacks: dict[str, Stack] = {}
         self._stacked_for: Any = None
-        inputs, inner, made = up.shape[2], up.shape[1] // len(first), {"device": up.device, "dtype": up.dtype}
-        for e in range(len(up)):
-            expert = nn.ModuleDict({leaf: _Linear(inputs, inner, bias=False, **made) for leaf in first})
-            expert[last] = _Linear(down.shape[2], down.shape[1], bias=False, **made)
-            self.add_module(str(e), expert)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Experts:
         # So that what moves is not held by the stacks too.
@@ -65,19 +72,40 @@ class Experts(nn.Module):
         """For each expert the paths below this module of the layers that read the input, and of the last."""
         return [([f"{e}.{leaf}" for leaf in self.first], f"{e}.{self.last}") for e in self._modules]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x (T, I), the chosen experts (T, K) and their weights (T, K) → (T, I). An index of E means no expert."""
-        if stacks := self._stacked(hidden_states):
-            return self._grouped(hidden_states, top_k_index, top_k_weights, stacks)
-        out = torch.zeros_like(hidden_states)
-        for e in top_k_index.unique().tolist():
+    def routing(
+        self, x: Tensor, index_TK: Tensor | None = None, weight_TK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, I), the chosen experts (T, K) and their weights (T, K). An index of E means no expert.
+
+        Without a choice x is (E·T, I), sorted by expert and multiplied by what the router gave it (Llama-4): a row of
+        zeros was not chosen.
+        """
+        if index_TK is None or weight_TK is None:
+            experts = self.layout.experts
+            expert_T = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts)
+            index_TK = torch.where(x.any(-1), expert_T, experts)[:, None]
+            weight_TK = torch.ones_like(index_TK, dtype=x.dtype)
+        return x, index_TK, weight_TK
+
+    def inner(self, e: int, x_TI: Tensor) -> Tensor:
+        """What enters the last layer of expert e, (T, F)."""
+        expert: Any = self._modules[str(e)]
+        return self._activate([expert[leaf](x_TI) for leaf in self.first])
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """What `routing` tells → y, of the shape of x."""
+        x_TI, index_TK, weight_TK = self.routing(hidden_states, top_k_index, top_k_weights)
+        if stacks := self._stacked(x_TI):
+            return self._grouped(x_TI, index_TK, weight_TK, stacks)
+        out = torch.zeros_like(x_TI)
+        for e in index_TK.unique().tolist():
             if e >= len(self._modules):
                 continue
             expert: Any = self._modules[str(e)]
-            tokens, place = torch.where(top_k_index == e)
-            x_TI = hidden_states[tokens]
-            inner_TF = self._activate(torch.cat([expert[leaf](x_TI) for leaf in self.first], -1))
-            y_TI = expert[self.last](inner_TF) * top_k_weights[tokens, place, None]
+            tokens, place = torch.where(index_TK == e)
+            y_TI = expert[self.last](self.inner(e, x_TI[tokens])) * weight_TK[tokens, place, None]
             out.index_add_(0, tokens, y_TI.to(out.dtype))
         return out
 
@@ -88,7 +116,7 @@ class Experts(nn.Module):
         among_E = torch.arange(experts, device=expert_S.device, dtype=expert_S.dtype)
         ends_E = torch.searchsorted(expert_S, among_E, right=True, out_int32=True)
         x_SI = x_TI[order_S // chosen]
-        inner_SF = self._activate(torch.cat([stacks[leaf](x_SI, ends_E) for leaf in self.first], -1))
+        inner_SF = self._activate([stacks[leaf](x_SI, ends_E) for leaf in self.first])
         y_SI = stacks[self.last](inner_SF, ends_E)
         y_TKI = torch.empty_like(y_SI)
         y_TKI[order_S] = y_SI
@@ -116,13 +144,14 @@ class Experts(nn.Module):
         experts = cast(Any, list(self._modules.values()))
         return {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _activate(self, parts: list[Tensor]) -> Tensor:
         fused: Any = self._fused[0]
         # transformers' own, where a class clamps or scales; a class without it has the plain gate.
-        if len(self.first) == 1 or not hasattr(fused, "_apply_gate"):
-            gate, *up = x.chunk(len(self.first), -1)
-            return fused.act_fn(gate) * up[0] if up else fused.act_fn(gate)
-        return fused._apply_gate(x)
+        if len(parts) == 2 and hasattr(fused, "_apply_gate"):
+            turns = torch.stack(parts, -1).flatten(-2) if self.layout.interleaved else torch.cat(parts, -1)
+            return fused._apply_gate(turns)
+        gate, *up = parts
+        return fused.act_fn(gate) * up[0] if up else fused.act_fn(gate)
 
 
 def _with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
@@ -138,32 +167,40 @@ def without_merges(model: PreTrainedModel, mapping: list[Any]) -> list[Any]:
     return [m for m in mapping if not (leaves and isinstance(m, WeightConverter) and leaves & set(_merge(m)[1]))]
 
 
-def unfuse(model: PreTrainedModel, merged: Mapping[str, int] | None = None) -> str:
+def unfuse(model: PreTrainedModel, stored: Mapping[str, int] | None = None) -> str:
     """Put Experts in place of every fused experts module of a model without memory; returns why not, or nothing.
 
-    merged: parameter → number of tensors that the checkpoint merges into it; None if there is no checkpoint to ask.
-    All modules change or none: a merge of transformers' mapping holds for the whole model.
+    stored: parameter → number of tensors of the checkpoint that become it, and every other name that the checkpoint
+    has; None if there is no checkpoint to ask. All modules change or none: a merge of transformers' mapping holds for
+    the whole model.
     """
     merges = [merge for m in get_model_conversion_mapping(model) if (merge := _merge(m))[1]]
     ours: dict[str, Experts] = {}
-    proven: dict[tuple[Any, ...], bool] = {}
+    proven: dict[tuple[Any, ...], Layout | None] = {}
     for path, module in model.named_modules():
-        own = list(module.named_parameters())
-        if len(own) != 2 or any("." in name or p.dim() != 3 or len(p) != len(own[0][1]) for name, p in own):
+        own = dict(module.named_parameters())
+        if any("." in n or p.dim() not in (2, 3) for n, p in own.items()) or len({len(p) for p in own.values()}) != 1:
             continue
-        leaves = [next((leaves for end, leaves in merges if f"{path}.{name}".endswith(end)), ()) for name, _ in own]
-        if not all(leaves) or len(leaves[1]) != 1:
-            return "transformers does not merge them from one matrix per expert"
-        for (name, parameter), parts in zip(own, leaves, strict=True):
-            if merged is not None and merged.get(f"{path}.{name}") != len(parameter) * len(parts):
-                return "the checkpoint does not store them one by one"
-        first, last = tuple(leaves[0]), leaves[1][0]
-        key = (type(module), len(own[0][1]), first, last)
+        if sum(p.dim() == 3 for p in own.values()) != 2:
+            continue
+        leaves = [next((leaves for end, leaves in merges if f"{path}.{name}".endswith(end)), ()) for name in own]
+        if len(own) == 2 and all(leaves) and len(leaves[1]) == 1:
+            parameters = {name: (parts, "weight") for name, parts in zip(own, leaves, strict=True)}
+            layouts = [Layout(len(next(iter(own.values()))), leaves[0], leaves[1][0], parameters)]
+            wanted = {f"{path}.{name}": len(p) * len(parameters[name][0]) for name, p in own.items()}
+        else:
+            layouts = list(candidates(module))
+            wanted = {f"{path}.{name}": 1 for name in own}
+        # One that was taken apart already stores the first matrix.
+        apart = any(layout.fused and f"{path}.0.{layout.first[0]}.weight" in (stored or {}) for layout in layouts)
+        if layouts and stored is not None and not apart and any(stored.get(name) != n for name, n in wanted.items()):
+            return "the checkpoint does not store them one by one"
+        key = (type(module), *((name, *p.shape) for name, p in own.items()), *leaves)
         if key not in proven:
-            proven[key] = _is_exact(module, first, last)
-        if not proven[key]:
+            proven[key] = next((layout for layout in layouts if _is_exact(module, layout)), None)
+        if (layout := proven[key]) is None:
             return f"{type(module).__name__} does more than gate, up and down"
-        ours[path] = Experts(module, first, last)
+        ours[path] = Experts(module, layout)
     for path, experts in ours.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, experts)
@@ -183,29 +220,49 @@ def _merge(conversion: Any) -> tuple[str, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def _is_exact(fused: nn.Module, first: tuple[str, ...], last: str) -> bool:
+def _is_exact(fused: nn.Module, layout: Layout) -> bool:
     """Whether Experts compute what a fused module does, on random narrow experts and tokens."""
     draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float32)
+
     # The model may be built under another default device and type.
     with torch.device("cpu"):
-        (up, p), (down, _) = fused.named_parameters()
-        shapes = {up: (len(p), len(first) * INNER, WIDTH), down: (len(p), WIDTH, INNER)}
-        random = {name: torch.randn(s, generator=draw, dtype=torch.float32) / 3 for name, s in shapes.items()}
+        widths = set([p for p in fused.parameters() if p.dim() == 3][1].shape[1:])
+        random = {}
+        for name, (matrices, kind) in layout.parameters.items():
+            shape = (len(matrices) * WIDTH, WIDTH)[:: -1 if layout.transposed else 1]
+            random[name] = normal(layout.experts, *(shape if kind == "weight" else (len(matrices) * WIDTH,))) / 3
         small: Any = _with_parameters(fused, **random)
+        for attribute, value in list(vars(small).items()):
+            # What the module was told of its inputs and inner channels.
+            if type(value) is int and value in widths - {layout.experts}:
+                setattr(small, attribute, WIDTH)
         if hasattr(small, "config"):
             small.config = copy.copy(small.config)
             small.config._experts_implementation = "eager"
-        x_TI = torch.randn(TOKENS, WIDTH, generator=draw, dtype=torch.float32)
-        weights_TE = torch.rand(TOKENS, len(p), generator=draw, dtype=torch.float32)
-        weights_TK, index_TK = weights_TE.topk(min(2, len(p)))
         try:
-            ours = Experts(small, first, last)
-            for e, (heads, tail) in enumerate(ours.leaves()):
-                ours.get_parameter(f"{tail}.weight").copy_(random[down][e])
-                for path, part in zip(heads, random[up][e].chunk(len(first)), strict=True):
-                    ours.get_parameter(f"{path}.weight").copy_(part)
-            expected = small(x_TI, index_TK, weights_TK)
-            return torch.allclose(ours(x_TI, index_TK, weights_TK), expected, rtol=1e-4, atol=1e-5)
+            ours = Experts(small, layout)
+            for name, parameter in random.items():
+                for path, part in layout.split(name, parameter):
+                    ours.get_parameter(path).data = part
+            routing: tuple[Tensor, ...] = ()
+            x_TI = normal(TOKENS, WIDTH)
+            if not ours.scaled:
+                weights_TE = torch.rand(TOKENS, layout.experts, generator=draw, dtype=torch.float32)
+                weights_TK, index_TK = weights_TE.topk(min(2, layout.experts))
+                routing = index_TK, weights_TK
+            else:
+                # Sorted by expert; every third has not been chosen.
+                x_TI = normal(layout.experts * TOKENS, WIDTH) * (torch.arange(layout.experts * TOKENS) % 3 > 0)[:, None]
+            same = torch.allclose(ours(x_TI, *routing), small(x_TI, *routing), rtol=1e-4, atol=1e-5)
+            parts = [normal(TOKENS, WIDTH) for _ in layout.first]
+            # That gate and up are the rows that meet in a channel: otherwise what was split is only joined again.
+            for part in parts:
+                before, part[:, 1] = ours._activate(parts), part[:, 1] + 1
+                same = same and (ours._activate(parts) != before).any(0).nonzero().tolist() == [[1]]
+            return same
         except Exception:
             # Another structure fails in as many ways as there are models; it stays fused.
             return False

@@ -7,7 +7,6 @@ transformers' own, so what loads there loads here.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,6 @@ class Names:
 
     parameter: checkpoint name → the model's name (of the merged parameter, where several become one).
     tensor: the model's name → checkpoint name, for those that are stored one to one.
-    merged: the model's name → number of tensors that become it, for the others.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_names: Iterable[str]):
@@ -84,7 +82,6 @@ class Names:
         known = model.state_dict()
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
-        self.merged: Counter[str] = Counter()
         for name in checkpoint_names:
             renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if renamed not in known and name in known:
@@ -92,8 +89,6 @@ class Names:
             self.parameter[name] = renamed
             if merged is None:
                 self.tensor[renamed] = name
-            else:
-                self.merged[renamed] += 1
 
     def under(self, prefix: str) -> list[str]:
         """The checkpoint names of what belongs to a module."""
