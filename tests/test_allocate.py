@@ -25,6 +25,7 @@ from vqcompress.cli import app
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.quantize import dry_run, quantize
 from vqcompress.verify import verify
+from vqcompress.writer import Writer
 
 CANDIDATES = """
 description: quick ones, one of them with a shared codebook, one without statistics
@@ -146,14 +147,14 @@ def test_budgets_are_kept_and_the_dearest_is_the_best(job: Job, tmp_path: Path) 
 
 def test_damage_falls_with_bits_and_is_that_of_one_weight_alone(job: Job, tmp_path: Path) -> None:
     noted: dict[str, dict[str, list[float]]] = {}
-    keep = artifact.Writer.note
+    keep = Writer.note
 
-    def note(writer: artifact.Writer, name: str, record: dict[str, list[float]]) -> None:
+    def note(into: Writer, name: str, record: dict[str, list[float]]) -> None:
         noted[name] = record
-        keep(writer, name, record)
+        keep(into, name, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact.Writer, "note", note)
+        patch.setattr(Writer, "note", note)
         job(tmp_path / "out")
     damage = np.array([row for record in noted.values() for row in record.values()])
     assert damage.shape == (14, 4)

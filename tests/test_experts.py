@@ -21,7 +21,7 @@ from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from vqcompress import artifact
+from vqcompress import artifact, writer
 from vqcompress.allocate import make_plans
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
@@ -576,7 +576,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     def run(out: str) -> None:
         quantize(str(toy("mixtral")), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
 
-    save, saved = artifact.save_file, []
+    save, saved = writer.save_file, []
 
     def save_two(*args: Any, **kwargs: Any) -> None:
         if len(saved) == 2:
@@ -585,7 +585,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_file", save_two)
+        patch.setattr(writer, "save_file", save_two)
         with pytest.raises(KeyboardInterrupt):
             run("killed")
     assert len(json.loads((tmp_path / "killed" / "journal.json").read_text())["blocks"]) == 2

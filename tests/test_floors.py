@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vqcompress"
 FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "codebooks", "transforms", "statistics"},
-    {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration", "distributed", "states"},
+    {"targets", "checkpoint", "artifact", "writer", "packaged", "recipe", "calibration", "distributed", "states"},
     {"runtime", "blocks", "inputs", "rotation", "plan"},
     {
         "quantize",

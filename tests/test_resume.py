@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vqcompress import artifact
+from vqcompress import artifact, writer
 from vqcompress.artifact import Artifact
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import quantize
@@ -35,7 +35,7 @@ import json, os, signal, stat, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from vqcompress import artifact
+from vqcompress import artifact, writer
 from vqcompress.artifact import Artifact
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import quantize
@@ -57,7 +57,7 @@ def run(out, limit):
             return function(first, *args, **kwargs)
         return call
     os.fsync, Path.replace, Path.unlink = mortal(os.fsync), mortal(Path.replace), mortal(Path.unlink)
-    artifact.save_file = mortal(artifact.save_file)
+    writer.save_file = mortal(writer.save_file)
     try:
         quantize(model, Path(out), recipe, [text], samples=2, seqlen=16)
     except BaseException as error:
@@ -125,7 +125,7 @@ class Killed(BaseException):
 def unfinished(job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was stopped with the rest and the first block on disk."""
     out = tmp_path / "unfinished"
-    save, saved = artifact.save_file, []
+    save, saved = writer.save_file, []
 
     def save_two(*args: Any, **kwargs: Any) -> None:
         if len(saved) == 2:
@@ -134,7 +134,7 @@ def unfinished(job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: 
         save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_file", save_two)
+        patch.setattr(writer, "save_file", save_two)
         with pytest.raises(Killed):
             job(out)
     return out
@@ -392,7 +392,7 @@ def test_a_damaged_journal_is_a_named_error_or_a_fresh_start(
 def test_a_full_disk_is_said_clearly_and_the_run_can_be_continued(
     error: Exception, job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, save, saved = tmp_path / "out", artifact.save_file, []
+    out, save, saved = tmp_path / "out", writer.save_file, []
 
     def save_two(tensors: dict[str, torch.Tensor], path: Path, **kwargs: Any) -> None:
         if len(saved) == 2:
@@ -402,7 +402,7 @@ def test_a_full_disk_is_said_clearly_and_the_run_can_be_continued(
         save(tensors, path, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_file", save_two)
+        patch.setattr(writer, "save_file", save_two)
         with pytest.raises(VQCompressError, match=r"no space left.*needs \d+ bytes and \d+ are free"):
             job(out)
     assert not list(out.glob("*.partial")), "what was written of a shard still takes up the space that is needed"
@@ -440,7 +440,7 @@ def blocks_named(count: int) -> list[str]:
 def test_ctrl_c_during_a_commit_counts_when_it_is_done(
     job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, saved = artifact.save_file, []
+    save, saved = writer.save_file, []
 
     def save_and_press(*args: Any, **kwargs: Any) -> None:
         saved.append(1)
@@ -449,7 +449,7 @@ def test_ctrl_c_during_a_commit_counts_when_it_is_done(
         save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_file", save_and_press)
+        patch.setattr(writer, "save_file", save_and_press)
         with pytest.raises(KeyboardInterrupt):
             job(tmp_path / "out")
     assert "model.layers.0" in json.loads((tmp_path / "out" / artifact.JOURNAL).read_text())["blocks"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vqcompress import artifact, compress, tuning
+from vqcompress import artifact, compress, tuning, writer
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import Checkpoint, resolve
@@ -155,19 +155,19 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
         elif at == "distillation":
             patch.setattr("vqcompress.quantize.distill", die)
         elif at == "staged":
-            patch.setattr(artifact.Writer, "settle", die)
+            patch.setattr(writer.Writer, "settle", die)
         else:
             # The shard is in its place, the journal does not know yet.
-            write, done = artifact.Writer._write_journal, []
+            write, done = writer.Writer._write_journal, []
 
-            def mortal(writer: artifact.Writer) -> None:
-                if artifact.STAGED in writer.done:
+            def mortal(into: writer.Writer) -> None:
+                if artifact.STAGED in into.done:
                     done.append(1)
                 if len(done) == 2:
                     raise Killed
-                write(writer)
+                write(into)
 
-            patch.setattr(artifact.Writer, "_write_journal", mortal)
+            patch.setattr(writer.Writer, "_write_journal", mortal)
         with pytest.raises(Killed):
             run(model, tmp_path / "cut", file, text)
     run(model, tmp_path / "cut", file, text)

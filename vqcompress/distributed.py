@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vqcompress.artifact import STAGED, Shards, Writer, undisturbed
+from vqcompress.artifact import STAGED
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.statistics import Accumulator
+from vqcompress.writer import Shards, Writer, undisturbed
 
 T = TypeVar("T")
 # How long a process waits for the others: one may read a block from a slow disk, or encode the largest weight.

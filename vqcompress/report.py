@@ -11,13 +11,14 @@ import transformers
 from torch import Tensor
 
 import vqcompress
-from vqcompress.artifact import STAGED, Entry, Writer
+from vqcompress.artifact import STAGED, Entry
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.recipe import setting
 from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.targets import Block
+from vqcompress.writer import Writer
 
 CARD = """---
 library_name: vqcompress

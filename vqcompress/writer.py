@@ -1,0 +1,278 @@
+"""Writes an artifact shard by shard, so that a kill at any moment loses nothing that was committed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from vqcompress.artifact import (
+    FORMAT_VERSION,
+    JOURNAL,
+    OURS,
+    RECIPE,
+    SHARD,
+    STAGED,
+    SUMS,
+    Artifact,
+    checksum_lines,
+    tensors_of,
+)
+from vqcompress.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
+from vqcompress.errors import VQCompressError
+from vqcompress.methods import Parts
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C inside counts only at the end, so that what was begun to be committed is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+class Shards:
+    """Writes shards into a directory, each so that it is whole or absent. Several processes may, each its own."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def write_shard(self, number: int, count: int, tensors: Parts) -> dict[str, Any]:
+        """Write shard `number` of `count`; returns its `file` and `sha256`."""
+        file = SHARD.format(number, count)
+        partial = self.out / f"{file}.partial"
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read.
+            partial.chmod(0o644)
+            with ThreadPoolExecutor(1) as aside, partial.open("rb+") as stream:
+                # The processor hashes while the disk writes.
+                digest = aside.submit(sha256, partial)
+                os.fsync(stream.fileno())
+            partial.replace(self.out / file)
+            self._sync_directory()
+        except (OSError, SafetensorError) as error:
+            raise self._explain(error, size) from error
+        return {"file": file, "sha256": digest.result()}
+
+    def _sync_directory(self) -> None:
+        handle = os.open(self.out, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _explain(self, error: Exception, needed: int) -> VQCompressError:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if full:
+            for partial in self.out.glob("*.partial"):
+                partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.out).free
+            return VQCompressError(
+                f"no space left in {self.out}: the next file needs {needed} bytes and {free} are free;"
+                " make room and give the same command again, the finished blocks are kept"
+            )
+        return VQCompressError(f"cannot write to {self.out}: {error}")
+
+
+class Writer(Shards):
+    """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
+
+    inputs: names → fingerprints of all that determines the bytes, but for the weights: source_of gives that of a block.
+    A directory with a journal of the same inputs is continued: `done` then holds the records of the blocks that are on
+    disk, `measured` what was noted. Weights of blocks that are not done yet may have been mended meanwhile. A context
+    manager: the directory is locked against other processes until it is left.
+    """
+
+    def __init__(self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
+        super().__init__(out)
+        self.inputs, self.source_of = inputs, source_of
+        self.done: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, dict[str, list[float]]] = {}
+        if out.is_file():
+            raise VQCompressError(f"{out} is a file, not a directory to write an artifact to")
+        ours = (out / JOURNAL).is_file() or (out.is_dir() and Artifact.is_one(out))
+        # A run that is killed in its very first write leaves only this.
+        if out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in out.iterdir()):
+            self._continue_or_clear(overwrite)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VQCompressError(f"cannot make the directory {out}: {error}") from error
+        self._lock = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise VQCompressError(f"another process is writing to {out}") from error
+        try:
+            self._write_journal()
+            # From here on the directory holds an unfinished run of these inputs, whatever it held before.
+            for name in ("config.json", INDEX, SUMS):
+                (out / name).unlink(missing_ok=True)
+            kept = {record.get("file") for record in self.done.values()}
+            for path in out.iterdir():
+                beside = path.name == RECIPE or COMPANIONS.fullmatch(path.name)
+                stale = OURS.fullmatch(path.name) or (ours and beside)
+                if stale and path.is_file() and path.name not in kept:
+                    path.unlink()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._lock)
+
+    def _continue_or_clear(self, overwrite: bool) -> None:
+        """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""
+        holds = "something else"
+        if (self.out / JOURNAL).is_file():
+            try:
+                differing = self._read_journal()
+            except VQCompressError:
+                if not overwrite:
+                    raise
+                self.done, self.measured, differing = {}, {}, ["damaged journal"]
+            if not differing:
+                return
+            holds = f"an unfinished run with another {', '.join(differing)}"
+        elif Artifact.is_one(self.out):
+            holds = "a finished artifact"
+        elif (self.out / "config.json").exists() or any(self.out.glob("*.safetensors")):
+            raise VQCompressError(f"{self.out} holds a model that vqcompress did not write; choose another directory")
+        if not overwrite:
+            raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
+
+    def _read_journal(self) -> list[str]:
+        """The inputs in which an earlier run differs; if there are none, `done` holds its blocks that are intact."""
+        earlier = read_json(self.out / JOURNAL)
+        try:
+            differing = sorted(name for name, value in self.inputs.items() if earlier["inputs"].get(name) != value)
+            if earlier["format_version"] != FORMAT_VERSION:
+                differing.append("format version")
+            if not differing:
+                self.measured = {name: dict(record) for name, record in earlier.get("measured", {}).items()}
+            blocks = earlier["blocks"] if not differing else {}
+            # A kill may have left one shard that has taken in what is staged while its record has not.
+            staged = blocks.get(STAGED, {})
+            unsure = 1 if "file" in staged and self._intact(staged) else 0
+            for name, record in blocks.items():
+                # A record of what was staged that names no file says that it is in its place.
+                settled = name == STAGED and "file" not in record
+                if not settled and not self._intact(record):
+                    unsure -= 1
+                    if unsure < 0 or name == STAGED or not (self.out / Path(record["file"]).name).is_file():
+                        # What follows was made from this block's output, so it is made again too.
+                        break
+                if name != STAGED and record["source"] != self.source_of(name):
+                    self.done, self.measured = {}, {}
+                    return [f"checkpoint: {name} has changed"]
+                self.done[name] = record
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
+        return differing
+
+    def _intact(self, record: dict[str, Any]) -> bool:
+        file = self.out / Path(record["file"]).name
+        return file.is_file() and sha256(file) == record["sha256"]
+
+    def _write_journal(self) -> None:
+        journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
+        self._write(JOURNAL, json.dumps(journal | {"measured": self.measured}, indent=1).encode())
+
+    def note(self, name: str, record: dict[str, list[float]]) -> None:
+        """Keep what was measured of a block, so that a run that is cut off need not measure it again."""
+        self.measured[name] = record
+        self._write_journal()
+
+    def _write(self, name: str, data: bytes) -> None:
+        partial = self.out / f"{name}.partial"
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(self.out / name)
+            self._sync_directory()
+        except OSError as error:
+            raise self._explain(error, len(data)) from error
+
+    def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
+        """Write a shard, then journal it. name: the block's. number of count: the shard's place. record: JSON kept."""
+        self.journal(name, self.write_shard(number, count, tensors) | record)
+
+    def journal(self, name: str, record: dict[str, Any]) -> None:
+        """Keep the record of a block whose shard is written."""
+        self.done[name] = record
+        self._write_journal()
+
+    def stage(self, tensors: Parts) -> None:
+        """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
+        self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": 0.0})
+
+    def settle(self) -> None:
+        """Put what was staged, if anything, into the shards; done again after a kill: nothing else reads them then."""
+        if STAGED not in self.done or "file" not in self.done[STAGED]:
+            return
+        staged = tensors_of(self.out / self.done[STAGED]["file"])
+        for name, record in list(self.done.items()):
+            shard = tensors_of(self.out / record["file"]) if name != STAGED else {}
+            if shard.keys() & staged.keys():
+                # Whatever of the two is found after a kill is right.
+                number, count = (int(n) for n in re.findall(r"\d{5}", record["file"]))
+                update = {k: staged.get(k, tensor) for k, tensor in shard.items()}
+                self.commit(
+                    name, number, count, update, {k: v for k, v in record.items() if k not in ("file", "sha256")}
+                )
+        # The record stays: it says that nothing is to be distilled again.
+        file = self.out / self.done[STAGED]["file"]
+        self.done[STAGED] = {"targets": [], "seconds": 0.0}
+        self._write_journal()
+        file.unlink()
+
+    def finish(
+        self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
+    ) -> None:
+        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any."""
+        sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
+        weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
+        total = sum((self.out / file).stat().st_size for file in sums)
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
+        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
+        files |= {RECIPE: recipe.encode()} if recipe else {}
+        last = json.dumps(config, indent=2).encode()
+        for name, data in files.items():
+            self._write(name, data)
+        for name, data in {**files, "config.json": last}.items():
+            sums[name] = hashlib.sha256(data).hexdigest()
+        self._write("report.json", json.dumps(report, indent=1).encode())
+        self._write("README.md", card.encode())
+        self._write(SUMS, checksum_lines(sums).encode())
+        self._write("config.json", last)
+        (self.out / JOURNAL).unlink()
