@@ -21,7 +21,7 @@ from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from vqcompress import artifact, writer
+from vqcompress import writer
 from vqcompress.allocate import make_plans
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream

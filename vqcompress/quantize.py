@@ -16,7 +16,7 @@ from torch import Tensor
 import vqcompress
 from vqcompress import recipe as recipes
 from vqcompress.allocate import allocate, make_plans, outlook
-from vqcompress.artifact import HINT, MARKER, STAGED, Artifact, quantization_config, tensors_of
+from vqcompress.artifact import HINT, MARKER, STAGED, Artifact, Entry, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
@@ -31,6 +31,7 @@ from vqcompress.runtime.load import assemble, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 from vqcompress.states import States, keep
 from vqcompress.tuning import distill
+from vqcompress.writer import Writer
 
 Watch = Callable[[str, dict[str, Any]], None]
 REST = "(outside of the blocks)"
@@ -169,15 +170,29 @@ def quantize(
             student = assemble(stream.config, entries, out, files, torch.float32, chosen)
             teacher = load_any(model, device).float()
             writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
-        report: dict[str, Any] = {}
+        report = None
         if writer.writer:
-            writer.writer.settle()
-            config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
-            report = run_report(model, plan, source, writer.writer, rows, seed, time.perf_counter() - start)
-            choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
-            card = model_card(model, report, out.resolve())
-            writer.writer.finish(config, source.companions(), report, card, choice)
+            report = _finish(model, plan, source, writer.writer, entries, rows, seed, start)
         return team.from_rank(0, report)
+
+
+def _finish(
+    model: str,
+    plan: Plan,
+    source: Checkpoint,
+    writer: Writer,
+    entries: list[Entry],
+    rows: Tensor | None,
+    seed: int,
+    start: float,
+) -> dict[str, Any]:
+    """Make what was committed an artifact; returns the report of the run that began at `start`."""
+    writer.settle()
+    config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
+    report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
+    choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
+    writer.finish(config, source.companions(), report, model_card(model, report, writer.out.resolve()), choice)
+    return report
 
 
 def _tell(watch: Watch, step: int, steps: int) -> None:

@@ -1,0 +1,76 @@
+"""A model larger than the memory that a process may take is compressed, evaluated and exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import write_llama
+
+from vqcompress.calibration import DEFAULT_TEXT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+
+# Address space, of which Python with torch and transformers takes 0.9 GB before anything is read.
+LIMIT = 1400 * 2**20
+
+
+def run(words: list[str], limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """A process that may take so many bytes of address space."""
+
+    def bound() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], preexec_fn=bound, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def facts(words: list[str], json_file: Path, limit: int | None = None) -> dict[str, Any]:
+    """What a command of ours writes as JSON."""
+    done = run(["-m", "vqcompress", *words, "--json", str(json_file)], limit)
+    assert done.returncode == 0, done.stderr[-1000:]
+    found: dict[str, Any] = json.loads(json_file.read_text())
+    return found
+
+
+def everything(model: Path, folder: Path, recipe: str, limit: int | None = None) -> dict[str, int]:
+    """Peak resident memory in bytes of quantize, eval and export, one after the other."""
+    out, json_file = folder / "out", folder / "facts.json"
+    rows = ["--samples", "2", "--seqlen", "64", "--states", "disk"]
+    report = facts(["quantize", str(model), "-o", str(out), "--recipe", recipe, *rows], json_file, limit)
+    words = ["--text", str(DEFAULT_TEXT), "--seqlen", "64", "--windows", "2"]
+    scores = facts(["eval", "perplexity", str(out), *words], json_file, limit)
+    assert scores["windows"] == 2
+    dense = facts(["export", str(out), "--format", "dense", "-o", str(folder / "dense")], json_file, limit)
+    assert dense["bytes"] == sum(t["shape"][0] * t["shape"][1] * 2 for t in report["targets"]) + dense["bytes"] % 2**18
+    return {"quantize": report["peak_rss_bytes"], "eval": scores["peak_rss_bytes"], "export": dense["peak_rss_bytes"]}
+
+
+@pytest.mark.timeout(900)
+def test_a_model_of_three_times_the_memory(tmp_path: Path) -> None:
+    size = write_llama(tmp_path / "model", layers=100, hidden=1024, inner=6144)
+    assert size > 3 * LIMIT
+    # The limit bites: reading the weights as a whole does not fit.
+    plain = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    assert run(["-c", plain, str(tmp_path / "model")], LIMIT).returncode != 0
+    everything(tmp_path / "model", tmp_path, "smoothquant-int8", LIMIT)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-tile", "vq-4bit"])
+def test_memory_does_not_grow_with_the_number_of_blocks(recipe: str, tmp_path: Path) -> None:
+    peaks = []
+    for layers in (4, 16):
+        folder = tmp_path / str(layers)
+        write_llama(folder / "model", layers, hidden=256, inner=768)
+        peaks.append(everything(folder / "model", folder, recipe))
+    for job, few in peaks[0].items():
+        assert peaks[1][job] < 1.1 * few, (job, peaks)
