@@ -13,7 +13,7 @@ FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "codebooks", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "packaged", "recipe", "calibration", "distributed"},
-    {"runtime", "blocks", "inputs", "rotation", "plan"},
+    {"runtime", "blocks", "inputs", "rotation", "plan", "costs"},
     {
         "quantize",
         "compress",

@@ -20,12 +20,13 @@ from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
+from vqcompress.costs import Site
 from vqcompress.distributed import ALONE, SharedWriter, join
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.plan import Plan
 from vqcompress.report import model_card, run_report
 from vqcompress.rotation import Rotated
-from vqcompress.runtime.device import choose_device, model_dtype
+from vqcompress.runtime.device import choose_device, give_back, model_dtype
 from vqcompress.runtime.load import assemble, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 from vqcompress.tuning import distill
@@ -66,8 +67,9 @@ def dry_run(
     seed: int = 0,
     device: str = "auto",
     target_bits: float | None = None,
+    site: Site | None = None,
 ) -> dict[str, Any]:
-    """What `quantize` would do, as JSON: see `plan.summary`, `allocate.outlook`. Works from a config alone."""
+    """What `quantize` would do, as JSON: see `costs.summary`, `allocate.outlook`. Works from a config alone."""
     source = open_checkpoint(model, weights=False)
     chosen = choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
@@ -78,7 +80,7 @@ def dry_run(
             rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
         else:
             rows, length = samples or DEFAULT_SAMPLES, seqlen or source.default_seqlen
-    return {"model": model, "seed": seed, **outlook(plans, stream, rows, length)}
+    return {"model": model, "seed": seed, **outlook(plans, stream, rows, length, site or Site())}
 
 
 def quantize(
@@ -135,6 +137,8 @@ def quantize(
                     for j in (places if states else team.mine(places[: team.size]))
                 }
                 writer.commit_all({blocks[j].name: (j + 2, len(blocks) + 1, *made) for j, made in found.items()})
+                # What was made of this block is not held while the next one is.
+                del found
             elif truth and i + 1 < len(blocks):
                 stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
@@ -144,6 +148,7 @@ def quantize(
                 # What the next block sees is what was stored: its errors are made up for where they can still be.
                 # The block has no name here, so that it is gone before the next one comes.
                 stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, states)
+            give_back()
             watch("done", {"index": i, "count": len(blocks), "name": block.name, "record": record})
         tuning = plan.recipe.tuning
         if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
