@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -225,16 +226,14 @@ class _Job:
 
     def flops(self) -> dict[str, float]:
         """Arithmetic of the whole job: of forward passes, of statistics, of encoding with what is fitted for it."""
-        forward = self.tokens * sum(
-            self.passes(block) * work for block, work in zip(self.plan.blocks, self.forward(), strict=True)
-        )
+        forward = sum(self.passes(b) * work for b, work in zip(self.plan.blocks, self.forward(), strict=True))
         encode = 0.0
         for target in self.plan.targets:
-            method = self.plan.rules[target.name].method
+            method = self._method(target)
             encode += method.encode_flops(target.shape) * (1 + self._trials(target)) + method.fit_flops(target.shape)
             encode += self._trials(target) * 4.0 * min(SAMPLE_TOKENS, self.tokens) * target.weights
-        statistics = self.tokens * sum(self._statistics(block) for block in self.plan.blocks) if self.tokens else 0.0
-        return {"forward": forward, "statistics": statistics, "encode": encode}
+        statistics = sum(map(self._statistics, self.plan.blocks))
+        return {"forward": self.tokens * forward, "statistics": self.tokens * statistics, "encode": encode}
 
     def seconds(self, rates: _Rates) -> dict[str, float]:
         """Time by kind of work. decode: what every process does to read the stored blocks back."""
@@ -267,16 +266,15 @@ class _Job:
 
     def disk(self, source: int, artifact: int) -> tuple[int, int]:
         """Bytes that one process reads, and that are written."""
-        files = {info.file: info.bytes for info in self.stream.source.tensors.values()}
+        files: Counter[str] = Counter()
         for info in self.stream.source.tensors.values():
             files[info.file] += info.bytes
-        # Fingerprints, then the blocks, then what was stored of them.
-        read = source + sum(size for size in files.values() if size <= WHOLE)
-        read += artifact if self.tokens else 0
+        # Each process takes fingerprints. Then come the blocks, and what was stored of them.
+        fingerprints = sum(size for size in files.values() if size <= WHOLE)
+        if not self.tokens:
+            return fingerprints + source // self.processes, artifact
         tuning = self.plan.recipe.tuning
-        if tuning and tuning.distill_epochs:
-            read += source + artifact
-        return (read if self.tokens else read // self.processes), artifact
+        return fingerprints + (source + artifact) * (2 if tuning and tuning.distill_epochs else 1), artifact
 
     def memory(self, itemsize: int, stored: dict[str, float]) -> dict[str, int]:
         """JSON: peaks of one process on the host and on its GPU, and what of them are hidden states.
@@ -299,7 +297,7 @@ class _Job:
         # Added up in float64, read in float32, with one quotient between them.
         gather = module + activations + 12 * squares + 8 * square if self.tokens else module
         # Small pieces of the dense module are not there for what comes next.
-        kept = module if max(t.weights for t in targets) * dense < KEPT else 0
+        kept = module if not self.on_gpu and max(t.weights for t in targets) * 4 < KEPT else 0
         parts = round(max(sum(stored[t.name] for t in plan.compressed(block)) for block in plan.blocks) / 8)
         # A weight, what smoothing makes of it, and the work of its method.
         encode = max(8 * t.weights + self._method(t).encode_bytes(t.shape) for t in targets)
