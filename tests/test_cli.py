@@ -400,3 +400,34 @@ def test_the_bar_of_a_terminal(toy: Path, monkeypatch: pytest.MonkeyPatch) -> No
     seen = terminal.getvalue()
     assert "block 1/2" in seen
     assert re.search(r"M weights/s about [\d.]+ s left layers\.0\.a", seen)
+
+
+def test_the_time_left_leaves_the_first_step_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 101.0, 102.0, 103.0])
+    monkeypatch.setattr("vqcompress.show.time.perf_counter", lambda: next(clock))
+    with show.counting("perplexity") as watch:
+        for done in (25, 50, 75, 100):
+            watch(done, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "perplexity: 25 %",
+        "perplexity: 50 %, about 2.0 s left",
+        "perplexity: 75 %, about 1.0 s left",
+        "perplexity: 100 %, done",
+    ]
+
+
+def test_the_time_left_goes_by_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("vqcompress.show.time.perf_counter", lambda: now)
+    run = show._Run()
+    run.plan({"plan": TwoBlocks(), "done": []})
+    run.done, now = 64, 10.0
+    # The weights of the first block: twice as many are left.
+    assert run.left() == "about 20 s left"
+    run.done, now = 128, 16.0
+    run.mark = run.done, now
+    assert run.left() == "about 8.0 s left"
+    now = 18.0
+    assert run.left() == "about 6.0 s left"

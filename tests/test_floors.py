@@ -13,7 +13,7 @@ FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "codebooks", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "writer", "packaged", "recipe", "calibration", "distributed", "states"},
-    {"runtime", "blocks", "inputs", "rotation", "plan"},
+    {"runtime", "blocks", "inputs", "rotation", "plan", "costs"},
     {
         "quantize",
         "compress",
@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.
 ENTRANCES = {"__init__", "__main__", "_autoload"}
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 11500, 450, 90
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 11900, 450, 90
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -20,10 +20,11 @@ from vqcompress import recipe as recipes
 from vqcompress.artifact import stored_bits
 from vqcompress.blocks import BlockStream
 from vqcompress.compress import Rewrites, encode, first_states, gather, probe_of, study
+from vqcompress.costs import Site, summary
 from vqcompress.distributed import SharedWriter
 from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
-from vqcompress.plan import Plan, make_plan, summary
+from vqcompress.plan import Plan, make_plan
 from vqcompress.states import States
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -56,9 +57,9 @@ def make_plans(stream: BlockStream, name: str | None, target_bits: float | None)
     return [replace(plan, target_bits=float(target_bits)) for plan in plans]
 
 
-def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int) -> dict[str, Any]:
-    """`plan.summary`; with a budget that of the dearest candidate, and the bits of all: a choice takes measurements."""
-    each = [summary(plan, stream, rows, seqlen) for plan in plans]
+def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, site: Site) -> dict[str, Any]:
+    """`costs.summary`; with a budget that of the dearest candidate and the bits of all: choosing takes measurements."""
+    each = [summary(plan, stream, rows, seqlen, site) for plan in plans]
     facts, budget = max(each, key=lambda s: s["bits_per_weight"]), plans[0].target_bits
     if budget is None:
         return facts
@@ -71,6 +72,10 @@ def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int) -> d
         "bits_per_weight": spent,
         "artifact_bytes": facts["artifact_bytes"] - int((facts["bits_per_weight"] - spent) * plans[0].weights / 8),
         "seconds": facts["seconds"] + sum(s["seconds"] for s in each),
+        **{
+            key: {k: v + sum(s[key][k] for s in each) for k, v in facts[key].items()} for key in ("flops", "seconds_by")
+        },
+        "disk_read_bytes": facts["disk_read_bytes"] + facts["source_bytes"],
         "targets": [row | {"method": None, "bits_per_weight": None} for row in facts["targets"]],
     }
 

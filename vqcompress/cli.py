@@ -180,7 +180,7 @@ def quantize(
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
     if dry_run:
-        _plan(model, recipe, target_bits, calibration, samples, seqlen, seed, device, json_file)
+        plan(model, recipe, target_bits, calibration, samples, seqlen, seed, device, states, json_file=json_file)
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
@@ -205,32 +205,36 @@ def plan(
     seqlen: Seqlen = None,
     seed: Seed = 0,
     device: Where = Device.auto,
+    states: Kept = States.memory,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Plan for so many processes with a GPU each. Default: this one.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option("--tflops", min=1e-6, help="What each reaches in products. Default: measured here.")
+    ] = None,
+    encode_tflops: Annotated[
+        float | None,
+        typer.Option("--encode-tflops", min=1e-6, help="And in encoding. Default: the share of --tflops as here."),
+    ] = None,
+    disk_gbps: Annotated[
+        float | None, typer.Option("--disk-gbps", min=1e-6, help="GB/s that each reads. Default: measured here.")
+    ] = None,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Show what quantize would do: targets, sizes, memory, time. A config.json is enough.
+    """Show what quantize would do: targets, sizes, memory, FLOPs, time. A config.json is enough.
 
     Example: vqcompress plan demo --recipe vq-2bit
     """
-    _plan(model, recipe, target_bits, calibration, samples, seqlen, seed, device, json_file)
-
-
-def _plan(
-    model: str,
-    recipe: str | None,
-    target_bits: float | None,
-    calibration: list[str] | None,
-    samples: int | None,
-    seqlen: int | None,
-    seed: int,
-    device: Device,
-    json_file: str | None,
-) -> None:
+    if gpus and device == Device.cpu:
+        raise UsageError(f"--gpus {gpus} --device cpu: a plan is for GPUs or for the CPU; leave one of them out")
     with _session(json_file) as (console, write):
         from vqcompress import show
+        from vqcompress.costs import Site
         from vqcompress.quantize import dry_run
 
-        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits)
+        site = Site(gpus, tflops, encode_tflops, disk_gbps, states.value)
+        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, site)
         write(summary)
         show.planned(console, summary)
 

@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 import torch
@@ -64,12 +63,12 @@ def scored(number: int, seqlen: int, stride: int) -> int:
 class Pass:
     """One model streamed over windows block by block; then logits, window by window."""
 
-    def __init__(self, source: Checkpoint, device: torch.device, windows_NL: Tensor, step: Callable[[], None]):
-        self.stream = BlockStream(source, device, model_dtype(source.config, device))
-        states = [self.stream.begin(batch) for batch in self.stream.batches(windows_NL)]
-        for i in range(len(self.stream.blocks)):
-            self.stream.advance(self.stream.load_block(i), i, states)
-            step()
+    def __init__(self, stream: BlockStream, windows_NL: Tensor, step: Callable[[float], None]):
+        self.stream = stream
+        states = [stream.begin(batch) for batch in stream.batches(windows_NL)]
+        for i, block in enumerate(stream.blocks):
+            stream.advance(stream.load_block(i), i, states)
+            step(sum(target.weights for target in block.targets))
         self.windows_NL = windows_NL
         self.rows = [row for state in states for row in state.split(1)]
 
@@ -131,7 +130,7 @@ def perplexity(
     The text is tokenized once without special tokens and cut into consecutive windows of `seqlen` without overlap, the
     tail dropped; tokens 2…seqlen of each are predicted; the mean negative log-likelihood over all of them, in float32,
     is exponentiated. With a smaller `stride` a window scores only the tokens that the one before it did not.
-    watch: called with the number of steps done and their total.
+    watch: called with the work done and its total.
     """
     start = time.perf_counter()
     chosen = choose_device(device)
@@ -140,9 +139,18 @@ def perplexity(
     step = stride if stride is not None else length
     tokenizer = load_tokenizer(sources[0].path)
     windows_NL = windows(tokenize(tokenizer, read_text(text)), length, step, limit)
-    done = count(1)
-    total = len(windows_NL) + sum(int(source.config.get("num_hidden_layers") or 1) for source in sources)
-    passes = [Pass(source, chosen, windows_NL, lambda: watch(next(done), total)) for source in sources]
+    streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
+    # Work is counted in weights: a block passes all windows at once, the output head one after the other.
+    inside = sum(target.weights for stream in streams for block in stream.blocks for target in block.targets)
+    heads = sum(stream.model.get_output_embeddings().weight.numel() for stream in streams)
+    done = 0.0
+
+    def tell(work: float) -> None:
+        nonlocal done
+        done += work
+        watch(round(done), inside + heads)
+
+    passes = [Pass(stream, windows_NL, tell) for stream in streams]
     scores, labels = Scores(), []
     for number, window_L in enumerate(windows_NL):
         first = scored(number, length, step)
@@ -151,7 +159,7 @@ def perplexity(
             raise VQCompressError(f"{model} and {baseline} have vocabularies of different sizes")
         labels.append(window_L[first + 1 :])
         scores.add(logits[0], labels[-1].to(chosen), logits[1] if baseline is not None else None)
-        watch(next(done), total)
+        tell(heads / len(windows_NL))
     nll = scores.nll / scores.tokens
     bytes_scored = len(str(tokenizer.decode(torch.cat(labels))).encode())
     seconds = time.perf_counter() - start

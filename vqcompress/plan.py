@@ -1,22 +1,15 @@
-"""What a recipe will do to a model, from its config alone: targets, sizes, peak memory, time."""
+"""What a recipe will do to a model, from its config alone: which target gets which method."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from vqcompress.artifact import Entry, stored_bits
-from vqcompress.blocks import BATCH_TOKENS, BlockStream
-from vqcompress.checkpoint import stored_dtype
+from vqcompress.artifact import Entry
+from vqcompress.blocks import BlockStream
 from vqcompress.errors import UsageError
 from vqcompress.methods import Method
 from vqcompress.recipe import Recipe, Rule
-from vqcompress.runtime.device import peak_rss_bytes
 from vqcompress.runtime.experts import Experts
 from vqcompress.targets import Block, Target, gates
 
@@ -118,117 +111,3 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
                 one = any(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False))
                 found[name] = f"{fused if one else plain} ({counts[name]:,} weights)"
     return found
-
-
-def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> dict[str, Any]:
-    """JSON for `plan`: sizes before and after, bits per weight, and estimates of peak memory and time.
-
-    Bits are those of folded smoothing; where a fold cannot be proven, a vector per input is added.
-    rows, seqlen: of the calibration, 0 rows for a data-free recipe.
-    """
-    itemsize = stored_dtype(stream.source.config).itemsize
-    parameters = sum(p.numel() for p in stream.model.parameters())
-    parameters += sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
-    source = stream.source.bytes or parameters * itemsize
-    entries, weights = plan.entries, plan.weights
-    stored, routed = stored_bits(entries), _routed(stream)
-    bits = sum(stored.values())
-    embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
-    # Rotated, a head that was tied to the embeddings is stored by itself.
-    untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
-    targets = [
-        {
-            "name": entry.target.name,
-            "method": entry.method.name,
-            "shape": list(entry.target.shape),
-            "experts": None,
-            "bits_per_weight": stored[entry.target.name] / entry.target.weights,
-        }
-        for entry in entries
-    ]
-    return {
-        "recipe": plan.recipe.name,
-        "rotation": plan.recipe.rotation,
-        "bits_per_weight": bits / weights,
-        "weights_quantized": weights,
-        "source_bytes": source,
-        "artifact_bytes": source + (untied - weights) * itemsize + int(bits) // 8,
-        "peak_rss_bytes": _peak_bytes(plan, stream, rows * seqlen, routed),
-        "seconds": _seconds(plan, stream, rows * seqlen, routed),
-        "calibration_tokens": rows * seqlen,
-        "targets": targets,
-        "left_dense": plan.left_dense,
-    }
-
-
-def _routed(stream: BlockStream) -> dict[str, tuple[float, float]]:
-    """Target in a mixture → the share of the tokens that pass it, and the share that statistics count for it alone."""
-    per_token = getattr(stream.model.config.get_text_config(), "num_experts_per_tok", None)
-    found: dict[str, tuple[float, float]] = {}
-    for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
-        for path, module in layer.named_modules():
-            if isinstance(module, Experts):
-                leaves = module.leaves()
-                share = min(1.0, (per_token or len(leaves)) / len(leaves))
-                for number, (heads, last) in enumerate(leaves):
-                    found[f"{block.name}.{path}.{last}"] = share, share
-                    for head in heads:
-                        # They all read one input, which is counted once.
-                        found[f"{block.name}.{path}.{head}"] = share, float(number == 0 and head == heads[0])
-    return found
-
-
-def _peak_bytes(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tuple[float, float]]) -> int:
-    """The process as it is, what lies outside of the blocks, one block and what its encoding needs, the states."""
-    now = peak_rss_bytes()
-    width = max(t.shape[1] for t in plan.targets)
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in stream.skeletons)
-    # With a rotation, embeddings and head before and after it.
-    rest = sum(p.numel() for p in stream.model.parameters()) * (4 if plan.recipe.rotation else 1)
-    hidden = stream.model.config.get_text_config().hidden_size
-    # A block in its stored type and in float32, its encoded parts, and the work of encoding one weight.
-    block = largest * (2 + 4 + 2) + max(t.weights for t in plan.targets) * 4 * 4
-    block += max(rule.method.encode_bytes for rule in plan.rules.values())
-    if not tokens:
-        return now + rest * 2 + block
-    statistics = 0
-    if any("hessian" in plan.rules[t.name].method.needs for t in plan.targets):
-        # Hessians of the inputs of one block (about four distinct ones), and the factorization in float64; then one for
-        # the last layer of every expert.
-        own = [[t for t in b.targets if 0 < routed.get(t.name, (1, 1))[1] < 1] for b in plan.blocks]
-        experts = max(sum(t.shape[1] ** 2 * (8 + 4) for t in targets) for targets in own)
-        # Added up in float64, read in float32.
-        statistics = 4 * width * width * (8 + 4) + 3 * width * width * 8 + experts
-    activations = BATCH_TOKENS * (width * 4 + hidden * 6) * 4
-    states = tokens * hidden * 4 * (2 if plan.asks_for_truth else 1)
-    tuned = 0
-    if (tuning := plan.recipe.tuning) is not None:
-        # For gradients every activation of a batch stays, of one block or, to distill two whole models, of all.
-        tuned = 4 * activations + largest * 4
-        if tuning.distill_epochs:
-            inside = sum(p.numel() for layer in stream.skeletons for p in layer.parameters())
-            logits = BATCH_TOKENS * stream.model.config.get_text_config().vocab_size * 4 * 4
-            tuned = 2 * (inside + rest) * 4 + inside * 4 + len(plan.blocks) * activations + logits
-    return now + rest * 4 + block + statistics + activations + states + tuned
-
-
-def _seconds(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tuple[float, float]]) -> float:
-    """Arithmetic over the speed of a matrix product measured now, at the share of it that such runs reach."""
-    a = torch.ones(768, 768)
-    fastest = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        fastest = min(fastest, time.perf_counter() - start)
-    rate = 0.4 * 2 * 768**3 / fastest
-    work = sum(plan.rules[t.name].method.encode_flops(t.shape) for t in plan.targets)
-    if tokens:
-        # Forward: to measure, to move on; in the dense model and to compensate; a step of tuning is about three more.
-        passes = 4 if plan.asks_for_truth else 2
-        if (tuning := plan.recipe.tuning) is not None:
-            passes += 3 * tuning.block_epochs + 4 * tuning.distill_epochs
-        shares = [t.weights * routed.get(t.name, (1, 1))[0] for b in plan.blocks for t in b.targets]
-        work += 2 * passes * tokens * sum(shares)
-        hessians = [t for t in plan.targets if "hessian" in plan.rules[t.name].method.needs]
-        work += sum(2 * t.shape[1] ** 2 * tokens * routed.get(t.name, (1, 1))[1] for t in hessians)
-    return work / rate + 1.0

@@ -21,12 +21,14 @@ from vqcompress.blocks import BlockStream
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
+from vqcompress.costs import Site
 from vqcompress.distributed import ALONE, SharedWriter, join
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.report import model_card, run_report
 from vqcompress.rotation import Rotated
-from vqcompress.runtime.device import choose_device, model_dtype
+from vqcompress.runtime.device import choose_device, give_back, model_dtype
 from vqcompress.runtime.load import assemble, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 from vqcompress.states import States, keep
@@ -69,8 +71,9 @@ def dry_run(
     seed: int = 0,
     device: str = "auto",
     target_bits: float | None = None,
+    site: Site | None = None,
 ) -> dict[str, Any]:
-    """What `quantize` would do, as JSON: see `plan.summary`, `allocate.outlook`. Works from a config alone."""
+    """What `quantize` would do, as JSON: see `costs.summary`, `allocate.outlook`. Works from a config alone."""
     source = open_checkpoint(model, weights=False)
     chosen = choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
@@ -81,7 +84,7 @@ def dry_run(
             rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
         else:
             rows, length = samples or DEFAULT_SAMPLES, seqlen or source.default_seqlen
-    return {"model": model, "seed": seed, **outlook(plans, stream, rows, length)}
+    return {"model": model, "seed": seed, **outlook(plans, stream, rows, length, site or Site())}
 
 
 def quantize(
@@ -138,6 +141,13 @@ def quantize(
         hidden: States = first_states(stream, rows) if rows is not None else []
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, scratch) if plan.asks_for_truth else []
+
+        def make(j: int) -> tuple[int, int, Parts, dict[str, Any]]:
+            """Number and count of block j's shard, its tensors, and its record; its weights are hashed meanwhile."""
+            digest = aside.submit(source_of, blocks[j].name)
+            tensors, facts = compress_block(stream, plan, j, hidden, truth, seed, tick)
+            return j + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()}
+
         entries = []
         for i, block in enumerate(blocks):
             if block.name not in writer.done:
@@ -145,13 +155,10 @@ def quantize(
                 if i + 1 < len(blocks):
                     stream.source.prefetch(stream.names.under(blocks[i + 1].name))
                 places = [i] if hidden else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
-                found = {}
-                for j in places if hidden else team.mine(places[: team.size]):
-                    name = blocks[j].name
-                    digest = aside.submit(source_of, name)
-                    tensors, facts = compress_block(stream, plan, j, hidden, truth, seed, tick)
-                    found[name] = j + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()}
-                writer.commit_all(found)
+                # Nothing that was made of this block is held while the next one is.
+                writer.commit_all(
+                    {blocks[j].name: make(j) for j in (places if hidden else team.mine(places[: team.size]))}
+                )
             elif truth and i + 1 < len(blocks):
                 stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
@@ -161,6 +168,7 @@ def quantize(
                 # What the next block sees is what was stored: its errors are made up for where they can still be.
                 # The block has no name here, so that it is gone before the next one comes.
                 stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, hidden)
+            give_back()
             watch("done", {"index": i, "count": len(blocks), "name": block.name, "record": record})
         tuning = plan.recipe.tuning
         if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:

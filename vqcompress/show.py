@@ -68,6 +68,8 @@ class _Run:
         self.earlier: set[str] = set()
         self.done = self.total = 0
         self.start = time.perf_counter()
+        # What was done at the end of the last block, and when.
+        self.mark = (0, self.start)
 
     def plan(self, facts: dict[str, Any]) -> None:
         """Start counting; what an earlier run did costs little and is left out."""
@@ -81,10 +83,12 @@ class _Run:
         return self.done / max(time.perf_counter() - self.start, 1e-9)
 
     def left(self) -> str:
-        """The time left at that rate."""
+        """The time left by whole blocks, which take time before and after their weights; in the first by weights."""
         if not 0 < self.done < self.total:
             return ""
-        return f"about {duration((self.total - self.done) / self.rate())} left"
+        done, now = (self.done, time.perf_counter()) if not self.mark[0] else self.mark
+        rest = (self.total - done) / done * (now - self.start) - (time.perf_counter() - now)
+        return f"about {duration(max(rest, 0.0))} left"
 
 
 @contextmanager
@@ -121,6 +125,9 @@ def watching(model: str) -> Iterator[Watch]:
                 run.done += run.weights[facts["name"]]
                 rate = f"{run.rate() / 1e6:.2f} M weights/s"
                 bar.update(task, completed=run.done, target=facts["name"], rate=rate, left=run.left())
+            elif event == "done":
+                run.mark = run.done, time.perf_counter()
+                bar.update(task, left=run.left())
             elif event == "distill":
                 bar.update(task, description="distilling", total=facts["steps"], completed=facts["step"], target="")
 
@@ -129,17 +136,26 @@ def watching(model: str) -> Iterator[Watch]:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of steps done and their total: a bar on a terminal, else a line on stderr at every quarter."""
-    start = time.perf_counter()
+    """A function of work done and its total: a bar on a terminal, else a line on stderr at every quarter."""
+    first: list[tuple[float, int]] = []
+    quarters = [0]
 
     def left(done: int, total: int) -> str:
-        return f"about {duration((time.perf_counter() - start) / done * (total - done))} left" if done < total else ""
+        now = time.perf_counter()
+        # The first step also reads files and warms up.
+        first[1:] = [] if first else [(now, done)]
+        since, before = first[0]
+        return (
+            f"about {duration((now - since) / (done - before) * (total - done))} left" if before < done < total else ""
+        )
 
     if not sys.stderr.isatty():
 
         def log(done: int, total: int) -> None:
-            if done * 4 // total > (done - 1) * 4 // total:
-                print(f"{what}: {done * 100 // total} %, {left(done, total) or 'done'}", file=sys.stderr, flush=True)
+            text = left(done, total) or ("done" if done == total else "")
+            quarters.append(done * 4 // total)
+            if quarters[-1] > quarters[-2]:
+                print(f"{what}: {done * 100 // total} %{text and ', '}{text}", file=sys.stderr, flush=True)
 
         yield log
         return
@@ -162,6 +178,7 @@ def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
     elif event == "distill" and facts["step"] == 0:
         text = f"all blocks are done; distilling in {facts['steps']} steps"
     elif event == "done":
+        run.mark = run.done, time.perf_counter()
         text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: "
         rows = facts["record"]["targets"]
         if facts["name"] in run.earlier:
@@ -240,7 +257,18 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     to.print(f"total   {len(plan['targets'])} targets, {weights}, {plan['bits_per_weight']:.3f} bits per weight in all")
     to.print(f"size    {size(before)} → about {size(after)}, {before / max(after, 1):.2f} times smaller")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
-    to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory and {duration(plan['seconds'])} here; {tokens}")
+    device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
+    count, rates = plan["processes"], plan["rates"]
+    each = "a process" if count > 1 else "one process"
+    to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory{device} for {each}; {tokens}")
+    work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items())
+    disk = f"reads {size(plan['disk_read_bytes'])}, writes {size(plan['disk_written_bytes'])}"
+    to.print(f"work    FLOPs: {work}; {each} {disk}")
+    speeds = (
+        f"{rates['tflops']:.3g} TFLOPS, {rates['encode_tflops']:.3g} in encoding, disk {rates['disk_gbps']:.3g} GB/s"
+    )
+    where = f"{count} GPU{'s' * (count > 1)}, each" if device else "this CPU:"
+    to.print(f"time    about {duration(plan['seconds'])} on {where} {speeds}")
     left = Counter((kind(name), why) for name, why in plan["left_dense"].items())
     for (name, why), count in left.items():
         to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}")

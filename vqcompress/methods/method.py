@@ -121,13 +121,21 @@ class Method(BaseModel):
         return None
 
     @property
-    def encode_bytes(self) -> int:
-        """Memory that encoding takes once, whatever the weights: of compiled code, say."""
+    def compiled_bytes(self) -> int:
+        """Memory of code that encoding compiles on a CPU."""
         return 0
+
+    def encode_bytes(self, shape: Shape) -> int:
+        """About how much memory `encode` and `decode` take beside the weight and its statistics."""
+        return 16 * shape[0] * shape[1]
 
     def encode_flops(self, shape: Shape) -> float:
         """About how much arithmetic `encode` does, for estimates of time."""
         return 50.0 * shape[0] * shape[1]
+
+    def fit_flops(self, shape: Shape) -> float:
+        """The share of a weight in what `fit_shared` does."""
+        return 0.0
 
     def describe(self) -> dict[str, Any]:
         """JSON for an artifact's config: the method's name, version and every knob."""

@@ -250,21 +250,33 @@ class VQ(Method):
         return torch.stack([torch.bincount(code_N, minlength=1 << self.bits) for code_N in codes_NR.T])
 
     @property
-    def encode_bytes(self) -> int:
+    def compiled_bytes(self) -> int:
         """numba and its compiler, for the searches that are compiled."""
         return 150 << 20 if self.codebook in ("trellis", "lattice") else 0
 
+    def encode_bytes(self, shape: Shape) -> int:
+        """Twelve float32 copies of the weight at most; seven float64 and a float32 one of the Hessian."""
+        return 48 * shape[0] * shape[1] + 60 * shape[1] ** 2
+
     def encode_flops(self, shape: Shape) -> float:
-        """The search and the feedback, once for the codes and once per round of the share that trains the codebook."""
-        weights, columns = shape[0] * shape[1], shape[1]
-        if not self._learned:
-            tried = {"universal": 2 << self.bits, "lattice": 2048, "trellis": 8 << min(self.states, 30)}[self.codebook]
-            return weights * float(tried + 2 * columns) + 4 * columns**3
-        search = 2 * weights * (1 << self.bits) * (1 + (self.stages - 1) * self.beam)
+        """The search and the feedback, and once per round of the share that trains a codebook of the target's own."""
+        own = self._rounds(shape) if self._learned and self.scope == "target" else 0.0
+        return (1 + own) * self._search_flops(shape) + 4 * shape[1] ** 3
+
+    def fit_flops(self, shape: Shape) -> float:
+        """The same of the rounds that train the codebook of a block."""
+        return self._rounds(shape) * self._search_flops(shape) if self._learned and self.scope == "block" else 0.0
+
+    def _search_flops(self, shape: Shape) -> float:
+        family = {"universal": 2 << self.bits, "lattice": 2048, "trellis": 8 << min(self.states, 30)}
+        learned = 2 * (1 << self.bits) * (1 + (self.stages - 1) * self.beam)
+        return shape[0] * shape[1] * float((learned if self._learned else family[self.codebook]) + 2 * shape[1])
+
+    def _rounds(self, shape: Shape) -> float:
         # A block has about seven targets of this size, which share what is learned unless each has its own codebook.
         learners = 7 if self.scope == "block" else 1
-        rounds = (self.iterations + self.refits + 1) * min(1.0, self.training_vectors * self.d / (learners * weights))
-        return (1 + rounds) * (search + 2 * weights * columns) + 4 * columns**3
+        share = min(1.0, self.training_vectors * self.d / (learners * shape[0] * shape[1]))
+        return (self.iterations + self.refits + 1) * share
 
     def _groups(self, columns: int) -> int:
         return -(-columns // self.d)
