@@ -167,7 +167,9 @@ def unfuse(model: PreTrainedModel, stored: Mapping[str, int] | None = None) -> s
     has; None if there is no checkpoint to ask. All modules change or none: a merge of transformers' mapping holds for
     the whole model.
     """
-    merges = [merge for m in get_model_conversion_mapping(model) if (merge := _merge(m))[1]]
+    mapping = get_model_conversion_mapping(model)
+    merges = [merge for m in mapping if (merge := _merge(m))[1]]
+    targets = {t.replace("\\", "").rstrip("$") for m in mapping for t in getattr(m, "target_patterns", ())}
     ours: dict[str, Experts] = {}
     proven: dict[tuple[Any, ...], Layout | None] = {}
     for path, module in model.named_modules():
@@ -182,8 +184,10 @@ def unfuse(model: PreTrainedModel, stored: Mapping[str, int] | None = None) -> s
             layouts = [Layout(len(next(iter(own.values()))), leaves[0], leaves[1][0], parameters)]
             wanted = {f"{path}.{name}": len(p) * len(parameters[name][0]) for name, p in own.items()}
         else:
-            layouts = list(candidates(module))
             wanted = {f"{path}.{name}": 1 for name in own}
+            if any(name.endswith(t) for name in wanted for t in targets if t.rpartition(".")[2] in own):
+                return "transformers makes them of other tensors than one matrix per expert"
+            layouts = list(candidates(module))
         # One that was taken apart already stores the first matrix.
         apart = any(layout.fused and f"{path}.0.{layout.first[0]}.weight" in (stored or {}) for layout in layouts)
         if layouts and stored is not None and not apart and any(stored.get(name) != n for name, n in wanted.items()):
