@@ -321,9 +321,13 @@ def test_some_experts_may_stay_dense(match: str, quantized: Make, toy: Make) -> 
     assert all(torch.equal(before[n], after[n]) for n in kept if n != f"{first}.weight")
 
 
-def test_a_process_that_did_not_import_vqcompress_fails_loudly(quantized: Make) -> None:
-    """The marker stands where transformers merges experts."""
-    folder = quantized("rules:\n  - {match: '*.experts.*', method: int8}\n", "mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_a_process_that_did_not_import_vqcompress_fails_loudly(family: str, quantized: Make) -> None:
+    """The marker stands where transformers merges experts, or where it has them fused."""
+    folder = quantized("rules:\n  - {match: '*.experts.*', method: int8}\n", family)
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    verify(str(folder))
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('LOADED')"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.returncode != 0
