@@ -591,7 +591,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "vq-2bit"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_stacked_experts_compute_what_they_do_one_by_one(family: str, recipe: str, quantized: Make) -> None:
     folder = quantized(recipe, family)
     one_by_one, stacked = load(folder, cpu_weights="dense"), load(folder, cpu_weights="packed")
@@ -600,6 +600,10 @@ def test_stacked_experts_compute_what_they_do_one_by_one(family: str, recipe: st
     assert relative_rms(logits(stacked), logits(one_by_one)) < (2e-2 if recipe == "fp8-tile" else 1e-4)
     modules = [m for m in stacked.modules() if isinstance(m, Experts)]
     assert modules
+    if (family, recipe) == ("gpt_oss", "smoothquant-int8"):
+        # Its up projection takes no fold, so the last matrices divide at run time.
+        assert not any(m._stacks for m in modules)
+        return
     assert all(m._stacks.keys() == {*m.first, m.last} for m in modules)
     assert not any(m._stacks for m in one_by_one.modules() if isinstance(m, Experts))
     # The parts are viewed where they are stacked, not held twice, and are still those of the artifact.

@@ -229,6 +229,13 @@ def _seconds(plan: Plan, stream: BlockStream, tokens: int, routed: dict[str, tup
             passes += 3 * tuning.block_epochs + 4 * tuning.distill_epochs
         shares = [t.weights * routed.get(t.name, (1, 1))[0] for b in plan.blocks for t in b.targets]
         work += 2 * passes * tokens * sum(shares)
+        everyone = plan.recipe.experts is not None and plan.recipe.experts.calibrate == "all"
+        if everyone:
+            # Once more through those that the router did not choose.
+            passed = [t.weights * (1 - routed.get(t.name, (1, 1))[0]) for b in plan.blocks for t in b.targets]
+            work += 2 * tokens * sum(passed)
         hessians = [t for t in plan.targets if "hessian" in plan.rules[t.name].method.needs]
-        work += sum(2 * t.shape[1] ** 2 * tokens * routed.get(t.name, (1, 1))[1] for t in hessians)
+        counted = {t.name: routed.get(t.name, (1, 1))[1] for t in hessians}
+        shares = [math.ceil(counted[t.name]) if everyone else counted[t.name] for t in hessians]
+        work += sum(2 * t.shape[1] ** 2 * tokens * share for t, share in zip(hessians, shares, strict=True))
     return work / rate + 1.0

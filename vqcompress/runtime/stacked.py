@@ -33,6 +33,9 @@ class Stack:
                 self.parts[name] = torch.stack(parts)
                 for layer, part in zip(layers, self.parts[name], strict=True):
                     layer.view_part(name, part)
+        self.bias_EO = torch.stack([layer.bias for layer in layers]) if self.entry.target.bias else None
+        for layer, bias_O in zip(layers, () if self.bias_EO is None else self.bias_EO, strict=False):
+            layer.bias.data = bias_O
 
     def is_current(self, first: Any, last: Any) -> bool:
         """Whether the layers of the first and last expert still view the stack; others may be in their places now."""
@@ -44,18 +47,23 @@ class Stack:
 
     def __call__(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """What rows behind the last end get is not specified."""
-        return self.entry.method.grouped(x_SI, ends_E, self.parts, self.entry.target.shape)
+        y_SO = self.entry.method.grouped(x_SI, ends_E, self.parts, self.entry.target.shape)
+        if self.bias_EO is None:
+            return y_SO
+        among_S = torch.arange(len(y_SO), device=ends_E.device, dtype=ends_E.dtype)
+        expert_S = torch.searchsorted(ends_E, among_S, right=True).clamp(max=len(ends_E) - 1)
+        return y_SO + self.bias_EO[expert_S].to(y_SO.dtype)
 
 
 def can_stack(layers: Sequence[Any]) -> bool:
-    """Whether layers are compressed alike, are multiplied as they are stored, and nothing is added or divided."""
+    """Whether layers are compressed alike, are multiplied as they are stored, and nothing is divided."""
     entries = [getattr(layer, "entry", None) for layer in layers]
     first = entries[0]
     return first is not None and all(
         entry is not None
         and (entry.method, entry.target.shape) == (first.method, first.target.shape)
         and not entry.smoothed
-        and not entry.target.bias
+        and entry.target.bias == first.target.bias
         and layer.keeps_parts
         for entry, layer in zip(entries, layers, strict=True)
     )
