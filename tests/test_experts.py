@@ -35,8 +35,8 @@ from vqcompress.inspect import inspect
 from vqcompress.packaged import packaged
 from vqcompress.plan import dense_weights, make_plan
 from vqcompress.quantize import dry_run, quantize
+from vqcompress.recipe import dump, parse
 from vqcompress.recipe import load as load_recipe
-from vqcompress.recipe import parse
 from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.load import load, load_any
 from vqcompress.runtime.modules import CompressedLinear
@@ -486,6 +486,14 @@ def test_what_is_said_of_experts_in_vain_is_refused(
         dry_run(str(toy(family)), recipe_file(recipe))
 
 
+def test_what_is_said_of_experts_is_part_of_a_recipe() -> None:
+    rules = "rules: [{match: '*', method: vq}]"
+    plain, weighted = parse(rules, "a"), parse(f"experts: {{calibrate: weighted}}\n{rules}", "a")
+    assert plain.fingerprint() != weighted.fingerprint()
+    again = parse(dump(weighted), "a")
+    assert (again.experts, again.fingerprint()) == (weighted.experts, weighted.fingerprint())
+
+
 def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
     lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
 ) -> None:
@@ -565,12 +573,14 @@ def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(fami
     assert folds == ({} if family == "gpt_oss" else known)
 
 
-@pytest.mark.parametrize("recipe", ["smoothquant-int8", "vq-small"])
+@pytest.mark.parametrize(
+    ("recipe", "family"), [("smoothquant-int8", "mixtral"), ("vq-small", "mixtral"), ("vq-small", "gpt_oss")]
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    recipe: str, toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, family: str, toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: str) -> None:
-        quantize(str(toy("mixtral")), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
+        quantize(str(toy(family)), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
 
     save, saved = artifact.save_file, []
 
