@@ -228,6 +228,25 @@ def test_what_is_taken_apart_is_put_together_again_to_the_bit(
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "dense")], check=True)
 
 
+def test_a_prefix_of_the_checkpoint_is_kept(toy: Make, recipe_file: Any, tmp_path: Path) -> None:
+    """As Llama-4's, whose language model is a part of a larger one."""
+
+    def spell(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"language_model.{name}"] = tensors.pop(name)
+
+    source = rewritten(toy("llama4"), tmp_path / "spelled", spell)
+    quantize(str(source), tmp_path / "out", recipe_file("rules: [{match: '*', method: fp8}]"))
+    assert (
+        "language_model.model.layers.1.feed_forward.experts.0.up_proj.weight_codes"
+        in Artifact(tmp_path / "out").tensors
+    )
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    export(str(tmp_path / "out"), "dense", tmp_path / "dense")
+    assert Checkpoint(tmp_path / "dense").tensors.keys() == Checkpoint(source).tensors.keys()
+
+
 @stored_fused
 def test_a_fused_module_that_computes_something_else_stays_dense(
     family: str, toy: Make, monkeypatch: pytest.MonkeyPatch

@@ -49,7 +49,9 @@ class VQCompressQuantizer(HfQuantizer):
         known, first = set(model._keys_to_ignore_on_load_unexpected or ()), entries[0].target.name
         layout = getattr(dict(model.named_modules()).get(first.rsplit(".", 2)[0]), "layout", None)
         model._keys_to_ignore_on_load_unexpected = known | {
-            rf"^{re.escape(t)}$" for t in (HINT, plain_name(first, layout))
+            # A checkpoint may spell names with a prefix of its own.
+            rf"(^|\.){re.escape(t)}$"
+            for t in (HINT, plain_name(first, layout))
         }
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:

@@ -174,14 +174,13 @@ def unfuse(model: PreTrainedModel, stored: Mapping[str, int] | None = None) -> s
     proven: dict[tuple[Any, ...], Layout | None] = {}
     for path, module in model.named_modules():
         own = dict(module.named_parameters())
-        if any("." in n or p.dim() not in (2, 3) for n, p in own.items()) or len({len(p) for p in own.values()}) != 1:
-            continue
-        if sum(p.dim() == 3 for p in own.values()) != 2:
+        cubes = [p for p in own.values() if p.dim() == 3]
+        if len(cubes) != 2 or any("." in n or p.dim() < 2 or len(p) != len(cubes[0]) for n, p in own.items()):
             continue
         leaves = [next((leaves for end, leaves in merges if f"{path}.{name}".endswith(end)), ()) for name in own]
         if len(own) == 2 and all(leaves) and len(leaves[1]) == 1:
             parameters = {name: (parts, "weight") for name, parts in zip(own, leaves, strict=True)}
-            layouts = [Layout(len(next(iter(own.values()))), leaves[0], leaves[1][0], parameters)]
+            layouts = [Layout(len(cubes[0]), leaves[0], leaves[1][0], parameters)]
             wanted = {f"{path}.{name}": len(p) * len(parameters[name][0]) for name, p in own.items()}
         else:
             wanted = {f"{path}.{name}": 1 for name in own}

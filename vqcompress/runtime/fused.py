@@ -49,11 +49,9 @@ class Layout:
 
 
 def candidates(module: nn.Module) -> Iterator[Layout]:
-    """The layouts that the shapes of a module's own parameters allow; none if they are not those of fused experts."""
+    """The layouts that the shapes of a module with two 3-D parameters allow; 2-D ones are biases, named after them."""
     own = dict(module.named_parameters())
     names = [name for name, p in own.items() if p.dim() == 3]
-    if len(names) != 2:
-        return
     up, down = (own[name] for name in names)
     for transposed in (False, True):
         rows, inputs = up.shape[1:][::-1] if transposed else up.shape[1:]
