@@ -39,8 +39,8 @@ QUANTIZE = {
 # The scripts of users rely on every one of these; one that goes away, or a new one, is a decision.
 OPTIONS = {
     "": {"--version", "--debug", "--install-completion", "--show-completion"},
-    "quantize": QUANTIZE | {"--output", "-o", "--dry-run", "--overwrite"},
-    "plan": QUANTIZE,
+    "quantize": QUANTIZE | {"--output", "-o", "--dry-run", "--overwrite", "--states"},
+    "plan": QUANTIZE | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states"},
     "eval perplexity": {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug",
     },

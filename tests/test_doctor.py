@@ -106,10 +106,10 @@ def test_the_doctor_tells_where_smoothing_costs_nothing(toy: Make) -> None:
 
 
 def test_the_doctor_names_the_experts_that_stay_dense(tmp_path: Path) -> None:
-    """gpt-oss stores its experts in one tensor, transposed and with biases."""
-    fields = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "vocab_size": 384, "head_dim": 16}
-    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-    transformers.GptOssConfig(**fields).save_pretrained(tmp_path)
+    """Aria stores its experts in one tensor under a name that transformers changes."""
+    fields = {"hidden_size": 64, "intermediate_size": 64, "moe_num_experts": 4, "vocab_size": 384, "moe_topk": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    transformers.AriaTextConfig(**fields).save_pretrained(tmp_path)
     found = examine(str(tmp_path))
     assert found["ok"], found["checks"]
     assert found["coverage"] < 0.5

@@ -24,6 +24,7 @@ from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_produce
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.report import Uses
+from vqcompress.runtime.fused import plain_name
 from vqcompress.states import States, keep
 from vqcompress.statistics import Statistics
 from vqcompress.targets import Block
@@ -282,7 +283,8 @@ def encode(
         del tensors[names[path]]
         tensors.update({part_name(names[path], part): tensor for part, tensor in parts.items()})
         if targets[path] == plan.targets[0]:
-            tensors[names[path]] = MARKER
+            _, layout = stream.mixtures.get(targets[path].name.rsplit(".", 2)[0], ("", None))
+            tensors[plain_name(names[path].removesuffix(".weight"), layout)] = MARKER
         rows[path] = row
         tick({"name": targets[path].name})
 

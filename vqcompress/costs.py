@@ -139,11 +139,16 @@ class _Job:
                     leaves = module.leaves()
                     share = self._chosen(len(leaves))
                     for number, (heads, last) in enumerate(leaves):
-                        found[f"{block.name}.{path}.{last}"] = share, share
+                        found[f"{block.name}.{path}.{last}"] = share, 1.0 if self._everyone else share
                         for head in heads:
                             # They all read one input, which is counted once.
                             found[f"{block.name}.{path}.{head}"] = share, float(number == 0 and head == heads[0])
         return found
+
+    @property
+    def _everyone(self) -> bool:
+        """Whether all tokens pass all experts for the statistics."""
+        return self.plan.recipe.experts is not None and self.plan.recipe.experts.calibrate == "all"
 
     def _chosen(self, experts: int) -> float:
         """The share of the tokens that one of so many experts sees."""
@@ -216,8 +221,10 @@ class _Job:
         return found
 
     def _statistics(self, block: Block) -> float:
-        """FLOPs of a block's Hessians, for one token."""
+        """FLOPs of a block's Hessians, for one token; with all experts also what the router did not choose."""
         work = sum(2.0 * channels**2 * share for channels, share in self.inputs(block))
+        if self._everyone:
+            work += sum(2.0 * t.weights * (1 - self.routed.get(t.name, (1, 1))[0]) for t in block.targets)
         closing = self.closing(block)
         return work + (2.0 * closing.shape[1] * sum(closing.shape) if closing else 0.0)
 

@@ -108,6 +108,6 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
                 fused = f"the experts of a mixture are one parameter: {why}"
                 module = path.rpartition(".")[0]
                 plain = "routes or gates" if module in deciding else "not an nn.Linear"
-                one = any(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False))
+                one = sum(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False)) == 2
                 found[name] = f"{fused if one else plain} ({counts[name]:,} weights)"
     return found

@@ -110,14 +110,9 @@ def quantize(
     start = time.perf_counter()
     if str(out) == "demo":
         raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
-    source, chosen = open_checkpoint(model), choose_device(device)
-    team = join(chosen)
-    scratch = {"memory": None, "disk": out}[states]
-    stream = BlockStream(source, chosen, model_dtype(source.config, chosen), team, scratch)
-    plan, *others = make_plans(stream, recipe, target_bits)
-    if plan.recipe.rotation:
-        source = Rotated(stream, partial(generator_for, seed))
-        stream = BlockStream(source, chosen, stream.dtype, team, scratch)
+    chosen = choose_device(device)
+    stream, (plan, *others) = _prepare(model, recipe, target_bits, chosen, seed, {"memory": None, "disk": out}[states])
+    source, team = stream.source, stream.team
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
     if rows is None:
         # Nothing to add up: each process has whole blocks for itself.
@@ -125,7 +120,7 @@ def quantize(
 
     def source_of(name: str) -> str:
         """The fingerprint of a block's weights."""
-        return stream.source.digest(stream.rest if name == REST else stream.names.under(name))
+        return source.digest(stream.rest if name == REST else stream.names.under(name))
 
     inputs = _inputs(source, plan, rows, seed, stream)
     with SharedWriter(team, out, inputs, source_of, overwrite) as writer, ThreadPoolExecutor(1) as aside:
@@ -140,7 +135,7 @@ def quantize(
             writer.commit(REST, 1, len(blocks) + 1, rest | {HINT: MARKER}, facts)
         hidden: States = first_states(stream, rows) if rows is not None else []
         # A second stream, of the dense model, where the difference is made good.
-        truth: States = keep(hidden, scratch) if plan.asks_for_truth else []
+        truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
 
         def make(j: int) -> tuple[int, int, Parts, dict[str, Any]]:
             """Number and count of block j's shard, its tensors, and its record; its weights are hashed meanwhile."""
@@ -153,7 +148,7 @@ def quantize(
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(blocks), "name": block.name})
                 if i + 1 < len(blocks):
-                    stream.source.prefetch(stream.names.under(blocks[i + 1].name))
+                    source.prefetch(stream.names.under(blocks[i + 1].name))
                 places = [i] if hidden else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
                 # Nothing that was made of this block is held while the next one is.
                 writer.commit_all(
@@ -182,6 +177,18 @@ def quantize(
         if writer.writer:
             report = _finish(model, plan, source, writer.writer, entries, rows, seed, start)
         return team.from_rank(0, report)
+
+
+def _prepare(
+    model: str, recipe: str | None, target_bits: float | None, device: torch.device, seed: int, scratch: Path | None
+) -> tuple[BlockStream, list[Plan]]:
+    """The stream of a dense checkpoint, rotated if the recipe says so, and the plans for it."""
+    source, team = open_checkpoint(model), join(device)
+    stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
+    plans = make_plans(stream, recipe, target_bits)
+    if plans[0].recipe.rotation:
+        stream = BlockStream(Rotated(stream, partial(generator_for, seed)), device, stream.dtype, team, scratch)
+    return stream, plans
 
 
 def _finish(

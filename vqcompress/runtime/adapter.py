@@ -39,15 +39,19 @@ class VQCompressQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from vqcompress.runtime.fused import plain_name
         from vqcompress.runtime.modules import keep_packed, swap
 
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
             swap(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
         # The marker that stops a process which forgot to import vqcompress is no news to one that did.
-        known = set(model._keys_to_ignore_on_load_unexpected or ())
+        known, first = set(model._keys_to_ignore_on_load_unexpected or ()), entries[0].target.name
+        layout = getattr(dict(model.named_modules()).get(first.rsplit(".", 2)[0]), "layout", None)
         model._keys_to_ignore_on_load_unexpected = known | {
-            rf"^{re.escape(t)}$" for t in (HINT, f"{entries[0].target.name}.weight")
+            # A checkpoint may spell names with a prefix of its own.
+            rf"(^|\.){re.escape(t)}$"
+            for t in (HINT, plain_name(first, layout))
         }
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:

@@ -174,23 +174,26 @@ def unfuse(model: PreTrainedModel, stored: Mapping[str, int] | None = None) -> s
     has; None if there is no checkpoint to ask. All modules change or none: a merge of transformers' mapping holds for
     the whole model.
     """
-    merges = [merge for m in get_model_conversion_mapping(model) if (merge := _merge(m))[1]]
+    mapping = get_model_conversion_mapping(model)
+    merges = [merge for m in mapping if (merge := _merge(m))[1]]
+    targets = {t.replace("\\", "").rstrip("$") for m in mapping for t in getattr(m, "target_patterns", ())}
     ours: dict[str, Experts] = {}
     proven: dict[tuple[Any, ...], Layout | None] = {}
     for path, module in model.named_modules():
         own = dict(module.named_parameters())
-        if any("." in n or p.dim() not in (2, 3) for n, p in own.items()) or len({len(p) for p in own.values()}) != 1:
-            continue
-        if sum(p.dim() == 3 for p in own.values()) != 2:
+        cubes = [p for p in own.values() if p.dim() == 3]
+        if len(cubes) != 2 or any("." in n or p.dim() < 2 or len(p) != len(cubes[0]) for n, p in own.items()):
             continue
         leaves = [next((leaves for end, leaves in merges if f"{path}.{name}".endswith(end)), ()) for name in own]
         if len(own) == 2 and all(leaves) and len(leaves[1]) == 1:
             parameters = {name: (parts, "weight") for name, parts in zip(own, leaves, strict=True)}
-            layouts = [Layout(len(next(iter(own.values()))), leaves[0], leaves[1][0], parameters)]
+            layouts = [Layout(len(cubes[0]), leaves[0], leaves[1][0], parameters)]
             wanted = {f"{path}.{name}": len(p) * len(parameters[name][0]) for name, p in own.items()}
         else:
-            layouts = list(candidates(module))
             wanted = {f"{path}.{name}": 1 for name in own}
+            if any(name.endswith(t) for name in wanted for t in targets if t.rpartition(".")[2] in own):
+                return "transformers makes them of other tensors than one matrix per expert"
+            layouts = list(candidates(module))
         # One that was taken apart already stores the first matrix.
         apart = any(layout.fused and f"{path}.0.{layout.first[0]}.weight" in (stored or {}) for layout in layouts)
         if layouts and stored is not None and not apart and any(stored.get(name) != n for name, n in wanted.items()):

@@ -49,11 +49,9 @@ class Layout:
 
 
 def candidates(module: nn.Module) -> Iterator[Layout]:
-    """The layouts that the shapes of a module's own parameters allow; none if they are not those of fused experts."""
+    """The layouts that the shapes of a module with two 3-D parameters allow; 2-D ones are biases, named after them."""
     own = dict(module.named_parameters())
     names = [name for name, p in own.items() if p.dim() == 3]
-    if len(names) != 2:
-        return
     up, down = (own[name] for name in names)
     for transposed in (False, True):
         rows, inputs = up.shape[1:][::-1] if transposed else up.shape[1:]
@@ -71,12 +69,21 @@ def candidates(module: nn.Module) -> Iterator[Layout]:
             yield Layout(len(up), first, "down_proj", parameters, transposed, interleaved, True)
 
 
+def plain_name(target: str, layout: Layout | None) -> str:
+    """A target's weight as a process that takes no experts apart knows it. layout: of its mixture, if it is in one."""
+    if layout is None or not layout.fused:
+        return f"{target}.weight"
+    return f"{target.rsplit('.', 2)[0]}.{next(iter(layout.parameters))}"
+
+
 def take_apart(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layout]]) -> dict[str, Tensor]:
     """Tensors by name with the matrices of experts in place of fused parameters. mixtures: (path on disk, layout)."""
     found = dict(tensors)
     for prefix, layout in mixtures:
         for name in layout.parameters:
-            if (fused := found.pop(f"{prefix}.{name}", None)) is not None:
+            # One that has fewer dimensions is what stops a process that forgot to import vqcompress.
+            if (fused := found.get(f"{prefix}.{name}")) is not None and fused.dim() > 1:
+                del found[f"{prefix}.{name}"]
                 found |= {f"{prefix}.{part}": tensor for part, tensor in layout.split(name, fused)}
     return found
 

@@ -33,6 +33,9 @@ class Stack:
                 self.parts[name] = torch.stack(parts)
                 for layer, part in zip(layers, self.parts[name], strict=True):
                     layer.view_part(name, part)
+        self.bias_EO = torch.stack([layer.bias for layer in layers]) if self.entry.target.bias else None
+        for layer, bias_O in zip(layers, () if self.bias_EO is None else self.bias_EO, strict=False):
+            layer.bias.data = bias_O
 
     def is_current(self, first: Any, last: Any) -> bool:
         """Whether the layers of the first and last expert still view the stack; others may be in their places now."""
@@ -44,22 +47,27 @@ class Stack:
 
     def __call__(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """What rows behind the last end get is not specified."""
-        return self.entry.method.grouped(x_SI, ends_E, self.parts, self.entry.target.shape)
+        y_SO = self.entry.method.grouped(x_SI, ends_E, self.parts, self.entry.target.shape)
+        if self.bias_EO is None:
+            return y_SO
+        among_S = torch.arange(len(y_SO), device=ends_E.device, dtype=ends_E.dtype)
+        expert_S = torch.searchsorted(ends_E, among_S, right=True).clamp(max=len(ends_E) - 1)
+        return y_SO + self.bias_EO[expert_S].to(y_SO.dtype)
 
 
 def refusal(layers: Sequence[Any], device: torch.device) -> str:
     """Why layers cannot be stacked on a device, for people to read; empty if they can.
 
-    They must be compressed alike and multiplied as they are stored, with nothing to add or to divide by.
+    They must be compressed alike and multiplied as they are stored, with nothing to divide by.
     """
     entries: list[Any] = [getattr(layer, "entry", None) for layer in layers]
     if None in entries:
         return "not all are compressed"
     first = entries[0]
+    alike = (first.method, first.target.shape, first.target.bias)
     reasons = {
-        "different settings": any((e.method, e.target.shape) != (first.method, first.target.shape) for e in entries),
+        "different settings": any((e.method, e.target.shape, e.target.bias) != alike for e in entries),
         "smoothing at run time": any(e.smoothed for e in entries),
-        "biases": any(e.target.bias for e in entries),
         first.method.ungrouped: bool(first.method.ungrouped),
         "decoded weights": not all(layer.keeps_parts(device) for layer in layers),
     }
