@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from synthetic import write_llama
 
-from vqcompress.calibration import DEFAULT_TEXT
+import vqcompress
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 
 # Address space, of which Python with torch and transformers takes 0.9 GB before anything is read.
 LIMIT = 1400 * 2**20
+TEXT = Path(vqcompress.__file__).parent / "demo" / "calibration.txt"
 
 
 def run(words: list[str], limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -47,7 +48,7 @@ def everything(model: Path, folder: Path, recipe: str, limit: int | None = None)
     out, json_file = folder / "out", folder / "facts.json"
     rows = ["--samples", "2", "--seqlen", "64", "--states", "disk"]
     report = facts(["quantize", str(model), "-o", str(out), "--recipe", recipe, *rows], json_file, limit)
-    words = ["--text", str(DEFAULT_TEXT), "--seqlen", "64", "--windows", "2"]
+    words = ["--text", str(TEXT), "--seqlen", "64", "--windows", "2"]
     scores = facts(["eval", "perplexity", str(out), *words], json_file, limit)
     assert scores["windows"] == 2
     dense = facts(["export", str(out), "--format", "dense", "-o", str(folder / "dense")], json_file, limit)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -37,6 +39,11 @@ from vqcompress.writer import Writer
 
 Watch = Callable[[str, dict[str, Any]], None]
 REST = "(outside of the blocks)"
+# Blocks of a data-free recipe that are made while another is written.
+AHEAD = 2
+# Number and count of a shard, its tensors, its record.
+Made = tuple[int, int, Parts, dict[str, Any]]
+T = TypeVar("T")
 
 
 def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
@@ -137,23 +144,23 @@ def quantize(
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
 
-        def make(j: int) -> tuple[int, int, Parts, dict[str, Any]]:
-            """Number and count of block j's shard, its tensors, and its record; its weights are hashed meanwhile."""
+        def make(j: int) -> tuple[str, Made]:
+            """Block j's name, and number and count of its shard, tensors and record; meanwhile weights are hashed."""
+            if j + 1 < len(blocks):
+                source.prefetch(stream.names.under(blocks[j + 1].name))
             digest = aside.submit(source_of, blocks[j].name)
             tensors, facts = compress_block(stream, plan, j, hidden, truth, seed, tick)
-            return j + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()}
+            return blocks[j].name, (j + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()})
 
+        todo = [j for j, block in enumerate(blocks) if block.name not in writer.done]
+        # Without rows blocks do not wait for each other, nor for what is written.
+        making = _ahead(make, [] if hidden else todo[team.rank :: team.size])
         entries = []
         for i, block in enumerate(blocks):
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(blocks), "name": block.name})
-                if i + 1 < len(blocks):
-                    source.prefetch(stream.names.under(blocks[i + 1].name))
-                places = [i] if hidden else [j for j in range(i, len(blocks)) if blocks[j].name not in writer.done]
                 # Nothing that was made of this block is held while the next one is.
-                writer.commit_all(
-                    {blocks[j].name: make(j) for j in (places if hidden else team.mine(places[: team.size]))}
-                )
+                writer.commit_all(dict([make(i)] if hidden else islice(making, 1)))
             elif truth and i + 1 < len(blocks):
                 stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
@@ -208,6 +215,18 @@ def _finish(
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
     writer.finish(config, source.companions(), report, model_card(model, report, writer.out.resolve()), choice)
     return report
+
+
+def _ahead(make: Callable[[int], T], places: list[int]) -> Iterator[T]:
+    """What is made of each place, in order; the next ones are begun while one is looked at."""
+    threads = max(1, torch.get_num_threads() // AHEAD)
+    with ThreadPoolExecutor(AHEAD, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        begun = deque(pool.submit(make, j) for j in places[:AHEAD])
+        for j in [*places[AHEAD:], *[None] * len(begun)]:
+            done = begun.popleft().result()
+            if j is not None:
+                begun.append(pool.submit(make, j))
+            yield done
 
 
 def _tell(watch: Watch, step: int, steps: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqcompress import ops
-from vqcompress.methods.method import Layout, Method, Parts, Shape
+from vqcompress.methods.method import Layout, Method, Parts, Shape, is_finite
 from vqcompress.statistics import Statistics
 
 # Weights that are worked on at once.
@@ -27,7 +27,7 @@ def expand_tiles(scale_PJ: Tensor, shape: Shape) -> Tensor:
 
 
 def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn (O, I) and scales float32 (P, J) of a finite float32 weight, one scale per 128×128 tile.
+    """Codes float8_e4m3fn (O, I) and scales float32 (P, J) of a weight, one per 128×128 tile; ValueError for NaN or Inf.
 
     scale = max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; code = w / scale rounded to E4M3. A tile at
     the edge holds fewer weights.
@@ -36,12 +36,28 @@ def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tenso
     codes_OI, scales = weight_OI.new_empty((rows, columns), dtype=torch.float8_e4m3fn), []
     for strip in _strips(weight_OI):
         some = weight_OI[strip].float()
-        padded = F.pad(some, (0, -columns % ops.TILE, 0, -len(some) % ops.TILE)).view(-1, ops.TILE, tiles, ops.TILE)
-        scale = ops.e4m3_scale(padded.abs().amax((1, 3), keepdim=True), power_of_two)
+        margin = 0, -columns % ops.TILE, 0, -len(some) % ops.TILE
+        padded = (F.pad(some, margin) if any(margin) else some).reshape(-1, ops.TILE, tiles, ops.TILE)
+        largest = padded.abs().amax((1, 3), keepdim=True)
+        # NaN or Inf if anything in the tile is.
+        if not is_finite(largest):
+            raise ValueError("weight holds NaN or Inf")
+        scale = ops.e4m3_scale(largest, power_of_two)
         codes = ops.to_e4m3(padded / scale).view(-1, tiles * ops.TILE)
         codes_OI[strip] = codes[: len(some), :columns]
         scales.append(scale[:, 0, :, 0])
     return codes_OI, torch.cat(scales) if scales else weight_OI.new_empty((0, tiles), dtype=torch.float32)
+
+
+def _e4m3_to_half(codes: Tensor) -> Tensor:
+    """Exactly 2⁻⁸ times each code, float16; NaN, which `check` refuses, gives 1.875.
+
+    E4M3 has a sign, four bits of exponent and three of mantissa; float16 has room for all of them seven bits up, and
+    subnormal numbers mean the same there. torch converts float8 on a CPU one number at a time.
+    """
+    # Of a negative number all higher bits are 1, and the second of them is no sign.
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+    return bits.bitwise_and_(~0x4000).view(torch.float16)
 
 
 def _strips(matrix: Tensor) -> Iterator[slice]:
@@ -71,20 +87,17 @@ class FP8(Method):
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
     ) -> Parts:
         """The parts of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
-        super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
-        codes_OI, scale_PJ = quantize_tiles(weight_OI.float(), self.power_of_two_scales)
+        codes_OI, scale_PJ = quantize_tiles(weight_OI, self.power_of_two_scales)
         return {"codes": codes_OI, "scale": scale_PJ}
 
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
         codes_OI, scale_PJ = parts["codes"], parts["scale"]
-        # Looked up: torch converts float8 on a CPU one number at a time.
-        bytes_ = torch.arange(256, dtype=torch.uint8, device=codes_OI.device)
-        value, weight_OI = bytes_.view(torch.float8_e4m3fn).float(), scale_PJ.new_empty(shape)
+        weight_OI = scale_PJ.new_empty(shape)
         for strip in _strips(codes_OI):
             some, tiles = weight_OI[strip], slice(strip.start // ops.TILE, -(-strip.stop // ops.TILE))
-            torch.index_select(value, 0, codes_OI[strip].view(torch.uint8).int().flatten(), out=some.view(-1))
-            some.mul_(expand_tiles(scale_PJ[tiles], (len(some), shape[1])))
+            some.copy_(_e4m3_to_half(codes_OI[strip]))
+            some.mul_(expand_tiles(256 * scale_PJ[tiles], (len(some), shape[1])))
         return weight_OI
 
     def check(self, parts: Parts, shape: Shape) -> None:
