@@ -20,6 +20,7 @@ from vqcompress.artifact import Artifact, Entry, part_name
 from vqcompress.checkpoint import Checkpoint
 from vqcompress.distributed import ALONE, Team
 from vqcompress.errors import VQCompressError
+from vqcompress.methods.method import is_finite
 from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.fused import Layout, TakenApart, put_together, take_apart
 from vqcompress.runtime.modules import swap, unfuse_for
@@ -245,10 +246,11 @@ class BlockStream:
 
     def advance(self, block: nn.Module, i: int, states: States) -> None:
         """Replace each batch of hidden states by the block's output, in place."""
-        for k, hidden in enumerate(states):
-            states[k] = self.run(block, i, hidden)
-            if not torch.isfinite(states[k]).all():
+        for k in range(len(states)):
+            out = self.run(block, i, states[k])
+            if not is_finite(out):
                 raise VQCompressError(f"{self.blocks[i].name} puts out NaN or Inf")
+            states[k] = out
 
     @torch.inference_mode()
     def finish(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:

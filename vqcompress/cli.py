@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -78,10 +79,11 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     kind, words = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, VQCompressError):
         text = words
+    elif kind in ("OutOfMemoryError", "MemoryError") or re.search("(Cannot|can't) allocate memory", words):
+        # torch and safetensors say so in words of their own.
+        text = f"out of memory; a smaller --seqlen, --samples or --batch, or --states disk, needs less ({words})"
     elif isinstance(error, OSError):
         text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else words
-    elif kind in ("OutOfMemoryError", "MemoryError"):
-        text = f"out of memory; a smaller --seqlen, --samples or --batch, or --device cpu, needs less ({words})"
     else:
         text = f"internal error: {kind}: {words} (give --debug for the traceback)"
     print(f"error: {text}", file=sys.stderr)
@@ -303,7 +305,7 @@ def export(
     format: Annotated[str, typer.Option("--format", help="The format to write: dense.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write to.")],
     verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:

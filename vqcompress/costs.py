@@ -31,8 +31,6 @@ from vqcompress.targets import Block, Target
 
 # Of what a lone matrix product reaches, the share that a forward pass does.
 REACHED = 0.6
-# glibc keeps smaller pieces for the thread that freed them, so they are not there for the next phase of a block.
-KEPT = 32 << 20
 # Bytes written, rows of a weight and FLOPs of its encoding to measure a rate by.
 DISK_PROBE, PROBE_ROWS, PROBE_FLOPS = 32 << 20, 1024, 2e9
 
@@ -310,22 +308,22 @@ class _Job:
         width, chosen = max(t.shape[1] for t in targets), getattr(self._config, "num_experts_per_tok", None) or 0
         activations = self.batch_rows * self.seqlen * dense * (4 * width + (6 + 2 * chosen) * self._config.hidden_size)
         # Added up in float64, read in float32, with one quotient between them.
-        gather = module + activations + 12 * squares + 8 * square if self.tokens else module
-        # Small pieces of the dense module are not there for what comes next.
-        kept = module if not self.on_gpu and max(t.weights for t in targets) * 4 < KEPT else 0
+        gather = module + activations + 12 * squares + 8 * square if self.tokens else 0
         parts = round(max(sum(stored[t.name] for t in plan.compressed(block)) for block in plan.blocks) / 8)
         # A weight, what smoothing makes of it, and the work of its method.
-        encode = max(8 * t.weights + self._method(t).encode_bytes(t.shape) for t in targets)
-        encode += kept + parts + 4 * squares
+        encode = max((8 if self.tokens else 4) * t.weights + self._method(t).encode_bytes(t.shape) for t in targets)
+        encode += parts + 4 * squares
         closing = [c for b in plan.blocks if (c := self.closing(b))]
         # The stored block, decoded; sums, their inverse and the solution in float64.
         solve = max((32 * c.shape[1] ** 2 + 28 * c.weights for c in closing), default=0)
-        compensate = kept + module + activations + 4 * squares + solve if closing else 0
+        compensate = module + activations + 4 * squares + solve if closing else 0
         work = max(gather, encode, compensate, self._tuned_bytes(activations, size))
         if self.on_gpu:
             host, device = now + max(rest, read + 2 * parts), loaded + held + work
         else:
-            host, device = now + max(rest, loaded + held + read + work), 0
+            # Without rows some blocks are made at once, while one is written.
+            made = max(1, plan.ahead(self.stream.device))
+            host, device = now + max(rest, loaded + held + made * (read + work) + (parts if made > 1 else 0)), 0
             host += max(self._method(t).compiled_bytes for t in targets)
         return {"peak_rss_bytes": host, "peak_device_bytes": device, "states_bytes": states}
 

@@ -137,22 +137,23 @@ class SharedWriter(Shards):
         if self.writer:
             self.writer.__exit__(*error)
 
+    @undisturbed()
     def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
         """`Writer.commit` of what all processes have."""
         facts = self.write_shard(number, count, tensors) | record if self.writer else None
         self._journal(name, self.team.from_rank(0, facts))
 
+    @undisturbed()
     def commit_all(self, found: dict[str, tuple[int, int, Parts, dict[str, Any]]]) -> None:
         """`Writer.commit` of the blocks, by name, that any process has; of one that several have the first one's."""
         before = [name for names in self.team.everyones(list(found))[: self.team.rank] for name in names]
-        with undisturbed():
-            facts = {
-                name: self.write_shard(number, count, tensors) | record
-                for name, (number, count, tensors, record) in found.items()
-                if name not in before
-            }
-            for name, record in (item for each in self.team.everyones(facts) for item in each.items()):
-                self._journal(name, record)
+        facts = {
+            name: self.write_shard(number, count, tensors) | record
+            for name, (number, count, tensors, record) in found.items()
+            if name not in before
+        }
+        for name, record in (item for each in self.team.everyones(facts) for item in each.items()):
+            self._journal(name, record)
 
     def _journal(self, name: str, record: dict[str, Any]) -> None:
         if self.writer:
@@ -165,6 +166,7 @@ class SharedWriter(Shards):
             self.writer.note(name, record)
         self.measured[name] = record
 
+    @undisturbed()
     def stage(self, tensors: Parts) -> None:
         """`Writer.stage` of what all processes have."""
         if self.writer:

@@ -49,6 +49,10 @@ def generate(
     network: Any = load_any(model, cpu_weights=cpu_weights)
     tokenizer = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
+    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if context and ids_BL.shape[1] + max_new_tokens > context:
+        length = f"{ids_BL.shape[1]} tokens of prompt and {max_new_tokens} new ones"
+        raise UsageError(f"{length} are more than the model's context of {context}; lower --max-new-tokens")
     # Sampling reads torch's global generator, and there is no other way to seed it.
     torch.manual_seed(seed)
     sampling = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from vqcompress.artifact import Entry
 from vqcompress.blocks import BlockStream
 from vqcompress.errors import UsageError
@@ -12,6 +14,9 @@ from vqcompress.methods import Method
 from vqcompress.recipe import Recipe, Rule
 from vqcompress.runtime.experts import Experts
 from vqcompress.targets import Block, Target, gates
+
+# See `Plan.ahead`.
+AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether any target asks for statistics, or a budget for measurements; if not, the model is never run."""
         return self.target_bits is not None or any(self.rules[target.name].needs for target in self.targets)
+
+    def ahead(self, device: torch.device) -> int:
+        """How many blocks are made while another is written, at most: more than none only where nothing is in between.
+
+        That is no calibration, no rotated module, no compiled search with threads of its own, and no GPU.
+        """
+        searching = any(self.rules[target.name].method.compiled_bytes for target in self.targets)
+        return 0 if self.calibrated or self.recipe.rotation or searching or device.type != "cpu" else AHEAD
 
     def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
         """How the target will be stored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,8 +39,6 @@ from vqcompress.writer import Writer
 
 Watch = Callable[[str, dict[str, Any]], None]
 REST = "(outside of the blocks)"
-# Blocks of a data-free recipe that are made while another is written.
-AHEAD = 2
 # Number and count of a shard, its tensors, its record.
 Made = tuple[int, int, Parts, dict[str, Any]]
 T = TypeVar("T")
@@ -144,23 +142,26 @@ def quantize(
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
 
+        todo = [j for j, block in enumerate(blocks) if block.name not in writer.done]
+        # Without rows each process has every so many blocks, and they do not wait for what is written.
+        mine, ahead = (todo, 0) if hidden else (todo[team.rank :: team.size], plan.ahead(chosen))
+        following = dict(zip(mine, mine[max(1, ahead) :], strict=False))
+
         def make(j: int) -> tuple[str, Made]:
             """Block j's name, and number and count of its shard, tensors and record; meanwhile weights are hashed."""
-            if j + 1 < len(blocks):
-                source.prefetch(stream.names.under(blocks[j + 1].name))
+            if j in following:
+                source.prefetch(stream.names.under(blocks[following[j]].name))
             digest = aside.submit(source_of, blocks[j].name)
             tensors, facts = compress_block(stream, plan, j, hidden, truth, seed, tick)
             return blocks[j].name, (j + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()})
 
-        todo = [j for j, block in enumerate(blocks) if block.name not in writer.done]
-        # Without rows blocks do not wait for each other, nor for what is written.
-        making = _ahead(make, [] if hidden else todo[team.rank :: team.size])
+        making = _ahead(make, mine, ahead)
         entries = []
         for i, block in enumerate(blocks):
             if block.name not in writer.done:
                 watch("block", {"index": i, "count": len(blocks), "name": block.name})
                 # Nothing that was made of this block is held while the next one is.
-                writer.commit_all(dict([make(i)] if hidden else islice(making, 1)))
+                writer.commit_all(dict(islice(making, 1)))
             elif truth and i + 1 < len(blocks):
                 stream.advance(stream.load_block(i), i, truth)
             record = writer.done[block.name]
@@ -217,16 +218,23 @@ def _finish(
     return report
 
 
-def _ahead(make: Callable[[int], T], places: list[int]) -> Iterator[T]:
-    """What is made of each place, in order; the next ones are begun while one is looked at."""
-    threads = max(1, torch.get_num_threads() // AHEAD)
-    with ThreadPoolExecutor(AHEAD, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        begun = deque(pool.submit(make, j) for j in places[:AHEAD])
-        for j in [*places[AHEAD:], *[None] * len(begun)]:
-            done = begun.popleft().result()
+def _ahead(make: Callable[[int], T], places: list[int], ahead: int) -> Iterator[T]:
+    """What is made of each place, in order; up to so many of the next are made while one is looked at."""
+    threads = torch.get_num_threads()
+    workers = min(ahead, threads)
+    if not workers:
+        yield from map(make, places)
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        begun = deque(pool.submit(make, j) for j in places[:workers])
+        for j in [*places[workers:], *[None] * len(begun)]:
+            wait([begun[0]])
             if j is not None:
                 begun.append(pool.submit(make, j))
-            yield done
+            # Without a name here, so that it is not held.
+            yield begun.popleft().result()
+    # A worker sets the number for threads to come too.
+    torch.set_num_threads(threads)
 
 
 def _tell(watch: Watch, step: int, steps: int) -> None:

@@ -113,11 +113,11 @@ class Rotated(Checkpoint):
         """Size of what is on disk, which has no second copy of tied embeddings."""
         return self._source.bytes
 
-    @torch.no_grad()
     def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
         """The source's, of the tensors as they were."""
         return self._source.holders({self._original.get(name, name) for name in names})
 
+    @torch.no_grad()
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors on the CPU, rotated."""
         wanted = list(names)

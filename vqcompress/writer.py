@@ -40,17 +40,18 @@ from vqcompress.methods import Parts
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ctrl-C inside counts only at the end, so that what was begun to be committed is."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 class Shards:
@@ -70,13 +71,14 @@ class Shards:
             partial.chmod(0o644)
             with ThreadPoolExecutor(1) as aside, partial.open("rb+") as stream:
                 # The processor hashes while the disk writes.
-                digest = aside.submit(sha256, partial)
+                hashed = aside.submit(sha256, partial)
                 os.fsync(stream.fileno())
+                digest = hashed.result()
             partial.replace(self.out / file)
             self._sync_directory()
         except (OSError, SafetensorError) as error:
             raise self._explain(error, size) from error
-        return {"file": file, "sha256": digest.result()}
+        return {"file": file, "sha256": digest}
 
     def _sync_directory(self) -> None:
         handle = os.open(self.out, os.O_RDONLY)
@@ -236,6 +238,7 @@ class Writer(Shards):
         """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
         self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": 0.0})
 
+    @undisturbed()
     def settle(self) -> None:
         """Put what was staged, if anything, into the shards; done again after a kill: nothing else reads them then."""
         if STAGED not in self.done or "file" not in self.done[STAGED]:

@@ -20,6 +20,7 @@ from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import INDEX, resolve
 from vqcompress.errors import UsageError, VQCompressError, did_you_mean
 from vqcompress.export import dense
+from vqcompress.runtime.device import peak_rss_bytes
 
 Exporter = Callable[[BlockStream, Artifact], tuple[dict[str, Any], Iterator[dict[str, Tensor]]]]
 # Name → a function that gives the new config and then, one block at a time, tensors by their new names.
@@ -40,7 +41,7 @@ with torch.inference_mode():
 
 
 def export(artifact: str, format: str, out: Path, verify: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Write the artifact to `out` in another format; returns format, files, bytes, seconds and, if asked, `verified`.
+    """Write the artifact to `out` in another format; returns what was written, and how it was verified if asked.
 
     verify: load the result with its own reader in a fresh process and compare logits with the artifact's.
     """
@@ -70,7 +71,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     result: dict[str, Any] = {"format": format, "files": count, "bytes": total}
     if verify:
         result["verified"] = _verify(stream, source, out)
-    return {**result, "seconds": round(time.perf_counter() - start, 3)}
+    return {**result, "seconds": round(time.perf_counter() - start, 3), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def _empty(out: Path, overwrite: bool) -> None:

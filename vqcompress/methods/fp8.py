@@ -27,7 +27,7 @@ def expand_tiles(scale_PJ: Tensor, shape: Shape) -> Tensor:
 
 
 def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn (O, I) and scales float32 (P, J) of a weight, one per 128×128 tile; ValueError for NaN or Inf.
+    """Codes float8_e4m3fn (O, I) and scales float32 (P, J) of a weight, one per 128×128 tile; refuses NaN and Inf.
 
     scale = max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; code = w / scale rounded to E4M3. A tile at
     the edge holds fewer weights.
@@ -90,14 +90,18 @@ class FP8(Method):
         codes_OI, scale_PJ = quantize_tiles(weight_OI, self.power_of_two_scales)
         return {"codes": codes_OI, "scale": scale_PJ}
 
+    def encode_bytes(self, shape: Shape) -> int:
+        """The codes, the decoded weight, and some strips."""
+        return 5 * shape[0] * shape[1] + 40 * STRIP
+
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
         codes_OI, scale_PJ = parts["codes"], parts["scale"]
         weight_OI = scale_PJ.new_empty(shape)
         for strip in _strips(codes_OI):
             some, tiles = weight_OI[strip], slice(strip.start // ops.TILE, -(-strip.stop // ops.TILE))
-            some.copy_(_e4m3_to_half(codes_OI[strip]))
-            some.mul_(expand_tiles(256 * scale_PJ[tiles], (len(some), shape[1])))
+            some.copy_(_e4m3_to_half(codes_OI[strip])).mul_(256)
+            some.mul_(expand_tiles(scale_PJ[tiles], (len(some), shape[1])))
         return weight_OI
 
     def check(self, parts: Parts, shape: Shape) -> None:
