@@ -16,8 +16,9 @@ import torch
 from distributed_jobs import BATCH_TOKENS
 
 from vqcompress import blocks
-from vqcompress.distributed import ALONE, Team
+from vqcompress.distributed import ALONE, Team, add_up
 from vqcompress.quantize import quantize
+from vqcompress.statistics import Accumulator
 
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).with_name("distributed_jobs.py")
@@ -152,3 +153,17 @@ def test_a_team_shares_everything_out_once() -> None:
     value = torch.ones(2)
     ALONE.add(value)
     assert value.tolist() == [1, 1]
+
+
+def test_a_sample_that_only_others_took_is_where_the_weight_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert to which none of this process's tokens came."""
+    accumulator, rows = Accumulator(frozenset({"sample"}), 8, 4, "meta"), torch.ones(4, 8)
+
+    def everyones(team: Team, value: Any) -> list[Any]:
+        return [value, [rows] if isinstance(value, list) else (4, 4, 4.0)]
+
+    monkeypatch.setattr(Team, "everyones", everyones)
+    add_up(Team(0, 2), accumulator)
+    sample_SI = accumulator.statistics().sample_SI
+    assert sample_SI is not None
+    assert (sample_SI.device.type, sample_SI.shape) == ("meta", rows.shape)

@@ -48,6 +48,7 @@ from vqcompress.runtime.weights import skeleton
 from vqcompress.show import console, inspected
 from vqcompress.show import quantized as quantized_words
 from vqcompress.statistics import Accumulator
+from vqcompress.targets import blocks_of, find_blocks
 from vqcompress.verify import verify
 
 Make = Callable[..., Path]
@@ -867,10 +868,11 @@ def test_routing_does_not_change_by_a_bit_when_smoothing_is_folded(family: str, 
     assert torch.equal(smoothed_TI * s_I, x_TI)
 
 
-@pytest.mark.parametrize("family", [*LEAVES, "qwen2_moe"])
+@pytest.mark.parametrize("family", [*LEAVES, "qwen2_moe", "afmoe"])
 def test_routers_and_gates_stay_dense_in_every_packaged_recipe(family: str, toy: Make) -> None:
     stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
     names = {"qwen2_moe": ("gate", "shared_expert_gate"), "gpt_oss": ("router",), "llama4": ("router",)}
+    names["afmoe"] = ("router.gate",)
     left = {f"model.layers.*.{mixture(family)}.{name}.weight" for name in names.get(family, ("gate",))}
     for recipe in packaged():
         for plan in make_plans(stream, recipe, 4.0 if load_recipe(recipe).candidates else None):
@@ -881,3 +883,44 @@ def test_routers_and_gates_stay_dense_in_every_packaged_recipe(family: str, toy:
             assert any(".experts.0." in target.name for target in plan.targets)
             # All else in the blocks is compressed.
             assert plan.left_dense.keys() <= left | {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+# What decides about experts in the last block of a model → config class, its fields beside those of `toy_config`.
+DECIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp.router.gate": ("Afmoe", {"num_experts": 4, "num_dense_layers": 0}),
+    "mlp.gate.wg": ("HunYuanMoEV1", {"num_experts": 4, "num_local_experts": 4, "moe_topk": 2}),
+    # Two more rows, for experts that do nothing, and matrices without a use for them.
+    "mlp.router.classifier": (
+        "LongcatFlash",
+        {"num_layers": 1, "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "zero_expert_num": 2},
+    ),
+    "router.proj": ("Gemma4Text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "pad_token_id": 0}),
+    "ffn.router.layer": (
+        "Dbrx",
+        {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32}},
+    ),
+    # An expert more, which does nothing.
+    "mlp.gate.down_proj mlp.gate.router_mlp.fc1 mlp.gate.router_mlp.fc2 mlp.gate.router_mlp.out_proj": (
+        "Zaya",
+        {"num_experts": 4, "num_experts_per_tok": 1, "router_hidden_size": 16},
+    ),
+    "self_attention.experts.router.layer mlp.router.layer": ("JetMoe", {"num_local_experts": 4, "kv_channels": 16}),
+    # Shared experts with as many inner channels as there are experts, as those of Qwen3-Next.
+    "mlp.shared_expert_gate": ("Qwen2Moe", {"num_experts": 4, "shared_expert_intermediate_size": 4}),
+}
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("paths", DECIDES)
+def test_what_decides_about_experts_is_no_target_wherever_it_lies(paths: str, refused: bool) -> None:
+    kind, fields = DECIDES[paths]
+    common = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    common |= {"num_key_value_heads": 2, "intermediate_size": 128, "moe_intermediate_size": 32, "pad_token_id": None}
+    config = getattr(transformers, f"{kind}Config")(**{**common, **fields})
+    model = skeleton(config, torch.float32)
+    if not refused:
+        unfuse(model)
+    block, layer = blocks_of(model)[-1], find_blocks(model)[1][-1]
+    dense = {n for n, m in layer.named_modules() if type(m) is nn.Linear} - {block.local(t) for t in block.targets}
+    # All else is a target, shared experts among them.
+    assert dense == set(paths.split())

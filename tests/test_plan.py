@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from vqcompress import costs
 from vqcompress.allocate import make_plans, outlook
 from vqcompress.blocks import BlockStream
 from vqcompress.costs import Site
@@ -105,6 +107,30 @@ def test_given_rates_are_the_plans_own() -> None:
     assert slow["seconds_by"]["encode"] == pytest.approx(10 * fast["seconds_by"]["encode"])
     assert slow["processes"] == 1
     assert slow["peak_device_bytes"] == 0
+
+
+@pytest.mark.parametrize("forbidden", range(4))
+def test_the_disk_that_is_measured_is_the_checkpoints_if_that_can_be(
+    forbidden: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the current directory's, else that of temporary files."""
+    asked, probe = list[Any](), tmp_path / "probe"
+
+    def creates(dir: Any) -> Any:
+        asked.append(dir)
+        if len(asked) <= forbidden:
+            raise PermissionError
+        return probe.open("wb")
+
+    monkeypatch.setattr(costs.tempfile, "TemporaryFile", creates)
+    if forbidden == 3:
+        with pytest.raises(UsageError, match="--disk-gbps"):
+            costs._disk_rate(tmp_path)
+    else:
+        assert costs._disk_rate(tmp_path) > 0
+        # A disk that compresses does not gain by it.
+        assert len(zlib.compress(probe.read_bytes()[: 1 << 20], 1)) > 1 << 20
+    assert asked == [tmp_path, ".", None][: forbidden + 1]
 
 
 def _call(*words: object) -> None:

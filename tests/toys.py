@@ -71,6 +71,10 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
             {**gated, **routed, "num_experts": 4, "shared_expert_intermediate_size": hidden},
         ),
         "deepseek_v3": ("DeepseekV3Config", {**gated, **routed, **latent, "n_routed_experts": 4}),
+        "afmoe": (
+            "AfmoeConfig",
+            {**gated, **routed, "num_experts": 4, "num_dense_layers": 0, "num_shared_experts": 1, "sliding_window": 32},
+        ),
         "gpt_oss": ("GptOssConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}),
         "llama4": ("Llama4TextConfig", {**gated, "intermediate_size_mlp": 2 * hidden, "num_local_experts": 4}),
     }

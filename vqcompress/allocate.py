@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from vqcompress import recipe as recipes
 from vqcompress.artifact import stored_bits
 from vqcompress.blocks import BlockStream
-from vqcompress.compress import Rewrites, encode, first_states, gather, probe_of, study
+from vqcompress.compress import Rewrites, encode, first_states, probe_of, study
 from vqcompress.costs import Site, summary
 from vqcompress.distributed import SharedWriter
 from vqcompress.errors import UsageError
+from vqcompress.gather import gather
 from vqcompress.methods import layout_bits
 from vqcompress.plan import Plan, make_plan
 from vqcompress.states import States

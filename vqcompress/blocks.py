@@ -22,7 +22,7 @@ from vqcompress.distributed import ALONE, Team
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.method import is_finite
 from vqcompress.runtime.experts import Experts, unfuse
-from vqcompress.runtime.fused import Layout, TakenApart, put_together, take_apart
+from vqcompress.runtime.fused import Layout, TakenApart, take_apart
 from vqcompress.runtime.modules import swap, unfuse_for
 from vqcompress.runtime.weights import Names, assign, finish_loading, load_config, skeleton
 from vqcompress.states import States
@@ -142,8 +142,14 @@ class BlockStream:
 
     def as_stored(self, tensors: dict[str, Tensor], compressed: Iterable[str] = ()) -> dict[str, Tensor]:
         """Tensors with experts fused where a plain checkpoint has them so, unless any of those names is an expert's."""
-        apart = {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys()
-        return tensors if apart else put_together(tensors, self.mixtures.values())
+        if {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys():
+            return tensors
+        found = dict(tensors)
+        for prefix, layout in self.mixtures.values():
+            below = {n.removeprefix(f"{prefix}."): found.pop(n) for n in tensors if n.startswith(f"{prefix}.")}
+            if below:
+                found |= {f"{prefix}.{name}": layout.join(name, below) for name in layout.parameters}
+        return found
 
     @property
     def rest(self) -> list[str]:

@@ -219,7 +219,8 @@ def plan(
         typer.Option("--encode-tflops", min=1e-6, help="And in encoding. Default: the share of --tflops as here."),
     ] = None,
     disk_gbps: Annotated[
-        float | None, typer.Option("--disk-gbps", min=1e-6, help="GB/s that each reads. Default: measured here.")
+        float | None,
+        typer.Option("--disk-gbps", min=1e-6, help="GB/s that each reads and writes. Default: as MODEL's disk writes."),
     ] = None,
     json_file: Json = None,
     debug: Debug = False,

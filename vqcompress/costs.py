@@ -7,6 +7,7 @@ each other is not counted. Shape legend: O output rows, I input channels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +41,9 @@ DISK_PROBE, PROBE_ROWS, PROBE_FLOPS = 32 << 20, 1024, 2e9
 class Site:
     """Where a run is planned for. gpus: processes with a GPU each; None is one process on the device of the stream.
 
-    What each process reaches: tflops in products, encode_tflops in searches of codes, disk_gbps; None is measured here.
-    Searches then take the share of tflops that they have of products here. states: where hidden states are kept.
+    What each process reaches: tflops in products, encode_tflops in searches of codes, disk_gbps; None is measured here,
+    the disk by writing. Searches then take the share of tflops that they have of products here. states: where hidden
+    states are kept.
     """
 
     gpus: int | None = None
@@ -73,7 +76,7 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int, site: Site)
     source = stream.source.bytes or (job.rest + sum(job.sizes)) * itemsize
     artifact = source + (untied - weights) * itemsize + int(bits) // 8
     read, written = job.disk(source, artifact, itemsize)
-    memory, rates = job.memory(itemsize, stored), _Rates(site, stream.device, job.on_gpu)
+    memory, rates = job.memory(itemsize, stored), _Rates(site, stream, job.on_gpu)
     seconds = job.seconds(rates) | {"disk": (read + written) / rates.disk}
     searched = [(t.method.encode_flops(t.target.shape), rates.cost(t.method, t.target.shape)[0]) for t in entries]
     reached = sum(work for work, _ in searched) / sum(took for _, took in searched) / 1e12
@@ -231,6 +234,10 @@ class _Job:
         smoothing = self.plan.rules[target.name].smoothing
         return len(smoothing.grid) + 1 if smoothing and smoothing.alpha == "auto" else 0
 
+    def _trial_flops(self, target: Target) -> float:
+        """FLOPs of the products with the sample that tell those trials apart."""
+        return self._trials(target) * 4.0 * min(SAMPLE_TOKENS, self.tokens) * target.weights
+
     def flops(self) -> dict[str, float]:
         """Arithmetic of the whole job: of forward passes, of statistics, of encoding with what is fitted for it."""
         forward = sum(self.passes(b) * work for b, work in zip(self.plan.blocks, self.forward(), strict=True))
@@ -238,7 +245,7 @@ class _Job:
         for target in self.plan.targets:
             method = self._method(target)
             encode += method.encode_flops(target.shape) * (1 + self._trials(target)) + method.fit_flops(target.shape)
-            encode += self._trials(target) * 4.0 * min(SAMPLE_TOKENS, self.tokens) * target.weights
+            encode += self._trial_flops(target)
         statistics = sum(map(self._statistics, self.plan.blocks))
         return {"forward": self.tokens * forward, "statistics": self.tokens * statistics, "encode": encode}
 
@@ -261,8 +268,7 @@ class _Job:
             total["encode"] += sum(ordered[:: self.processes])
             total["encode"] += sum(fit + encode * (t is closing) for t, encode, _, fit in costs)
             total["encode"] += sum(
-                self._trials(t) * (encode + 4.0 * min(SAMPLE_TOKENS, self.tokens) * t.weights / rates.product)
-                for t, encode, _, _ in costs
+                self._trials(t) * encode + self._trial_flops(t) / rates.product for t, encode, _, _ in costs
             )
         # Without sums each process has whole blocks for itself.
         total["encode"] += sum(max(alone[k : k + self.processes]) for k in range(0, len(alone), self.processes))
@@ -342,10 +348,11 @@ class _Job:
 class _Rates:
     """What one process reaches, in FLOPs and bytes a second: as given, or measured now on the device."""
 
-    def __init__(self, site: Site, device: torch.device, on_gpu: bool):
+    def __init__(self, site: Site, stream: BlockStream, on_gpu: bool):
+        device = stream.device
         here = _product_rate(device) if site.tflops is None or site.encode_tflops is None else math.inf
         self.product = here if site.tflops is None else site.tflops * 1e12
-        self.disk = _disk_rate() if site.disk_gbps is None else site.disk_gbps * 1e9
+        self.disk = _disk_rate(stream.source.path) if site.disk_gbps is None else site.disk_gbps * 1e9
         self._given, self._faster, self._device, self._on_gpu = site.encode_tflops, self.product / here, device, on_gpu
         self._known: dict[tuple[int, tuple[int, int]], tuple[float, float, float]] = {}
 
@@ -385,14 +392,21 @@ def _product_rate(device: torch.device) -> float:
     return REACHED * 2 * rows * columns**2 / _fastest(lambda: a @ a[:columns], device, 5)
 
 
-def _disk_rate() -> float:
-    """Bytes a second that arrive on the disk of temporary files."""
-    with tempfile.TemporaryFile() as file:
-        start = time.perf_counter()
-        file.write(bytes(DISK_PROBE))
-        file.flush()
-        os.fsync(file.fileno())
-        return DISK_PROBE / (time.perf_counter() - start)
+def _disk_rate(checkpoint: Path) -> float:
+    """Bytes a second that arrive on the disk of a checkpoint; where it cannot be written to, of the current directory.
+
+    The last resort is the folder of temporary files, which may be in memory.
+    """
+    # Some disks compress, and keep no zeros at all.
+    noise = os.urandom(DISK_PROBE)
+    for folder in (checkpoint, ".", None):
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+            start = time.perf_counter()
+            file.write(noise)
+            file.flush()
+            os.fsync(file.fileno())
+            return DISK_PROBE / (time.perf_counter() - start)
+    raise UsageError("--disk-gbps: there is no folder to measure it in; say how fast the disk is")
 
 
 def _probe_shape(method: Method) -> tuple[int, int]:

@@ -113,8 +113,7 @@ def add_up(team: Team, accumulator: Accumulator) -> None:
     accumulator.tokens, accumulator.routed, accumulator.mass = (sum(each) for each in zip(*counts, strict=True))
     if accumulator.sample is not None:
         samples = team.everyones([rows.cpu() for rows in accumulator.sample] if team.size > 1 else accumulator.sample)
-        device = accumulator.sample[0].device if accumulator.sample else "cpu"
-        accumulator.sample = [rows.to(device) for sample in samples for rows in sample]
+        accumulator.sample = [rows.to(accumulator.device) for sample in samples for rows in sample]
 
 
 class SharedWriter(Shards):

@@ -89,7 +89,7 @@ class Accumulator:
         def zeros(name: str, dtype: torch.dtype, *shape: int) -> Tensor | None:
             return torch.zeros(shape, dtype=dtype, device=device) if name in needs else None
 
-        self.needs, self.tokens, self.before = needs, 0, before
+        self.needs, self.tokens, self.before, self.device = needs, 0, before, device
         # The sum of the tokens' weights, and what a router sent.
         self.mass, self.routed = 0.0, 0
         self.absmax_I = zeros("absmax", torch.float32, channels)

@@ -67,18 +67,34 @@ def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
 
 
 def gates(block: nn.Module) -> set[str]:
-    """Paths of routers and gates of shared experts: beside `experts`, a matrix with a row for each of them, or one."""
+    """Paths of the modules beside experts that decide about them: routers and gates of shared experts.
+
+    Such a module has a weight with a row for each expert, perhaps with one for none of them, or with a single row. A
+    shared expert may have as many inner channels, but it leads back to as many channels as it reads.
+    """
     found = set()
     for path, parent in block.named_modules():
-        experts = getattr(parent, "experts", None)
-        if not isinstance(experts, nn.Module) or not list(experts.parameters()):
-            continue
-        count = len(list(experts.children())) or len(next(experts.parameters()))
-        for name, module in parent.named_children():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) in (1, count):
-                found.add(f"{path}.{name}".removeprefix("."))
+        children = dict(parent.named_children())
+        mixtures = {name: m for name, m in children.items() if name == "experts" or _holds_experts(m)}
+        rows = {r for m in mixtures.values() for r in _gate_rows(m)}
+        for name, module in children.items() if rows else ():
+            weights = [p for p in module.parameters() if p.dim() == 2]
+            leads_back = any(len(weight) == weights[0].shape[1] for weight in weights[1:])
+            if name not in mixtures and not leads_back and rows & {len(weight) for weight in weights}:
+                found |= {f"{path}.{name}.{below}".strip(".") for below, _ in module.named_modules()}
     return found
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether matrices of experts are one parameter of the module."""
+    return not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _gate_rows(mixture: nn.Module) -> tuple[int, int, int]:
+    """Rows that a gate may have: of E experts, matrices in a parameter, else what it says (DBRX), or its children."""
+    said = getattr(mixture, "num_experts", len(list(mixture.children())))
+    experts = next((len(p) for p in mixture.parameters() if p.dim() == 3), said)
+    return 1, experts, experts + 1
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

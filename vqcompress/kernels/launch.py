@@ -144,6 +144,11 @@ def key(rows: int, shape: Shape) -> str:
     return "x".join(map(str, (bucket * factor, *shape)))
 
 
+def distinct(found: list[Settings]) -> list[Settings]:
+    """The same without what came before."""
+    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
+
+
 _tried: dict[str, Settings] = {}
 
 

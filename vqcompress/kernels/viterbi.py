@@ -155,7 +155,7 @@ def candidates(facts: launch.Facts, states: int, k: int) -> list[launch.Settings
             threads = max(facts.warp, (1 << tile) // of_a_thread)
             if 1 << k <= of_a_thread and 2 * k <= tile and threads <= 1024:
                 found.append({"B": 1 << (tile - 2 * k), "num_warps": threads // facts.warp})
-    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
+    return launch.distinct(found)
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:

@@ -268,7 +268,7 @@ def candidates(
         size = {"BT": bt, "BA": across, "BN": max(1, along // triton.next_power_of_2(form.weights)), "num_warps": warps}
         settled = _settled(form, rows, shape, experts, facts, **size)
         found += [settled | {"SPLIT": split} for split in sorted({settled["SPLIT"], max(1, settled["SPLIT"] // 2)})]
-    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
+    return launch.distinct(found)
 
 
 def named(form: Format, experts: int = 0, element: int = 2) -> str:
@@ -372,7 +372,7 @@ def on_codes_candidates(facts: Facts, shape: tuple[int, int], form: Format) -> l
         split = max(1, min(4 * facts.processors // -(-shape[0] // across), -(-form.units(shape) // groups)))
         for slices in (split, max(1, split // 2)):
             found.append({"BA": across, "BN": groups, "SPLIT": slices, "num_warps": warps, "num_stages": 1})
-    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
+    return launch.distinct(found)
 
 
 def on_codes(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: Format) -> Tensor:

@@ -88,16 +88,6 @@ def take_apart(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layo
     return found
 
 
-def put_together(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layout]]) -> dict[str, Tensor]:
-    """The reverse, of experts that are there."""
-    found = dict(tensors)
-    for prefix, layout in mixtures:
-        below = {n.removeprefix(f"{prefix}."): found.pop(n) for n in tensors if n.startswith(f"{prefix}.")}
-        if below:
-            found |= {f"{prefix}.{name}": layout.join(name, below) for name in layout.parameters}
-    return found
-
-
 class TakenApart(Checkpoint):
     """A checkpoint that stores experts fused, as if it stored every matrix under a name of its own."""
 
