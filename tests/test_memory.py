@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,8 @@ def test_a_model_of_three_times_the_memory(tmp_path: Path) -> None:
     plain = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     assert run(["-c", plain, str(tmp_path / "model")], LIMIT).returncode != 0
     everything(tmp_path / "model", tmp_path, "fp8-tile", LIMIT)
+    # pytest would keep its gigabytes for days.
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize(("recipe", "hidden"), [("fp8-tile", 256), ("smoothquant-int8", 256), ("vq-4bit", 128)])

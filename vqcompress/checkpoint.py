@@ -222,7 +222,8 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """A SHA-256 over the config and what the headers say, without a look at the weights."""
-        headers = {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+        source, names = self.holders(self.tensors)
+        headers = {name: (source.tensors[name].dtype, source.tensors[name].shape) for name in names}
         words = json.dumps(self.config, sort_keys=True), repr(sorted(headers.items()))
         return hashlib.sha256("".join(words).encode()).hexdigest()
 
