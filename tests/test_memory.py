@@ -69,12 +69,12 @@ def test_a_model_of_three_times_the_memory(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.parametrize(("recipe", "hidden"), [("fp8-tile", 256), ("smoothquant-int8", 256), ("vq-4bit", 128)])
-def test_memory_does_not_grow_with_the_number_of_blocks(recipe: str, hidden: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["fp8-tile", "smoothquant-int8"])
+def test_memory_does_not_grow_with_the_number_of_blocks(recipe: str, tmp_path: Path) -> None:
     peaks = []
     for layers in (4, 16):
         folder = tmp_path / str(layers)
-        write_llama(folder / "model", layers, hidden, inner=3 * hidden)
+        write_llama(folder / "model", layers, hidden=256, inner=768)
         peaks.append(everything(folder / "model", folder, recipe))
     for job, few in peaks[0].items():
         assert peaks[1][job] < 1.1 * few, (job, peaks)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_config
 
-from vqcompress import artifact
 from vqcompress import recipe as recipes
+from vqcompress import writer
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
@@ -309,7 +309,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
 ) -> None:
     model = lively("llama", tie_word_embeddings=True)
     whole = contents(fold(model, RULES, "whole"))
-    write, calls = artifact.Shards.write_shard, 0
+    write, calls = writer.Shards.write_shard, 0
 
     def mortal(*args: Any) -> dict[str, Any]:
         nonlocal calls
@@ -319,7 +319,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact.Shards, "write_shard", mortal)
+        patch.setattr(writer.Shards, "write_shard", mortal)
         with pytest.raises(Killed):
             fold(model, RULES, "killed")
     assert contents(fold(model, RULES, "killed")) == whole

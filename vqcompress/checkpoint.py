@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods.method import is_finite
 
 INDEX = "model.safetensors.index.json"
@@ -214,7 +214,18 @@ class Checkpoint:
     @property
     def default_seqlen(self) -> int:
         """Tokens of a row or window unless the user says otherwise: 2,048, or the model's context if that is less."""
-        return min(2048, int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048))
+        return min(2048, self.context or 2048)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model was made for, if its config says."""
+        stated = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return int(stated) if stated else None
+
+    def check_length(self, tokens: int) -> None:
+        """UsageError for rows that are longer than the context: what a model does there says nothing about it."""
+        if self.context and tokens > self.context:
+            raise UsageError(f"--seqlen {tokens} is more than the model's context of {self.context} tokens")
 
     def companions(self) -> list[Path]:
         """The tokenizer's and similar files beside the weights."""

@@ -418,7 +418,9 @@ def _set_up_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError, TypeError):
         # M_MMAP_THRESHOLD of glibc, which otherwise grows to 32 MiB; what lies below the next thing then stays.
-        ctypes.CDLL(None).mallopt(-3, 8 * 2**20)
+        # M_ARENA_MAX: each of up to 8 heaps a core takes 64 MB of address space.
+        for option, value in ((-3, 8 * 2**20), (-8, 2)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def main() -> None:

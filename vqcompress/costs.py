@@ -287,7 +287,7 @@ class _Job:
         read += source if self.plan.target_bits is not None else 0
         # Hidden states are measured in a block and moved on; what comes out is written.
         moved = self._states(itemsize) * len(self.plan.blocks) if self.on_disk else 0
-        return read + 2 * moved, artifact + moved
+        return read + 2 * moved, artifact + self.processes * moved
 
     def _states(self, itemsize: int) -> int:
         """Bytes of one process's hidden states, with those of the dense model where they are followed too."""

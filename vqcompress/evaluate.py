@@ -139,6 +139,8 @@ def perplexity(
     step = stride if stride is not None else length
     tokenizer = load_tokenizer(sources[0].path)
     windows_NL = windows(tokenize(tokenizer, read_text(text)), length, step, limit)
+    for source in sources:
+        source.check_length(length)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     # Work is counted in weights: a block passes all windows at once, the output head one after the other.
     inside = sum(target.weights for stream in streams for block in stream.blocks for target in block.targets)

@@ -63,6 +63,7 @@ def calibration(source: Checkpoint, texts: list[str], samples: int | None, seqle
     length = seqlen if seqlen is not None else source.default_seqlen
     if length < 2 or (samples is not None and samples < 1):
         raise UsageError(f"--seqlen {length} and --samples {samples} must be at least 2 and 1")
+    source.check_length(length)
     tokenizer = load_tokenizer(source.path)
     return calibration_rows(texts, lambda text: tokenize(tokenizer, text), samples, length, seed)
 
@@ -113,10 +114,8 @@ def quantize(
     "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
     """
     start = time.perf_counter()
-    if str(out) == "demo":
-        raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     chosen = choose_device(device)
-    stream, (plan, *others) = _prepare(model, recipe, target_bits, chosen, seed, {"memory": None, "disk": out}[states])
+    stream, (plan, *others) = _prepare(model, out, recipe, target_bits, chosen, seed, states)
     source, team = stream.source, stream.team
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
     if rows is None:
@@ -181,17 +180,17 @@ def quantize(
             student = assemble(stream.config, entries, out, files, torch.float32, chosen)
             teacher = load_any(model, device).float()
             writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
-        report = None
-        if writer.writer:
-            report = _finish(model, plan, source, writer.writer, entries, rows, seed, start)
+        report = _finish(model, plan, source, writer.writer, entries, rows, seed, start) if writer.writer else None
         return team.from_rank(0, report)
 
 
 def _prepare(
-    model: str, recipe: str | None, target_bits: float | None, device: torch.device, seed: int, scratch: Path | None
+    model: str, out: Path, recipe: str | None, target_bits: float | None, device: torch.device, seed: int, states: str
 ) -> tuple[BlockStream, list[Plan]]:
     """The stream of a dense checkpoint, rotated if the recipe says so, and the plans for it."""
-    source, team = open_checkpoint(model), join(device)
+    if str(out) == "demo":
+        raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
+    source, team, scratch = open_checkpoint(model), join(device), {"memory": None, "disk": out}[states]
     stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
     plans = make_plans(stream, recipe, target_bits)
     if plans[0].recipe.rotation:

@@ -262,8 +262,8 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     each = "a process" if count > 1 else "one process"
     to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory{device} for {each}; {tokens}")
     work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items())
-    disk = f"reads {size(plan['disk_read_bytes'])}, writes {size(plan['disk_written_bytes'])}"
-    to.print(f"work    FLOPs: {work}; {each} {disk}")
+    disk = f"{each} reads {size(plan['disk_read_bytes'])}; {size(plan['disk_written_bytes'])} are written in all"
+    to.print(f"work    FLOPs: {work}; {disk}")
     speeds = (
         f"{rates['tflops']:.3g} TFLOPS, {rates['encode_tflops']:.3g} in encoding, disk {rates['disk_gbps']:.3g} GB/s"
     )
