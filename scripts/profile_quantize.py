@@ -56,7 +56,9 @@ def main() -> None:
             knobs = {"model": model, "out": out, "recipe": recipe, "samples": a.samples, "seqlen": a.seqlen}
             for top in (0, a.top):
                 code = RUN.format(**knobs, top=top)
-                done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
+                )
                 if done.returncode:
                     sys.exit(done.stderr)
                 print(done.stderr if top else f"{recipe}: {json.loads(done.stdout)}", flush=True)
