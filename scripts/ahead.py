@@ -15,27 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import create_function_from_signature
 
 from vqcompress.kernels.launch import Call, Facts
 
 # Those that the table of resources is made for.
 ARCHS: list[int | str] = [80, 90, 100, "gfx942"]
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "num_ctas", "maxnreg", "waves_per_eu"}
 # Compiled kernel → what it takes.
 _known: dict[str, Resources] = {}
 
@@ -54,29 +41,18 @@ class Resources:
         return facts.resident(self.registers, self.shared, self.warps)
 
 
-def source_of(call: Call) -> tuple[Any, dict[str, Any]]:
-    """Triton's source of a recorded launch, specialized as the launch would be, and its options."""
-    names = call.kernel.arg_names
-    given = dict(zip(names, call.arguments, strict=False)) | {k: v for k, v in call.settings.items() if k in names}
-    constants = {p.name for p in call.kernel.params if p.is_constexpr}
-    fixed = {p.name for p in call.kernel.params if p.do_not_specialize}
-    unaligned = {p.name for p in call.kernel.params if p.do_not_specialize_on_alignment}
-    signature, values = {}, {}
-    attributes: dict[tuple[int], list[list[Any]]] = {(n,): [] for n, name in enumerate(names) if name not in fixed}
-    for n, name in enumerate(names):
-        value = given[name]
-        if isinstance(value, Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-        elif name in constants or value is None or (value == 1 and type(value) is int and name not in fixed):
-            signature[name], values[(n,)] = "constexpr", value
-            continue
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in fixed)
-        if aligned and name not in unaligned:
-            attributes[(n,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(call.kernel, signature=signature, constexprs=values, attrs=attributes)
-    return source, {name: value for name, value in call.settings.items() if name in OPTIONS}
+def source_of(call: Call, arch: int | str) -> tuple[Any, dict[str, Any]]:
+    """Triton's source of a recorded launch and its options.
+
+    Specialized by Triton's own steps of a launch, since what it specializes on differs from version to version.
+    """
+    kernel, backend = call.kernel, triton.compiler.make_backend(target_of(arch))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialized, options = bind(*call.arguments, **call.settings)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, dict(call.settings), bound, specialized, options
+    )
+    return triton.compiler.ASTSource(kernel, signature, constants, attributes), parsed.__dict__
 
 
 def target_of(arch: int | str) -> GPUTarget:
@@ -86,7 +62,7 @@ def target_of(arch: int | str) -> GPUTarget:
 
 def compile_call(call: Call, arch: int | str) -> Any:
     """The compiled kernel of a recorded launch. A launch on such a device then finds it in Triton's cache."""
-    source, options = source_of(call)
+    source, options = source_of(call, arch)
     return triton.compile(source, target=target_of(arch), options=options)
 
 

@@ -19,14 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
-# As the command line sets it, before torch takes its first memory.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 import torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_llama
 
+from vqcompress.cli import set_up_memory
 from vqcompress.quantize import quantize
+
+# As the command line does, before torch takes memory.
+set_up_memory()
 
 
 def forget(model: Path) -> None:

@@ -21,7 +21,7 @@ RUN = """
 import cProfile, json, pstats, resource, sys, time
 from pathlib import Path
 from vqcompress import cli
-getattr(cli, "_set_up_memory", lambda: None)()
+getattr(cli, "set_up_memory", lambda: None)()
 from vqcompress.quantize import quantize
 import vqcompress.compress
 before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()

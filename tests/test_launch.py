@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -156,8 +157,12 @@ def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int
 
 
 def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
-    """On sm_90; all but the first are the guesses for one row."""
+    """On sm_90, as the registers of one compiler fall; all but the first are the guesses for one row."""
+    import triton
     import tune
+
+    if not triton.__version__.startswith("3.9."):
+        pytest.skip("another Triton allots other registers; the rule itself is tested above")
 
     facts = launch.KNOWN[90]
     found = {}
@@ -201,25 +206,29 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     json.dumps(tuner.table)
 
 
-def test_what_is_compiled_ahead_is_what_a_launch_looks_for() -> None:
-    """The same source and options as Triton's own launch makes, so that it finds the kernel in the cache."""
+class StandIn:
+    """What Triton asks a driver for before it launches."""
+
+    def __init__(self, target: Any):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+def test_what_is_compiled_ahead_is_what_a_launch_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own way to a launch, up to the launch: it finds the kernel in the cache."""
     import ahead
     import triton
     from kernel_cases import CASES, by_kernel
-    from triton.runtime.jit import create_function_from_signature
 
-    backend = triton.compiler.compiler.make_backend(ahead.target_of(90))
     x_TI = torch.empty((1, 4096), dtype=torch.bfloat16, device=META)
     with launch.recording(90) as calls:
         for case in CASES:
             by_kernel(case)(x_TI, case.parts((4096, 4096), META, torch.bfloat16), (4096, 4096))
-    assert len({call.kernel for call in calls}) == 9
-    for call in calls:
-        kernel, given = call.kernel, dict(call.settings)
-        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-            *call.arguments, **given
-        )
-        parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, options)
-        theirs = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-        source, ours = ahead.source_of(call)
-        assert (source.hash(), backend.parse_options(ours).hash()) == (theirs.hash(), parsed.hash())
+    one_of_each = list({call.kernel: call for call in calls}.values())
+    assert len(one_of_each) == 9
+    monkeypatch.setattr(triton.runtime.driver, "_active", StandIn(ahead.target_of(90)))
+    for call in one_of_each:
+        monkeypatch.setattr(call.kernel, "device_caches", defaultdict(call.kernel.create_binder))
+        looked_for = call.kernel.warmup(*call.arguments, grid=call.grid, **call.settings)
+        assert looked_for.hash == ahead.compile_call(call, 90).hash

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -239,8 +240,8 @@ class Checkpoint:
         return hashlib.sha256("".join(words).encode()).hexdigest()
 
     def digest(self, names: Iterable[str]) -> str:
-        """A SHA-256 over tensors as they are stored."""
-        digest, (source, names) = hashlib.sha256(), self.holders(names)
+        """An XXH3-128 over tensors as they are stored. Ten times as fast as SHA-256, and nobody gains by forging."""
+        digest, (source, names) = xxhash.xxh3_128(), self.holders(names)
         for file, wanted in sorted(source._by_file(names).items()):
             with (self.path / file).open("rb") as stream:
                 for name in sorted(wanted):

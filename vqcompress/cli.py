@@ -194,7 +194,7 @@ def quantize(
             where, knobs = device.value, (calibration, samples, seqlen, seed)
             report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value)
         write(report)
-        show.quantized(console, report, str(output), model)
+        show.quantized(console, report, str(output), model, calibration)
 
 
 @app.command()
@@ -413,17 +413,18 @@ def recipes(debug: Debug = False) -> None:
         print(f"{name:{width}}  {description(path)}")
 
 
-def _set_up_memory() -> None:
-    """Large tensors in large pages of Linux, and given back when they are freed: docs/performance.md."""
+def set_up_memory() -> None:
+    """Large tensors in large pages of Linux, given back when they are freed, unlike small ones: docs/performance.md."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError, TypeError):
         # M_MMAP_THRESHOLD of glibc, which otherwise grows to 32 MiB; what lies below the next thing then stays.
+        # M_TRIM_THRESHOLD: without it every strip of a weight takes its pages anew.
         # M_ARENA_MAX: each of up to 8 heaps a core takes 64 MB of address space.
-        for option, value in ((-3, 8 * 2**20), (-8, 2)):
+        for option, value in ((-3, 8 * 2**20), (-1, 16 * 2**20), (-8, 2)):
             ctypes.CDLL(None).mallopt(option, value)
 
 
 def main() -> None:
     """The entry point of the `vqcompress` command."""
-    _set_up_memory()
+    set_up_memory()
     app(prog_name="vqcompress")

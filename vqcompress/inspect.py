@@ -40,7 +40,7 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
             {
                 "name": name,
                 "method": entry.method.name,
-                "knobs": entry.method.model_dump(mode="json"),
+                "knobs": entry.method.read_knobs(),
                 "shape": list(entry.target.shape),
                 "smoothed": entry.smoothed,
                 "bits_per_weight": stored[name] / entry.target.weights,

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -218,8 +218,8 @@ def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]
     return {key: [n for tokens in mixtures.values() for n in tokens[key]] for key in ("routed", "counted", "borrowed")}
 
 
-def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None:
-    """The end of `quantize`: what came out and what to type next."""
+def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None = None) -> None:
+    """The end of `quantize`: what came out and what to type next. texts: that were given to calibrate with."""
     before, after = report["source_bytes"], report["artifact_bytes"]
     device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
     if report["target_bits"] is not None:
@@ -231,6 +231,8 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
     to.print(f"{out}: {report['bits_per_weight']:.3f} bits per weight over {report['weights_quantized']:,} weights")
     to.print(f"size    {size(before)} → {size(after)}, {before / after:.2f} times smaller")
     _experts(to, report, each=False)
+    if texts and report["calibration"] is None:
+        to.print(f"note    {report['recipe']} needs no data: --calibration was not read")
     to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
@@ -340,7 +342,11 @@ def exported(to: Console, facts: dict[str, Any], out: str) -> None:
     written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
     to.print(f"{out}: {facts['format']}, {written}", soft_wrap=True)
     if "verified" in facts:
-        to.print(f"verified: {', '.join(f'{key} {value}' for key, value in facts['verified'].items())}")
+        read = facts["verified"]
+        loss = (
+            f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact over {read['tokens']} random tokens"
+        )
+        to.print(f"verified: loads in {read['reader']}; {loss}", soft_wrap=True)
 
 
 def examined(to: Console, facts: dict[str, Any]) -> None:

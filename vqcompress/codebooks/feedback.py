@@ -23,6 +23,8 @@ from vqcompress.statistics import Statistics
 
 # Columns whose feedback is added in one product; inside a span it goes group by group.
 SPAN = 128
+# Rows or columns that are rotated at once.
+STRIP = 4096
 # The stored type of scales. The range of float32, so that no row underflows; codes are chosen for the rounded scale.
 SCALE = torch.bfloat16
 
@@ -97,37 +99,52 @@ def measure(
         if diagonal_I is None and statistics.hessian_II is not None:
             diagonal_I = statistics.hessian_II.diagonal()
         hessian_II = torch.ones(columns).diag() if diagonal_I is None else diagonal_I.diag()
-    if not torch.isfinite(hessian_II).all():
+    if not torch.stack(hessian_II.aminmax()).isfinite().all():
         raise ValueError("the statistics of the input hold NaN or Inf")
-    hessian_II = hessian_II.to(device, torch.float64)
+    # Of a wide input a single copy takes tens of GB: there are never more than two in float64.
+    hessian_JJ = hessian_II.to(device, torch.float64, copy=True)
     if signs_I is not None:
-        signs_I = signs_I.to(hessian_II)
-        hessian_II = hadamard(hadamard(hessian_II * signs_I[:, None] * signs_I, 0), 1)
-    hessian_JJ = pad(hessian_II, (0, -columns % d) * 2)
+        _rotate(hessian_JJ, signs_I.to(hessian_JJ))
+    if columns % d:
+        hessian_JJ = pad(hessian_JJ, (0, -columns % d) * 2)
     # Errors go from early to late groups, so the heavy ones come first (the "act-order" of GPTQ's code). The order is
     # only that of encoding: it is not stored.
     weight_G = hessian_JJ.diagonal().reshape(-1, d).sum(1)
     order_G = weight_G.argsort(descending=True, stable=True) if ordered else torch.arange(len(weight_G), device=device)
     index_J = (order_G[:, None] * d + torch.arange(d, device=device)).flatten()
-    factor_JJ = factorize(hessian_JJ[index_J][:, index_J], damping)
+    # Read backwards: eliminating the last column first makes the factor upper triangular.
+    hessian_JJ = hessian_JJ[index_J.flip(0)[:, None], index_J.flip(0)]
+    factor_JJ = _factorize(hessian_JJ, damping).flip(0, 1).contiguous()
     factor_JJ[index_J >= columns] = 0
     return Metric(factor_JJ, order_G, d, feeds)
 
 
-def factorize(hessian_JJ: Tensor, damping: float) -> Tensor:
-    """Upper triangular B, float32, with B Bᵀ = H / mean(diag H) + damping · 1; more damping if H is not definite then.
+def _rotate(hessian_II: Tensor, signs_I: Tensor) -> None:
+    """Make the Hessian that of the rotated input, in place."""
+    hessian_II *= signs_I[:, None]
+    hessian_II *= signs_I
+    for dim in (0, 1):
+        for strip in hessian_II.split(STRIP, 1 - dim):
+            strip.copy_(hadamard(strip, dim))
 
-    A Hessian of zeros counts as the identity. Channels that were never active weigh `damping`.
+
+def _factorize(hessian_JJ: Tensor, damping: float) -> Tensor:
+    """Lower triangular L, float32, with L Lᵀ = H / mean(diag H) + damping · 1; more damping if H is not definite then.
+
+    A Hessian of zeros counts as the identity. Channels that were never active weigh `damping`. H is overwritten.
     """
-    mean = hessian_JJ.diagonal().mean()
-    eye_JJ = torch.ones_like(hessian_JJ[0]).diag()
-    unit_JJ = hessian_JJ / mean if mean > 0 else eye_JJ
+    mean, diagonal_J = hessian_JJ.diagonal().mean(), hessian_JJ.diagonal()
+    if mean > 0:
+        hessian_JJ /= mean
+    else:
+        hessian_JJ.zero_().diagonal().fill_(1)
+    unit_J = diagonal_J.clone()
     while True:
-        # Cholesky of the matrix read backwards: eliminating the last column first makes the factor upper triangular.
-        lower_JJ, info = torch.linalg.cholesky_ex((unit_JJ + damping * eye_JJ).flip(0, 1))
+        diagonal_J.copy_(unit_J + damping)
+        lower_JJ, info = torch.linalg.cholesky_ex(hessian_JJ)
         if info == 0:
             # The rounding also hides the last bits of float64, which depend on the number of threads.
-            return lower_JJ.flip(0, 1).float().contiguous()
+            return lower_JJ.float()
         damping *= 10
 
 

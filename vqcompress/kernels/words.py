@@ -240,8 +240,8 @@ def guess(
         across, along, most = (32, 128, 64) if element == 2 else (16, 64, 16)
         of_a_tile = triton.next_power_of_2(-(-rows // experts) if experts else rows)
         size = {"BT": min(most, max(16, of_a_tile)), "BA": across, "BN": max(1, along // lanes)}
-        # Lanes to spare, and the masks for them, take registers too.
-        size["num_warps"] = 8 if size["BT"] == 64 and lanes != form.weights else 4
+        # Lanes to spare, and codes that lie across bytes, take registers too.
+        size["num_warps"] = 8 if size["BT"] == 64 and (lanes != form.weights or 8 % form.bits) else 4
     return _settled(form, rows, shape, experts, facts, **size)
 
 

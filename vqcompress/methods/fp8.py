@@ -76,6 +76,7 @@ class FP8(Method):
     """
 
     name: ClassVar[str] = "fp8"
+    any_float: ClassVar[bool] = True
     power_of_two_scales: bool = False
 
     def layout(self, shape: Shape) -> Layout:
@@ -96,13 +97,18 @@ class FP8(Method):
 
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
-        codes_OI, scale_PJ = parts["codes"], parts["scale"]
-        weight_OI = scale_PJ.new_empty(shape)
-        for strip in _strips(codes_OI):
-            some, tiles = weight_OI[strip], slice(strip.start // ops.TILE, -(-strip.stop // ops.TILE))
-            some.copy_(_e4m3_to_half(codes_OI[strip])).mul_(256)
-            some.mul_(expand_tiles(scale_PJ[tiles], (len(some), shape[1])))
+        weight_OI, at = parts["scale"].new_empty(shape), 0
+        for rows in self.decode_rows(parts, shape):
+            weight_OI[at : at + len(rows)] = rows
+            at += len(rows)
         return weight_OI
+
+    def decode_rows(self, parts: Parts, shape: Shape) -> Iterator[Tensor]:
+        """What `decode` gives, strip by strip."""
+        for strip in _strips(parts["codes"]):
+            codes, tiles = parts["codes"][strip], slice(strip.start // ops.TILE, -(-strip.stop // ops.TILE))
+            scale = expand_tiles(parts["scale"][tiles], (len(codes), shape[1]))
+            yield _e4m3_to_half(codes).float().mul_(256).mul_(scale)
 
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError for NaN codes and for scales that are not positive, finite and, if asked, powers of two."""

@@ -7,6 +7,7 @@ Shape legend: O output rows, I input columns, T tokens, E experts, S rows sorted
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +26,15 @@ class Method(BaseModel):
     """Knobs, validated and frozen; a subclass adds fields for them and overrides what differs from storing a matrix.
 
     name: what recipes call it. version: raised when the meaning of the stored parts changes. dense: an artifact holds
-    the weight itself, under its own name.
+    the weight itself, under its own name. any_float: encode takes a weight in any float type as it
+    is stored, and looks for NaN and Inf itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
     version: ClassVar[int] = 1
     dense: ClassVar[bool] = False
+    any_float: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -69,6 +72,10 @@ class Method(BaseModel):
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that was stored, by definition. `parts` includes the shared ones."""
         raise TypeError(f"{type(self).__name__} does not define decode")
+
+    def decode_rows(self, parts: Parts, shape: Shape) -> Iterator[Tensor]:
+        """What `decode` gives, some rows after the other where that is faster."""
+        yield self.decode(parts, shape)
 
     def check(self, parts: Parts, shape: Shape) -> None:
         """Raise ValueError naming the part if a stored value is out of its range or not finite."""
@@ -136,6 +143,10 @@ class Method(BaseModel):
     def fit_flops(self, shape: Shape) -> float:
         """The share of a weight in what `fit_shared` does."""
         return 0.0
+
+    def read_knobs(self) -> dict[str, Any]:
+        """JSON: the knobs that mean something beside the others."""
+        return self.model_dump(mode="json")
 
     def describe(self) -> dict[str, Any]:
         """JSON for an artifact's config: the method's name, version and every knob."""

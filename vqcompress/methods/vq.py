@@ -91,12 +91,19 @@ class VQ(Method):
             raise ValueError("a trellis has d 1 and 1 to 4 bits")
         elif self.codebook == "learned" and self.bits > 16:
             raise ValueError("learned codes have at most 16 bits")
-        for knob in () if self.codebook == "learned" else LEARNING:
+        for knob in self._idle():
             if getattr(self, knob) != type(self).model_fields[knob].default:
-                raise ValueError(f"{knob} is a knob of learned codebooks; {self.codebook} ones have none")
-        if self.codebook != "trellis" and self.states != type(self).model_fields["states"].default:
-            raise ValueError(f"states is a knob of trellis codes; {self.codebook} ones have none")
+                whose = "trellis codes" if knob == "states" else "learned codebooks"
+                raise ValueError(f"{knob} is a knob of {whose}; {self.codebook} ones have none")
         return self
+
+    def read_knobs(self) -> dict[str, Any]:
+        """Without those of other families."""
+        return self.model_dump(mode="json", exclude=set(self._idle()))
+
+    def _idle(self) -> list[str]:
+        """Knobs that do nothing for this family."""
+        return [*(() if self._learned else LEARNING), *(() if self.codebook == "trellis" else ("states",))]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -255,8 +262,8 @@ class VQ(Method):
         return 150 << 20 if self.codebook in ("trellis", "lattice") else 0
 
     def encode_bytes(self, shape: Shape) -> int:
-        """Twelve float32 copies of the weight at most; seven float64 and a float32 one of the Hessian."""
-        return 48 * shape[0] * shape[1] + 60 * shape[1] ** 2
+        """Twelve float32 copies of the weight at most; two float64 and two float32 ones of the Hessian."""
+        return 48 * shape[0] * shape[1] + 24 * shape[1] ** 2
 
     def encode_flops(self, shape: Shape) -> float:
         """The search and the feedback, and once per round of the share that trains a codebook of the target's own."""

@@ -37,11 +37,14 @@ class VQCompressQuantizer(HfQuantizer):
     """Puts CompressedLinear modules in place before transformers loads their tensors by name."""
 
     requires_calibration = True
+    # transformers before 5.21 does not say whose conversions it wants.
+    _filled: PreTrainedModel
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from vqcompress.runtime.fused import plain_name
         from vqcompress.runtime.modules import keep_packed, swap
 
+        self._filled = model
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
             swap(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
@@ -54,11 +57,13 @@ class VQCompressQuantizer(HfQuantizer):
             for t in (HINT, plain_name(first, layout))
         }
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """transformers' own, but experts that are compressed are not merged."""
         from vqcompress.runtime.experts import without_merges
 
-        return without_merges(model, weight_conversions)
+        return without_merges(self._filled if model is None else model, weight_conversions)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the stored parts back as they are."""
