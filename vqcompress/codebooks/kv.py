@@ -5,7 +5,7 @@ channel. Keys are coded before their rotary embedding where that can be seen, si
 channels vary together (KVQuant, arXiv 2401.18079, section 3.1): they are turned back before the search, and turned
 again when they are read.
 Shape legend: B rows, Q heads of queries, H heads of keys and values, T tokens, D channels of a head, d channels of a
-group, G = D / d groups, E entries, S splits of the tokens.
+group, G = D / d groups, E entries, N tokens to learn from, P groups of all heads.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqcompress.codebooks.learned import lloyd, nearest
+from vqcompress.codebooks.universal import entries
+from vqcompress.hadamard import hadamard
 
-ENTRIES = 256
+BITS = 8
+ENTRIES = 1 << BITS
+# The range of the scales of heads, float16.
+TINY, HALF_MAX = 2.0**-14, 65504.0
+# Groups whose codebooks are learned at once.
+AT_ONCE = 16
+# Scores of a search at once.
+CHUNK = 1 << 19
 
 
 def turn(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, back: bool = False) -> Tensor:
-    """x with its rotary embedding, or without it again: channel i is turned with channel i + D/2 (RoFormer, 2104.09864).
+    """x with its rotary embedding, or without it again: channel i turns with channel i + D/2 (arXiv 2104.09864).
 
     cos_BTD, sin_BTD: of each token's position, as transformers makes them, (B or 1, T, D). A factor that they carry
     (as YaRN's) is taken off again too.
@@ -57,18 +65,72 @@ def decode(codes_BHTG: Tensor, book_HGEd: Tensor) -> Tensor:
     return book.flatten(0, 2)[index_HG + codes_BHTG.long()].flatten(-2)
 
 
+def universal_encode(x_BHTD: Tensor, signs_D: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for turned, normalized heads.
+
+    Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
+    (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
+    """
+    x_BHTD = hadamard(x_BHTD.float() * signs_D)
+    scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
+    book_HGEd = entries(d, BITS).to(x_BHTD.device)[None, None]
+    return encode(x_BHTD / scale_BHT.float()[..., None], book_HGEd), scale_BHT
+
+
+def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, signs_D: Tensor, d: int) -> Tensor:
+    """What `universal_encode` stored, float32 (B, H, T, D)."""
+    x_BHTD = decode(codes_BHTG, entries(d, BITS).to(codes_BHTG.device)[None, None]) * scale_BHT.float()[..., None]
+    return hadamard(x_BHTD) * signs_D
+
+
 def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """Codebooks (H, G, E, d) float16 of keys or values, by weighted k-means in every group.
+    """Codebooks (H, G, E, d) float16 of keys or values, by weighted k-means in every group, all groups at once.
 
     weight_NHD: what a unit error of a channel costs, such as its squared gradient (CQ, section 3.3); a group's vector
     weighs what its channels do together. None: all weigh the same.
     """
     tokens, heads, channels = x_NHD.shape
-    found = x_NHD.new_empty((heads, channels // d, ENTRIES, d))
-    ones_N = torch.ones(tokens, dtype=torch.float64, device=x_NHD.device)
-    for h in range(heads):
-        for g in range(channels // d):
-            group = slice(g * d, (g + 1) * d)
-            weight_N = ones_N if weight_NHD is None else weight_NHD[:, h, group].double().sum(1)
-            found[h, g] = lloyd(x_NHD[:, h, group].contiguous(), weight_N, (1, ENTRIES, d), 1, rounds, generator)[0]
-    return found.half()
+    x_PNd = x_NHD.float().reshape(tokens, -1, d).transpose(0, 1).contiguous()
+    weight_PN = torch.ones_like(x_PNd[..., 0])
+    if weight_NHD is not None:
+        weight_PN = weight_NHD.float().reshape(tokens, -1, d).sum(2).T
+        weight_PN = weight_PN / weight_PN.mean(1, keepdim=True).clamp(min=1e-30) + 1e-3
+    books = []
+    for x, weight in zip(x_PNd.split(AT_ONCE), weight_PN.split(AT_ONCE), strict=True):
+        book = _seeds(x, weight, generator)
+        for _ in range(rounds):
+            book = _means(x, weight, _nearest(x, book), book)
+        books.append(book)
+    return torch.cat(books).view(heads, channels // d, ENTRIES, d).half()
+
+
+def _nearest(x_PNd: Tensor, book_PEd: Tensor) -> Tensor:
+    """The nearest entry (P, N) of every group's vectors."""
+    half_P1E = book_PEd.square().sum(2)[:, None] / 2
+    # As many scores at once as a CPU's cache holds.
+    rows = max(1, CHUNK // (len(x_PNd) * book_PEd.shape[1]))
+    return torch.cat([torch.baddbmm(half_P1E, x, book_PEd.mT, alpha=-1).argmin(2) for x in x_PNd.split(rows, 1)], 1)
+
+
+def _seeds(x_PNd: Tensor, weight_PN: Tensor, generator: torch.Generator) -> Tensor:
+    """Entries (P, E, d) drawn by k-means++: by weight times squared distance to those drawn."""
+    index = torch.randperm(x_PNd.shape[1], generator=generator)[: 16 * ENTRIES].to(x_PNd.device)
+    x_PNd, weight_PN = x_PNd[:, index], weight_PN[:, index]
+    draws_EP1 = torch.rand((ENTRIES, len(x_PNd), 1), generator=generator).to(x_PNd.device)
+    book_PEd = x_PNd.new_empty((len(x_PNd), ENTRIES, x_PNd.shape[2]))
+    distance_PN = torch.ones_like(weight_PN)
+    for e in range(ENTRIES):
+        sum_PN = (distance_PN * weight_PN).cumsum(1)
+        at_P1 = torch.searchsorted(sum_PN, sum_PN[:, -1:] * draws_EP1[e], right=True).clamp(max=len(index) - 1)
+        book_PEd[:, e] = x_PNd.gather(1, at_P1[..., None].expand(-1, -1, x_PNd.shape[2]))[:, 0]
+        found_PN = (x_PNd - book_PEd[:, e, None]).square().sum(2)
+        distance_PN = found_PN if e == 0 else torch.minimum(distance_PN, found_PN)
+    return book_PEd
+
+
+def _means(x_PNd: Tensor, weight_PN: Tensor, code_PN: Tensor, book_PEd: Tensor) -> Tensor:
+    """The weighted mean of each entry's vectors (P, E, d); entries without any stay where they are."""
+    weight_PN1, code_PNd = weight_PN.double()[..., None], code_PN[..., None].expand_as(x_PNd)
+    mass_PE = weight_PN1.new_zeros(book_PEd.shape[:2]).scatter_add_(1, code_PN, weight_PN1[..., 0])
+    sum_PEd = weight_PN1.new_zeros(book_PEd.shape).scatter_add_(1, code_PNd, weight_PN1 * x_PNd)
+    return torch.where(mass_PE[..., None] > 0, (sum_PEd / mass_PE[..., None]).float(), book_PEd)

@@ -1,0 +1,136 @@
+"""Perplexity with a coded cache of keys and values: every token attends to the past as it is stored.
+
+Usage: python scripts/bench_kv.py MODEL --calibration FILE --text FILE [--other FILE] [--windows N] [--json FILE]
+
+Prints, for each way to store the cache, its bits per channel and the perplexity relative to a plain cache, once with
+nothing in full precision and once with the newest tokens and the first ones. Bits count scales, and codebooks spread
+over a context of 32,768 tokens. Scalar baselines are rounded as stored: per token in groups of channels, and as KIVI
+(arXiv 2402.02750) does it, keys by channel in groups of tokens and values by token. --other: a text of another kind,
+which nothing was calibrated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vqcompress.cache_calibration import calibrate
+from vqcompress.checkpoint import resolve
+from vqcompress.codebooks import kv
+from vqcompress.evaluate import open_model
+from vqcompress.hadamard import random_signs
+from vqcompress.quantize import calibration
+from vqcompress.runtime.cache import FP8, Coder, KVCache, Learned, Universal, decoding, find_rotary
+from vqcompress.runtime.load import load_any
+from vqcompress.runtime.tokens import load_tokenizer, tokenize
+
+CONTEXT = 32768
+GROUP = 64
+
+
+@dataclass(frozen=True)
+class Scalar(Coder):
+    """Rounded to levels between the smallest and the largest of a group; both float16."""
+
+    bits: int
+    tokens: bool
+
+    def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
+        """The rounded numbers."""
+        return {"rounded": self._by_channel(x_BHTD) if self.tokens else self._rounded(x_BHTD)}
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        """The same."""
+        return parts["rounded"].clone()
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (-1, min(GROUP, x.shape[-1])))
+        low, high = groups.amin(-1, keepdim=True).half().float(), groups.amax(-1, keepdim=True)
+        step = ((high - low) / (2**self.bits - 1)).half().float().clamp(min=1e-7)
+        return (((groups - low) / step).round().clamp(0, 2**self.bits - 1) * step + low).flatten(-2)
+
+    def _by_channel(self, x_BHTD: Tensor) -> Tensor:
+        x, tokens = x_BHTD.mT, x_BHTD.shape[2]
+        return self._rounded(torch.nn.functional.pad(x, (0, -tokens % GROUP), "replicate"))[..., :tokens].mT
+
+
+def perplexity(model, windows_NL: Tensor, coders, rotary, window: int, sinks: int) -> float:
+    """Of windows; coders None is the plain cache."""
+    total = 0.0
+    with torch.inference_mode():
+        for batch in windows_NL.split(4):
+            if coders is None:
+                logits = model(batch, use_cache=False).logits
+            else:
+                cache = KVCache(model, coders, rotary, window, sinks, strict=True)
+                with decoding(model):
+                    logits = model(batch, past_key_values=cache, use_cache=True).logits
+                cache.close()
+            total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / windows_NL[:, 1:].numel())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--other")
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--uniform", action="store_true", help="without gradients")
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    model, tokenizer = load_any(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
+    rows_NL = calibration(open_model(a.model), [a.calibration], a.samples, a.seqlen, a.seed)
+    rotary = find_rotary(model)
+    config = model.config.get_text_config()
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads
+    draw = torch.Generator().manual_seed(a.seed)
+    texts = {name: Path(name).read_text(encoding="utf-8") for name in filter(None, (a.text, a.other))}
+    cut = {n: tokenize(tokenizer, t)[: a.windows * a.seqlen].view(-1, a.seqlen) for n, t in texts.items()}
+    dense = {name: perplexity(model, windows, None, rotary, 0, 0) for name, windows in cut.items()}
+    ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), rotary)}
+    for d in (2, 4, 8):
+        books = calibrate(model, rows_NL, d, rotary, a.seed, not a.uniform)
+        bits = 8 / d + 16 * kv.ENTRIES / CONTEXT
+        ways[f"learned {d}x8"] = (bits, [(Learned(k), Learned(v)) for k, v in books], rotary)
+        signs = [[random_signs(channels, draw) for _ in range(2)] for _ in rotary]
+        universal: list[tuple[Coder, Coder]] = [(Universal(k, d), Universal(v, d)) for k, v in signs]
+        ways[f"universal {d}x8"] = (8 / d + 16 / channels, universal, rotary)
+    plain = [None] * len(rotary)
+    for bits in (4, 2):
+        total = bits + 32 / min(GROUP, channels)
+        ways[f"scalar {bits}, by token"] = (total, [(Scalar(bits, False), Scalar(bits, False))] * len(rotary), plain)
+        ways[f"scalar {bits}, KIVI"] = (total, [(Scalar(bits, True), Scalar(bits, False))] * len(rotary), plain)
+    found = []
+    for name, (bits, coders, turned) in ways.items():
+        row = {"way": name, "bits_per_channel": round(bits, 3)}
+        for text, windows in cut.items():
+            for kept in ((0, 0), (a.window, a.sinks)):
+                ratio = perplexity(model, windows, coders, turned, *kept) / dense[text]
+                row[f"{Path(text).name} {kept[0]}+{kept[1]}"] = round(ratio, 4)
+        print(json.dumps(row), flush=True)
+        found.append(row)
+    facts = {"model": Path(a.model).name, "heads": heads, "channels": channels, "windows": a.windows, "seed": a.seed}
+    if a.json:
+        a.json.write_text(
+            json.dumps({**facts, "seqlen": a.seqlen, "samples": a.samples, "ways": found}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
