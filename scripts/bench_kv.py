@@ -25,9 +25,9 @@ from vqcompress.cache_calibration import calibrate
 from vqcompress.checkpoint import resolve
 from vqcompress.codebooks import kv
 from vqcompress.evaluate import open_model
-from vqcompress.hadamard import random_signs
 from vqcompress.quantize import calibration
-from vqcompress.runtime.cache import FP8, Coder, KVCache, Learned, Universal, decoding, find_rotary
+from vqcompress.runtime.cache import KVCache, decoding, find_rotary
+from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
@@ -58,7 +58,8 @@ class Scalar(Coder):
 
     def _by_channel(self, x_BHTD: Tensor) -> Tensor:
         x, tokens = x_BHTD.mT, x_BHTD.shape[2]
-        return self._rounded(torch.nn.functional.pad(x, (0, -tokens % GROUP), "replicate"))[..., :tokens].mT
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:3], -tokens % GROUP)], -1)
+        return self._rounded(x)[..., :tokens].mT
 
 
 def perplexity(model, windows_NL: Tensor, coders, rotary, window: int, sinks: int) -> float:
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--d", type=int, nargs="*", default=[2, 4, 8], help="channels of a code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--uniform", action="store_true", help="without gradients")
     parser.add_argument("--json", type=Path)
@@ -99,18 +101,15 @@ def main() -> None:
     config = model.config.get_text_config()
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_key_value_heads
-    draw = torch.Generator().manual_seed(a.seed)
     texts = {name: Path(name).read_text(encoding="utf-8") for name in filter(None, (a.text, a.other))}
     cut = {n: tokenize(tokenizer, t)[: a.windows * a.seqlen].view(-1, a.seqlen) for n, t in texts.items()}
     dense = {name: perplexity(model, windows, None, rotary, 0, 0) for name, windows in cut.items()}
     ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), rotary)}
-    for d in (2, 4, 8):
+    for d in a.d:
         books = calibrate(model, rows_NL, d, rotary, a.seed, not a.uniform)
         bits = 8 / d + 16 * kv.ENTRIES / CONTEXT
         ways[f"learned {d}x8"] = (bits, [(Learned(k), Learned(v)) for k, v in books], rotary)
-        signs = [[random_signs(channels, draw) for _ in range(2)] for _ in rotary]
-        universal: list[tuple[Coder, Coder]] = [(Universal(k, d), Universal(v, d)) for k, v in signs]
-        ways[f"universal {d}x8"] = (8 / d + 16 / channels, universal, rotary)
+        ways[f"universal {d}x8"] = (8 / d + 16 / channels, [(Universal(d), Universal(d))] * len(rotary), rotary)
     plain = [None] * len(rotary)
     for bits in (4, 2):
         total = bits + 32 / min(GROUP, channels)

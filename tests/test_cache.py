@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toys import toy_config
+from toys import toy_checkpoint, toy_config, toy_text
 from transformers import AutoModelForCausalLM, DynamicCache
+from typer.testing import CliRunner
 
+from vqcompress.artifact import KV_CACHE
 from vqcompress.cache_calibration import calibrate
+from vqcompress.cli import app
 from vqcompress.codebooks import kv
-from vqcompress.errors import VQCompressError
-from vqcompress.hadamard import random_signs
-from vqcompress.runtime.cache import FP8, Coder, KVCache, Learned, Universal, decoding, find_rotary
+from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.quantize import quantize
+from vqcompress.recipe import dump, parse
+from vqcompress.runtime.cache import KVCache, decoding, find_rotary
+from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
+from vqcompress.runtime.load import load
 
 FAMILIES = ["llama", "qwen3", "gemma", "opt", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3"]
 
@@ -36,9 +47,7 @@ def model_of(family: str, **extra: Any) -> Any:
 
 def rough(model: Any, d: int = 4) -> list[tuple[Coder, Coder]]:
     """Coders that lose something, for the layers of a toy."""
-    draw = torch.Generator().manual_seed(0)
-    channels = model.config.hidden_size // 4
-    return [(Universal(random_signs(channels, draw), d), Universal(random_signs(channels, draw), d)) for _ in range(2)]
+    return [(Universal(d), Universal(d))] * model.config.num_hidden_layers
 
 
 def plain(model: Any) -> list[tuple[Coder, Coder]]:
@@ -86,11 +95,10 @@ def test_codes_are_those_of_the_nearest_entry(d: int) -> None:
 def test_what_needs_no_calibration_loses_what_a_gaussian_does(d: int, most: float) -> None:
     """Distortion of the unit Gaussian at 4, 2 and 1 bits, with a channel a hundred times as loud as the others."""
     x = gaussian(1, 2, 500, 64) * torch.where(torch.arange(64) == 5, 100.0, 1.0)
-    signs = random_signs(64, torch.Generator().manual_seed(1))
-    codes, scale = kv.universal_encode(x, signs, d)
-    back = kv.universal_decode(codes, scale, signs, d)
+    codes, scale = kv.universal_encode(x, d)
+    back = kv.universal_decode(codes, scale, d)
     assert (back - x).square().sum() <= most * x.square().sum()
-    assert not kv.universal_decode(*kv.universal_encode(0 * x, signs, d), signs, d).isnan().any()
+    assert not kv.universal_decode(*kv.universal_encode(0 * x, d), d).isnan().any()
 
 
 def test_e4m3_loses_a_sixteenth_at_most() -> None:
@@ -273,6 +281,126 @@ def test_codebooks_of_a_model_lose_less_than_the_universal_one() -> None:
             with torch.inference_mode():
                 errors.append((logits - model(rows[:4], use_cache=False).logits).square().mean().item())
         assert errors[0] < errors[1]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A toy, text for it, and its artifact with codebooks for a cache of 4 bits."""
+    folder = tmp_path_factory.mktemp("cache")
+    source = toy_checkpoint(folder, "llama", hidden=64)
+    text = folder / "text.txt"
+    text.write_text(toy_text(3000))
+    quantize(str(source), folder / "out", "fp8-tile", [str(text)], samples=24, seqlen=64, kv_cache="kv-vq-4bit")
+    return source, text, folder / "out"
+
+
+def command(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_quantize_writes_codebooks_and_says_how_to_use_them(artifact: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, text, out = artifact
+    books = load_file(out / KV_CACHE)
+    assert {name: tuple(book.shape) for name, book in books.items()} == {
+        f"{n}.{kind}": (2, 8, 256, 2) for n in range(2) for kind in ("keys", "values")
+    }
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache"]
+    assert (settings["bits"], settings["codebook"], settings["before"]) == (4, "learned", [True, True])
+    assert json.loads((out / "report.json").read_text())["kv_cache"]["window"] == settings["window"]
+    assert "kv_cache.safetensors" in (out / "SHA256SUMS").read_text()
+    again = quantize(str(source), tmp_path, "fp8-tile", [str(text)], samples=24, seqlen=64, kv_cache="kv-vq-4bit")
+    assert again["kv_cache"]["bits"] == 4
+    for name in (KV_CACHE, "config.json", "SHA256SUMS"):
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_commands_turn_the_cache_on(artifact: tuple[Path, Path, Path]) -> None:
+    _, text, out = artifact
+    ratios = {}
+    for name in ("kv-vq-4bit", "kv-fp8"):
+        words = ("--text", text, "--seqlen", 64, "--windows", 4, "--kv-cache", name, "--baseline", out, "--json", "-")
+        done = command("eval", "perplexity", out, *words)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["kv_cache"] == name
+        ratios[name] = found["ratio"]
+    assert ratios["kv-fp8"] != ratios["kv-vq-4bit"]
+    assert all(0.9 < ratio < 1.1 for ratio in ratios.values())
+    done = command("generate", out, "--prompt", "river stone", "--max-new-tokens", 5, "--kv-cache", "kv-vq-4bit")
+    assert done.exit_code == 0, done.output
+
+
+@torch.inference_mode()
+def test_a_loaded_model_generates_with_codes(artifact: tuple[Path, Path, Path]) -> None:
+    _, _, out = artifact
+    ids, settings = ids_of(1, 60), {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    made: list[KVCache] = []
+    with pytest.MonkeyPatch.context() as patch:
+        begin = KVCache.__init__
+        patch.setattr(KVCache, "__init__", lambda self, *a, **k: (made.append(self), begin(self, *a, **k))[1])
+        coded = load(out, kv_cache=True).generate(ids, **settings)
+        assert len(made) == 1
+        assert torch.equal(coded[:, :60], ids)
+        load(out).generate(ids, **settings)
+        load(out, kv_cache="kv-fp8").generate(ids, past_key_values=DynamicCache(), **settings)
+        assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("OUT", "--kv-cache", "kv-vq-2bit"),
+            "holds no codebooks for a cache of 2 bits: give --kv-cache kv-vq-2bit to",
+        ),
+        (("OUT", "--kv-cache", "fp8-tile"), "that recipe says nothing of a cache; kv-vq-4bit does"),
+        (("OUT", "--kv-cache", "kv-vq-4bits"), "no recipe 'kv-vq-4bits'. Did you mean 'kv-vq-4bit'?"),
+        (("SOURCE", "--kv-cache", "kv-vq-4bit"), "holds no codebooks for a cache of 4 bits"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(
+    artifact: tuple[Path, Path, Path], words: tuple[str, ...], message: str
+) -> None:
+    source, _, out = artifact
+    places = {"OUT": out, "SOURCE": source}
+    done = command("generate", *(places.get(word, word) for word in words), "--prompt", "river")
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+
+
+def test_codebooks_that_are_damaged_are_named(artifact: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(artifact[2], broken)
+    books = load_file(broken / KV_CACHE)
+    save_file(books | {"1.keys": books["1.keys"][:, :, :100].contiguous()}, broken / KV_CACHE)
+    with pytest.raises(VQCompressError, match="is damaged: its SHA-256"):
+        load(broken, kv_cache=True)
+    with pytest.raises(VQCompressError, match="the codebooks of the cache of layer 1 are missing or damaged"):
+        load(broken, kv_cache=True, check=False)
+    (broken / KV_CACHE).unlink()
+    with pytest.raises(VQCompressError, match=r"kv_cache\.safetensors is missing"):
+        load(broken, kv_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cache: {bits: 3}", "cache bits: "),
+        ("cache: {bits: 8}", "fp8 has 8 bits, learned and universal codebooks 1, 2 or 4"),
+        ("cache: {windows: 3}", "unknown key 'windows'. Did you mean 'window'?"),
+    ],
+)
+def test_knobs_of_a_cache_that_mean_nothing_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse(text, "test")
+
+
+def test_a_recipe_of_weights_may_say_how_the_cache_is_kept() -> None:
+    recipe = parse("cache: {bits: 2, sinks: 1}\nrules: [{match: '*', method: fp8}]", "both")
+    assert recipe.cache is not None
+    assert (recipe.cache.bits, recipe.cache.sinks, len(recipe.rules)) == (2, 1, 1)
+    assert parse(dump(recipe), "again").cache == recipe.cache
+    assert parse("cache: {bits: 4}\nrules: [{match: '*', method: fp8}]", "both").fingerprint() != recipe.fingerprint()
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

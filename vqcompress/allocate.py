@@ -34,14 +34,19 @@ CANDIDATES = "mixed"
 MEASURED_TOKENS = 2048
 
 
-def make_plans(stream: BlockStream, name: str | None, target_bits: float | None) -> list[Plan]:
+def make_plans(
+    stream: BlockStream, name: str | None, target_bits: float | None, kv_cache: str | None = None
+) -> list[Plan]:
     """The plan of a recipe; with a budget, for each candidate the plan that gives it to every target.
+
+    kv_cache: a recipe whose `cache` takes the place of that recipe's.
 
     UsageError if recipe and budget do not fit together, or nothing is within the budget.
     """
     if name is None and target_bits is None:
         raise UsageError("--recipe is missing (see `vqcompress recipes`); or give --target-bits, such as 2.5")
     recipe = recipes.load(name or CANDIDATES)
+    recipe = replace(recipe, cache=recipes.cache_knobs(kv_cache)) if kv_cache else recipe
     if target_bits is None:
         if recipe.candidates:
             raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")

@@ -5,6 +5,7 @@
     model.safetensors.index.json       tensor → shard
     SHA256SUMS                         of every file above and of the tokenizer's (`sha256sum -c` reads it)
     report.json, README.md             what was done, and how to load it
+    kv_cache.safetensors               codebooks of keys and values, if they were calibrated
     recipe.yaml                        if the settings were chosen for a budget of bits: the choice, as a recipe
     journal.json                       only while a run is unfinished: its inputs, what was measured to choose
                                        settings by, and the blocks that are on disk
@@ -42,7 +43,8 @@ RECIPE = "recipe.yaml"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
 STAGED = "(staged)"
-OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
+KV_CACHE = "kv_cache.safetensors"
+OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|kv_cache\.safetensors|[\w.-]+\.json\.partial)")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
 # Stands in the list of unexpected tensors that transformers then prints.
 HINT = "import_vqcompress_before_loading_this_model"
@@ -202,6 +204,8 @@ class Artifact(Checkpoint):
             if sha256(self.path / name) != digest:
                 raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
         needed = {"config.json", INDEX, *(info.file for info in self.tensors.values())}
+        if (self.config["quantization_config"].get("kv_cache") or {}).get("codebook") == "learned":
+            needed.add(KV_CACHE)
         if missing := sorted(needed - listed.keys()):
             raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
 

@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
+from vqcompress.recipe import CacheKnobs
+from vqcompress.runtime.cache import KINDS, find_rotary
 
 # Tokens that a codebook is learned from at most, spread evenly over all rows: 64 for each entry.
 TOKENS = 64 * kv.ENTRIES
@@ -64,6 +66,18 @@ def calibrate(
         )
         found.append((keys, values))
     return found
+
+
+def cache_books(
+    model: PreTrainedModel, rows_NL: Tensor, knobs: CacheKnobs, seed: int
+) -> tuple[dict[str, Tensor], list[bool]]:
+    """What an artifact holds of a calibrated cache: tensors by name, and which layers' keys are without embedding."""
+    rotary = find_rotary(model)
+    if knobs.keys == "after":
+        rotary = [None] * len(rotary)
+    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, knobs.weights == "gradient", knobs.rounds)
+    named = {f"{n}.{kind}": book.cpu() for n, pair in enumerate(books) for kind, book in zip(KINDS, pair, strict=True)}
+    return named, [module is not None for module in rotary]
 
 
 def _gather(

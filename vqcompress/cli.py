@@ -28,6 +28,7 @@ from vqcompress.options import (
     Either,
     Json,
     Kept,
+    KVCache,
     Model,
     Overwrite,
     Recipe,
@@ -173,6 +174,7 @@ def quantize(
     device: Where = Device.auto,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
     states: Kept = States.memory,
+    kv_cache: KVCache = None,
     overwrite: Overwrite = False,
     json_file: Json = None,
     debug: Debug = False,
@@ -182,7 +184,19 @@ def quantize(
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
     if dry_run:
-        plan(model, recipe, target_bits, calibration, samples, seqlen, seed, device, states, json_file=json_file)
+        plan(
+            model,
+            recipe,
+            target_bits,
+            calibration,
+            samples,
+            seqlen,
+            seed,
+            device,
+            states,
+            kv_cache,
+            json_file=json_file,
+        )
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
@@ -192,7 +206,7 @@ def quantize(
 
         with show.watching(model) as watch:
             where, knobs = device.value, (calibration, samples, seqlen, seed)
-            report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value)
+            report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value, kv_cache)
         write(report)
         show.quantized(console, report, str(output), model, calibration)
 
@@ -208,6 +222,7 @@ def plan(
     seed: Seed = 0,
     device: Where = Device.auto,
     states: Kept = States.memory,
+    kv_cache: KVCache = None,
     gpus: Annotated[
         int | None, typer.Option("--gpus", min=1, help="Plan for so many processes with a GPU each. Default: this one.")
     ] = None,
@@ -237,7 +252,7 @@ def plan(
         from vqcompress.quantize import dry_run
 
         site = Site(gpus, tflops, encode_tflops, disk_gbps, states.value)
-        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, site)
+        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, site, kv_cache)
         write(summary)
         show.planned(console, summary)
 
@@ -256,6 +271,7 @@ def perplexity(
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="MODEL", help="The original: also KL and top-1 agreement.")
     ] = None,
+    kv_cache: KVCache = None,
     device: Where = Device.auto,
     json_file: Json = None,
     debug: Debug = False,
@@ -268,7 +284,7 @@ def perplexity(
         from vqcompress import evaluate, show
 
         with show.counting(f"perplexity of {model}") as watch:
-            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch)
+            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
         write(result)
         show.perplexity(console, result, text)
 
@@ -368,6 +384,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
     seed: Seed = 0,
+    kv_cache: KVCache = None,
     cpu_weights: CpuWeights = Weights.auto,
     debug: Debug = False,
 ) -> None:
@@ -379,7 +396,8 @@ def generate(
         from vqcompress.generate import generate as run
 
         knobs = max_new_tokens, temperature, seed
-        result = run(artifact, prompt, *knobs, lambda text: print(text, end="", flush=True), cpu_weights.value)
+        say = lambda text: print(text, end="", flush=True)  # noqa: E731
+        result = run(artifact, prompt, *knobs, say, cpu_weights.value, kv_cache)
         print(flush=True)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 

@@ -21,9 +21,10 @@ from vqcompress.blocks import BlockStream
 from vqcompress.calibration import read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.runtime.cache import decoding
 from vqcompress.runtime.decode import Decoder
 from vqcompress.runtime.device import choose_device, forget_peaks, model_dtype, peak_device_bytes, peak_rss_bytes
-from vqcompress.runtime.load import load_any
+from vqcompress.runtime.load import kept_as, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
 # Numbers in the float32 logits that are scored at once.
@@ -77,6 +78,26 @@ class Pass:
         return self.stream.finish(self.windows_NL[number : number + 1], self.rows[number])[0, first:-1]
 
 
+class CodedPass:
+    """Logits of a model in memory whose tokens attend to coded keys and values, window by window."""
+
+    def __init__(self, model: str, recipe: str, device: str, windows_NL: Tensor):
+        self.network, self.windows_NL = load_any(model, device), windows_NL
+        self.how = kept_as(self.network, resolve(model), recipe)
+
+    @torch.inference_mode()
+    def logits(self, number: int, first: int) -> Tensor:
+        """As those of a `Pass`."""
+        cache, ids_BL = self.how.cache(self.network, strict=True), self.windows_NL[number : number + 1]
+        try:
+            with decoding(self.network):
+                out: Any = self.network(ids_BL.to(self.network.device), past_key_values=cache, use_cache=True)
+        finally:
+            cache.close()
+        logits_LV: Tensor = out.logits[0, first:-1]
+        return logits_LV
+
+
 class Scores:
     """Sums over predictions: negative log-likelihood, and against a baseline's KL divergence and agreement."""
 
@@ -124,13 +145,15 @@ def perplexity(
     baseline: str | None = None,
     device: str = "auto",
     watch: Callable[[int, int], None] = lambda done, total: None,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text, by the protocol of the GPTQ and AQLM papers; with a baseline also KL and top-1.
 
     The text is tokenized once without special tokens and cut into consecutive windows of `seqlen` without overlap, the
     tail dropped; tokens 2…seqlen of each are predicted; the mean negative log-likelihood over all of them, in float32,
     is exponentiated. With a smaller `stride` a window scores only the tokens that the one before it did not.
-    watch: called with the work done and its total.
+    kv_cache: a recipe with a `cache`: every token attends to the past as it would be stored by then, as in decoding;
+    the whole model is in memory. watch: called with the work done and its total.
     """
     start = time.perf_counter()
     chosen = choose_device(device)
@@ -152,7 +175,9 @@ def perplexity(
         done += work
         watch(round(done), inside + heads)
 
-    passes = [Pass(stream, windows_NL, tell) for stream in streams]
+    passes: list[Any] = [Pass(s, windows_NL, tell) for s in (streams if kv_cache is None else streams[1:])]
+    if kv_cache is not None:
+        passes.insert(0, CodedPass(model, kv_cache, device, windows_NL))
     scores, labels = Scores(), []
     for number, window_L in enumerate(windows_NL):
         first = scored(number, length, step)
@@ -174,6 +199,7 @@ def perplexity(
         "seqlen": length,
         "stride": step,
         "bos": False,
+        "kv_cache": kv_cache,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(scores.tokens / seconds, 1),
         "peak_rss_bytes": peak_rss_bytes(),

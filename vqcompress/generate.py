@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from vqcompress.checkpoint import resolve
 from vqcompress.errors import UsageError
-from vqcompress.runtime.load import load_any
+from vqcompress.runtime.cache import keep_coded
+from vqcompress.runtime.load import kept_as, load_any
 from vqcompress.runtime.tokens import load_tokenizer
 
 
@@ -36,17 +37,21 @@ def generate(
     seed: int,
     on_text: Callable[[str], None],
     cpu_weights: str = "auto",
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt with an artifact or a dense checkpoint; returns text, new_tokens, seconds, tokens_per_second.
 
     temperature: 0 takes the likeliest token each time. seed: of the draws otherwise. cpu_weights: see `load`. on_text:
     called with each new piece of text; the prompt is none. seconds: from the prompt to the last token, without loading.
+    kv_cache: a recipe with a `cache`.
     """
     if not prompt:
         raise UsageError("--prompt is empty: give some text to continue")
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UsageError(f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need at least 1, at least 0")
     network: Any = load_any(model, cpu_weights=cpu_weights)
+    if kv_cache is not None:
+        keep_coded(network, kept_as(network, resolve(model), kv_cache))
     tokenizer = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)

@@ -51,6 +51,10 @@ Recipe = Annotated[
     str | None,
     typer.Option("--recipe", help="A packaged recipe (see `recipes`) or a file.", autocompletion=_complete_recipe),
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", metavar="RECIPE", help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8."),
+]
 TargetBits = Annotated[
     float | None,
     typer.Option("--target-bits", help="Bits per weight to keep to, 1.5 to 6: a setting is chosen for each weight."),

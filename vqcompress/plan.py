@@ -71,6 +71,11 @@ class Plan:
         """Whether any target asks for statistics, or a budget for measurements; if not, the model is never run."""
         return self.target_bits is not None or any(self.rules[target.name].needs for target in self.targets)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether rows are needed, for weights or for the codebooks of a cache."""
+        return self.calibrated or (self.recipe.cache is not None and self.recipe.cache.codebook == "learned")
+
     def ahead(self, device: torch.device) -> int:
         """How many blocks are made while another is written, at most: more than none only where nothing is in between.
 
@@ -90,7 +95,8 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     """The plan for a model; UsageError for a rule that matches nothing or a recipe that compresses nothing."""
     plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
     if not plan.targets:
-        raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
+        hint = "; give it as --kv-cache, beside a recipe of weights" if recipe.cache and not recipe.rules else ""
+        raise UsageError(f"recipe {recipe.name} compresses nothing in this model{hint}")
     if recipe.experts and not any(isinstance(m, Experts) for layer in stream.skeletons for m in layer.modules()):
         why = stream.fused_because or "the model has no mixture of experts"
         raise UsageError(f"recipe {recipe.name}: 'experts' speaks of nothing here: {why}")

@@ -18,8 +18,9 @@ from torch import Tensor
 import vqcompress
 from vqcompress import recipe as recipes
 from vqcompress.allocate import allocate, make_plans, outlook
-from vqcompress.artifact import HINT, MARKER, STAGED, Artifact, Entry, quantization_config, tensors_of
+from vqcompress.artifact import HINT, KV_CACHE, MARKER, STAGED, Artifact, Entry, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
+from vqcompress.cache_calibration import cache_books
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
@@ -78,14 +79,15 @@ def dry_run(
     device: str = "auto",
     target_bits: float | None = None,
     site: Site | None = None,
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """What `quantize` would do, as JSON: see `costs.summary`, `allocate.outlook`. Works from a config alone."""
     source = open_checkpoint(model, weights=False)
     chosen = choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
-    plans = make_plans(stream, recipe, target_bits)
+    plans = make_plans(stream, recipe, target_bits, kv_cache)
     rows, length = 0, 0
-    if plans[0].calibrated:
+    if plans[0].reads_text:
         if source.tensors:
             rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
         else:
@@ -106,6 +108,7 @@ def quantize(
     target_bits: float | None = None,
     watch: Watch = lambda event, facts: None,
     states: str = "memory",
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
@@ -115,10 +118,10 @@ def quantize(
     """
     start = time.perf_counter()
     chosen = choose_device(device)
-    stream, (plan, *others) = _prepare(model, out, recipe, target_bits, chosen, seed, states)
+    stream, (plan, *others) = _prepare(model, out, recipe, target_bits, kv_cache, chosen, seed, states)
     source, team = stream.source, stream.team
-    rows = calibration(source, texts or [], samples, seqlen, seed) if plan.calibrated else None
-    if rows is None:
+    rows = calibration(source, texts or [], samples, seqlen, seed) if plan.reads_text else None
+    if not plan.calibrated:
         # Nothing to add up: each process has whole blocks for itself.
         stream.team = ALONE
 
@@ -137,7 +140,7 @@ def quantize(
             check_finite(rest)
             facts = {"targets": [], "seconds": 0.0, "source": source_of(REST)}
             writer.commit(REST, 1, len(blocks) + 1, rest | {HINT: MARKER}, facts)
-        hidden: States = first_states(stream, rows) if rows is not None else []
+        hidden: States = first_states(stream, rows) if rows is not None and plan.calibrated else []
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
 
@@ -180,19 +183,26 @@ def quantize(
             student = assemble(stream.config, entries, out, files, torch.float32, chosen)
             teacher = load_any(model, device).float()
             writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
-        report = _finish(model, plan, source, writer.writer, entries, rows, seed, start) if writer.writer else None
+        report = _finish(model, plan, stream, writer.writer, entries, rows, seed, start) if writer.writer else None
         return team.from_rank(0, report)
 
 
 def _prepare(
-    model: str, out: Path, recipe: str | None, target_bits: float | None, device: torch.device, seed: int, states: str
+    model: str,
+    out: Path,
+    recipe: str | None,
+    target_bits: float | None,
+    kv_cache: str | None,
+    device: torch.device,
+    seed: int,
+    states: str,
 ) -> tuple[BlockStream, list[Plan]]:
     """The stream of a dense checkpoint, rotated if the recipe says so, and the plans for it."""
     if str(out) == "demo":
         raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     source, team, scratch = open_checkpoint(model), join(device), {"memory": None, "disk": out}[states]
     stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
-    plans = make_plans(stream, recipe, target_bits)
+    plans = make_plans(stream, recipe, target_bits, kv_cache)
     if plans[0].recipe.rotation:
         stream = BlockStream(Rotated(stream, partial(generator_for, seed)), device, stream.dtype, team, scratch)
     return stream, plans
@@ -201,7 +211,7 @@ def _prepare(
 def _finish(
     model: str,
     plan: Plan,
-    source: Checkpoint,
+    stream: BlockStream,
     writer: Writer,
     entries: list[Entry],
     rows: Tensor | None,
@@ -210,7 +220,15 @@ def _finish(
 ) -> dict[str, Any]:
     """Make what was committed an artifact; returns the report of the run that began at `start`."""
     writer.settle()
-    config = {**source.config, "quantization_config": quantization_config(entries, vqcompress.__version__)}
+    source, settings = stream.source, quantization_config(entries, vqcompress.__version__)
+    if (knobs := plan.recipe.cache) is not None:
+        settings["kv_cache"] = knobs.model_dump(mode="json")
+        if knobs.codebook == "learned" and rows is not None:
+            files = [record["file"] for record in writer.done.values() if "file" in record]
+            network = assemble(stream.config, entries, writer.out, files, stream.dtype, stream.device)
+            books, settings["kv_cache"]["before"] = cache_books(network, rows, knobs, seed)
+            writer.write_beside(KV_CACHE, books)
+    config = {**source.config, "quantization_config": settings}
     report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
     writer.finish(config, source.companions(), report, model_card(model, report, writer.out.resolve()), choice)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vqcompress import methods
 from vqcompress.errors import UsageError, did_you_mean
@@ -49,6 +49,33 @@ class ExpertCalibration(BaseModel):
     min_tokens: int | None = Field(None, ge=1)
 
 
+class CacheKnobs(BaseModel):
+    """How keys and values are kept while a model runs, see `runtime.cache`.
+
+    bits: per channel. codebook: `learned` ones of each layer, head and group of channels, which `quantize` calibrates
+    and the artifact holds; the `universal` one, which needs no data; or `fp8` (E4M3). weights: of errors in learning,
+    by the squared `gradient` of the calibration rows, which takes the whole model in memory with its activations, or
+    `uniform`. rounds: of k-means. keys: stored before their rotary embedding where that can be proven (`auto`), or
+    `after` it. window, sinks: how many of the newest and of the first tokens stay as they are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: Literal[1, 2, 4, 8] = 4
+    codebook: Literal["learned", "universal", "fp8"] = "learned"
+    weights: Literal["gradient", "uniform"] = "gradient"
+    rounds: int = Field(12, ge=1, le=1000)
+    keys: Literal["auto", "after"] = "auto"
+    window: int = Field(32, ge=0, le=1 << 20)
+    sinks: int = Field(4, ge=0, le=1 << 20)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> CacheKnobs:
+        """8 bits are E4M3 and the other way round."""
+        if (self.bits == 8) != (self.codebook == "fp8"):
+            raise ValueError("fp8 has 8 bits, learned and universal codebooks 1, 2 or 4")
+        return self
+
+
 @dataclass(frozen=True)
 class Rule:
     """match: a shell pattern over module names, or `re:` and a regular expression that the whole name must match."""
@@ -82,7 +109,7 @@ class Recipe:
     rotation: `fold` rotates the whole model first, see `rotation.Rotated`.
     tuning: of scales, codebooks and norms, once the codes are fixed.
     candidates: instead of rules, those for all targets that `allocate` chooses from.
-    experts: how those of a mixture are calibrated, if not by default.
+    experts: how those of a mixture are calibrated, if not by default. cache: how keys and values are kept, if coded.
     """
 
     name: str
@@ -92,6 +119,7 @@ class Recipe:
     candidates: tuple[Rule, ...] = ()
     tuning: Tuning | None = None
     experts: ExpertCalibration | None = None
+    cache: CacheKnobs | None = None
 
     def assign(self, blocks: list[Block]) -> dict[str, Rule]:
         """Target name → first rule that matches; UsageError for a rule that decides about none of the targets."""
@@ -130,6 +158,7 @@ class Recipe:
         meaning += [{"rotation": self.rotation}] if self.rotation else []
         meaning += [{"tuning": self.tuning.model_dump()}] if self.tuning else []
         meaning += [{"experts": self.experts.model_dump()}] if self.experts else []
+        meaning += [{"cache": self.cache.model_dump()}] if self.cache else []
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
@@ -147,6 +176,14 @@ def load(name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not UTF-8 text: {error}") from error
 
 
+def cache_knobs(name: str) -> CacheKnobs:
+    """The `cache` of a recipe; UsageError if it has none."""
+    recipe = load(name)
+    if recipe.cache is None:
+        raise UsageError(f"--kv-cache {name}: that recipe says nothing of a cache; kv-vq-4bit does, for one")
+    return recipe.cache
+
+
 def parse(text: str, name: str) -> Recipe:
     """The recipe in a YAML text; UsageError naming the key, its value and the nearest known one."""
     try:
@@ -155,13 +192,16 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules", "candidates", "rotation", "tuning", "experts"}, f"recipe {name}")
+    _only(data, {"description", "rules", "candidates", "rotation", "tuning", "experts", "cache"}, f"recipe {name}")
     rotation = data.get("rotation")
     if rotation not in (None, "fold"):
         hint = "rotation at run time is a knob of a vq rule"
         raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
     tuning = _knobs(Tuning, data.get("tuning"), f"recipe {name}", "tuning")
     experts = _knobs(ExpertCalibration, data.get("experts"), f"recipe {name}", "experts")
+    cache = _knobs(CacheKnobs, data.get("cache"), f"recipe {name}", "cache")
+    if cache and not {"rules", "candidates", "rotation", "tuning", "experts"} & data.keys():
+        return Recipe(name, str(data.get("description", "")), (), cache=cache)
     if {"rules", "candidates"} <= data.keys():
         raise UsageError(f"recipe {name} has both 'rules' and 'candidates'; it can have one of them")
     kind = "candidates" if "candidates" in data else "rules"
@@ -170,13 +210,13 @@ def parse(text: str, name: str) -> Recipe:
         raise UsageError(f"recipe {name} needs a list '{kind}' with at least one {kind[:-1]}")
     if kind == "rules":
         rules = tuple(_rule(r, i, name) for i, r in enumerate(listed, 1))
-        return _tunable(Recipe(name, description, rules, rotation, (), tuning, experts))
+        return _tunable(Recipe(name, description, rules, rotation, (), tuning, experts, cache))
     if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
         raise UsageError(
             f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
         )
     candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
-    return _tunable(Recipe(name, description, (), rotation, candidates, tuning, experts))
+    return _tunable(Recipe(name, description, (), rotation, candidates, tuning, experts, cache))
 
 
 def _tunable(recipe: Recipe) -> Recipe:
@@ -199,6 +239,7 @@ def dump(recipe: Recipe) -> str:
     data |= {"rotation": recipe.rotation} if recipe.rotation else {}
     data |= {"tuning": recipe.tuning.model_dump()} if recipe.tuning else {}
     data |= {"experts": recipe.experts.model_dump()} if recipe.experts else {}
+    data |= {"cache": recipe.cache.model_dump()} if recipe.cache else {}
     return yaml.safe_dump(
         data | {"rules": rules}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000
     )

@@ -140,6 +140,7 @@ def run_report(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "kv_cache": plan.recipe.cache.model_dump(mode="json") if plan.recipe.cache else None,
         "left_dense": plan.left_dense,
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
         "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},

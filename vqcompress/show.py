@@ -234,6 +234,9 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
     if texts and report["calibration"] is None:
         to.print(f"note    {report['recipe']} needs no data: --calibration was not read")
     to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
+    if cache := report["kv_cache"]:
+        turned_on = "; --kv-cache or vqcompress.load(…, kv_cache=True) turns it on"
+        to.print(f"cache   keys and values in {cache['bits']} bits, {cache['codebook']}{turned_on}")
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
     to.print(f"next    {command}", soft_wrap=True)
@@ -316,6 +319,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
     bos = "BOS" if facts["bos"] else "no BOS"
+    bos += f", cache {facts['kv_cache']}" if facts["kv_cache"] else ""
     cut = f"{facts['windows']} windows × {facts['seqlen']} tokens, stride {facts['stride']}, {bos}"
     to.print(f"protocol    {text}: {cut}, {facts['tokens']:,} tokens predicted, float32", soft_wrap=True)
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")

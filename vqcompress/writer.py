@@ -112,6 +112,7 @@ class Writer(Shards):
     def __init__(self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
         super().__init__(out)
         self.inputs, self.source_of = inputs, source_of
+        self._beside: dict[str, str] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
         if out.is_file():
@@ -238,6 +239,18 @@ class Writer(Shards):
         """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
         self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": 0.0})
 
+    def write_beside(self, name: str, tensors: Parts) -> None:
+        """Write tensors that belong to no shard; `finish` lists them. Nothing is kept of it in the journal."""
+        partial = self.out / f"{name}.json.partial"
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
+            partial.chmod(0o644)
+            partial.replace(self.out / name)
+            self._sync_directory()
+        except (OSError, SafetensorError) as error:
+            raise self._explain(error, sum(t.nbytes for t in tensors.values())) from error
+        self._beside[name] = sha256(self.out / name)
+
     @undisturbed()
     def settle(self) -> None:
         """Put what was staged, if anything, into the shards; done again after a kill: nothing else reads them then."""
@@ -266,6 +279,7 @@ class Writer(Shards):
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
+        sums |= self._beside
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
         files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
         files |= {RECIPE: recipe.encode()} if recipe else {}

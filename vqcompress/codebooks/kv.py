@@ -10,11 +10,13 @@ group, G = D / d groups, E entries, N tokens to learn from, P groups of all head
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from vqcompress.codebooks.universal import entries
-from vqcompress.hadamard import hadamard
+from vqcompress.hadamard import hadamard, random_signs
 
 BITS = 8
 ENTRIES = 1 << BITS
@@ -65,22 +67,29 @@ def decode(codes_BHTG: Tensor, book_HGEd: Tensor) -> Tensor:
     return book.flatten(0, 2)[index_HG + codes_BHTG.long()].flatten(-2)
 
 
-def universal_encode(x_BHTD: Tensor, signs_D: Tensor, d: int) -> tuple[Tensor, Tensor]:
+@cache
+def signs(channels: int, device: torch.device) -> Tensor:
+    """The signs ±1 (D,) before every Hadamard transform of heads: always the same, so that nobody stores them."""
+    with torch.inference_mode(False):
+        return random_signs(channels, torch.Generator().manual_seed(channels)).to(device)
+
+
+def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
     """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for turned, normalized heads.
 
     Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
     (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
     """
-    x_BHTD = hadamard(x_BHTD.float() * signs_D)
+    x_BHTD = hadamard(x_BHTD.float() * signs(x_BHTD.shape[-1], x_BHTD.device))
     scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
     book_HGEd = entries(d, BITS).to(x_BHTD.device)[None, None]
     return encode(x_BHTD / scale_BHT.float()[..., None], book_HGEd), scale_BHT
 
 
-def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, signs_D: Tensor, d: int) -> Tensor:
+def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, d: int) -> Tensor:
     """What `universal_encode` stored, float32 (B, H, T, D)."""
     x_BHTD = decode(codes_BHTG, entries(d, BITS).to(codes_BHTG.device)[None, None]) * scale_BHT.float()[..., None]
-    return hadamard(x_BHTD) * signs_D
+    return hadamard(x_BHTD) * signs(x_BHTD.shape[-1], x_BHTD.device)
 
 
 def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generator: torch.Generator) -> Tensor:

@@ -21,9 +21,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vqcompress import ops
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
+from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 
 # Tokens by which the room for codes grows at least.
 ROOM = 256
@@ -31,63 +31,7 @@ ROOM = 256
 APART = 0.02
 PROBE_TOKENS = 8
 STRICT = "vqcompress_decoding"
-
-
-class Coder:
-    """How the keys or the values of a layer are stored: x (B, H, T, D) to parts whose third axis is T, and back."""
-
-    def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """The parts to store."""
-        raise NotImplementedError
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """float32 (B, H, T, D)."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Learned(Coder):
-    """Codes of calibrated codebooks. book_HGEd: `kv.learn`."""
-
-    book_HGEd: Tensor
-
-    def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """Codes."""
-        return {"codes": kv.encode(x_BHTD, self.book_HGEd)}
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """The entries."""
-        return kv.decode(parts["codes"], self.book_HGEd)
-
-
-@dataclass(frozen=True)
-class Universal(Coder):
-    """Codes of the Gaussian's codebook and a scale for each token and head. signs_D: ±1. d: channels of a code."""
-
-    signs_D: Tensor
-    d: int
-
-    def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """Codes and scales."""
-        codes, scale = kv.universal_encode(x_BHTD, self.signs_D, self.d)
-        return {"codes": codes, "scale": scale}
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Entries times scales, turned back."""
-        return kv.universal_decode(parts["codes"], parts["scale"], self.signs_D, self.d)
-
-
-class FP8(Coder):
-    """E4M3 with a scale for each token and head, as activations of `fp8` (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
-
-    def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """Codes and scales."""
-        scale = ops.e4m3_scale(x_BHTD.float().abs().amax(-1, keepdim=True), False)
-        return {"codes": ops.to_e4m3(x_BHTD.float() / scale), "scale": scale}
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Codes times scales."""
-        return parts["codes"].float() * parts["scale"]
+KINDS = ("keys", "values")
 
 
 class KVLayer(CacheLayerMixin):
@@ -428,3 +372,59 @@ def find_rotary(model: PreTrainedModel) -> list[nn.Module | None]:
         apart = {m: (x - x[:, :, :1]).norm() / x.norm().clamp(min=1e-30) for m, x in back.items()}
         found.append(next((m for m in fitting if apart[m] <= APART), None))
     return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a model's keys and values are kept: what a `KVCache` is made of. coders, rotary: by layer, as there."""
+
+    coders: list[tuple[Coder, Coder]]
+    rotary: list[nn.Module | None]
+    window: int
+    sinks: int
+
+    def cache(self, model: PreTrainedModel, length: int | None = None, strict: bool = False) -> KVCache:
+        """An empty cache for the model."""
+        return KVCache(model, self.coders, self.rotary, self.window, self.sinks, length, strict)
+
+
+def kept(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tensor] | None = None) -> Kept:
+    """How settings, `recipe.CacheKnobs` as JSON, keep the keys and values of a model.
+
+    books: `N.keys` and `N.values`, float16 (H, G, E, d), of every layer, for learned codebooks; VQCompressError if they
+    do not fit the model. `before`, written by `quantize`: which layers' keys were learned before their embedding.
+    """
+    rotary = find_rotary(model)
+    if settings["keys"] == "after":
+        rotary = [None] * len(rotary)
+    device, d = model.device, 8 // settings["bits"]
+    if settings["codebook"] != "learned":
+        coder: Coder = FP8() if settings["codebook"] == "fp8" else Universal(d)
+        coders = [(coder, coder)] * len(rotary)
+    else:
+        if [module is not None for module in rotary] != settings.get("before"):
+            raise VQCompressError("the codebooks of the cache were learned for another model than this one")
+        coders = []
+        for n in range(len(rotary)):
+            pair = [(books or {}).get(f"{n}.{kind}") for kind in KINDS]
+            if any(b is None or b.dim() != 4 or b.shape[2:] != (kv.ENTRIES, d) or not b.isfinite().all() for b in pair):
+                raise VQCompressError(f"the codebooks of the cache of layer {n} are missing or damaged")
+            keys, values = (Learned(b.to(device)) for b in pair if b is not None)
+            coders.append((keys, values))
+    return Kept(coders, rotary, settings["window"], settings["sinks"])
+
+
+def keep_coded(model: PreTrainedModel, how: Kept) -> None:
+    """Let `model.generate` use a fresh coded cache unless it is given one."""
+    plain: Any = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            return plain(*args, **kwargs)
+        cache = how.cache(model)
+        try:
+            return plain(*args, **{**kwargs, "past_key_values": cache})
+        finally:
+            cache.close()
+
+    model.generate = generate  # type: ignore[assignment]

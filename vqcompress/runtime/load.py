@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vqcompress.artifact import Artifact, Entry, tensors_of
+from vqcompress.artifact import KV_CACHE, Artifact, Entry, tensors_of
 from vqcompress.checkpoint import Checkpoint, resolve
+from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.recipe import cache_knobs
 from vqcompress.runtime.adapter import attach
+from vqcompress.runtime.cache import Kept, keep_coded, kept
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.modules import keep_packed, swap
 from vqcompress.runtime.weights import assign, finish_loading, load_config, skeleton
@@ -22,13 +25,15 @@ def load(
     dtype: torch.dtype | None = None,
     check: bool = True,
     cpu_weights: str = "auto",
+    kv_cache: str | bool = False,
 ) -> PreTrainedModel:
     """The compressed model, in eval mode, ready for `generate`.
 
     path: an artifact's directory or hub id. dtype: to compute in; float32 on a CPU and the checkpoint's own type on a
     GPU unless given. check: compare the files with their checksums first (about a second per gigabyte). cpu_weights:
     `dense` decodes every weight once, at its first use, which is fast; `packed` keeps what is stored and decodes at
-    every call; `auto` is dense if that fits into memory.
+    every call; `auto` is dense if that fits into memory. kv_cache: `generate` keeps keys and values as codes, as the
+    artifact says (True) or as a recipe with a `cache` does, such as kv-vq-4bit.
     Raises VQCompressError naming what is missing or damaged.
     """
     artifact = Artifact(resolve(str(path)))
@@ -42,7 +47,29 @@ def load(
     if (artifact.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(artifact.path)
     attach(model, artifact.config["quantization_config"])
+    if kv_cache:
+        keep_coded(model, kept_as(model, artifact.path, None if kv_cache is True else str(kv_cache)))
     return model
+
+
+def kept_as(model: PreTrainedModel, path: Path, recipe: str | None) -> Kept:
+    """How a recipe, or else the artifact that a model was loaded from, keeps keys and values.
+
+    UsageError where the codebooks that this takes are not there.
+    """
+    stored = Checkpoint(path).config.get("quantization_config", {}).get("kv_cache")
+    wanted = stored if recipe is None else cache_knobs(recipe).model_dump(mode="json")
+    if wanted is None:
+        raise UsageError(f"{path} says nothing of its cache; name a recipe that does, such as kv-fp8")
+    if wanted["codebook"] != "learned":
+        return kept(model, wanted)
+    made = ("codebook", "bits", "keys")
+    if stored is None or any(stored[key] != wanted[key] for key in made):
+        hint = f"give --kv-cache {recipe} to quantize, or take kv-fp8, which needs no data"
+        raise UsageError(f"{path} holds no codebooks for a cache of {wanted['bits']} bits: {hint}")
+    if not (path / KV_CACHE).is_file():
+        raise VQCompressError(f"{path / KV_CACHE} is missing")
+    return kept(model, {**wanted, "before": stored.get("before")}, tensors_of(path / KV_CACHE))
 
 
 def assemble(
