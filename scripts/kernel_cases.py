@@ -1,7 +1,7 @@
-"""The products that scripts/tune.py, bench_kernels.py and kernel_resources.py look at: layer shapes and ways to store.
+"""What scripts/tune.py, bench_kernels.py and kernel_resources.py look at: layer shapes, ways to store, and caches.
 
 Codes are random bytes, which every format but FP8 can decode; what they stand for does not matter to a clock.
-Shape legend: T rows, O outputs, I inputs, E experts.
+Shape legend: T rows, or tokens of a cache, O outputs, I inputs, E experts; B, Q, H, D, d as in `codebooks.kv`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqcompress import ops
-from vqcompress.codebooks import product
+from vqcompress.codebooks import kv, product
 from vqcompress.methods import Method, Parts, make
 
 Shape = tuple[int, int]
@@ -139,3 +139,43 @@ def reference(case: Case, x_TI: Tensor, parts: Parts, shape: Shape) -> Tensor:
         scale_T1 = (x.abs().amax(1, keepdim=True) / ops.INT8_MAX).clamp_min(ops.SCALE_MIN)
         x = (x / scale_T1).round().clamp(-ops.INT8_MAX, ops.INT8_MAX) * scale_T1
     return x @ method.decode(parts, shape).T
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Coded keys and values of one layer. turned: keys were coded before their rotary embedding."""
+
+    batch: int
+    queries: int
+    heads: int
+    tokens: int
+    channels: int = 128
+    d: int = 4
+    turned: bool = False
+
+    def parts(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> list[Any]:
+        """What `attend` is given, in its order: all but a mask and scales."""
+        draw = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
+
+        def normal(*shape: int) -> Tensor:
+            return (
+                torch.empty(shape, device=device) if draw is None else torch.randn(shape, device=device, generator=draw)
+            )
+
+        groups, of = self.channels // self.d, (self.batch, self.heads, self.tokens)
+        codes = [_random("codes", torch.uint8, (*of, groups), device, draw) for _ in range(2)]
+        books = [normal(self.heads, groups, kv.ENTRIES, self.d).half() for _ in range(2)]
+        angle_BTD = normal(1, self.tokens, self.channels // 2).repeat(1, 1, 2)
+        angles = [angle_BTD.cos().to(dtype), angle_BTD.sin().to(dtype)] if self.turned else [None, None]
+        q_BQD = normal(self.batch, self.queries, self.channels).to(dtype)
+        return [q_BQD, codes[0], books[0], codes[1], books[1], self.channels**-0.5, 0, self.tokens, None, *angles]
+
+    def bytes(self) -> int:
+        """Of the codes of keys and values, and the codebooks."""
+        codes = self.batch * self.tokens * self.channels // self.d
+        return 2 * self.heads * (codes + kv.ENTRIES * self.channels * 2)
+
+
+SIZES = [(batch, 32, heads, tokens) for tokens in (4096, 32768) for heads in (32, 8) for batch in (1, 8)]
+CACHES = [Cache(*size, turned=turned) for turned in (False, True) for size in SIZES]
+TINY_CACHES = [Cache(2, 4, heads, 40, 64, d, turned) for heads in (4, 2) for d, turned in ((4, False), (8, True))]

@@ -3,7 +3,8 @@
 Usage: python scripts/kernel_resources.py [--json FILE] [--markdown FILE]
 
 A kernel is compiled as it would be launched for x (rows, 4096) times a weight (4096, 4096) in bfloat16, with the
-settings of the launch tables or, where there are none, the guess. A stack above 0 means spilled registers.
+settings of the launch tables or, where there are none, the guess; of caches of keys and values, rows are those of a
+batch. A stack above 0 means spilled registers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 import ahead
 import torch
-from kernel_cases import CASES, by_kernel, random_rows
+from kernel_cases import CACHES, CASES, by_kernel, random_rows
 
-from vqcompress.kernels import fp8, int8, launch, nearest, viterbi, words
+from vqcompress.kernels import fp8, int8, kv, launch, nearest, viterbi, words
 
 META, SHAPE = torch.device("meta"), (4096, 4096)
 
@@ -49,6 +50,17 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
             else:
                 words.multiply(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
         yield from ((f"{case.name}, 64 experts", 512, call) for call in calls)
+    for cache in CACHES:
+        with launch.recording(arch) as calls:
+            kv.attend(*cache.parts(META, torch.bfloat16))
+        turned = ", turned" if cache.turned else ""
+        name = f"{cache.tokens} tokens, {cache.queries} / {cache.heads} heads of {cache.channels}, d {cache.d}{turned}"
+        yield from ((name, cache.batch, call) for call in calls)
+    with launch.recording(arch) as calls:
+        for tokens in (1, 4096):
+            x_BHTD = torch.empty((1, 32, tokens, 128), dtype=torch.bfloat16, device=META)
+            kv.encode(x_BHTD, torch.empty((32, 32, 256, 4), dtype=torch.float16, device=META))
+    yield from ((f"{call.arguments[5]} keys of 32 heads of 128, d 4", 0, call) for call in calls)
     with launch.recording(arch) as calls:
         for states in (12, 14, 16):
             viterbi.walks(torch.empty((16, 256), device=META), torch.empty(1 << states, device=META), states, 2, 32)

@@ -6,10 +6,10 @@ Usage: python scripts/tune.py [--only CASE ...] [--rows N ...] [--dtype TYPE] [-
 For every product of kernel_cases.py, every number of rows and every mixture of experts the candidates are compiled at
 once, those that do not fit or that spill are dropped, the others are timed, and the fastest is kept. Where words come
 from a table, the fastest few are also timed with as many hot entries as cost no resident program (`ahead.hot_entries`).
-Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last the searches
-of quantization itself. The table is written after every place, so a run that is cut off keeps what it has; a later one
-goes on where settings are missing. --dry-run goes through tiny places without a GPU, launches and compiles nothing, and
-fails if any launcher would have to guess afterwards.
+Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last coded caches
+of keys and values, and the searches of quantization itself. The table is written after every place, so a run that is
+cut off keeps what it has; a later one goes on where settings are missing. --dry-run goes through tiny places without a
+GPU, launches and compiles nothing, and fails if any launcher would have to guess afterwards.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from unittest import mock
 
 import ahead
 import torch
+import triton
 from gpu_clock import LEAST, copies, seconds
 from kernel_cases import (
+    CACHES,
     CASES,
     EXPERTS,
     SHAPES,
     TINY,
+    TINY_CACHES,
     TINY_EXPERTS,
+    Cache,
     Case,
     Shape,
     by_kernel,
@@ -41,7 +45,7 @@ from kernel_cases import (
     random_rows,
 )
 
-from vqcompress.kernels import fp8, int8, launch, nearest, rotate, viterbi, words
+from vqcompress.kernels import fp8, int8, kv, launch, nearest, rotate, viterbi, words
 from vqcompress.kernels.launch import Call, Facts, Settings
 
 # Settings of one kernel that are tried at one place.
@@ -187,6 +191,33 @@ class Places:
         # Partial sums were just written, so they are in the cache.
         return Place(kernel, rows, (columns, sums), options, call, sums_STO, lambda: [sums_STO] * LEAST)
 
+    def cache(self, cache: Cache) -> Iterator[Place]:
+        """Attention of one token to coded keys and values, and coding one token and many."""
+        one, channels, d, tokens = self.parts(cache, 0), cache.channels, cache.d, cache.tokens
+        of, element = (cache.queries, cache.heads, channels, d, tokens), self.dtype.itemsize
+        kernel = f"kv.attend{'.turned' if cache.turned else ''}{'.float32' if element == 4 else ''}"
+        of_all = self.facts, of, cache.batch, element, cache.turned
+        options = _first(kv.guess(*of_all), kv.candidates(*of_all))
+        place = (*of[:4], triton.next_power_of_2(tokens))
+
+        def caches() -> list[Any]:
+            return [self.parts(cache, seed) for seed in range(copies(cache.bytes()))]
+
+        yield Place(kernel, cache.batch, place, options, lambda parts: kv.attend(*parts), one, caches)
+        book, angles = one[2], one[9:]
+        for count in (1, min(tokens, 4096)):
+            rows, near = cache.batch * count, [a if a is None else a[:, :count] for a in angles]
+            x_BHTD = random_rows(rows * cache.heads, channels, self.device, self.dtype)
+            x_BHTD = x_BHTD.view(cache.batch, cache.heads, count, channels)
+            options = _first(kv.guess_encode(self.facts, rows), kv.candidates_encode(self.facts, rows))
+            place = cache.heads * channels // d, d
+            coded = lambda x, near=near: kv.encode(x, book, *near)  # noqa: E731
+            yield Place("kv.encode", rows, place, options, coded, x_BHTD, lambda x=x_BHTD: [x] * LEAST)
+
+    def parts(self, cache: Cache, seed: int) -> list[Any]:
+        """Of a cache, on this device."""
+        return cache.parts(self.device, self.dtype, seed)
+
     def searches(self, case: Case) -> Iterator[Place]:
         """What quantization with a method searches with."""
         form: Any = getattr(case.method, "form", None)
@@ -287,9 +318,14 @@ class Tuner:
 
 
 def all_places(
-    places: Places, cases: list[Case], rows: Iterable[int], shapes: dict[str, list[Shape]], mixtures: dict[str, Any]
+    places: Places,
+    cases: list[Case],
+    rows: Iterable[int],
+    shapes: dict[str, list[Shape]],
+    mixtures: dict[str, Any],
+    caches: list[Cache],
 ) -> Iterator[Iterator[Place]]:
-    """Everything, what matters most first: few rows, then many, then the searches."""
+    """Everything, what matters most first: few rows, then many, then caches and the searches."""
     sizes = [size for some, _ in mixtures.values() for size in some]
     for count in rows:
         for shape in dict.fromkeys(shape for model in shapes.values() for shape in model):
@@ -297,6 +333,7 @@ def all_places(
         # Tokens of a mixture have rows of several experts.
         for size in sizes:
             yield from (places.experts(case, size, 4 * count) for case in cases)
+    yield from (places.cache(cache) for cache in caches)
     yield from (places.searches(case) for case in cases)
 
 
@@ -318,7 +355,7 @@ def dry_run(arch: int | str, cases: list[Case], rows: Sequence[int]) -> tuple[in
 
     for dtype in TYPES.values():
         with launch.recording(facts):
-            for some in all_places(Places(facts, meta, dtype), cases, rows, TINY, TINY_EXPERTS):
+            for some in all_places(Places(facts, meta, dtype), cases, rows, TINY, TINY_EXPERTS, TINY_CACHES):
                 done = []
                 for place in some:
                     tuner.tune(place)
@@ -350,7 +387,7 @@ def main() -> None:
     facts = launch.facts(device)
     tuner, places = Tuner(facts, a.limit, a.again, seconds), Places(facts, device, TYPES[a.dtype])
     with torch.inference_mode():
-        for some in all_places(places, cases, a.rows, SHAPES, EXPERTS):
+        for some in all_places(places, cases, a.rows, SHAPES, EXPERTS, [] if a.only else CACHES):
             for place in some:
                 if time.perf_counter() > tuner.end:
                     print("out of time")

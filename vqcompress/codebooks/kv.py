@@ -5,7 +5,7 @@ channel. Keys are coded before their rotary embedding where that can be seen, si
 channels vary together (KVQuant, arXiv 2401.18079, section 3.1): they are turned back before the search, and turned
 again when they are read.
 Shape legend: B rows, Q heads of queries, H heads of keys and values, T tokens, D channels of a head, d channels of a
-group, G = D / d groups, E entries, N tokens to learn from, P groups of all heads.
+group, G = D / d groups, E entries, N tokens to learn from, P groups of all heads, R = Q / H.
 """
 
 from __future__ import annotations
@@ -143,3 +143,126 @@ def _means(x_PNd: Tensor, weight_PN: Tensor, code_PN: Tensor, book_PEd: Tensor) 
     mass_PE = weight_PN1.new_zeros(book_PEd.shape[:2]).scatter_add_(1, code_PN, weight_PN1[..., 0])
     sum_PEd = weight_PN1.new_zeros(book_PEd.shape).scatter_add_(1, code_PNd, weight_PN1 * x_PNd)
     return torch.where(mass_PE[..., None] > 0, (sum_PEd / mass_PE[..., None]).float(), book_PEd)
+
+
+def attend(
+    q_BQD: Tensor,
+    codes_k: Tensor,
+    book_k: Tensor,
+    codes_v: Tensor,
+    book_v: Tensor,
+    scaling: float,
+    start: int,
+    end: int | Tensor,
+    mask_BT: Tensor | None = None,
+    cos_BTD: Tensor | None = None,
+    sin_BTD: Tensor | None = None,
+    scale_k: Tensor | None = None,
+    scale_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query a row to the coded tokens from `start` on and before `end`: float32 values (B, Q, D) and
+    logarithms of the sums of exponentials (B, Q), with which what attends to other tokens can be merged.
+
+    codes_k, codes_v: uint8 (B, H, T, G); Q / H queries that follow one another share a head. scaling: of scores. end: a
+    number, or an int32 tensor of one element, at most T. mask_BT: True where a token counts; what may attend to nothing
+    gets 0 and −∞. cos_BTD, sin_BTD: keys were coded before their rotary embedding; as `turn` has them, of all T tokens.
+    scale_k, scale_v: what a token's entries are multiplied by, (B, H, T). All is float64 if q is.
+    """
+    (batch, heads, _, _), of = codes_k.shape, slice(start, int(end))
+    k_BHTD, v_BHTD = decode(codes_k[:, :, of], book_k), decode(codes_v[:, :, of], book_v)
+    if cos_BTD is not None and sin_BTD is not None:
+        k_BHTD = turn(k_BHTD, cos_BTD[:, of], sin_BTD[:, of])
+    dtype = torch.promote_types(q_BQD.dtype, torch.float32)
+    score_BHRT = q_BQD.to(dtype).view(batch, heads, -1, q_BQD.shape[-1]) @ k_BHTD.to(dtype).mT * scaling
+    if scale_k is not None:
+        score_BHRT *= scale_k[:, :, None, of]
+    if mask_BT is not None:
+        score_BHRT = score_BHRT.masked_fill(~mask_BT[:, None, None, of], -torch.inf)
+    lse_BHR = score_BHRT.logsumexp(-1)
+    weight_BHRT = (score_BHRT - lse_BHR.masked_fill(lse_BHR.isneginf(), 0)[..., None]).exp()
+    if scale_v is not None:
+        weight_BHRT *= scale_v[:, :, None, of]
+    return (weight_BHRT @ v_BHTD.to(dtype)).flatten(1, 2), lse_BHR.flatten(1)
+
+
+@torch.library.custom_op("vqcompress::kv_encode", mutates_args=("out",))
+def kv_encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None, out: Tensor) -> None:
+    """`encode` of x, turned back first if it has cosines and sines, into uint8 (B, H, T, G) of any strides."""
+    if cos_BTD is not None and sin_BTD is not None:
+        x_BHTD = turn(x_BHTD, cos_BTD, sin_BTD, back=True)
+    out.copy_(encode(x_BHTD, book_HGEd))
+
+
+@torch.library.custom_op("vqcompress::kv_attend", mutates_args=())
+def kv_attend(
+    q_BQD: Tensor,
+    codes_k: Tensor,
+    book_k: Tensor,
+    codes_v: Tensor,
+    book_v: Tensor,
+    scaling: float,
+    start: int,
+    end: int,
+    filled: Tensor | None,
+    mask_BT: Tensor | None,
+    cos_BTD: Tensor | None,
+    sin_BTD: Tensor | None,
+    scale_k: Tensor | None,
+    scale_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend`. filled: an end on the device, instead of the number, as a CUDA graph needs it."""
+    last = end if filled is None else filled
+    more = mask_BT, cos_BTD, sin_BTD, scale_k, scale_v
+    return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
+
+
+@kv_attend.register_fake
+def _(
+    q_BQD: Tensor,
+    codes_k: Tensor,
+    book_k: Tensor,
+    codes_v: Tensor,
+    book_v: Tensor,
+    scaling: float,
+    start: int,
+    end: int,
+    filled: Tensor | None,
+    mask_BT: Tensor | None,
+    cos_BTD: Tensor | None,
+    sin_BTD: Tensor | None,
+    scale_k: Tensor | None,
+    scale_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out_BQD = q_BQD.new_empty(q_BQD.shape, dtype=torch.promote_types(q_BQD.dtype, torch.float32))
+    return out_BQD, out_BQD.new_empty(out_BQD.shape[:2])
+
+
+@kv_encode.register_kernel("cuda")
+def _(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None, out: Tensor) -> None:
+    from vqcompress.kernels import kv
+
+    kv.encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD, out)
+
+
+@kv_attend.register_kernel("cuda")
+def _(
+    q_BQD: Tensor,
+    codes_k: Tensor,
+    book_k: Tensor,
+    codes_v: Tensor,
+    book_v: Tensor,
+    scaling: float,
+    start: int,
+    end: int,
+    filled: Tensor | None,
+    mask_BT: Tensor | None,
+    cos_BTD: Tensor | None,
+    sin_BTD: Tensor | None,
+    scale_k: Tensor | None,
+    scale_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from vqcompress.kernels import kv
+
+    more = mask_BT, cos_BTD, sin_BTD, scale_k, scale_v
+    last = end if filled is None else filled
+    return kv.attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
