@@ -62,7 +62,7 @@ class KVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]
-        past = self._read(start) if start else None
+        past = self._read(start) if start and new > 1 else None
         turned = self.cache.turned(self.rotary)
         for which, x in enumerate((key_states, value_states)):
             if which == 0 and turned:
@@ -129,7 +129,9 @@ class KVLayer(CacheLayerMixin):
         for x, first, ring in zip(found, self.first, self.ring, strict=True):
             if len(newest):
                 x[:, :, newest] = ring[:, :, newest % ring.shape[2]]
-            if first.shape[2]:
+            if first.shape[2] and self.cache.first_slot_B is None:
+                x[:, :, : first.shape[2]] = first[:, :, :length]
+            elif first.shape[2]:
                 at_BS = self.cache.sink_slots(x)
                 index = at_BS.clamp(max=length - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
                 stored = torch.where((at_BS < length)[:, None, :, None], first, x.gather(2, index))
@@ -222,8 +224,9 @@ class KVCache(Cache):
         mask = kwargs.get("attention_mask")
         self._running = kwargs.get("past_key_values") is self
         if self._running and not self.get_seq_length() and isinstance(mask, Tensor) and mask.dim() == 2:
-            self.first_slot_B = mask.long().argmax(1)
-            self.last_sink = int(self.first_slot_B.max()) + self.sinks
+            first_B = mask.long().argmax(1)
+            if furthest := int(first_B.max()):
+                self.first_slot_B, self.last_sink = first_B, furthest + self.sinks
 
     def _turn(self, module: nn.Module, args: Any, out: Any) -> None:
         """Keep the embedding of new tokens."""
