@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that can only be seen on a GPU, in less than nine minutes: tests, kernels against cuBLAS, a whole model.
+# All that can only be seen on a GPU, in less than ten minutes: tests, kernels against cuBLAS and torch, a whole model.
 # Usage: bash scripts/bench_gpu.sh [--interpret]
 #   --interpret: without a GPU; kernels run in Triton's interpreter on tiny shapes, for their correctness alone.
 # Uses the Python that has torch and Triton, with wheels from the folder `wheels/` for what else it lacks, so that no
@@ -38,6 +38,7 @@ fi
 export HF_HUB_OFFLINE=1
 if [ "${1:-}" = --interpret ]; then
     "$py" scripts/bench_kernels.py --interpret
+    "$py" scripts/bench_attention.py --interpret
     "$py" scripts/tune.py --dry-run --rows 1 16
     "$py" scripts/bench_model.py --layers 1 --hidden 128 --device cpu --new-tokens 8
     exit
@@ -49,7 +50,8 @@ fi
 results="benchmarks/results/$("$py" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_"))').jsonl"
 mkdir -p benchmarks/results
 failed=0
-timeout 200 "$py" scripts/bench_kernels.py --limit 170 --json "$results" || failed=1
+timeout 170 "$py" scripts/bench_kernels.py --limit 140 --json "$results" || failed=1
+timeout 90 "$py" scripts/bench_attention.py --limit 60 --json "$results" || failed=1
 timeout 200 "$py" scripts/bench_model.py --recipes vq-2bit fp8-tile --json "$results" || failed=1
 if "$py" -c 'import pytest, hypothesis' 2>/dev/null; then
     parallel=$("$py" -c 'import xdist, os; print("-n", min(8, os.cpu_count()))' 2>/dev/null || true)

@@ -54,7 +54,7 @@ def drawn(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu") ->
 
     of = (size.batch, size.heads, size.tokens)
     book = (1, 1) if size.one_book else (size.heads, groups)
-    codes = [(normal(*of, groups) * 1e3).to(torch.uint8) for _ in range(2)]
+    codes = [(normal(*of, groups).abs() * 1e3).to(torch.int32).remainder(256).to(torch.uint8) for _ in range(2)]
     books = [normal(*book, kv.ENTRIES, size.d).half() for _ in range(2)]
     more: dict[str, Any] = {}
     if size.angles:

@@ -52,10 +52,8 @@ def encode(x_BHTD: Tensor, book_HGEd: Tensor) -> Tensor:
     groups = channels // d
     book = book_HGEd.float().expand(heads, groups, count, d)
     x_HGNd = x_BHTD.float().reshape(batch, heads, tokens, groups, d).permute(1, 3, 0, 2, 4).flatten(2, 3)
-    score_HGNE = torch.baddbmm(
-        book.square().sum(-1).flatten(0, 1)[:, None] / 2, x_HGNd.flatten(0, 1), book.flatten(0, 1).mT, alpha=-1
-    )
-    code_HGN = score_HGNE.argmin(-1).to(torch.uint8).view(heads, groups, batch, tokens)
+    code_PN = _nearest(x_HGNd.flatten(0, 1), book.flatten(0, 1))
+    code_HGN = code_PN.to(torch.uint8).view(heads, groups, batch, tokens)
     return code_HGN.permute(2, 0, 3, 1).contiguous()
 
 
