@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--other")
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--sinks", type=int, default=4)

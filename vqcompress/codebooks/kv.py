@@ -10,10 +10,9 @@ group, G = D / d groups, E entries, N tokens to learn from, P groups of all head
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from vqcompress.codebooks.universal import entries
 from vqcompress.hadamard import hadamard, random_signs
@@ -61,11 +60,11 @@ def decode(codes_BHTG: Tensor, book_HGEd: Tensor) -> Tensor:
     """The entries of codes, float32 (B, H, T, D)."""
     _, heads, _, groups = codes_BHTG.shape
     book = book_HGEd.float().expand(heads, groups, *book_HGEd.shape[2:])
-    index_HG = torch.arange(heads * groups, device=codes_BHTG.device).view(heads, 1, groups) * book.shape[2]
-    return book.flatten(0, 2)[index_HG + codes_BHTG.long()].flatten(-2)
+    first_HTG = torch.arange(heads * groups, dtype=torch.int32, device=codes_BHTG.device).view(heads, 1, groups)
+    # Several times as fast on a CPU as an index of int64.
+    return embedding(first_HTG * book.shape[2] + codes_BHTG.int(), book.flatten(0, 2)).flatten(-2)
 
 
-@cache
 def signs(channels: int, device: torch.device) -> Tensor:
     """The signs ±1 (D,) before every Hadamard transform of heads: always the same, so that nobody stores them."""
     with torch.inference_mode(False):
