@@ -92,6 +92,8 @@ class Compensation:
         add_up(team, seen)
         team.add(missing_OI)
         known = seen.statistics(facts.seed)
+        # Its sums are as large as all that follows.
+        del seen
         assert known.hessian_II is not None
         hessian_II = known.hessian_II.double()
         # As much damping as the noise of so many tokens is worth, so that few of them are not learned by heart.

@@ -321,7 +321,7 @@ class _Job:
         encode += parts + 4 * squares
         closing = [c for b in plan.blocks if (c := self.closing(b))]
         # The stored block, decoded; sums, their inverse and the solution in float64.
-        solve = max((32 * c.shape[1] ** 2 + 28 * c.weights for c in closing), default=0)
+        solve = max((24 * c.shape[1] ** 2 + 28 * c.weights for c in closing), default=0)
         compensate = module + activations + 4 * squares + solve if closing else 0
         work = max(gather, encode, compensate, self._tuned_bytes(activations, size))
         if self.on_gpu:
