@@ -39,10 +39,10 @@ QUANTIZE = {
 # The scripts of users rely on every one of these; one that goes away, or a new one, is a decision.
 OPTIONS = {
     "": {"--version", "--debug", "--install-completion", "--show-completion"},
-    "quantize": QUANTIZE | {"--output", "-o", "--dry-run", "--overwrite", "--states"},
-    "plan": QUANTIZE | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states"},
+    "quantize": QUANTIZE | {"--output", "-o", "--dry-run", "--overwrite", "--states", "--kv-cache"},
+    "plan": QUANTIZE | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
     "eval perplexity": {
-        "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug",
+        "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
     },
     "eval speed": {
         *("--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug")
@@ -50,7 +50,7 @@ OPTIONS = {
     "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
     "inspect": {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
     "verify": {"--json", "--debug"},
-    "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug"},
+    "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug", "--kv-cache"},
     "doctor": {"--json", "--debug"},
     "recipes": {"--debug"},
 }  # fmt: skip
