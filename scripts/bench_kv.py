@@ -26,7 +26,8 @@ from vqcompress.checkpoint import resolve
 from vqcompress.codebooks import kv
 from vqcompress.evaluate import open_model
 from vqcompress.quantize import calibration
-from vqcompress.runtime.cache import KVCache, decoding, find_rotary
+from vqcompress.runtime.attention import CACHE, decoding, find_rotary
+from vqcompress.runtime.cache import KVCache
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
@@ -72,7 +73,7 @@ def perplexity(model, windows_NL: Tensor, coders, rotary, window: int, sinks: in
             else:
                 cache = KVCache(model, coders, rotary, window, sinks, strict=True)
                 with decoding(model):
-                    logits = model(batch, past_key_values=cache, use_cache=True).logits
+                    logits = model(batch, **{CACHE: cache}, use_cache=True).logits
                 cache.close()
             total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / windows_NL[:, 1:].numel())
@@ -104,13 +105,13 @@ def main() -> None:
     texts = {name: Path(name).read_text(encoding="utf-8") for name in filter(None, (a.text, a.other))}
     cut = {n: tokenize(tokenizer, t)[: a.windows * a.seqlen].view(-1, a.seqlen) for n, t in texts.items()}
     dense = {name: perplexity(model, windows, None, rotary, 0, 0) for name, windows in cut.items()}
-    ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), rotary)}
+    plain = [None] * len(rotary)
+    ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), plain)}
     for d in a.d:
         books = calibrate(model, rows_NL, d, rotary, a.seed, not a.uniform)
         bits = 8 / d + 16 * kv.ENTRIES / CONTEXT
         ways[f"learned {d}x8"] = (bits, [(Learned(k), Learned(v)) for k, v in books], rotary)
-        ways[f"universal {d}x8"] = (8 / d + 16 / channels, [(Universal(d), Universal(d))] * len(rotary), rotary)
-    plain = [None] * len(rotary)
+        ways[f"universal {d}x8"] = (8 / d + 16 / channels, [(Universal(d), Universal(d))] * len(rotary), plain)
     for bits in (4, 2):
         total = bits + 32 / min(GROUP, channels)
         ways[f"scalar {bits}, by token"] = (total, [(Scalar(bits, False), Scalar(bits, False))] * len(rotary), plain)

@@ -23,7 +23,8 @@ from vqcompress.codebooks import kv
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.quantize import quantize
 from vqcompress.recipe import dump, parse
-from vqcompress.runtime.cache import KVCache, decoding, find_rotary
+from vqcompress.runtime.attention import CACHE, decoding, find_rotary
+from vqcompress.runtime.cache import KVCache
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 from vqcompress.runtime.load import load
 
@@ -142,9 +143,9 @@ def test_generate_goes_as_with_a_plain_cache(family: str, kept: tuple[int, int])
         "pad_token_id": 0,
         "eos_token_id": None,
     }
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **settings)
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **settings)
     cache = KVCache(model, plain(model), find_rotary(model), *kept)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
+    assert torch.equal(model.generate(ids, **{CACHE: cache}, **settings), expected)
     assert cache.get_seq_length() == 43
 
 
@@ -155,7 +156,7 @@ def test_beams_are_reordered() -> None:
     mask[1, :5] = 0
     expected = model.generate(ids, attention_mask=mask, **settings)
     cache = KVCache(model, plain(model), find_rotary(model), 4, 2)
-    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **settings), expected)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings), expected)
 
 
 @torch.inference_mode()
@@ -165,9 +166,7 @@ def step_by_step(model: Any, cache: KVCache, ids: Tensor, mask: Tensor | None = 
         seen = None if mask is None else mask[:, : n + 1]
         places = None if mask is None else (seen.cumsum(1) - 1).clamp(min=0)[:, -1:]  # type: ignore[union-attr]
         found.append(
-            model(
-                ids[:, n : n + 1], attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True
-            ).logits
+            model(ids[:, n : n + 1], attention_mask=seen, position_ids=places, **{CACHE: cache}, use_cache=True).logits
         )
     return torch.cat(found, 1)
 
@@ -180,9 +179,7 @@ def test_one_pass_measures_what_decoding_token_by_token_would(family: str, kept:
     ids, rotary = ids_of(2, 40), find_rotary(model)
     steps = step_by_step(model, KVCache(model, rough(model), rotary, *kept), ids)
     with decoding(model):
-        once = model(
-            ids, past_key_values=KVCache(model, rough(model), rotary, *kept, strict=True), use_cache=True
-        ).logits
+        once = model(ids, **{CACHE: KVCache(model, rough(model), rotary, *kept, strict=True)}, use_cache=True).logits
     dense = model(ids, use_cache=False).logits
     torch.testing.assert_close(once, steps, atol=2e-4, rtol=1e-3)
     assert ((once - dense).abs().max() > 1e-3) == (kept != (100, 0))
@@ -193,9 +190,7 @@ def test_a_prompt_attends_in_full_precision() -> None:
     model = model_of("llama")
     ids = ids_of(2, 40)
     cache = KVCache(model, rough(model), find_rotary(model), 0, 0)
-    torch.testing.assert_close(
-        model(ids, past_key_values=cache, use_cache=True).logits, model(ids, use_cache=False).logits
-    )
+    torch.testing.assert_close(model(ids, **{CACHE: cache}, use_cache=True).logits, model(ids, use_cache=False).logits)
 
 
 @torch.inference_mode()
@@ -208,11 +203,11 @@ def test_a_padded_row_reads_what_it_would_alone() -> None:
     alone = step_by_step(model, KVCache(model, rough(model), find_rotary(model), 5, 3), short)
     cache = KVCache(model, rough(model), find_rotary(model), 5, 3)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    model(ids[:, :12], attention_mask=mask[:, :12], position_ids=places[:, :12], past_key_values=cache, use_cache=True)
+    model(ids[:, :12], attention_mask=mask[:, :12], position_ids=places[:, :12], **{CACHE: cache}, use_cache=True)
     last = [
         model(
             ids[:, n : n + 1], attention_mask=mask[:, : n + 1], position_ids=places[:, n : n + 1],
-            past_key_values=cache, use_cache=True,
+            **{CACHE: cache}, use_cache=True,
         ).logits
         for n in range(12, 39)
     ]  # fmt: skip
@@ -224,10 +219,10 @@ def test_what_is_cropped_was_never_there() -> None:
     model = model_of("llama")
     ids, rotary = ids_of(1, 30), find_rotary(model)
     once = KVCache(model, rough(model), rotary, 0, 3)
-    model(ids[:, :20], past_key_values=once, use_cache=True)
+    model(ids[:, :20], **{CACHE: once}, use_cache=True)
     expected = step_by_step(model, once, ids[:, 20:])
     cropped = KVCache(model, rough(model), rotary, 0, 3)
-    model(torch.cat([ids[:, :20], ids_of(1, 7, seed=1)], 1), past_key_values=cropped, use_cache=True)
+    model(torch.cat([ids[:, :20], ids_of(1, 7, seed=1)], 1), **{CACHE: cropped}, use_cache=True)
     cropped.crop(-7)
     assert cropped.get_seq_length() == 20
     torch.testing.assert_close(step_by_step(model, cropped, ids[:, 20:]), expected)
@@ -240,7 +235,7 @@ def test_the_newest_tokens_are_read_as_they_are_after_a_crop() -> None:
     ids, rotary = ids_of(1, 30), find_rotary(model)
     expected = step_by_step(model, DynamicCache(config=model.config), ids)  # type: ignore[arg-type]
     cache = KVCache(model, plain(model), rotary, 8, 0)
-    model(torch.cat([ids[:, :20], ids_of(1, 5, seed=1)], 1), past_key_values=cache, use_cache=True)
+    model(torch.cat([ids[:, :20], ids_of(1, 5, seed=1)], 1), **{CACHE: cache}, use_cache=True)
     cache.crop(-5)
     torch.testing.assert_close(step_by_step(model, cache, ids[:, 20:]), expected[:, 20:], atol=1e-5, rtol=1e-4)
 
@@ -252,7 +247,7 @@ def test_memory_is_of_codes() -> None:
     ids = ids_of(2, 250)
     dense = 2 * 2 * ids.numel() * 2 * 64 * 2
     cache = KVCache(model, rough(model, 2), [None, None], 0, 0, length=250)
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, **{CACHE: cache}, use_cache=True)
     assert cache.nbytes() <= 0.3 * dense
     cache.reset()
     assert cache.nbytes() == 0
@@ -276,7 +271,7 @@ def test_codebooks_of_a_model_lose_less_than_the_universal_one() -> None:
         for coders in ([(Learned(k), Learned(v)) for k, v in books], rough(model)):
             with torch.inference_mode(), decoding(model):
                 cache = KVCache(model, coders, rotary, 0, 0, strict=True)
-                logits = model(rows[:4], past_key_values=cache, use_cache=True).logits
+                logits = model(rows[:4], **{CACHE: cache}, use_cache=True).logits
                 cache.close()
             with torch.inference_mode():
                 errors.append((logits - model(rows[:4], use_cache=False).logits).square().mean().item())
@@ -342,7 +337,7 @@ def test_a_loaded_model_generates_with_codes(artifact: tuple[Path, Path, Path]) 
         assert len(made) == 1
         assert torch.equal(coded[:, :60], ids)
         load(out).generate(ids, **settings)
-        load(out, kv_cache="kv-fp8").generate(ids, past_key_values=DynamicCache(), **settings)
+        load(out, kv_cache="kv-fp8").generate(ids, **{CACHE: DynamicCache()}, **settings)
         assert len(made) == 1
 
 

@@ -17,7 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
 from vqcompress.recipe import CacheKnobs
-from vqcompress.runtime.cache import KINDS, find_rotary
+from vqcompress.runtime.attention import CACHE, find_rotary
+from vqcompress.runtime.cache import KINDS
 
 # Tokens that a codebook is learned from at most, spread evenly over all rows: 64 for each entry.
 TOKENS = 64 * kv.ENTRIES
@@ -99,7 +100,7 @@ def _gather(
             with torch.set_grad_enabled(gradients):
                 # No weight asks for a gradient, so that what enters must.
                 entering = embeddings(batch).detach().requires_grad_(gradients)
-                logits = model(inputs_embeds=entering, past_key_values=cache, use_cache=True).logits
+                logits = model(inputs_embeds=entering, **{CACHE: cache}, use_cache=True).logits
                 if gradients:
                     loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
                     loss.backward()

@@ -10,7 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from vqcompress.blocks import BlockStream
 from vqcompress.calibration import read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.runtime.cache import decoding
+from vqcompress.runtime.attention import CACHE, asks_readers, decoding
 from vqcompress.runtime.decode import Decoder
 from vqcompress.runtime.device import choose_device, forget_peaks, model_dtype, peak_device_bytes, peak_rss_bytes
 from vqcompress.runtime.load import kept_as, load_any
@@ -87,15 +88,16 @@ class CodedPass:
 
     @torch.inference_mode()
     def logits(self, number: int, first: int) -> Tensor:
-        """As those of a `Pass`."""
-        cache, ids_BL = self.how.cache(self.network, strict=True), self.windows_NL[number : number + 1]
+        """As those of a `Pass`; tokens go one by one where the attention of the model cannot be replaced."""
+        ids_BL, at_once = self.windows_NL[number : number + 1].to(self.network.device), asks_readers(self.network)
+        cache, network = self.how.cache(self.network, strict=at_once), cast(Any, self.network)
         try:
-            with decoding(self.network):
-                out: Any = self.network(ids_BL.to(self.network.device), past_key_values=cache, use_cache=True)
+            with decoding(self.network) if at_once else nullcontext():
+                parts = [ids_BL] if at_once else ids_BL.split(1, 1)
+                found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
         finally:
             cache.close()
-        logits_LV: Tensor = out.logits[0, first:-1]
-        return logits_LV
+        return torch.cat(found)[first:-1]
 
 
 class Scores:

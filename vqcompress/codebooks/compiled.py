@@ -1,11 +1,12 @@
-"""The searches that want compiled code on a CPU, by numba: Viterbi's algorithm, and words of E8P.
+"""What wants compiled code on a CPU, by numba: Viterbi's algorithm, words of E8P, attention to coded keys and values.
 
 Viterbi. A state is a window of a stream, its oldest bit lowest: s' = (s >> k) | (new bits << (states − k)). So the
 states that lead to one class q of states are P·q … P·q + P − 1, P = 2**k, and class q holds the states q + u·Q, u < P.
 Costs are laid out as (P, Q), state s at [s mod P, s div P]: then all inner loops run over neighbours in memory, and
 vectorize.
 Which predecessor was best rides in the lowest k bits of a cost, so that a minimum finds both.
-Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above; A patterns of E8P.
+Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above; A patterns of E8P. Of
+attention: as in `codebooks.kv`, W = d / 2 pairs of channels of an entry.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 from numba import njit
 
 FAR = np.float32(1e30)
+# Sums in any order, so that they vectorize; infinities stay what they are.
+SUMS = {"reassoc", "contract", "nsz"}
 
 
 @njit(nogil=True, cache=True)
@@ -139,3 +142,97 @@ def e8p(x_N8, pattern_8A, norm_A, odd_A):  # type: ignore[no-untyped-def]  # pra
                     signs ^= 1 << flip
                 code_N[n] = best | (signs & 127) << 8 | minus << 15
     return code_N
+
+
+@njit(nogil=True, cache=True, fastmath=SUMS)
+def nearest_entries(x_BHTD, book_HGEd, out_BHTG):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
+    """`kv.encode` into out."""
+    (batch, heads, tokens, groups), (_, _, count, d) = out_BHTG.shape, book_HGEd.shape
+    # One head or group of a codebook stands for all.
+    of_head, of_group, cost_E = len(book_HGEd) > 1, book_HGEd.shape[1] > 1, np.empty(count, np.float32)
+    for h in range(heads):
+        for g in range(groups):
+            book_Ed = book_HGEd[h * of_head, g * of_group]
+            for b in range(batch):
+                for t in range(tokens):
+                    x_d, least = x_BHTD[b, h, t, g * d : (g + 1) * d], np.float32(np.inf)
+                    for e in range(count):
+                        cost = np.float32(0)
+                        for j in range(d):
+                            cost += book_Ed[e, j] * (np.float32(0.5) * book_Ed[e, j] - x_d[j])
+                        cost_E[e] = cost
+                        least = min(least, cost)
+                    code = 0
+                    while cost_E[code] > least:
+                        code += 1
+                    out_BHTG[b, h, t, g] = code
+
+
+@njit(nogil=True, cache=True, fastmath=SUMS)
+def attend(  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
+    first,
+    last,
+    q_BHRD,
+    codes_k,
+    book_k,
+    codes_v,
+    book_v,
+    mask_BT,
+    cos_BTD,
+    sin_BTD,
+    scale_k,
+    scale_v,
+    out_BHRD,
+    lse_BHR,
+):
+    """`kv.attend` into out and lse; queries carry the scaling. Books are int64 (H, G, E, W), what is absent empty."""
+    (batch, heads, repeat, channels), groups, words = q_BHRD.shape, codes_k.shape[3], book_k.shape[3]
+    of_head, of_group = len(book_k) > 1, book_k.shape[1] > 1
+    half, count = channels // 2, max(last - first, 0)
+    pairs, turned = np.empty(half, np.int64), np.empty(channels, np.float32)
+    entry, score_RT = pairs.view(np.float32), np.empty((repeat, count), np.float32)
+    for b in range(batch):
+        for h in range(heads):
+            top_R = np.full(repeat, -np.inf, np.float32)
+            for t in range(count):
+                if len(mask_BT) and not mask_BT[b, first + t]:
+                    score_RT[:, t] = -np.inf
+                    continue
+                for g in range(groups):
+                    code = codes_k[b, h, first + t, g]
+                    for w in range(words):
+                        pairs[g * words + w] = book_k[h * of_head, g * of_group, code, w]
+                key = entry
+                if len(cos_BTD):
+                    cos, sin = cos_BTD[b % len(cos_BTD), first + t], sin_BTD[b % len(sin_BTD), first + t]
+                    for c in range(half):
+                        turned[c] = entry[c] * cos[c] - entry[c + half] * sin[c]
+                        turned[c + half] = entry[c + half] * cos[c] + entry[c] * sin[c]
+                    key = turned
+                size = scale_k[b, h, first + t] if len(scale_k) else np.float32(1)
+                for r in range(repeat):
+                    dot = np.float32(0)
+                    for c in range(channels):
+                        dot += q_BHRD[b, h, r, c] * key[c]
+                    score_RT[r, t] = dot * size
+                    top_R[r] = max(top_R[r], dot * size)
+            out_BHRD[b, h] = 0
+            for r in range(repeat):
+                total = np.float32(0)
+                for t in range(count):
+                    weight = np.exp(score_RT[r, t] - top_R[r]) if top_R[r] > -np.inf else np.float32(0)
+                    score_RT[r, t] = weight
+                    total += weight
+                lse_BHR[b, h, r] = top_R[r] + np.log(total) if total > 0 else -np.inf
+                if total > 0:
+                    score_RT[r] /= total
+            for t in range(count):
+                for g in range(groups):
+                    code = codes_v[b, h, first + t, g]
+                    for w in range(words):
+                        pairs[g * words + w] = book_v[h * of_head, g * of_group, code, w]
+                size = scale_v[b, h, first + t] if len(scale_v) else np.float32(1)
+                for r in range(repeat):
+                    weight = score_RT[r, t] * size
+                    for c in range(channels):
+                        out_BHRD[b, h, r, c] += weight * entry[c]

@@ -10,6 +10,9 @@ group, G = D / d groups, E entries, N tokens to learn from, P groups of all head
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -48,8 +51,15 @@ def encode(x_BHTD: Tensor, book_HGEd: Tensor) -> Tensor:
     book_HGEd: float; one head or group stands for all.
     """
     (batch, heads, tokens, channels), (_, _, count, d) = x_BHTD.shape, book_HGEd.shape
-    groups = channels // d
-    book = book_HGEd.float().expand(heads, groups, count, d)
+    groups, book = channels // d, book_HGEd.float()
+    if not x_BHTD.is_cuda:
+        from vqcompress.codebooks import compiled
+
+        codes_BHTG = torch.empty((batch, heads, tokens, groups), dtype=torch.uint8)
+        given = x_BHTD.float().contiguous(), book.contiguous(), codes_BHTG
+        compiled.nearest_entries(*(part.detach().numpy() for part in given))
+        return codes_BHTG
+    book = book.expand(heads, groups, count, d)
     x_HGNd = x_BHTD.float().reshape(batch, heads, tokens, groups, d).permute(1, 3, 0, 2, 4).flatten(2, 3)
     code_PN = _nearest(x_HGNd.flatten(0, 1), book.flatten(0, 1))
     code_HGN = code_PN.to(torch.uint8).view(heads, groups, batch, tokens)
@@ -65,10 +75,19 @@ def decode(codes_BHTG: Tensor, book_HGEd: Tensor) -> Tensor:
     return embedding(first_HTG * book.shape[2] + codes_BHTG.int(), book.flatten(0, 2)).flatten(-2)
 
 
-def signs(channels: int, device: torch.device) -> Tensor:
-    """The signs ±1 (D,) before every Hadamard transform of heads: always the same, so that nobody stores them."""
+@cache
+def gaussian(d: int, device: torch.device) -> Tensor:
+    """The universal codebook (1, 1, E, d) of 8 / d bits a channel."""
     with torch.inference_mode(False):
-        return random_signs(channels, torch.Generator().manual_seed(channels)).to(device)
+        return entries(d, BITS).to(device)[None, None]
+
+
+@cache
+def rotation(channels: int, device: torch.device) -> Tensor:
+    """Signs, then the Hadamard transform, as an orthonormal matrix (D, D) for x @ it: the same for all models."""
+    with torch.inference_mode(False):
+        draw = torch.Generator().manual_seed(channels)
+        return hadamard(random_signs(channels, draw).diag()).to(device)
 
 
 def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -77,16 +96,15 @@ def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
     Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
     (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
     """
-    x_BHTD = hadamard(x_BHTD.float() * signs(x_BHTD.shape[-1], x_BHTD.device))
+    x_BHTD = x_BHTD.float() @ rotation(x_BHTD.shape[-1], x_BHTD.device)
     scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
-    book_HGEd = entries(d, BITS).to(x_BHTD.device)[None, None]
-    return encode(x_BHTD / scale_BHT.float()[..., None], book_HGEd), scale_BHT
+    return encode(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
 
 
 def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, d: int) -> Tensor:
     """What `universal_encode` stored, float32 (B, H, T, D)."""
-    x_BHTD = decode(codes_BHTG, entries(d, BITS).to(codes_BHTG.device)[None, None]) * scale_BHT.float()[..., None]
-    return hadamard(x_BHTD) * signs(x_BHTD.shape[-1], x_BHTD.device)
+    x_BHTD = decode(codes_BHTG, gaussian(d, codes_BHTG.device)) * scale_BHT.float()[..., None]
+    return x_BHTD @ rotation(x_BHTD.shape[-1], x_BHTD.device).T
 
 
 def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generator: torch.Generator) -> Tensor:
@@ -142,6 +160,33 @@ def _means(x_PNd: Tensor, weight_PN: Tensor, code_PN: Tensor, book_PEd: Tensor) 
     return torch.where(mass_PE[..., None] > 0, (sum_PEd / mass_PE[..., None]).float(), book_PEd)
 
 
+def weigh(
+    q_BQD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    scaling: float,
+    mask_BT: Tensor | None = None,
+    scale_k: Tensor | None = None,
+    scale_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query a row: values (B, Q, D) and logarithms of the sums of exponentials (B, Q).
+
+    Both in float32, or float64 if q is. mask_BT: True where a token counts; what may attend to nothing gets 0 and −∞.
+    scale_k, scale_v: what keys and values are multiplied by, (B, H, T).
+    """
+    (batch, heads), dtype = k_BHTD.shape[:2], torch.promote_types(q_BQD.dtype, torch.float32)
+    score_BHRT = q_BQD.to(dtype).view(batch, heads, -1, q_BQD.shape[-1]) @ k_BHTD.to(dtype).mT * scaling
+    if scale_k is not None:
+        score_BHRT *= scale_k[:, :, None]
+    if mask_BT is not None:
+        score_BHRT = score_BHRT.masked_fill(~mask_BT[:, None, None], -torch.inf)
+    lse_BHR = score_BHRT.logsumexp(-1)
+    weight_BHRT = (score_BHRT - lse_BHR.masked_fill(lse_BHR.isneginf(), 0)[..., None]).exp()
+    if scale_v is not None:
+        weight_BHRT *= scale_v[:, :, None]
+    return (weight_BHRT @ v_BHTD.to(dtype)).flatten(1, 2), lse_BHR.flatten(1)
+
+
 def attend(
     q_BQD: Tensor,
     codes_k: Tensor,
@@ -157,29 +202,26 @@ def attend(
     scale_k: Tensor | None = None,
     scale_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query a row to the coded tokens from `start` on and before `end`: float32 values (B, Q, D) and
-    logarithms of the sums of exponentials (B, Q), with which what attends to other tokens can be merged.
+    """`weigh` of the coded tokens from `start` on and before `end`; other tokens' can be merged with it.
 
     codes_k, codes_v: uint8 (B, H, T, G); Q / H queries that follow one another share a head. scaling: of scores. end: a
-    number, or an int32 tensor of one element, at most T. mask_BT: True where a token counts; what may attend to nothing
-    gets 0 and −∞. cos_BTD, sin_BTD: keys were coded before their rotary embedding; as `turn` has them, of all T tokens.
-    scale_k, scale_v: what a token's entries are multiplied by, (B, H, T). All is float64 if q is.
+    number, or an int32 tensor of one element, at most T. cos_BTD, sin_BTD: keys were coded before their rotary
+    embedding; as `turn` has them, of all T tokens. scale_k, scale_v: what a token's entries are multiplied by.
     """
-    (batch, heads, _, _), of = codes_k.shape, slice(start, int(end))
+    of = slice(start, max(start, int(end)))
     k_BHTD, v_BHTD = decode(codes_k[:, :, of], book_k), decode(codes_v[:, :, of], book_v)
     if cos_BTD is not None and sin_BTD is not None:
         k_BHTD = turn(k_BHTD, cos_BTD[:, of], sin_BTD[:, of])
-    dtype = torch.promote_types(q_BQD.dtype, torch.float32)
-    score_BHRT = q_BQD.to(dtype).view(batch, heads, -1, q_BQD.shape[-1]) @ k_BHTD.to(dtype).mT * scaling
-    if scale_k is not None:
-        score_BHRT *= scale_k[:, :, None, of]
-    if mask_BT is not None:
-        score_BHRT = score_BHRT.masked_fill(~mask_BT[:, None, None, of], -torch.inf)
-    lse_BHR = score_BHRT.logsumexp(-1)
-    weight_BHRT = (score_BHRT - lse_BHR.masked_fill(lse_BHR.isneginf(), 0)[..., None]).exp()
-    if scale_v is not None:
-        weight_BHRT *= scale_v[:, :, None, of]
-    return (weight_BHRT @ v_BHTD.to(dtype)).flatten(1, 2), lse_BHR.flatten(1)
+    of_tokens = [None if part is None else part[..., of] for part in (mask_BT, scale_k, scale_v)]
+    return weigh(q_BQD, k_BHTD, v_BHTD, scaling, *of_tokens)
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of tokens as one, each as `weigh` gives it."""
+    (one_BQD, one_BQ), (two_BQD, two_BQ) = first, second
+    lse_BQ = torch.logaddexp(one_BQ, two_BQ)
+    share_BQ = (two_BQ - lse_BQ.masked_fill(lse_BQ.isneginf(), 0)).exp()
+    return torch.lerp(one_BQD, two_BQD, share_BQ[..., None]), lse_BQ
 
 
 @torch.library.custom_op("vqcompress::kv_encode", mutates_args=("out",))
@@ -208,30 +250,35 @@ def kv_attend(
     scale_v: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`. filled: an end on the device, instead of the number, as a CUDA graph needs it."""
-    last = end if filled is None else filled
-    more = mask_BT, cos_BTD, sin_BTD, scale_k, scale_v
+    last, more = end if filled is None else filled, (mask_BT, cos_BTD, sin_BTD, scale_k, scale_v)
     return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
 
 
 @kv_attend.register_fake
-def _(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int,
-    filled: Tensor | None,
-    mask_BT: Tensor | None,
-    cos_BTD: Tensor | None,
-    sin_BTD: Tensor | None,
-    scale_k: Tensor | None,
-    scale_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(q_BQD: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     out_BQD = q_BQD.new_empty(q_BQD.shape, dtype=torch.promote_types(q_BQD.dtype, torch.float32))
     return out_BQD, out_BQD.new_empty(out_BQD.shape[:2])
+
+
+@kv_attend.register_kernel("cpu")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, mask_BT, *more = arguments
+    last = end if filled is None else int(filled)
+    if q_BQD.dtype == torch.float64:
+        cos_BTD, sin_BTD, *scales = more
+        return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, mask_BT, cos_BTD, sin_BTD, *scales)
+    from vqcompress.codebooks import compiled
+
+    (batch, heads, _, _), (_, queries, channels) = codes_k.shape, q_BQD.shape
+    q_BHRD = (q_BQD.float() * scaling).view(batch, heads, -1, channels)
+    # Entries are copied two channels at a time.
+    pairs_k, pairs_v = (book.float().contiguous().view(torch.int64) for book in (book_k, book_v))
+    mask = torch.empty((0, 0), dtype=torch.bool) if mask_BT is None else mask_BT
+    given = [q_BHRD.new_empty((0, 0, 0)) if part is None else part.float().contiguous() for part in more]
+    out_BHRD, lse_BHR = torch.empty_like(q_BHRD), q_BHRD.new_empty(q_BHRD.shape[:3])
+    tensors = q_BHRD, codes_k, pairs_k, codes_v, pairs_v, mask, *given, out_BHRD, lse_BHR
+    compiled.attend(start, last, *(part.numpy() for part in tensors))
+    return out_BHRD.view(q_BQD.shape), lse_BHR.view(batch, queries)
 
 
 @kv_encode.register_kernel("cuda")
@@ -242,24 +289,9 @@ def _(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor
 
 
 @kv_attend.register_kernel("cuda")
-def _(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int,
-    filled: Tensor | None,
-    mask_BT: Tensor | None,
-    cos_BTD: Tensor | None,
-    sin_BTD: Tensor | None,
-    scale_k: Tensor | None,
-    scale_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     from vqcompress.kernels import kv
 
-    more = mask_BT, cos_BTD, sin_BTD, scale_k, scale_v
+    q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, *more = arguments
     last = end if filled is None else filled
     return kv.attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)

@@ -3,196 +3,36 @@
 What enters is encoded at once. The first tokens of a row (attention sinks, StreamingLLM, arXiv 2309.17453) and the
 newest ones also stay as they are, and are read instead of their codes. A prompt attends in full precision and is
 encoded once; every later token attends to what is stored.
-Shape legend: B rows, H heads of keys and values, T tokens, D channels of a head, N newest and S first tokens in full
-precision, G codes of a head.
+Shape legend: B rows, T tokens, D channels of a head, S first tokens in full precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import Cache
 
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
+from vqcompress.runtime.attention import CACHE, asks_readers, find_rotary
+from vqcompress.runtime.cache_layer import KVLayer, Seen, grown
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 
-# Tokens by which the room for codes grows at least.
-ROOM = 256
-# Of keys that are equal before their rotary embedding, how far turning them back may leave them apart.
-APART = 0.02
-PROBE_TOKENS = 8
-STRICT = "vqcompress_decoding"
 KINDS = ("keys", "values")
 
 
-class KVLayer(CacheLayerMixin):
-    """The keys and values of one layer. coders: of both. rotary: of the embedding that keys are stored without."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, cache: KVCache, coders: tuple[Coder, Coder], rotary: nn.Module | None):
-        super().__init__()
-        self.cache, self.coders, self.rotary = cache, coders, rotary
-        self.length = self.full_from = 0
-        self.parts: tuple[dict[str, Tensor], ...] = ({}, {})
-        # Of keys and values: the first tokens (B, H, S, D), and the newest in a ring (B, H, N, D), slot mod N.
-        self.first: tuple[Tensor, ...] = ()
-        self.ring: tuple[Tensor, ...] = ()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room for what stays in full precision."""
-        sizes = self.cache.sinks, self.cache.window
-        self.first, self.ring = (
-            tuple(x.new_zeros((*x.shape[:2], size, x.shape[3])) for x in (key_states, value_states)) for size in sizes
-        )
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H, n, D); returns all of them, the past as stored."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, new = self.length, key_states.shape[2]
-        past = self._read(start) if start and new > 1 else None
-        turned = self.cache.turned(self.rotary)
-        for which, x in enumerate((key_states, value_states)):
-            if which == 0 and turned:
-                x = kv.turn(x, turned[0][:, start : start + new], turned[1][:, start : start + new], back=True)
-            for name, part in self.coders[which].encode(x).items():
-                self._room(which, name, part, start + new)[:, :, start : start + new] = part
-        self._keep((key_states, value_states), start)
-        self.length = start + new
-        if new == 1:
-            # The token itself is read as stored, too.
-            found = self._read(self.length)
-        elif past is None:
-            found = key_states, value_states
-        else:
-            found = torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
-        if self.cache.strict:
-            # For the attention that lets every token see the past as it will be stored by then.
-            found[0].stored = self._decoded(self.length)  # type: ignore[attr-defined]
-            found[0].kept = self.cache.window, self.cache.sinks  # type: ignore[attr-defined]
-        return found[0], found[1]
-
-    def _room(self, which: int, name: str, part: Tensor, length: int) -> Tensor:
-        """The stored part, grown to a length."""
-        held = self.parts[which].get(name)
-        if held is None or held.shape[2] < length:
-            size = max(length, ROOM) if held is None else max(length, held.shape[2] + max(ROOM, held.shape[2] // 4))
-            size = min(size, self.cache.room) if length <= self.cache.room else size
-            grown = part.new_zeros((*part.shape[:2], size, *part.shape[3:]))
-            if held is not None:
-                grown[:, :, : self.length] = held[:, :, : self.length]
-            self.parts[which][name] = held = grown
-        return held
-
-    def _keep(self, states: tuple[Tensor, Tensor], start: int) -> None:
-        """Put new tokens into the ring and, if they are a row's first, beside it."""
-        new, window = states[0].shape[2], self.ring[0].shape[2]
-        for x, first, ring in zip(states, self.first, self.ring, strict=True):
-            if window:
-                tail = min(new, window)
-                slots = torch.arange(start + new - tail, start + new, device=x.device) % window
-                ring[:, :, slots] = x[:, :, new - tail :]
-            if first.shape[2] and start < self.cache.last_sink:
-                at_BS = self.cache.sink_slots(x) - start
-                inside = ((at_BS >= 0) & (at_BS < new))[:, None, :, None]
-                index = at_BS.clamp(0, new - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-                first.copy_(torch.where(inside, x.gather(2, index), first))
-        self.full_from = max(self.full_from, start + new - window)
-
-    def _decoded(self, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, length, D) from their codes, in the type of the model."""
-        keys, values = (
-            coder.decode({name: part[:, :, :length] for name, part in parts.items()})
-            for coder, parts in zip(self.coders, self.parts, strict=True)
-        )
-        turned = self.cache.turned(self.rotary)
-        if turned:
-            keys = kv.turn(keys, turned[0][:, :length], turned[1][:, :length])
-        return keys.to(self.dtype), values.to(self.dtype)
-
-    def _read(self, length: int) -> tuple[Tensor, Tensor]:
-        """What a later token attends to: codes, but for the first and the newest tokens."""
-        found = self._decoded(length)
-        newest = torch.arange(max(self.full_from, 0), length, device=self.device)
-        for x, first, ring in zip(found, self.first, self.ring, strict=True):
-            if len(newest):
-                x[:, :, newest] = ring[:, :, newest % ring.shape[2]]
-            if first.shape[2] and self.cache.first_slot_B is None:
-                x[:, :, : first.shape[2]] = first[:, :, :length]
-            elif first.shape[2]:
-                at_BS = self.cache.sink_slots(x)
-                index = at_BS.clamp(max=length - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-                stored = torch.where((at_BS < length)[:, None, :, None], first, x.gather(2, index))
-                x.scatter_(2, index, stored)
-        return found
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens that a mask speaks of, from the first one on."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything, and the room for it."""
-        self.length = self.full_from = 0
-        self.parts, self.first, self.ring, self.is_initialized = ({}, {}), (), (), False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, given as a negative number."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
-        self.length = max(0, self.length + tokens_to_remove)
-        self.full_from = min(self.full_from, self.length)
-
-    def _rows(self, change: Any) -> None:
-        """Apply a change of the batch axis to everything."""
-        if self.is_initialized:
-            self.parts = tuple({name: change(part) for name, part in parts.items()} for parts in self.parts)
-            self.first, self.ring = tuple(map(change, self.first)), tuple(map(change, self.ring))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows in the order of beams."""
-        self._rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row several times."""
-        self._rows(lambda part: part.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Some of the rows."""
-        self._rows(lambda part: part[indices])
-
-    def nbytes(self) -> int:
-        """Memory that this layer takes."""
-        held = [part for parts in self.parts for part in parts.values()]
-        return sum(part.nbytes for part in (*held, *self.first, *self.ring))
-
-
 class KVCache(Cache):
-    """Keys and values of a model as codes: `past_key_values` of its forward and of `generate`.
+    """Keys and values of a model as codes: the cache that its forward and `generate` are given.
 
     coders: for each layer those of keys and values. rotary: for each layer the module that makes the embedding which
     its keys are stored without, or None. window, sinks: newest and first tokens that stay in full precision. length: of
-    the longest sequence, if it is known, so that no room is left over. strict: every token of a prompt, too, attends to
-    the past as stored (needs `decoding`), for measuring.
+    the longest sequence, if it is known, so that no room is left over. static: all room is made at once, and a step
+    looks at no number of the device, so that it can be recorded as a CUDA graph; needs a length. strict: every token of
+    a prompt, too, attends to the past as stored (needs `attention.decoding`), for measuring.
     """
 
     def __init__(
@@ -204,13 +44,31 @@ class KVCache(Cache):
         sinks: int,
         length: int | None = None,
         strict: bool = False,
+        static: bool = False,
     ):
-        self.window, self.sinks, self.room, self.strict = window, sinks, length or (1 << 60), strict
-        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+        self.window, self.sinks, self.room, self.strict, self.static = (
+            window,
+            sinks,
+            length or (1 << 60),
+            strict,
+            static,
+        )
+        self.asked = not strict and asks_readers(model)
+        if static and not (length and self.asked):
+            raise VQCompressError("a static cache needs a length, and a model whose attention can be replaced")
+        self._turns: dict[int, list[Tensor]] = {}
         self._running = False
-        self.first_slot_B: Tensor | None = None
+        self._fresh = True
+        self.first_place_B: Tensor | None = None
         self.last_sink = sinks
-        super().__init__([KVLayer(self, *pair) for pair in zip(coders, rotary, strict=True)])
+        self._seen: dict[Any, tuple[Tensor | None, Seen]] = {}
+        self._answered: set[int] = set()
+        plain = DynamicCache(config=model.config).layers
+        windows = [None if strict or static else getattr(layer, "sliding_window", None) for layer in plain]
+        windows += [None] * (len(coders) - len(windows))
+        layers = [KVLayer(self, *given) for given in zip(coders, rotary, windows, strict=True)]
+        super().__init__([*layers])
+        self._user = {id(module): layer for module, layer in reversed(list(zip(rotary, layers, strict=True)))}
         self._hooks = [m.register_forward_hook(self._turn) for m in dict.fromkeys(filter(None, rotary))]
         self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
@@ -221,42 +79,66 @@ class KVCache(Cache):
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Where rows that are padded on the left begin."""
-        mask = kwargs.get("attention_mask")
-        self._running = kwargs.get("past_key_values") is self
-        if self._running and not self.get_seq_length() and isinstance(mask, Tensor) and mask.dim() == 2:
+        self._running = any(given is self for given in kwargs.values())
+        if not self._running or not (self._fresh or (not self.static and not self.get_seq_length())):
+            return
+        self._fresh, mask = False, kwargs.get("attention_mask")
+        self.first_place_B, self.last_sink = None, self.sinks
+        if isinstance(mask, Tensor) and mask.dim() == 2:
             first_B = mask.long().argmax(1)
             if furthest := int(first_B.max()):
-                self.first_slot_B, self.last_sink = first_B, furthest + self.sinks
+                self.first_place_B, self.last_sink = first_B, furthest + self.sinks
 
     def _turn(self, module: nn.Module, args: Any, out: Any) -> None:
         """Keep the embedding of new tokens."""
         if not self._running:
             return
-        cos, sin = (part.detach() for part in out)
-        start = self.get_seq_length()
-        before = self._turns.get(id(module))
-        if start and before is not None:
-            rows = max(len(cos), len(before[0]))
-            joined = [
-                torch.cat([old[:, :start].expand(rows, -1, -1), new.expand(rows, -1, -1)], 1)
-                for old, new in zip(before, (cos, sin), strict=True)
-            ]
-            cos, sin = joined
-        self._turns[id(module)] = cos, sin
+        start, held = self._user[id(module)].get_seq_length(), self._turns.get(id(module), [])
+        for which, part in enumerate(out):
+            # On a CPU they are read as float32 again and again.
+            part = part.detach() if part.is_cuda else part.detach().float()
+            if len(held) <= which:
+                held.append(part.new_zeros((len(part), 0, part.shape[2])))
+            rows, new = max(len(part), len(held[which])), part.shape[1]
+            if len(held[which]) < rows:
+                held[which] = held[which].repeat(rows, 1, 1)
+            if self.static:
+                held[which] = grown(held[which], part.expand(rows, -1, -1), 1, 0, self.room, self.room)
+                held[which].index_copy_(1, start + torch.arange(new, device=part.device), part.expand(rows, -1, -1))
+            else:
+                held[which] = grown(held[which], part.expand(rows, -1, -1), 1, start, start + new, self.room)
+                held[which][:, start : start + new] = part
+        self._turns[id(module)] = held
 
-    def turned(self, rotary: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-        """cos and sin (B or 1, T, D) of all tokens."""
-        return None if rotary is None else self._turns[id(rotary)]
+    def turned(self, rotary: nn.Module | None, length: int = 0) -> list[Tensor] | None:
+        """cos and sin (B or 1, T, D) of all tokens, with room for `length` at least."""
+        if rotary is None:
+            return None
+        held = self._turns[id(rotary)]
+        held[:] = [grown(part, part, 1, part.shape[1], length, length) for part in held]
+        return held
 
-    def sink_slots(self, x: Tensor) -> Tensor:
-        """Where the first tokens of each row lie, (B, S)."""
-        first_B = self.first_slot_B if self.first_slot_B is not None else torch.zeros(len(x), dtype=torch.long)
-        return first_B.to(x.device)[:, None] + torch.arange(self.sinks, device=x.device)
+    def seen(self, layer: KVLayer, mask: Tensor | None) -> Seen:
+        """`KVLayer.seen`, once a step for all layers that answer the same."""
+        if id(layer) in self._answered:
+            self._seen.clear()
+            self._answered.clear()
+        self._answered.add(id(layer))
+        key = layer.sliding, layer.base, next(iter(layer.parts[0].values())).shape[2], id(mask)
+        if key not in self._seen:
+            self._seen[key] = mask, layer.seen(mask)
+        return self._seen[key][1]
+
+    def sink_places(self, batch: int, device: torch.device) -> Tensor:
+        """Which tokens are the first of each row, (B, S)."""
+        places_S = torch.arange(self.sinks, device=device)
+        return places_S.expand(batch, -1) if self.first_place_B is None else self.first_place_B[:, None] + places_S
 
     def _of_rows(self, change: Any) -> None:
-        if self.first_slot_B is not None:
-            self.first_slot_B = change(self.first_slot_B)
-        self._turns = {key: tuple(change(p) if len(p) > 1 else p for p in pair) for key, pair in self._turns.items()}  # type: ignore[misc]
+        if self.first_place_B is not None:
+            self.first_place_B = change(self.first_place_B)
+        for held in self._turns.values():
+            held[:] = [change(part) if len(part) > 1 else part for part in held]
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """The rows in the order of beams."""
@@ -273,108 +155,17 @@ class KVCache(Cache):
         super().batch_select_indices(indices)
         self._of_rows(lambda part: part[indices])
 
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._fresh = True
+        if not self.static:
+            self._turns.clear()
+
     def nbytes(self) -> int:
         """Memory that all layers take, the embeddings of their keys included."""
         turns = sum(part.nbytes for pair in self._turns.values() for part in pair)
         return turns + sum(layer.nbytes() for layer in self.layers)  # type: ignore[union-attr]
-
-
-@contextmanager
-def decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a pass with a strict `KVCache` lets every token attend to the past as it is stored when that token comes.
-
-    The newest and the first tokens, as seen from each token, are read in full precision; all others from their codes.
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation(STRICT)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention with two versions of the past, one of them stored; out (B, L, Q, D)."""
-    if others.get("s_aux") is not None:
-        raise VQCompressError("this model's attention has learned sinks of its own, which cannot be measured this way")
-    groups, (length, total) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    window, sinks = key.kept  # type: ignore[attr-defined]
-    age_LT = torch.arange(total - length, total, device=key.device)[:, None] - torch.arange(total, device=key.device)
-    full_LT = (age_LT < window) | (torch.arange(total, device=key.device) < sinks)
-
-    def scores(keys: Tensor) -> Tensor:
-        return (query @ keys.repeat_interleave(groups, 1).mT) * (scaling or query.shape[3] ** -0.5)
-
-    stored_keys, stored_values = key.stored  # type: ignore[attr-defined]
-    score = torch.where(full_LT, scores(key), scores(stored_keys))
-    if softcap is not None:
-        score = torch.tanh(score / softcap) * softcap
-    score = score.masked_fill(age_LT < 0, -torch.inf) if attention_mask is None else score + attention_mask
-    share = score.float().softmax(-1).to(query.dtype)
-    out = (share * full_LT) @ value.repeat_interleave(groups, 1)
-    out = out + (share * ~full_LT) @ stored_values.repeat_interleave(groups, 1)
-    return out.transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(STRICT, _attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(STRICT, eager_mask)
-
-
-class _Watch(DynamicCache):
-    """A plain cache that remembers the keys that came to each layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys_seen: dict[int, Tensor] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and a look."""
-        self.keys_seen[layer_idx] = key_states.detach()
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-@torch.inference_mode()
-def find_rotary(model: PreTrainedModel) -> list[nn.Module | None]:
-    """For each layer the module that makes the rotary embedding of its keys; None where that cannot be proven.
-
-    Proven by running: a row of equal tokens has, in every layer, equal keys but for their positions, so keys that are
-    turned back must be equal. What a module gives as (cos, sin) is tried by `kv.turn`.
-    """
-    made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def look(module: nn.Module, args: Any, out: Any) -> None:
-        if (
-            isinstance(out, tuple)
-            and len(out) == 2
-            and all(isinstance(part, Tensor) and part.dim() == 3 for part in out)
-        ):
-            made[module] = out
-
-    hooks = [m.register_forward_hook(look) for m in model.modules() if "rotary" in type(m).__name__.lower()]
-    cache, ids = _Watch(), torch.full((1, PROBE_TOKENS), 7, device=model.device)
-    try:
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found: list[nn.Module | None] = []
-    for layer in range(len(cache.keys_seen)):
-        keys = cache.keys_seen[layer].float()
-        fitting = [m for m, turns in made.items() if turns[0].shape[-1] == keys.shape[-1]]
-        back = {m: kv.turn(keys, *made[m], back=True) for m in fitting}
-        apart = {m: (x - x[:, :, :1]).norm() / x.norm().clamp(min=1e-30) for m, x in back.items()}
-        found.append(next((m for m in fitting if apart[m] <= APART), None))
-    return found
 
 
 @dataclass(frozen=True)
@@ -386,9 +177,11 @@ class Kept:
     window: int
     sinks: int
 
-    def cache(self, model: PreTrainedModel, length: int | None = None, strict: bool = False) -> KVCache:
+    def cache(
+        self, model: PreTrainedModel, length: int | None = None, strict: bool = False, static: bool = False
+    ) -> KVCache:
         """An empty cache for the model."""
-        return KVCache(model, self.coders, self.rotary, self.window, self.sinks, length, strict)
+        return KVCache(model, self.coders, self.rotary, self.window, self.sinks, length, strict, static)
 
 
 def kept(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tensor] | None = None) -> Kept:
@@ -398,11 +191,12 @@ def kept(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tens
     do not fit the model. `before`, written by `quantize`: which layers' keys were learned before their embedding.
     """
     rotary = find_rotary(model)
-    if settings["keys"] == "after":
+    if settings["keys"] == "after" or settings["codebook"] != "learned":
+        # What needs no data is the same before and after a rotation of channels.
         rotary = [None] * len(rotary)
     device, d = model.device, 8 // settings["bits"]
     if settings["codebook"] != "learned":
-        coder: Coder = FP8() if settings["codebook"] == "fp8" else Universal(d)
+        coder: Coder = FP8() if settings["codebook"] == "fp8" else Universal(d, device)
         coders = [(coder, coder)] * len(rotary)
     else:
         if [module is not None for module in rotary] != settings.get("before"):
@@ -412,7 +206,10 @@ def kept(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tens
             pair = [(books or {}).get(f"{n}.{kind}") for kind in KINDS]
             if any(b is None or b.dim() != 4 or b.shape[2:] != (kv.ENTRIES, d) or not b.isfinite().all() for b in pair):
                 raise VQCompressError(f"the codebooks of the cache of layer {n} are missing or damaged")
-            keys, values = (Learned(b.to(device)) for b in pair if b is not None)
+            # The kernels read float16, what runs on a CPU float32.
+            keys, values = (
+                Learned(b.to(device) if device.type == "cuda" else b.float()) for b in pair if b is not None
+            )
             coders.append((keys, values))
     return Kept(coders, rotary, settings["window"], settings["sinks"])
 
@@ -422,11 +219,11 @@ def keep_coded(model: PreTrainedModel, how: Kept) -> None:
     plain: Any = model.generate
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get(CACHE) is not None or kwargs.get("past_key_values") is not None:
             return plain(*args, **kwargs)
         cache = how.cache(model)
         try:
-            return plain(*args, **{**kwargs, "past_key_values": cache})
+            return plain(*args, **{**kwargs, CACHE: cache})
         finally:
             cache.close()
 

@@ -5,46 +5,67 @@ Shape legend: B rows, H heads of keys and values, T tokens, D channels of a head
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vqcompress import ops
 from vqcompress.codebooks import kv
 
+CPU = torch.device("cpu")
 
-class Coder:
-    """How the keys or the values of a layer are stored: x (B, H, T, D) to parts whose third axis is T, and back."""
 
+class Coder(ABC):
+    """How the keys or the values of a layer are stored: x (B, H, T, D) to parts whose third axis is T, and back.
+
+    With a `book`, parts are `codes` of its entries, and a `scale` (B, H, T) or none: `kv.attend` reads them without
+    decoding, for queries that went through `enter`, and what it weighs has to go through `leave`.
+    """
+
+    book: Tensor | None = None
+    # Whether entries are of x as it is, so that keys can be turned by their rotary embedding after a look-up.
+    plain = False
+
+    @abstractmethod
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """The parts to store."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """float32 (B, H, T, D)."""
-        raise NotImplementedError
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (…, D) in the basis of the entries."""
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """x (…, D) back from the basis of the entries."""
+        return x
 
 
 @dataclass(frozen=True)
 class Learned(Coder):
-    """Codes of calibrated codebooks. book_HGEd: `kv.learn`."""
+    """Codes of calibrated codebooks. book: (H, G, E, d), what `kv.learn` gives."""
 
-    book_HGEd: Tensor
+    book: Tensor
+    plain = True
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes."""
-        return {"codes": kv.encode(x_BHTD, self.book_HGEd)}
+        return {"codes": kv.encode(x_BHTD, self.book)}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """The entries."""
-        return kv.decode(parts["codes"], self.book_HGEd)
+        return kv.decode(parts["codes"], self.book)
 
 
-@dataclass(frozen=True)
 class Universal(Coder):
     """Codes of the Gaussian's codebook and a scale for each token and head. d: channels of a code."""
 
-    d: int
+    def __init__(self, d: int, device: torch.device = CPU):
+        self.d, self.book = d, kv.gaussian(d, device)
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes and scales."""
@@ -54,6 +75,14 @@ class Universal(Coder):
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Entries times scales, turned back."""
         return kv.universal_decode(parts["codes"], parts["scale"], self.d)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Rotated."""
+        return x.float() @ kv.rotation(x.shape[-1], x.device)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Rotated back."""
+        return x @ kv.rotation(x.shape[-1], x.device).T
 
 
 class FP8(Coder):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from vqcompress.errors import Fallback
+from vqcompress.runtime.attention import CACHE
 
 # Steps before a capture, so that whatever is made at a first call has been made.
 WARM_UP = 2
@@ -58,7 +59,7 @@ class Decoder:
         return self.token_B1
 
     def _next(self, tokens_BL: Tensor) -> Tensor:
-        out: Any = self.network(tokens_BL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out: Any = self.network(tokens_BL, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         token_B1: Tensor = out.logits[:, -1:].argmax(-1)
         return token_B1
 
