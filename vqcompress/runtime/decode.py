@@ -7,25 +7,39 @@ What cannot be recorded runs step by step, and says so once: a cache that keeps 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from vqcompress.errors import Fallback
+from vqcompress.runtime.cache import KVCache
 
 # Steps before a capture, so that whatever is made at a first call has been made.
 WARM_UP = 2
 
 
-class Decoder:
-    """Decodes the continuation of one batch of prompts. length: positions of the cache, prompt and new tokens."""
+def nbytes(cache: Any) -> int:
+    """Memory of the keys and values that a cache holds, however it does."""
+    if isinstance(cache, KVCache):
+        return cache.nbytes()
+    return sum(part.nbytes for layer in cache.layers if layer.is_initialized for part in (layer.keys, layer.values))
 
-    def __init__(self, network: PreTrainedModel, length: int):
+
+class Decoder:
+    """Decodes the continuation of one batch of prompts. length: positions of the cache, prompt and new tokens.
+
+    make: what makes the cache from the model and its length, unless it is transformers' own.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, length: int, make: Callable[[PreTrainedModel, int], Cache] | None = None
+    ):
         self.network = network
-        self.cache = StaticCache(config=network.config, max_cache_len=length)
+        self.cache = make(network, length) if make else StaticCache(config=network.config, max_cache_len=length)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.records = all(type(layer) is StaticLayer for layer in self.cache.layers)
         if not self.records and network.device.type == "cuda":
@@ -56,6 +70,10 @@ class Decoder:
         else:
             self.token_B1.copy_(self._next(self.token_B1))
         return self.token_B1
+
+    def cache_bytes(self) -> int:
+        """Memory that the cache takes."""
+        return nbytes(self.cache)
 
     def _next(self, tokens_BL: Tensor) -> Tensor:
         out: Any = self.network(tokens_BL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
