@@ -40,11 +40,13 @@ class CacheCosts:
     @property
     def numbers(self) -> int:
         """Channels of the keys and values of a token in all layers."""
-        config = self._config
+        config, layers = self._config, len(self.stream.blocks)
+        if latent := getattr(config, "kv_lora_rank", None):
+            # Latent attention: what keys and values are made of, and the part of keys that is turned.
+            return layers * int(latent + config.qk_rope_head_dim)
         heads = config.num_attention_heads
-        keys = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
-        values = getattr(config, "v_head_dim", None) or keys
-        return len(self.stream.blocks) * (getattr(config, "num_key_value_heads", None) or heads) * (keys + values)
+        keys = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return layers * (getattr(config, "num_key_value_heads", None) or heads) * 2 * keys
 
     @property
     def stored(self) -> int:
