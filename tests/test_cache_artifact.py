@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from distributed_jobs import BATCH_TOKENS
+from safetensors.torch import load_file, save_file
 from test_distributed import start, sums
 from toys import toy_config
 from transformers import AutoModelForCausalLM, DynamicCache

@@ -53,8 +53,14 @@ class CacheCosts:
         """Bytes of the codebooks: every channel has 256 entries of float16."""
         return self.numbers * kv.ENTRIES * 2
 
+    @property
+    def samples(self) -> int:
+        """Bytes of the keys and values that are learned from, on the host."""
+        kept = min(TOKENS, self.rows * self.seqlen)
+        return kept * self.numbers * 4 * (1 + (self.knobs.weights == "gradient"))
+
     def memory(self, itemsize: int) -> int:
-        """Bytes beside the process itself: the whole model, what enters its layers in a batch, and the samples."""
+        """Bytes on the device: the whole model, and what its layers keep of a batch."""
         model, gradient = self.stream.model, self.knobs.weights == "gradient"
         parameters = sum(p.numel() for m in (model, *self.stream.skeletons) for p in m.parameters())
         width = max((t.shape[1] for block in self.stream.blocks for t in block.targets), default=0)
@@ -63,8 +69,7 @@ class CacheCosts:
         held = len(self.stream.blocks) if gradient else 1
         activations = tokens * itemsize * (4 * width + 6 * self._config.hidden_size) * held
         logits = tokens * self._config.vocab_size * (itemsize + 12 * gradient)
-        samples = min(TOKENS, self.rows * self.seqlen) * self.numbers * 4 * (1 + gradient)
-        return parameters * itemsize + activations + logits + samples
+        return parameters * itemsize + activations + logits
 
     def passes(self, forward: float) -> float:
         """FLOPs of running the rows. forward: of all blocks for a token. No weight asks for a gradient."""

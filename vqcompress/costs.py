@@ -341,15 +341,15 @@ class _Job:
         solve = max((24 * c.shape[1] ** 2 + 28 * c.weights for c in closing), default=0)
         compensate = module + activations + 4 * squares + solve if closing else 0
         work = max(gather, encode, compensate, self._tuned_bytes(activations, size))
-        cache = self.cache.memory(dense) if self.cache else 0
+        cache, samples = (self.cache.memory(dense), self.cache.samples) if self.cache else (0, 0)
         if self.on_gpu:
-            host, device = now + max(rest, read + 2 * parts), max(loaded + held + work, cache)
+            host, device = now + max(rest, read + 2 * parts, samples), max(loaded + held + work, cache)
         else:
             # Without rows some blocks are made at once, while one is written.
             made = max(1, plan.ahead(self.stream.device))
             host, device = now + max(rest, loaded + held + made * (read + work) + (parts if made > 1 else 0)), 0
             host += max((self._method(t).compiled_bytes for t in targets), default=0)
-            host = max(host, now + cache)
+            host = max(host, now + cache + samples)
         return {"peak_rss_bytes": host, "peak_device_bytes": device, "states_bytes": states}
 
     def _tuned_bytes(self, activations: int, size: int) -> int:

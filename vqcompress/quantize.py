@@ -126,7 +126,8 @@ def quantize(
     if rows is not None and (cache := CacheCosts.of(plan, stream, *rows.shape)):
         # Now, not when all blocks are done.
         instead = "take a recipe whose cache is fp8 or universal, which learn nothing"
-        check_fits(cache.memory(stream.dtype.itemsize), chosen, "to learn the codebooks of a cache", instead)
+        needed = cache.memory(stream.dtype.itemsize) + (cache.samples if chosen.type == "cpu" else 0)
+        check_fits(needed, chosen, "to learn the codebooks of a cache", instead)
     if not plan.calibrated:
         # Nothing to add up: each process has whole blocks for itself.
         stream.team = ALONE
