@@ -275,6 +275,7 @@ def test_a_cache_is_planned_from_a_config_alone(tmp_path: Path) -> None:
 def test_too_little_memory_is_said_before_the_work(
     toy: Make, text: Path, coded: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = str(coded())
     monkeypatch.setattr("vqcompress.runtime.device.available_bytes", lambda: 100_000)
     message = "to learn the codebooks of a cache takes the whole model in memory, about .* GB are free; take a recipe"
     with pytest.raises(VQCompressError, match=message):
@@ -283,8 +284,8 @@ def test_too_little_memory_is_said_before_the_work(
     with pytest.raises(
         VQCompressError, match=r"eval perplexity --kv-cache takes the whole model .*; without --kv-cache"
     ):
-        perplexity(str(coded()), str(text), 32, limit=2, kv_cache="kv-fp8")
-    perplexity(str(coded()), str(text), 32, limit=2)
+        perplexity(out, str(text), 32, limit=2, kv_cache="kv-fp8")
+    perplexity(out, str(text), 32, limit=2)
 
 
 @pytest.mark.parametrize("baseline", [False, True])
