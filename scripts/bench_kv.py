@@ -92,7 +92,8 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
     else:
         model = load_any(name, "cpu").float()
     config, rotary = model.config.get_text_config(), find_rotary(model)
-    heads, channels = config.num_key_value_heads, getattr(config, "head_dim", config.hidden_size // 4)
+    heads, channels = config.num_key_value_heads, getattr(config, "head_dim", None)
+    channels = channels or config.hidden_size // config.num_attention_heads
     prompt = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
