@@ -1,6 +1,8 @@
 """Decode speed of artifacts as a ratio to the dense model, in one process, turn by turn: absolute times drift.
 
-Usage: python scripts/bench_generate.py MODEL ARTIFACT [ARTIFACT ...] [--new-tokens N] [--rounds R]
+Usage: python scripts/bench_generate.py MODEL WAY [WAY ...] [--prompt-tokens N] [--new-tokens N] [--rounds R]
+
+A WAY is an artifact, or a model and how its keys and values are kept: ARTIFACT@kv-vq-4bit, MODEL@kv-fp8.
 """
 
 from __future__ import annotations
@@ -13,12 +15,23 @@ import time
 import torch
 import transformers
 
-from vqcompress.runtime.load import load_any
+from vqcompress.checkpoint import resolve
+from vqcompress.runtime.cache import keep_coded
+from vqcompress.runtime.load import kept_as, load_any
 
 
-def tokens_per_second(model: transformers.PreTrainedModel, new_tokens: int) -> float:
-    """Greedy decoding after a prompt of 32 tokens, one row, `generate` as users call it."""
-    prompt = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+def load_way(way: str) -> transformers.PreTrainedModel:
+    """The model of a WAY."""
+    name, _, recipe = way.partition("@")
+    model = load_any(name)
+    if recipe:
+        keep_coded(model, kept_as(model, resolve(name), recipe))
+    return model
+
+
+def tokens_per_second(model: transformers.PreTrainedModel, prompt_tokens: int, new_tokens: int) -> float:
+    """Greedy decoding after a prompt, one row, `generate` as users call it."""
+    prompt = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     start = time.perf_counter()
     model.generate(prompt.to(model.device), attention_mask=torch.ones_like(prompt).to(model.device), **settings)
@@ -26,24 +39,26 @@ def tokens_per_second(model: transformers.PreTrainedModel, new_tokens: int) -> f
 
 
 def main() -> None:
-    """Print one JSON line: tokens per second of the dense model, and the median ratio of each artifact to it."""
+    """Print one JSON line: tokens per second of the dense model, and the median ratio of each way to it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("artifact", nargs="+")
+    parser.add_argument("way", nargs="+")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    models = {name: load_any(name) for name in (a.model, *a.artifact)}
+    models = {name: load_way(name) for name in (a.model, *a.way)}
     for model in models.values():
-        tokens_per_second(model, 4)
-    rounds = [{name: tokens_per_second(m, a.new_tokens) for name, m in models.items()} for _ in range(a.rounds)]
+        tokens_per_second(model, a.prompt_tokens, 4)
+    sizes = a.prompt_tokens, a.new_tokens
+    rounds = [{name: tokens_per_second(m, *sizes) for name, m in models.items()} for _ in range(a.rounds)]
     print(
         json.dumps(
             {
                 "tokens_per_second": statistics.median(r[a.model] for r in rounds),
-                "ratio": {name: statistics.median(r[name] / r[a.model] for r in rounds) for name in a.artifact},
+                "ratio": {name: statistics.median(r[name] / r[a.model] for r in rounds) for name in a.way},
             }
         )
     )

@@ -1,12 +1,14 @@
 """Perplexity with a coded cache of keys and values: every token attends to the past as it is stored.
 
 Usage: python scripts/bench_kv.py MODEL --calibration FILE --text FILE [--other FILE] [--windows N] [--json FILE]
+       python scripts/bench_kv.py MODEL --memory TOKENS
 
 Prints, for each way to store the cache, its bits per channel and the perplexity relative to a plain cache, once with
 nothing in full precision and once with the newest tokens and the first ones. Bits count scales, and codebooks spread
 over a context of 32,768 tokens. Scalar baselines are rounded as stored: per token in groups of channels, and as KIVI
 (arXiv 2402.02750) does it, keys by channel in groups of tokens and values by token. --other: a text of another kind,
-which nothing was calibrated on.
+which nothing was calibrated on. --memory prints the bytes of a cache that holds so many tokens, measured, and those of
+a plain one; MODEL may then be `random`, 4 layers with 8 heads of 128 channels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from vqcompress.cache_calibration import calibrate
 from vqcompress.checkpoint import resolve
@@ -29,6 +32,7 @@ from vqcompress.quantize import calibration
 from vqcompress.runtime.attention import CACHE, decoding, find_rotary
 from vqcompress.runtime.cache import KVCache
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
+from vqcompress.runtime.decode import nbytes
 from vqcompress.runtime.load import load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
@@ -79,12 +83,49 @@ def perplexity(model, windows_NL: Tensor, coders, rotary, window: int, sinks: in
     return math.exp(total / windows_NL[:, 1:].numel())
 
 
+@torch.inference_mode()
+def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | None) -> None:
+    """Print the bytes of a cache for each way to store it, after one prompt; what is in codebooks does not matter."""
+    if name == "random":
+        sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 256, "max_position_embeddings": tokens}
+        heads = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).eval()
+    else:
+        model = load_any(name, "cpu").float()
+    config, rotary = model.config.get_text_config(), find_rotary(model)
+    heads, channels = config.num_key_value_heads, getattr(config, "head_dim", None)
+    channels = channels or config.hidden_size // config.num_attention_heads
+    prompt = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = DynamicCache()
+        for layer in range(len(rotary)):
+            plain.update(*torch.zeros(2, 1, heads, tokens, channels, dtype=dtype), layer)
+        found[f"plain, {str(dtype).removeprefix('torch.')}"] = nbytes(plain)
+    ways: dict[str, Coder] = {"fp8": FP8()}
+    for d in (2, 4, 8):
+        ways[f"learned {d}x8"] = Learned(torch.randn(heads, channels // d, kv.ENTRIES, d).half())
+        ways[f"universal {d}x8"] = Universal(d)
+    for way in (*found, *ways):
+        if way in ways:
+            cache = KVCache(model, [(ways[way], ways[way])] * len(rotary), rotary, window, sinks, tokens)
+            model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.close()
+            found[way] = cache.nbytes()
+        share = round(found[way] / found["plain, bfloat16"], 4)
+        print(json.dumps({"way": way, "bytes": found[way], "of_bfloat16": share}), flush=True)
+    if json_file:
+        facts = {"layers": len(rotary), "heads": heads, "channels": channels, "tokens": tokens, "window": window}
+        json_file.write_text(json.dumps({**facts, "sinks": sinks, "bytes": found}, indent=1) + "\n")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration")
+    parser.add_argument("--text")
+    parser.add_argument("--memory", type=int, metavar="TOKENS")
     parser.add_argument("--other")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--samples", type=int, default=128)
@@ -96,6 +137,11 @@ def main() -> None:
     parser.add_argument("--uniform", action="store_true", help="without gradients")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
+    if a.memory:
+        memory(a.model, a.memory, a.window, a.sinks, a.json)
+        return
+    if not a.calibration or not a.text:
+        parser.error("--calibration and --text are missing, or --memory")
     model, tokenizer = load_any(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
     rows_NL = calibration(open_model(a.model), [a.calibration], a.samples, a.seqlen, a.seed)
     rotary = find_rotary(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vqcompress import blocks
+from vqcompress import blocks, cache_calibration
 from vqcompress.quantize import quantize
 
 # So that a few rows are several batches.
@@ -16,7 +16,7 @@ BATCH_TOKENS = 512
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    blocks.BATCH_TOKENS = BATCH_TOKENS
+    blocks.BATCH_TOKENS = cache_calibration.BATCH_TOKENS = BATCH_TOKENS
     for line in Path(sys.argv[1]).read_text().splitlines():
         job = json.loads(line)
         quantize(job.pop("model"), Path(job.pop("out")), **job)

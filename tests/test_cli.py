@@ -45,7 +45,8 @@ OPTIONS = {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
     },
     "eval speed": {
-        *("--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug")
+        "--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug",
+        "--kv-cache",
     },
     "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
     "inspect": {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},

@@ -13,12 +13,11 @@ FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "codebooks", "transforms", "statistics"},
     {"targets", "checkpoint", "artifact", "writer", "packaged", "recipe", "calibration", "distributed", "states"},
-    {"runtime", "blocks", "inputs", "rotation", "plan", "costs"},
+    {"runtime", "blocks", "inputs", "rotation", "plan", "costs", "cache_calibration", "cache_costs"},
     {
         "quantize",
         "compress",
         "gather",
-        "cache_calibration",
         "compensation",
         "tuning",
         "allocate",

@@ -14,7 +14,8 @@ A compressed weight `X.weight` is stored as `X.weight_PART`; parts that the targ
 `BLOCK.shared_parts.K.PART`. `config.json` is written last: a directory without it is no artifact.
 The first compressed weight also has a marker under its own name, text in a shape that no weight has: transformers,
 if it was not told of the format, would skip what it does not know and load a model with random weights. A wrong shape
-stops it, and a tensor whose name says what to do stands in the report that it prints.
+stops it, and a tensor whose name says what to do stands in the report that it prints. An artifact of dense weights,
+whose recipe codes only the cache, has neither.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
     try:
         settings = [methods.from_description(d) for d in config["methods"]]
         entries = [_entry(name, stored, settings) for name, stored in config["targets"].items()]
-        if not entries:
+        if not entries and not config.get("kv_cache"):
             raise ValueError("it names no target")
         return entries
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

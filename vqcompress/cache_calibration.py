@@ -1,6 +1,7 @@
 """Codebooks for the keys and values of a model, learned from calibration rows.
 
-The whole model runs, in its own type: the cost of an error in a key is known only from what comes after it.
+The whole model runs, in its own type: the cost of an error in a key is known only from what comes after it. Of several
+processes each runs its share of the rows and learns every so many layers; the bytes are those of one.
 Shape legend: N rows, L tokens of a row, H heads of keys and values, T tokens that are learned from, D channels of a
 head, G = D / d groups, E entries, d channels of a group.
 """
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from vqcompress.codebooks import kv
+from vqcompress.distributed import ALONE, Team
 from vqcompress.errors import VQCompressError
 from vqcompress.recipe import CacheKnobs
 from vqcompress.runtime.attention import CACHE, find_rotary
@@ -24,6 +26,10 @@ from vqcompress.runtime.cache import KINDS
 TOKENS = 64 * kv.ENTRIES
 # Tokens that run through the model at once.
 BATCH_TOKENS = 2048
+# Tensors by name, and which layers' keys are without their rotary embedding.
+Books = tuple[dict[str, Tensor], list[bool]]
+# Of keys or of values of a layer, by batch: (T, H, D) float32, and what an error in each costs.
+Samples = list[tuple[Tensor, Tensor | None]]
 
 
 class _Seen(DynamicCache):
@@ -49,6 +55,7 @@ def calibrate(
     seed: int = 0,
     gradients: bool = True,
     rounds: int = 12,
+    team: Team = ALONE,
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer the codebooks (H, G, E, d) float16 of its keys and of its values.
 
@@ -56,46 +63,51 @@ def calibrate(
     the squared gradient of the rows' loss (CQ, arXiv 2405.03917, section 3.3; KVQuant, arXiv 2401.18079, section 3.2);
     else all errors weigh the same. rounds: of k-means. VQCompressError if the heads' channels are no multiple of d.
     """
-    samples, weights = _gather(model, rows_NL, rotary, gradients)
-    found = []
-    for layer, pair in enumerate(samples):
-        if channels := next((x.shape[2] for x in pair if x.shape[2] % d), None):
-            raise VQCompressError(f"layer {layer}: heads of {channels} channels cannot be coded {d} at a time")
+    found, samples = dict[int, tuple[Tensor, Tensor]](), _gather(model, rows_NL, d, rotary, gradients, team)
+    for first in range(0, len(samples), team.size):
+        own: list[list[Samples]] = []
+        for rank, pair in enumerate(samples[first : first + team.size]):
+            shares = [team.to_rank(rank, parts) for parts in pair]
+            own = shares if rank == team.rank else own
+            pair.clear()
         draw = torch.Generator().manual_seed(seed)
-        keys, values = (
-            kv.learn(x_THD, w_THD, d, rounds, draw) for x_THD, w_THD in zip(pair, weights[layer], strict=True)
-        )
-        found.append((keys, values))
-    return found
+        books = [kv.learn(*_joined(shares, model.device), d, rounds, draw).cpu() for shares in own]
+        found |= {first + team.rank: (books[0], books[1])} if books else {}
+    every = {layer: books for each in team.everyones(found) for layer, books in each.items()}
+    return [every[layer] for layer in range(len(samples))]
 
 
-def cache_books(
-    model: PreTrainedModel, rows_NL: Tensor, knobs: CacheKnobs, seed: int
-) -> tuple[dict[str, Tensor], list[bool]]:
-    """What an artifact holds of a calibrated cache: tensors by name, and which layers' keys are without embedding."""
+def cache_books(model: PreTrainedModel, rows_NL: Tensor, knobs: CacheKnobs, seed: int, team: Team = ALONE) -> Books:
+    """What an artifact holds of a calibrated cache; all processes of a team make it."""
     rotary = find_rotary(model)
     if knobs.keys == "after":
         rotary = [None] * len(rotary)
-    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, knobs.weights == "gradient", knobs.rounds)
-    named = {f"{n}.{kind}": book.cpu() for n, pair in enumerate(books) for kind, book in zip(KINDS, pair, strict=True)}
+    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, knobs.weights == "gradient", knobs.rounds, team)
+    named = {f"{n}.{kind}": book for n, pair in enumerate(books) for kind, book in zip(KINDS, pair, strict=True)}
     return named, [module is not None for module in rotary]
 
 
+def _joined(shares: list[Samples], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The samples of all processes as one, on a device."""
+    states, costs = zip(*(part for share in shares for part in share), strict=True)
+    return torch.cat(states).to(device), None if costs[0] is None else torch.cat(costs).to(device)
+
+
 def _gather(
-    model: PreTrainedModel, rows_NL: Tensor, rotary: list[nn.Module | None], gradients: bool
-) -> tuple[list[list[Tensor]], list[list[Tensor | None]]]:
-    """Keys and values (T, H, D) of every layer, float32 on the model's device, and what an error in each costs."""
-    turns: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    model: PreTrainedModel, rows_NL: Tensor, d: int, rotary: list[nn.Module | None], gradients: bool, team: Team
+) -> list[list[Samples]]:
+    """Of every layer the samples of its keys and of its values in this process's share of the rows."""
+    turns: dict[nn.Module | None, tuple[Tensor, Tensor]] = {}
     hooks = [m.register_forward_hook(lambda m, _, out: turns.update({m: out})) for m in filter(None, set(rotary))]
     length = rows_NL.shape[1]
     step = max(1, -(-rows_NL.numel() // TOKENS))
-    states: list[list[list[Tensor]]] = [[[], []] for _ in rotary]
-    costs: list[list[list[Tensor]]] = [[[], []] for _ in rotary]
+    found: list[list[Samples]] = [[[], []] for _ in rotary]
+    batches = list(enumerate(rows_NL.split(max(1, BATCH_TOKENS // length))))
     wanted = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     embeddings = model.get_input_embeddings()
     try:
-        for number, batch in enumerate(rows_NL.split(max(1, BATCH_TOKENS // length))):
+        for number, batch in team.share(batches):
             batch, cache = batch.to(model.device), _Seen(gradients)
             with torch.set_grad_enabled(gradients):
                 # No weight asks for a gradient, so that what enters must.
@@ -106,21 +118,25 @@ def _gather(
                     loss.backward()
             taken = slice(number % step, None, step)
             for layer, (pair, module) in enumerate(zip(cache.states.values(), rotary, strict=True)):
-                for which, x in enumerate(pair):
-                    known = [(states, x.detach())]
-                    if gradients:
-                        assert x.grad is not None
-                        known.append((costs, x.grad))
-                    for place, part in known:
-                        if which == 0 and module is not None:
-                            # A rotation: the gradient of what it turned is the gradient turned back.
-                            part = kv.turn(part, *turns[module], back=True)
-                        flat = part.transpose(1, 2).flatten(0, 1)[taken].float()
-                        place[layer][which].append(flat if place is states else flat.square())
+                for x, parts, turned in zip(pair, found[layer], (turns.get(module), None), strict=True):
+                    if x.shape[3] % d:
+                        raise VQCompressError(
+                            f"layer {layer}: heads of {x.shape[3]} channels cannot be coded {d} at a time"
+                        )
+                    cost = _taken(x.grad, turned, taken).square() if x.grad is not None else None
+                    parts.append((_taken(x.detach(), turned, taken), cost))
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, wants in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(wants)
-    joined = [[torch.cat(parts) for parts in pair] for pair in states]
-    return joined, [[torch.cat(parts) if gradients else None for parts in pair] for pair in costs]
+    return found
+
+
+def _taken(x_BHTD: Tensor, turned: tuple[Tensor, Tensor] | None, taken: slice) -> Tensor:
+    """Some tokens (n, H, D), float32 on the CPU, without the rotary embedding, if they have one.
+
+    That is a rotation: the gradient of what it turned is the gradient turned back.
+    """
+    x_BHTD = x_BHTD if turned is None else kv.turn(x_BHTD, *turned, back=True)
+    return x_BHTD.transpose(1, 2).flatten(0, 1)[taken].float().cpu()

@@ -298,6 +298,7 @@ def speed(
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="MODEL", help="The original, measured after it.")
     ] = None,
+    kv_cache: KVCache = None,
     cpu_weights: CpuWeights = Weights.auto,
     device: Where = Device.auto,
     json_file: Json = None,
@@ -311,7 +312,7 @@ def speed(
         from vqcompress import evaluate, show
 
         sizes = prompt_tokens, new_tokens, batch
-        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value)
+        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value, kv_cache)
         write(result)
         show.speed(console, result)
 

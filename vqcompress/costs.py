@@ -22,6 +22,7 @@ import torch
 
 from vqcompress.artifact import stored_bits
 from vqcompress.blocks import BATCH_TOKENS, BlockStream
+from vqcompress.cache_costs import CacheCosts
 from vqcompress.checkpoint import stored_dtype
 from vqcompress.errors import UsageError
 from vqcompress.methods import Method
@@ -61,7 +62,8 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int, site: Site)
     """
     itemsize = stored_dtype(stream.source.config).itemsize
     on_gpu, on_disk = site.gpus is not None or stream.device.type == "cuda", site.states == "disk"
-    job = _Job(plan, stream, rows, seqlen, site.gpus or 1, on_gpu, on_disk)
+    knobs, cached = plan.recipe.cache, CacheCosts.of(plan, stream, rows, seqlen)
+    job = _Job(plan, stream, rows if plan.calibrated else 0, seqlen, site.gpus or 1, on_gpu, on_disk, cached)
     entries, weights = plan.entries, plan.weights
     stored, bits = stored_bits(entries), 0.0
     targets = []
@@ -74,17 +76,20 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int, site: Site)
     # Rotated, a head that was tied to the embeddings is stored by itself.
     untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
     source = stream.source.bytes or (job.rest + sum(job.sizes)) * itemsize
-    artifact = source + (untied - weights) * itemsize + int(bits) // 8
+    books = cached.stored if cached else 0
+    artifact = source + (untied - weights) * itemsize + int(bits) // 8 + books
     read, written = job.disk(source, artifact, itemsize)
     memory, rates = job.memory(itemsize, stored), _Rates(site, stream, job.on_gpu)
     seconds = job.seconds(rates) | {"disk": (read + written) / rates.disk}
     searched = [(t.method.encode_flops(t.target.shape), rates.cost(t.method, t.target.shape)[0]) for t in entries]
-    reached = sum(work for work, _ in searched) / sum(took for _, took in searched) / 1e12
+    reached = sum(work for work, _ in searched) / sum(took for _, took in searched) / 1e12 if searched else None
     speeds = {"tflops": rates.product / 1e12, "encode_tflops": site.encode_tflops or reached}
     return {
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
-        "bits_per_weight": bits / weights,
+        "kv_cache": knobs.model_dump(mode="json") if knobs else None,
+        "codebook_bytes": books,
+        "bits_per_weight": bits / weights if weights else None,
         "weights_quantized": weights,
         "parameters": job.rest + sum(job.sizes),
         "source_bytes": source,
@@ -105,7 +110,8 @@ def summary(plan: Plan, stream: BlockStream, rows: int, seqlen: int, site: Site)
 
 @dataclass(frozen=True)
 class _Job:
-    """A plan with its calibration and its number of processes. on_gpu: each has one. on_disk: its hidden states."""
+    """A plan with its calibration (rows: 0 unless weights have one) and its number of processes. on_gpu: each has one.
+    on_disk: its hidden states. cache: of codebooks for it, if any are learned."""
 
     plan: Plan
     stream: BlockStream
@@ -114,6 +120,7 @@ class _Job:
     processes: int
     on_gpu: bool
     on_disk: bool
+    cache: CacheCosts | None
 
     @property
     def tokens(self) -> int:
@@ -247,11 +254,13 @@ class _Job:
             encode += method.encode_flops(target.shape) * (1 + self._trials(target)) + method.fit_flops(target.shape)
             encode += self._trial_flops(target)
         statistics = sum(map(self._statistics, self.plan.blocks))
-        return {"forward": self.tokens * forward, "statistics": self.tokens * statistics, "encode": encode}
+        cache = self.cache.passes(sum(self.forward())) + self.cache.search if self.cache else 0.0
+        forward, statistics = self.tokens * forward, self.tokens * statistics
+        return {"forward": forward, "statistics": statistics, "encode": encode, "cache": cache}
 
     def seconds(self, rates: _Rates) -> dict[str, float]:
         """Time by kind of work. decode: what every process does to read the stored blocks back."""
-        total = dict.fromkeys(("forward", "statistics", "encode", "decode"), 0.0)
+        total = dict.fromkeys(("forward", "statistics", "encode", "decode", "cache"), 0.0)
         alone = []
         for block, work in zip(self.plan.blocks, self.forward(), strict=True):
             closing, targets = self.closing(block), self.plan.compressed(block)
@@ -270,6 +279,11 @@ class _Job:
             total["encode"] += sum(
                 self._trials(t) * encode + self._trial_flops(t) / rates.product for t, encode, _, _ in costs
             )
+        if self.cache:
+            # Every process decodes the whole model; then they share the rows and the layers.
+            total["decode"] += sum(rates.cost(self._method(t), t.shape)[2] for t in self.plan.targets)
+            speeds = rates.product, rates.given, rates.faster
+            total["cache"] = self.cache.seconds(sum(self.forward()), *speeds) / self.processes
         # Without sums each process has whole blocks for itself.
         total["encode"] += sum(max(alone[k : k + self.processes]) for k in range(0, len(alone), self.processes))
         return total
@@ -279,10 +293,11 @@ class _Job:
 
     def disk(self, source: int, artifact: int, itemsize: int) -> tuple[int, int]:
         """Bytes that one process reads, and that are written."""
+        stored = artifact if self.cache else 0
         if not self.tokens:
-            return source // self.processes, artifact
+            return source // self.processes + stored, artifact
         tuning = self.plan.recipe.tuning
-        read = (source + artifact) * (2 if tuning and tuning.distill_epochs else 1)
+        read = (source + artifact) * (2 if tuning and tuning.distill_epochs else 1) + stored
         # With a budget each process first takes a fingerprint of everything.
         read += source if self.plan.target_bits is not None else 0
         # Hidden states are measured in a block and moved on; what comes out is written.
@@ -298,7 +313,7 @@ class _Job:
         """JSON: peaks of one process on the host and on its GPU, and what of them are hidden states.
 
         The largest of the phases: what lies outside of the blocks is copied; the inputs of a block are measured; its
-        weights are encoded; its last one is compensated; it is tuned.
+        weights are encoded; its last one is compensated; it is tuned; the whole model runs for codebooks of a cache.
         """
         plan, targets, now = self.plan, self.plan.targets, peak_rss_bytes()
         dense, rotated = itemsize if self.on_gpu else 4, bool(plan.recipe.rotation)
@@ -311,26 +326,30 @@ class _Job:
         rest, loaded = self.rest * (itemsize + 16 * rotated) + 5 * largest, self.rest * dense if self.tokens else 0
         hessians = [[channels**2 for channels, _ in self.inputs(block)] for block in plan.blocks]
         squares, square = max(map(sum, hessians)), max((max(each, default=0) for each in hessians), default=0)
-        width, chosen = max(t.shape[1] for t in targets), getattr(self._config, "num_experts_per_tok", None) or 0
+        width = max((t.shape[1] for t in targets), default=0)
+        chosen = getattr(self._config, "num_experts_per_tok", None) or 0
         activations = self.batch_rows * self.seqlen * dense * (4 * width + (6 + 2 * chosen) * self._config.hidden_size)
         # Added up in float64, read in float32, with one quotient between them.
         gather = module + activations + 12 * squares + 8 * square if self.tokens else 0
         parts = round(max(sum(stored[t.name] for t in plan.compressed(block)) for block in plan.blocks) / 8)
         # A weight, what smoothing makes of it, and the work of its method.
-        encode = max((8 if self.tokens else 4) * t.weights + self._method(t).encode_bytes(t.shape) for t in targets)
+        wide = 8 if self.tokens else 4
+        encode = max((wide * t.weights + self._method(t).encode_bytes(t.shape) for t in targets), default=0)
         encode += parts + 4 * squares
         closing = [c for b in plan.blocks if (c := self.closing(b))]
         # The stored block, decoded; sums, their inverse and the solution in float64.
         solve = max((24 * c.shape[1] ** 2 + 28 * c.weights for c in closing), default=0)
         compensate = module + activations + 4 * squares + solve if closing else 0
         work = max(gather, encode, compensate, self._tuned_bytes(activations, size))
+        cache, samples = (self.cache.memory(dense), self.cache.samples) if self.cache else (0, 0)
         if self.on_gpu:
-            host, device = now + max(rest, read + 2 * parts), loaded + held + work
+            host, device = now + max(rest, read + 2 * parts, samples), max(loaded + held + work, cache)
         else:
             # Without rows some blocks are made at once, while one is written.
             made = max(1, plan.ahead(self.stream.device))
             host, device = now + max(rest, loaded + held + made * (read + work) + (parts if made > 1 else 0)), 0
-            host += max(self._method(t).compiled_bytes for t in targets)
+            host += max((self._method(t).compiled_bytes for t in targets), default=0)
+            host = max(host, now + cache + samples)
         return {"peak_rss_bytes": host, "peak_device_bytes": device, "states_bytes": states}
 
     def _tuned_bytes(self, activations: int, size: int) -> int:
@@ -353,7 +372,7 @@ class _Rates:
         here = _product_rate(device) if site.tflops is None or site.encode_tflops is None else math.inf
         self.product = here if site.tflops is None else site.tflops * 1e12
         self.disk = _disk_rate(stream.source.path) if site.disk_gbps is None else site.disk_gbps * 1e9
-        self._given, self._faster, self._device, self._on_gpu = site.encode_tflops, self.product / here, device, on_gpu
+        self.given, self.faster, self._device, self._on_gpu = site.encode_tflops, self.product / here, device, on_gpu
         self._known: dict[tuple[int, tuple[int, int]], tuple[float, float, float]] = {}
 
     def cost(self, method: Method, shape: tuple[int, int]) -> tuple[float, float, float]:
@@ -362,9 +381,9 @@ class _Rates:
         if (key := (id(method), shape)) not in self._known:
             small = _probe_shape(method)
             work, more = method.encode_flops(small), shape[0] * shape[1] / (small[0] * small[1])
-            encode, decode = (work / (self._given * 1e12), 0.0) if self._given else _probe(method, small, self._device)
-            if not self._given:
-                encode, decode = encode / self._faster, decode / self._faster
+            encode, decode = (work / (self.given * 1e12), 0.0) if self.given else _probe(method, small, self._device)
+            if not self.given:
+                encode, decode = encode / self.faster, decode / self.faster
             # What grows faster than the weight is feedback and factorization: products.
             products = max(0.0, method.encode_flops(shape) - more * work) / self.product
             fit = encode * method.fit_flops(shape) / work

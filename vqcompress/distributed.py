@@ -76,6 +76,14 @@ class Team:
         dist.all_gather_object(found, value)
         return found
 
+    def to_rank(self, rank: int, value: T) -> list[T]:
+        """What each process has, in the order of ranks, for one of them; nothing for the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.rank == rank else None
+        dist.gather_object(value, found, dst=rank)
+        return found or []
+
 
 ALONE = Team()
 
@@ -171,3 +179,9 @@ class SharedWriter(Shards):
         if self.writer:
             self.writer.stage(tensors)
         self.done[STAGED] = self.team.from_rank(0, self.writer.done[STAGED] if self.writer else None)
+
+    def settle(self) -> None:
+        """`Writer.settle`; nobody goes on before it is done."""
+        if self.writer:
+            self.writer.settle()
+        self.team.from_rank(0, True)

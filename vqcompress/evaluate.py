@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,14 @@ from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.runtime.attention import CACHE, asks_readers, decoding
 from vqcompress.runtime.decode import Decoder
-from vqcompress.runtime.device import choose_device, forget_peaks, model_dtype, peak_device_bytes, peak_rss_bytes
+from vqcompress.runtime.device import (
+    check_fits,
+    choose_device,
+    forget_peaks,
+    model_dtype,
+    peak_device_bytes,
+    peak_rss_bytes,
+)
 from vqcompress.runtime.load import kept_as, load_any
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
@@ -45,6 +53,12 @@ def open_model(model: str) -> Checkpoint:
     if not source.tensors:
         raise VQCompressError(f"{path} has no safetensors weights")
     return source
+
+
+def _loaded_bytes(source: Checkpoint, dtype: torch.dtype) -> int:
+    """The least memory that a loaded model takes: codes as they are, all else in the type that is computed in."""
+    tensors = source.tensors.values()
+    return sum(t.bytes if t.dtype.itemsize == 1 else t.bytes // t.dtype.itemsize * dtype.itemsize for t in tensors)
 
 
 def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tensor:
@@ -167,8 +181,13 @@ def perplexity(
     for source in sources:
         source.check_length(length)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
+    if kv_cache is not None:
+        needed = _loaded_bytes(sources[0], streams[0].dtype)
+        check_fits(needed, chosen, "eval perplexity --kv-cache", "without --kv-cache it reads block by block")
     # Work is counted in weights: a block passes all windows at once, the output head one after the other.
     inside = sum(target.weights for stream in streams for block in stream.blocks for target in block.targets)
+    # A model whose cache is coded is whole in memory, and passes them one after the other, too.
+    coded = sum(t.weights for block in streams[0].blocks for t in block.targets) if kv_cache is not None else 0
     heads = sum(stream.model.get_output_embeddings().weight.numel() for stream in streams)
     done = 0.0
 
@@ -188,7 +207,7 @@ def perplexity(
             raise VQCompressError(f"{model} and {baseline} have vocabularies of different sizes")
         labels.append(window_L[first + 1 :])
         scores.add(logits[0], labels[-1].to(chosen), logits[1] if baseline is not None else None)
-        tell(heads / len(windows_NL))
+        tell((heads + coded) / len(windows_NL))
     nll = scores.nll / scores.tokens
     bytes_scored = len(str(tokenizer.decode(torch.cat(labels))).encode())
     seconds = time.perf_counter() - start
@@ -217,17 +236,19 @@ def speed(
     baseline: str | None = None,
     device: str = "auto",
     cpu_weights: str = "auto",
+    kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """Prefill and decode tokens per second, time to first token (s) and peak memory, after one warm-up.
 
     Greedy decoding with a cache of fixed size, on random prompts; medians of a few rounds. baseline: another model,
-    measured after this one in the same process; adds `baseline` and the speeds relative to it.
+    measured after this one in the same process; adds `baseline` and the speeds relative to it. kv_cache: a recipe with
+    a `cache`, for this one only. cache_bytes: of the cache after the last token.
     """
     if min(prompt_tokens, new_tokens, batch) < 1 or new_tokens < 2:
         raise UsageError("--prompt-tokens and --batch must be at least 1, --new-tokens at least 2")
-    found = _speed(model, prompt_tokens, new_tokens, batch, device, cpu_weights)
+    found = _speed(model, prompt_tokens, new_tokens, batch, device, cpu_weights, kv_cache)
     if baseline is not None:
-        other = _speed(baseline, prompt_tokens, new_tokens, batch, device, cpu_weights)
+        other = _speed(baseline, prompt_tokens, new_tokens, batch, device, cpu_weights, None)
         found["baseline"] = other
         for kind in ("prefill", "decode"):
             rate = f"{kind}_tokens_per_second"
@@ -236,7 +257,7 @@ def speed(
 
 
 def _speed(
-    model: str, prompt_tokens: int, new_tokens: int, batch: int, device: str, cpu_weights: str
+    model: str, prompt_tokens: int, new_tokens: int, batch: int, device: str, cpu_weights: str, kv_cache: str | None
 ) -> dict[str, Any]:
     # What an earlier model held is no peak of this one.
     gc.collect()
@@ -247,7 +268,12 @@ def _speed(
     vocabulary = network.config.get_text_config().vocab_size
     prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     prompt_BL = prompt_BL.to(network.device)
-    decoder = Decoder(network, prompt_tokens + new_tokens)
+    make = None
+    if kv_cache is not None:
+        # A step is recorded on a GPU where that can be.
+        static = network.device.type == "cuda" and asks_readers(network)
+        make = partial(kept_as(network, resolve(model), kv_cache).cache, static=static)
+    decoder = Decoder(network, prompt_tokens + new_tokens, make)
 
     def wait() -> float:
         if network.device.type == "cuda":
@@ -271,6 +297,8 @@ def _speed(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,
+        "kv_cache": kv_cache,
+        "cache_bytes": decoder.cache_bytes(),
         "prefill_tokens_per_second": round(batch * prompt_tokens / prefill, 1),
         "decode_tokens_per_second": round(batch * (new_tokens - 1) / decode, 1),
         "time_to_first_token": round(prefill, 4),

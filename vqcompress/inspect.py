@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vqcompress.artifact import Artifact, stored_bits
+from vqcompress.artifact import KV_CACHE, Artifact, stored_bits
 from vqcompress.checkpoint import read_json, resolve
 from vqcompress.errors import VQCompressError
 from vqcompress.kernels import launch
@@ -50,15 +50,17 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
         rows[-1] |= runtime.get(name, {})
     weights = sum(entry.target.weights for entry in artifact.entries.values())
     files = {info.file for info in artifact.tensors.values()}
+    files |= {path.name for path in artifact.path.glob(KV_CACHE)}
     return {
         "artifact": path,
         "recipe": report.get("recipe"),
         "model": report.get("model"),
-        "bits_per_weight": sum(stored.values()) / max(weights, 1),
+        "bits_per_weight": sum(stored.values()) / weights if weights else None,
         "weights_quantized": weights,
         "source_bytes": report.get("source_bytes"),
         "artifact_bytes": sum((artifact.path / file).stat().st_size for file in files),
         "files": len(files),
+        "kv_cache": artifact.config["quantization_config"].get("kv_cache"),
         "codebooks": report.get("codebooks", {}),
         "experts": report.get("experts", {}),
         "uncalibrated": report.get("uncalibrated", []),

@@ -92,11 +92,13 @@ class Plan:
 
 
 def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
-    """The plan for a model; UsageError for a rule that matches nothing or a recipe that compresses nothing."""
+    """The plan for a model; UsageError for a rule that matches nothing or a recipe that compresses nothing.
+
+    A recipe with a `cache` may leave all weights as they are.
+    """
     plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
-    if not plan.targets:
-        hint = "; give it as --kv-cache, beside a recipe of weights" if recipe.cache and not recipe.rules else ""
-        raise UsageError(f"recipe {recipe.name} compresses nothing in this model{hint}")
+    if not plan.targets and (recipe.cache is None or recipe.candidates):
+        raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
     if recipe.experts and not any(isinstance(m, Experts) for layer in stream.skeletons for m in layer.modules()):
         why = stream.fused_because or "the model has no mixture of experts"
         raise UsageError(f"recipe {recipe.name}: 'experts' speaks of nothing here: {why}")

@@ -20,19 +20,21 @@ from vqcompress import recipe as recipes
 from vqcompress.allocate import allocate, make_plans, outlook
 from vqcompress.artifact import HINT, KV_CACHE, MARKER, STAGED, Artifact, Entry, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
-from vqcompress.cache_calibration import cache_books
+from vqcompress.cache_calibration import Books, cache_books
+from vqcompress.cache_costs import CacheCosts
 from vqcompress.calibration import DEFAULT_SAMPLES, calibration_rows, fingerprint
 from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
 from vqcompress.costs import Site
-from vqcompress.distributed import ALONE, SharedWriter, join
+from vqcompress.distributed import ALONE, SharedWriter, Team, join
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.report import model_card, run_report
 from vqcompress.rotation import Rotated
-from vqcompress.runtime.device import choose_device, give_back, model_dtype
+from vqcompress.runtime.device import check_fits, choose_device, give_back, model_dtype
 from vqcompress.runtime.load import assemble, load_any
+from vqcompress.runtime.modules import decode_layers
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 from vqcompress.states import States, keep
 from vqcompress.tuning import distill
@@ -113,14 +115,19 @@ def quantize(
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
     A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
-    with "measure", "plan", "block", "target", "done" and "distill" and what is known about each. states: "memory" or
-    "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
+    with "measure", "plan", "block", "target", "done", "distill" and "cache", and what is known about each. states:
+    "memory" or "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
     """
     start = time.perf_counter()
     chosen = choose_device(device)
     stream, (plan, *others) = _prepare(model, out, recipe, target_bits, kv_cache, chosen, seed, states)
     source, team = stream.source, stream.team
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.reads_text else None
+    if rows is not None and (cache := CacheCosts.of(plan, stream, *rows.shape)):
+        # Now, not when all blocks are done.
+        instead = "take a recipe whose cache is fp8 or universal, which learn nothing"
+        needed = cache.memory(stream.dtype.itemsize) + (cache.samples if chosen.type == "cpu" else 0)
+        check_fits(needed, chosen, "to learn the codebooks of a cache", instead)
     if not plan.calibrated:
         # Nothing to add up: each process has whole blocks for itself.
         stream.team = ALONE
@@ -139,7 +146,8 @@ def quantize(
             rest = source.read(stream.rest) if team.leads else {}
             check_finite(rest)
             facts = {"targets": [], "seconds": 0.0, "source": source_of(REST)}
-            writer.commit(REST, 1, len(blocks) + 1, rest | {HINT: MARKER}, facts)
+            # Without the import a model of dense weights loads right, too.
+            writer.commit(REST, 1, len(blocks) + 1, rest | ({HINT: MARKER} if plan.targets else {}), facts)
         hidden: States = first_states(stream, rows) if rows is not None and plan.calibrated else []
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
@@ -183,8 +191,9 @@ def quantize(
             student = assemble(stream.config, entries, out, files, torch.float32, chosen)
             teacher = load_any(model, device).float()
             writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
-        report = _finish(model, plan, stream, writer.writer, entries, rows, seed, start) if writer.writer else None
-        return team.from_rank(0, report)
+        books = _cache_books(plan, stream, team, writer, entries, rows, seed, watch)
+        finish = partial(_finish, model, plan, stream, entries=entries, rows=rows, books=books, seed=seed, start=start)
+        return team.from_rank(0, finish(writer.writer) if writer.writer else None)
 
 
 def _prepare(
@@ -208,6 +217,28 @@ def _prepare(
     return stream, plans
 
 
+def _cache_books(
+    plan: Plan,
+    stream: BlockStream,
+    team: Team,
+    writer: SharedWriter,
+    entries: list[Entry],
+    rows: Tensor | None,
+    seed: int,
+    watch: Watch,
+) -> Books | None:
+    """The codebooks of a cache that is to be calibrated, learned by all processes from the model as it is stored."""
+    knobs = plan.recipe.cache
+    if knobs is None or knobs.codebook != "learned" or rows is None:
+        return None
+    watch("cache", {})
+    writer.settle()
+    files = [record["file"] for name, record in writer.done.items() if name != STAGED]
+    network = assemble(stream.config, entries, writer.out, files, stream.dtype, stream.device)
+    decode_layers(network)
+    return cache_books(network, rows, knobs, seed, team)
+
+
 def _finish(
     model: str,
     plan: Plan,
@@ -215,6 +246,7 @@ def _finish(
     writer: Writer,
     entries: list[Entry],
     rows: Tensor | None,
+    books: Books | None,
     seed: int,
     start: float,
 ) -> dict[str, Any]:
@@ -223,11 +255,9 @@ def _finish(
     source, settings = stream.source, quantization_config(entries, vqcompress.__version__)
     if (knobs := plan.recipe.cache) is not None:
         settings["kv_cache"] = knobs.model_dump(mode="json")
-        if knobs.codebook == "learned" and rows is not None:
-            files = [record["file"] for record in writer.done.values() if "file" in record]
-            network = assemble(stream.config, entries, writer.out, files, stream.dtype, stream.device)
-            books, settings["kv_cache"]["before"] = cache_books(network, rows, knobs, seed)
-            writer.write_beside(KV_CACHE, books)
+    if books is not None:
+        named, settings["kv_cache"]["before"] = books
+        writer.write_beside(KV_CACHE, named)
     config = {**source.config, "quantization_config": settings}
     report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""

@@ -29,10 +29,8 @@ tags: [vqcompress, quantized, {recipe}]
 # {title}
 
 `{base}` compressed by [vqcompress](https://pypi.org/project/vqcompress/) {version} with the recipe `{recipe}`:
-{bits:.3f} bits per quantized weight, {source} → {artifact} in all.
-
-**Import `vqcompress` before you load this model.** Its weights are stored compressed; transformers alone cannot read
-them and stops with a size mismatch.
+{bits}{source} → {artifact} in all.{cache}
+{warning}
 
 ```python
 import vqcompress  # registers the format with transformers
@@ -52,13 +50,25 @@ vqcompress generate {here} --prompt "The first thing to know is"
 vqcompress eval perplexity {here} --text FILE --baseline {base}
 vqcompress verify {here}
 ```
-
-| method | weights | bits per weight | mean relative error |
-| --- | --- | --- | --- |
 {rows}
-
 Calibration: {calibration}. Seed {seed}. `report.json` has a row per weight; `SHA256SUMS` has the checksums.
 """
+COMPRESSED = """
+**Import `vqcompress` before you load this model.** Its weights are stored compressed; transformers alone cannot read
+them and stops with a size mismatch."""
+DENSE = """
+The weights are dense, and transformers alone loads them right. What is coded is the cache of keys and values, which
+takes `vqcompress`."""
+TABLE = """
+| method | weights | bits per weight | mean relative error |
+| --- | --- | --- | --- |
+"""
+
+
+def cache_line(settings: dict[str, Any]) -> str:
+    """How keys and values are kept, for people."""
+    kept = f"the newest {settings['window']} and the first {settings['sinks']} tokens as they are"
+    return f"keys and values in {settings['bits']} bits, {settings['codebook']}, {kept}"
 
 
 class Uses:
@@ -109,7 +119,7 @@ def run_report(
 ) -> dict[str, Any]:
     """The report of a run, JSON; docs/artifact.md lists every key.
 
-    bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights.
+    bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights; None of none.
     """
     shards = {name: record for name, record in writer.done.items() if name != STAGED}
     targets = [row for record in shards.values() for row in record["targets"]]
@@ -120,16 +130,17 @@ def run_report(
     for target in plan.targets:
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
     sources = [record["source"] for record in shards.values()]
+    files = [record["file"] for record in shards.values()] + list(writer.beside)
     return {
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
         "model": model,
         "seed": seed,
         "target_bits": plan.target_bits,
-        "bits_per_weight": bits / weights,
+        "bits_per_weight": bits / weights if weights else None,
         "weights_quantized": weights,
         "source_bytes": source.bytes,
-        "artifact_bytes": sum((writer.out / record["file"]).stat().st_size for record in shards.values()),
+        "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
@@ -163,18 +174,21 @@ def model_card(model: str, report: dict[str, Any], out: Path) -> str:
         bits = sum(r["bits_per_weight"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
         error = sum(r["relative_error"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
         lines.append(f"| {method} | {sum(counts):,} | {bits:.3f} | {error:.2e} |")
-    rows_of = report["calibration"]
+    rows_of, bits, cache = report["calibration"], report["bits_per_weight"], report["kv_cache"]
+    turned_on = "`--kv-cache` or `vqcompress.load(…, kv_cache=True)` turns it on"
     return CARD.format(
         base=base,
         title=f"{Path(base).name} · {report['recipe']}",
         version=vqcompress.__version__,
         recipe=report["recipe"],
-        bits=report["bits_per_weight"],
+        bits="" if bits is None else f"{bits:.3f} bits per quantized weight, ",
+        cache=f" Cache: {cache_line(cache)}; {turned_on}." if cache else "",
+        warning=DENSE if bits is None else COMPRESSED,
         source=size(report["source_bytes"]),
         artifact=size(report["artifact_bytes"]),
         here=out.name,
-        rows="\n".join(lines),
-        calibration="none, the method needs no data"
+        rows=TABLE + "\n".join(lines) + "\n" if lines else "",
+        calibration="none, the recipe needs no data"
         if rows_of is None
         else f"{rows_of['samples']} rows of {rows_of['seqlen']} tokens",
         seed=report["seed"],

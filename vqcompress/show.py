@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from vqcompress.report import size
+from vqcompress.report import cache_line, size
 
 Watch = Callable[[str, dict[str, Any]], None]
 
@@ -128,6 +128,8 @@ def watching(model: str) -> Iterator[Watch]:
             elif event == "done":
                 run.mark = run.done, time.perf_counter()
                 bar.update(task, left=run.left())
+            elif event == "cache":
+                bar.update(task, description="learning codebooks of keys and values", total=None, target="", left="")
             elif event == "distill":
                 bar.update(task, description="distilling", total=facts["steps"], completed=facts["step"], target="")
 
@@ -175,6 +177,8 @@ def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
     elif event == "target":
         run.done += run.weights[facts["name"]]
         return
+    elif event == "cache":
+        text = "all blocks are done; learning codebooks of keys and values"
     elif event == "distill" and facts["step"] == 0:
         text = f"all blocks are done; distilling in {facts['steps']} steps"
     elif event == "done":
@@ -227,19 +231,26 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
         for row in report["settings"]:
             table.add_row(row["setting"], f"{row['targets']:,}", f"{row['weights']:,}")
         to.print(table)
-    worst = max(report["targets"], key=lambda row: row["relative_error"])
-    to.print(f"{out}: {report['bits_per_weight']:.3f} bits per weight over {report['weights_quantized']:,} weights")
+    to.print(f"{out}: {_bits(report)}")
     to.print(f"size    {size(before)} → {size(after)}, {before / after:.2f} times smaller")
     _experts(to, report, each=False)
     if texts and report["calibration"] is None:
         to.print(f"note    {report['recipe']} needs no data: --calibration was not read")
-    to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
-    if cache := report["kv_cache"]:
+    if worst := max(report["targets"], key=lambda row: row["relative_error"], default=None):
+        to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
+    if report["kv_cache"]:
         turned_on = "; --kv-cache or vqcompress.load(…, kv_cache=True) turns it on"
-        to.print(f"cache   keys and values in {cache['bits']} bits, {cache['codebook']}{turned_on}")
+        to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}", soft_wrap=True)
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
     to.print(f"next    {command}", soft_wrap=True)
+
+
+def _bits(facts: dict[str, Any]) -> str:
+    """Bits per weight, and of how many weights."""
+    if facts["bits_per_weight"] is None:
+        return "all weights as they are"
+    return f"{facts['bits_per_weight']:.3f} bits per weight over {facts['weights_quantized']:,} weights"
 
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
@@ -252,26 +263,27 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     table = _table("weight", "count", "shape", "method", "bits per weight")
     for (name, shape, method, bits), count in counts.items():
         table.add_row(name, f"{count:,}", shape, method, bits)
-    to.print(table)
+    if counts:
+        to.print(table)
     for name, bits in plan.get("candidates", {}).items():
         to.print(f"choice  {name}: {bits:.3f} bits per weight")
     before, after = plan["source_bytes"], plan["artifact_bytes"]
-    weights = f"{plan['weights_quantized']:,} weights"
     if plan["rotation"]:
         to.print("rotate  the residual stream and the heads' values, folded into the weights")
-    to.print(f"total   {len(plan['targets'])} targets, {weights}, {plan['bits_per_weight']:.3f} bits per weight in all")
+    to.print(f"total   {len(plan['targets'])} targets, {_bits(plan)}")
+    if plan["kv_cache"]:
+        to.print(f"cache   {cache_line(plan['kv_cache'])}; codebooks of {size(plan['codebook_bytes'])}")
     to.print(f"size    {size(before)} → about {size(after)}, {before / max(after, 1):.2f} times smaller")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
     device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
     count, rates = plan["processes"], plan["rates"]
     each = "a process" if count > 1 else "one process"
     to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory{device} for {each}; {tokens}")
-    work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items())
+    work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items() if flops)
     disk = f"{each} reads {size(plan['disk_read_bytes'])}; {size(plan['disk_written_bytes'])} are written in all"
-    to.print(f"work    FLOPs: {work}; {disk}")
-    speeds = (
-        f"{rates['tflops']:.3g} TFLOPS, {rates['encode_tflops']:.3g} in encoding, disk {rates['disk_gbps']:.3g} GB/s"
-    )
+    to.print(f"work    FLOPs: {work or 'none'}; {disk}")
+    encoding = f", {rates['encode_tflops']:.3g} in encoding" if rates["encode_tflops"] else ""
+    speeds = f"{rates['tflops']:.3g} TFLOPS{encoding}, disk {rates['disk_gbps']:.3g} GB/s"
     where = f"{count} GPU{'s' * (count > 1)}, each" if device else "this CPU:"
     to.print(f"time    about {duration(plan['seconds'])} on {where} {speeds}")
     left = Counter((kind(name), why) for name, why in plan["left_dense"].items())
@@ -287,7 +299,8 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
         errors = (_error(row["relative_error"]), _error(row["proxy_error"]))
         shape = " × ".join(map(str, row["shape"]))
         table.add_row(row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens)
-    to.print(table)
+    if facts["targets"]:
+        to.print(table)
     rows = [row for row in facts["targets"] if "runtime" in row]
     ways = Counter((kind(row["name"]), tuple(row["runtime"].items()), row.get("experts")) for row in rows)
     for (name, paths, experts), count in ways.items():
@@ -305,8 +318,9 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
         to.print(f"entries the first 1/8, 1/4, 1/2 of a codebook's take {means} % of its uses (mean of {len(books)})")
     _experts(to, facts, each=True)
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
-    weights = f"{len(facts['targets'])} targets, {facts['weights_quantized']:,} weights"
-    to.print(f"total   {weights}, {facts['bits_per_weight']:.3f} bits per weight")
+    if facts["kv_cache"]:
+        to.print(f"cache   {cache_line(facts['kv_cache'])}")
+    to.print(f"total   {len(facts['targets'])} targets, {_bits(facts)}")
     to.print(f"size    {before}{size(facts['artifact_bytes'])} in {facts['files']} files")
 
 
@@ -332,13 +346,15 @@ def speed(to: Console, facts: dict[str, Any]) -> None:
     to.print(f"decode               {facts['decode_tokens_per_second']:,.1f} tokens/s")
     to.print(f"time to first token  {1000 * facts['time_to_first_token']:.1f} ms")
     to.print(f"peak memory          {size(facts['peak_rss_bytes'])}{device}")
+    to.print(f"cache                {size(facts['cache_bytes'])}, {facts['kv_cache'] or 'as it is'}")
     shape = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
     to.print(f"measured             {shape}, on {facts['device']} in {facts['dtype']}")
     if other := facts.get("baseline"):
         ratios = (f"{kind} {facts[f'{kind}_relative_to_baseline']:.2f}" for kind in ("prefill", "decode"))
         to.print(f"speed relative to {other['model']}: {', '.join(ratios)}", soft_wrap=True)
         memory = size(other["peak_device_bytes"] or other["peak_rss_bytes"])
-        to.print(f"  whose decode is {other['decode_tokens_per_second']:,.1f} tokens/s, peak memory {memory}")
+        theirs = f"peak memory {memory}, cache {size(other['cache_bytes'])}"
+        to.print(f"  whose decode is {other['decode_tokens_per_second']:,.1f} tokens/s, {theirs}")
 
 
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress.artifact import SMOOTHING, Artifact, Entry
+from vqcompress.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite, resolve
 from vqcompress.errors import VQCompressError
@@ -39,6 +39,20 @@ def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
         raise VQCompressError(f"{entry.target.name}: {error}") from error
 
 
+def check_books(artifact: Artifact) -> None:
+    """Of a cache: for each layer one for keys and one for values, of 256 finite entries for 8 / bits channels."""
+    settings = artifact.config["quantization_config"].get("kv_cache") or {}
+    if settings.get("codebook") != "learned":
+        return
+    books, tail = tensors_of(artifact.path / KV_CACHE), (256, 8 // settings["bits"])
+    wanted = {f"{n}.{kind}" for n in range(len(settings["before"])) for kind in ("keys", "values")}
+    for name in sorted(wanted | books.keys()):
+        book = books.get(name)
+        right = name in wanted and book is not None and book.dim() == 4 and book.shape[2:] == tail
+        if book is None or not right or book.dtype != torch.float16 or not book.isfinite().all():
+            raise VQCompressError(f"{artifact.path / KV_CACHE}: the codebook {name} is missing or damaged")
+
+
 def verify(path: str) -> dict[str, Any]:
     """Check an artifact whole; returns what was looked at, or raises VQCompressError naming the first thing wrong."""
     start = time.perf_counter()
@@ -47,6 +61,7 @@ def verify(path: str) -> dict[str, Any]:
     stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
     entries = list(artifact.entries.values())
     check_layouts(stream, entries)
+    check_books(artifact)
     check_finite(stream.source.read(stream.rest))
     # Loading names what is missing of the dense tensors, or has another shape.
     stream.load_rest()

@@ -112,7 +112,8 @@ class Writer(Shards):
     def __init__(self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
         super().__init__(out)
         self.inputs, self.source_of = inputs, source_of
-        self._beside: dict[str, str] = {}
+        # Files that are no shards, by name: their checksums.
+        self.beside: dict[str, str] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
         if out.is_file():
@@ -249,7 +250,7 @@ class Writer(Shards):
             self._sync_directory()
         except (OSError, SafetensorError) as error:
             raise self._explain(error, sum(t.nbytes for t in tensors.values())) from error
-        self._beside[name] = sha256(self.out / name)
+        self.beside[name] = sha256(self.out / name)
 
     @undisturbed()
     def settle(self) -> None:
@@ -279,7 +280,7 @@ class Writer(Shards):
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
-        sums |= self._beside
+        sums |= self.beside
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
         files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
         files |= {RECIPE: recipe.encode()} if recipe else {}

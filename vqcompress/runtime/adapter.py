@@ -48,6 +48,8 @@ class VQCompressQuantizer(HfQuantizer):
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
             swap(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
+        if not entries:
+            return
         # The marker that stops a process which forgot to import vqcompress is no news to one that did.
         known, first = set(model._keys_to_ignore_on_load_unexpected or ()), entries[0].target.name
         layout = getattr(dict(model.named_modules()).get(first.rsplit(".", 2)[0]), "layout", None)

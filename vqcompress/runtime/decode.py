@@ -7,28 +7,43 @@ What cannot be recorded runs step by step, and says so once: a cache that keeps 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from vqcompress.errors import Fallback
 from vqcompress.runtime.attention import CACHE
+from vqcompress.runtime.cache import KVCache
+from vqcompress.runtime.cache_layer import KVLayer
 
 # Steps before a capture, so that whatever is made at a first call has been made.
 WARM_UP = 2
 
 
-class Decoder:
-    """Decodes the continuation of one batch of prompts. length: positions of the cache, prompt and new tokens."""
+def nbytes(cache: Any) -> int:
+    """Memory of the keys and values that a cache holds, however it does."""
+    if isinstance(cache, KVCache):
+        return cache.nbytes()
+    return sum(part.nbytes for layer in cache.layers if layer.is_initialized for part in (layer.keys, layer.values))
 
-    def __init__(self, network: PreTrainedModel, length: int):
+
+class Decoder:
+    """Decodes the continuation of one batch of prompts. length: positions of the cache, prompt and new tokens.
+
+    make: what makes the cache from the model and its length, unless it is transformers' own.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, length: int, make: Callable[[PreTrainedModel, int], Cache] | None = None
+    ):
         self.network = network
-        self.cache = StaticCache(config=network.config, max_cache_len=length)
+        self.cache = make(network, length) if make else StaticCache(config=network.config, max_cache_len=length)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.records = all(type(layer) is StaticLayer for layer in self.cache.layers)
+        self.records = getattr(self.cache, "static", False) or all(type(x) is StaticLayer for x in self.cache.layers)
         if not self.records and network.device.type == "cuda":
             warnings.warn(
                 "decoding runs without a CUDA graph: the model's cache is no plain one", Fallback, stacklevel=2
@@ -58,6 +73,10 @@ class Decoder:
             self.token_B1.copy_(self._next(self.token_B1))
         return self.token_B1
 
+    def cache_bytes(self) -> int:
+        """Memory that the cache takes."""
+        return nbytes(self.cache)
+
     def _next(self, tokens_BL: Tensor) -> Tensor:
         out: Any = self.network(tokens_BL, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         token_B1: Tensor = out.logits[:, -1:].argmax(-1)
@@ -66,7 +85,9 @@ class Decoder:
     def _capture(self) -> None:
         """Record a step, and leave the cache and the token as they were."""
         layers: list[Any] = self.cache.layers
-        before = [layer.cumulative_length.clone() for layer in layers]
+        # Positions behind the length are masked, whatever the warm-up writes there; the rest is put back.
+        state = [t for x in layers for t in (x.state() if isinstance(x, KVLayer) else [x.cumulative_length])]
+        before = [part.clone() for part in state]
         token_B1 = self.token_B1.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -83,7 +104,6 @@ class Decoder:
             self.records = False
             reason = str(error).partition("\n")[0]
             warnings.warn(f"decoding runs without a CUDA graph: {reason}", Fallback, stacklevel=2)
-        # Positions behind these are masked, whatever the warm-up wrote there.
-        for layer, length in zip(layers, before, strict=True):
-            layer.cumulative_length.copy_(length)
+        for part, was in zip(state, before, strict=True):
+            part.copy_(was)
         self.token_B1.copy_(token_B1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vqcompress.checkpoint import stored_dtype
-from vqcompress.errors import UsageError
+from vqcompress.errors import UsageError, VQCompressError
 
 
 def choose_device(name: str) -> torch.device:
@@ -70,6 +70,16 @@ def available_bytes() -> int:
     if soft != resource.RLIM_INFINITY and statm.exists():
         limits.append(soft - int(statm.read_text().split()[0]) * resource.getpagesize())
     return min(limits)
+
+
+def check_fits(needed: int, device: torch.device, what: str, instead: str) -> None:
+    """VQCompressError if so many bytes are more than a device has free. what: takes them. instead: what to do."""
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
+    if needed > free:
+        raise VQCompressError(
+            f"{what} takes the whole model in memory, about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free;"
+            f" {instead}"
+        )
 
 
 def peak_device_bytes() -> int:

@@ -175,6 +175,17 @@ def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dt
         setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared, packed))
 
 
+def decode_layers(model: nn.Module) -> None:
+    """Put plain layers of the decoded weights in the place of compressed ones: for gradients, which codes and rounded
+    activations have none of."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+            plain.register_parameter("bias", layer.bias)
+            model.set_submodule(path, plain)
+
+
 def _shared_module(root: nn.Module, path: str, entry: Entry) -> SharedParts:
     """The SharedParts at `BLOCK.shared_parts.K`, made if the block has none yet."""
     holder_path, _, key = path.rpartition(".")
