@@ -12,19 +12,7 @@ from vqcompress.artifact import SMOOTHING, Artifact, Entry
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite, resolve
 from vqcompress.errors import VQCompressError
-
-
-def check_layouts(stream: BlockStream, entries: list[Entry]) -> None:
-    """Compare type and shape of every part with its method's layout, from the headers; VQCompressError naming one."""
-    for entry in entries:
-        layout = entry.layout() | entry.method.shared_layout()
-        for part, name in stream.stored_parts(entry).items():
-            info = stream.source.tensors[name]
-            if (info.dtype, info.shape) != layout[part]:
-                raise VQCompressError(
-                    f"{name} is {info.dtype} {info.shape}; {entry.method.name} for a weight of {entry.target.shape}"
-                    f" stores {layout[part][0]} {layout[part][1]}"
-                )
+from vqcompress.runtime.load import generation_config
 
 
 def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
@@ -43,10 +31,11 @@ def verify(path: str) -> dict[str, Any]:
     """Check an artifact whole; returns what was looked at, or raises VQCompressError naming the first thing wrong."""
     start = time.perf_counter()
     artifact = Artifact(resolve(path))
-    artifact.check_files()
+    sealed = artifact.check_files(reports=True)
+    # Looks at the layouts, too.
     stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
+    generation_config(artifact.path)
     entries = list(artifact.entries.values())
-    check_layouts(stream, entries)
     check_finite(stream.source.read(stream.rest))
     # Loading names what is missing of the dense tensors, or has another shape.
     stream.load_rest()
@@ -60,6 +49,7 @@ def verify(path: str) -> dict[str, Any]:
     return {
         "files": len({info.file for info in artifact.tensors.values()}),
         "targets": len(entries),
+        "checksums": sealed,
         "bytes": artifact.bytes,
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -51,6 +51,8 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Room for what stays in full precision."""
+        for coder, x in zip(self.coders, (key_states, value_states), strict=True):
+            coder.check(x)
         sizes = self.cache.sinks, self.cache.window
         self.first, self.ring = (
             tuple(x.new_zeros((*x.shape[:2], size, x.shape[3])) for x in (key_states, value_states)) for size in sizes

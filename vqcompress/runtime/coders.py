@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqcompress import ops
 from vqcompress.codebooks import kv
+from vqcompress.errors import VQCompressError
 
 
 class Coder:
@@ -19,6 +20,9 @@ class Coder:
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """The parts to store."""
         raise NotImplementedError
+
+    def check(self, x_BHTD: Tensor) -> None:
+        """VQCompressError if it cannot store keys or values of this shape."""
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """float32 (B, H, T, D)."""
@@ -30,6 +34,13 @@ class Learned(Coder):
     """Codes of calibrated codebooks. book_HGEd: `kv.learn`."""
 
     book_HGEd: Tensor
+
+    def check(self, x_BHTD: Tensor) -> None:
+        """As above: a head, or one for all, has a codebook for each group of its channels."""
+        (heads, groups, _, d), (_, found, _, channels) = self.book_HGEd.shape, x_BHTD.shape
+        if heads not in (1, found) or groups * d != channels:
+            stored = f"{heads} heads of {groups * d} channels"
+            raise VQCompressError(f"the cache has codebooks for {stored}, but the model {found} of {channels}")
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes."""
