@@ -106,8 +106,9 @@ def fuzz(
         except (VQCompressError, Wrong) as error:
             if isinstance(error, Wrong) or not str(error).strip() or "\n" in str(error).strip():
                 result.failures.append(f"case {number}, {kind}: {error!r:.500}")
-        except Exception:
-            result.failures.append(f"case {number}, {kind}: {''.join(traceback.format_exc()[-1500:])}")
+        except Exception as error:
+            at = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+            result.failures.append(f"case {number}, {kind}: {error!r:.300} at {' '.join(at)}")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0) if alarm else None
         if time.monotonic() - start > LIMIT:
@@ -420,7 +421,7 @@ def recipe_data(draw: random.Random, text: str) -> Any:
     damage_json(draw, data)
     try:
         recipes.yaml.safe_dump(data)
-    except (recipes.yaml.YAMLError, UnicodeError):
+    except (recipes.yaml.YAMLError, UnicodeError, RecursionError):
         return None
     return data
 

@@ -249,7 +249,9 @@ class Artifact(Checkpoint):
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of one shard."""
+    """All tensors of one file; VQCompressError naming it if it is damaged."""
     from safetensors.torch import load_file
 
+    # Looks at the header first, and has words for what is wrong with it.
+    Checkpoint.header(path)
     return load_file(path)

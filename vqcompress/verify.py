@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress.artifact import SMOOTHING, Artifact, Entry
+from vqcompress.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite, resolve
 from vqcompress.errors import VQCompressError
@@ -35,6 +35,8 @@ def verify(path: str) -> dict[str, Any]:
     # Looks at the layouts, too.
     stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
     generation_config(artifact.path)
+    if artifact.cache and artifact.cache["codebook"] == "learned":
+        check_finite(tensors_of(artifact.path / KV_CACHE))
     entries = list(artifact.entries.values())
     check_finite(stream.source.read(stream.rest))
     # Loading names what is missing of the dense tensors, or has another shape.

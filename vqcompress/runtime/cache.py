@@ -224,7 +224,8 @@ class KVCache(Cache):
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Where rows that are padded on the left begin."""
         mask = kwargs.get("attention_mask")
-        self._running = kwargs.get("past_key_values") is self
+        # Which of the names transformers uses depends on its version.
+        self._running = any(kwargs.get(name) is self for name in ("past_key_values", "cache"))
         if self._running and not self.get_seq_length() and isinstance(mask, Tensor) and mask.dim() == 2:
             first_B = mask.long().argmax(1)
             if furthest := int(first_B.max()):
