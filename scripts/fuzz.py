@@ -59,7 +59,7 @@ NASTY: tuple[Any, ...] = (
 )  # fmt: skip
 RULE_LINES = (
     "&a [*a]", "{match: '*', method: *a}", "{match: 're:(a|a)*$', method: int8}",
-    r"{match: 're:(\w+\.?)+x', method: int8}",
+    r"{match: 're:(.*?\.?)+\d\d\d', method: int8}",
     r"{match: 're:([a-z._0-9]*)*!', method: fp8}", "{match: 're:" + "(" * 200 + "', method: int8}",
     "{match: 're:" + "(.*)" * 60 + "z', method: int8}", "{match: '" + "*a" * 60 + "', method: int8}",
     "{match: 're:(?R)', method: int8}", r"{match: 're:(?:a{1000}){1000}', method: int8}", "2001-99-99", "!!int ''",
@@ -108,7 +108,7 @@ def fuzz(
                 result.failures.append(f"case {number}, {kind}: {error!r:.500}")
         except Exception as error:
             at = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-            result.failures.append(f"case {number}, {kind}: {error!r:.300} at {' '.join(at)}")
+            result.failures.append(f"case {number}, {kind}: {error!r:.300} at {' '.join(at[-8:])}")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0) if alarm else None
         if time.monotonic() - start > LIMIT:
@@ -302,7 +302,7 @@ def damage_json(draw: random.Random, data: Any) -> None:
             data[key] = draw.choice((value + 1, value - 1, -value, value * 2, value * 10**6, str(value), [value]))
         case 4:
             deep: Any = value
-            for _ in range(draw.choice((1, 3, 500))):
+            for _ in range(draw.choice((1, 3, 100))):
                 deep = [deep] if draw.random() < 0.5 else {"a": deep}
             data[key] = deep
         case _:

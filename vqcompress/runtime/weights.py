@@ -32,7 +32,7 @@ from vqcompress.runtime.experts import without_merges
 from vqcompress.runtime.modules import CompressedLinear, SharedParts
 
 # Several times as many tensors as any known model has.
-MAX_PARAMETERS = 100_000
+MAX_PARAMETERS = 30_000
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
