@@ -104,8 +104,8 @@ class Rule:
         if self.match.startswith("re:"):
             try:
                 return regex.fullmatch(self.match[3:], name, timeout=MATCH_SECONDS) is not None
-            except TimeoutError as error:
-                hint = f"takes more than {MATCH_SECONDS:.0f} s to match {name}; say it more simply"
+            except (TimeoutError, MemoryError) as error:
+                hint = f"takes more than {MATCH_SECONDS:.0f} s, or too much memory, to match {name}; say it more simply"
                 raise UsageError(f"the rule '{self.match}' {hint}") from error
         return fnmatch.fnmatchcase(name, self.match)
 
