@@ -109,7 +109,7 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
     for way in (*found, *ways):
         if way in ways:
             cache = KVCache(model, [(ways[way], ways[way])] * len(rotary), rotary, window, sinks, tokens)
-            model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             cache.close()
             found[way] = cache.nbytes()
         share = round(found[way] / found["plain, bfloat16"], 4)

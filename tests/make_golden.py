@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from toys import toy_checkpoint, toy_text
 
 import vqcompress
-from vqcompress.artifact import FORMAT_VERSION
+from vqcompress.artifact import FORMAT_VERSION, REPORTS
 from vqcompress.quantize import quantize
+from vqcompress.writer import refresh_sums
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = """
@@ -41,6 +42,7 @@ def main() -> None:
     for name in ("report.json", "README.md"):
         # They name a folder that is gone.
         (out / name).unlink()
+    refresh_sums(out, REPORTS)
     ids = torch.arange(48)[None] * 7 % 300
     with torch.inference_mode():
         save_file({"ids": ids, "logits": vqcompress.load(out)(ids).logits}, GOLDEN / f"v{FORMAT_VERSION}.safetensors")

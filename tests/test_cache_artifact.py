@@ -31,6 +31,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate import perplexity, speed
 from vqcompress.inspect import inspect
 from vqcompress.quantize import dry_run, open_checkpoint, quantize
+from vqcompress.runtime.attention import CACHE
 from vqcompress.runtime.decode import nbytes
 from vqcompress.runtime.load import load, load_any
 from vqcompress.verify import verify
@@ -318,5 +319,5 @@ def test_memory_of_a_plain_cache_is_counted(toy: Make) -> None:
     cache, model = DynamicCache(), load_any(str(toy()))
     assert nbytes(cache) == 0
     with torch.inference_mode():
-        model(torch.arange(10)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(10)[None], **{CACHE: cache}, use_cache=True)
     assert nbytes(cache) == 2 * 2 * 2 * 16 * 10 * 4

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from vqcompress.artifact import SUMS, Artifact, sha256
-from vqcompress.checkpoint import INDEX
+import vqcompress
+from vqcompress.artifact import REPORTS, SUMS, Artifact, sha256
+from vqcompress.checkpoint import INDEX, Checkpoint
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate import perplexity
+from vqcompress.runtime import weights
 from vqcompress.runtime.load import load
+from vqcompress.runtime.weights import load_config, skeleton
 from vqcompress.verify import verify
+from vqcompress.writer import refresh_sums
 
 Make = Callable[..., Path]
 CODES = "model.layers.0.self_attn.q_proj.weight_codes"
 SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
-# What a run says of itself is for people and has no checksum.
-UNSEALED = {"report.json", "README.md"}
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def copy(quantized: Make, tmp_path: Path) -> Callable[[str], Path]:
 
 def seal(folder: Path) -> None:
     """Make the checksums right again, so that something else has to notice."""
-    names = sorted(p.name for p in folder.iterdir() if p.name not in {SUMS, *UNSEALED})
+    names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
     (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 
@@ -92,8 +98,7 @@ def test_an_intact_artifact_passes(copy: Callable[..., Path], text: Path) -> Non
 
 def test_every_flipped_bit_is_found(copy: Callable[..., Path]) -> None:
     folder, draw = copy(), random.Random(0)
-    files = [path for path in sorted(folder.iterdir()) if path.name not in UNSEALED]
-    assert len(files) >= 6
+    files = sorted(folder.iterdir())
     for path in files:
         data = path.read_bytes()
         places = {0, len(data) - 1, *(draw.randrange(len(data)) for _ in range(12))}
@@ -108,6 +113,73 @@ def test_every_flipped_bit_is_found(copy: Callable[..., Path]) -> None:
             pytest.fail(f"{path.name}: nobody noticed that byte {place} was flipped")
         path.write_bytes(data)
     verify(str(folder))
+
+
+def test_every_byte_counts(copy: Callable[..., Path]) -> None:
+    """A bit of every byte of the text files and headers; of long ones every few bytes unless there is time for all."""
+    folder, draw, tried = copy("vq-small"), random.Random(0), 0
+    (folder / "report.html").write_text("<p>A page.</p>")
+    (folder / "recipe.yaml").write_text("rules: [{match: '*', method: int8}]")
+    refresh_sums(folder, ["report.html", "recipe.yaml"])
+    verify(str(folder))
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else len(data)
+        step = 1 if header < 1200 or os.environ.get("VQCOMPRESS_EVERY_BYTE") else 97
+        places = {*range(draw.randrange(step), header, step), len(data) - 1}
+        places |= {draw.randrange(len(data)) for _ in range(20)}
+        with path.open("rb+", buffering=0) as stream:
+            for place in sorted(places):
+                bit = 1 << draw.randrange(8)
+                stream.seek(place)
+                stream.write(bytes([data[place] ^ bit]))
+                # How `verify` begins.
+                with pytest.raises(VQCompressError):
+                    Artifact(folder).check_files(reports=True)
+                stream.seek(place)
+                stream.write(data[place : place + 1])
+                tried += 1
+    assert tried > 2000
+    verify(str(folder))
+
+
+@pytest.mark.parametrize("name", ["report.json", "README.md", "tokenizer.json", "config.json"])
+def test_a_line_that_is_gone_from_the_checksums_is_noticed(name: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    lines = (folder / SUMS).read_text().splitlines(keepends=True)
+    (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+    with pytest.raises(VQCompressError, match=re.escape(name)):
+        verify(str(folder))
+
+
+@pytest.mark.parametrize("name", ["extra.safetensors", "model.safetensors", "added_tokens.json", "notes.txt"])
+def test_a_file_that_was_added_is_named(name: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    (folder / name).write_bytes(shard_of(folder, CODES).read_bytes() if "safetensors" in name else b"{}")
+    with pytest.raises(VQCompressError, match=re.escape(name) if name != "model.safetensors" else "."):
+        verify(str(folder))
+
+
+def test_whoever_rewrites_a_report_refreshes_its_checksum(copy: Callable[..., Path], text: Path) -> None:
+    folder = copy()
+    (folder / "report.json").write_text("{}")
+    (folder / "README.md").unlink()
+    # What only people read does not keep anybody from loading.
+    assert refusals(folder, text).keys() == {"verify"}
+    refresh_sums(folder, REPORTS)
+    assert refusals(folder, text) == {}
+    assert "README.md" not in (folder / SUMS).read_text()
+
+
+def test_a_cache_of_the_hub_is_links(quantized: Make, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for path in quantized("int8-plain").iterdir():
+        shutil.copy(path, tmp_path / "blobs" / sha256(path))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / sha256(path))
+    verify(str(snapshot))
+    load(snapshot)
 
 
 @pytest.mark.parametrize("where", ["load", "eval"])
@@ -352,6 +424,37 @@ def test_a_damaged_quantization_config_is_a_named_error(damage: str, copy: Calla
     assert said.keys() == {"verify", "load", "eval"}
 
 
+def knob(config: dict[str, Any], target: str, **knobs: Any) -> None:
+    """Give a target a method of its own, as its present one but for some knobs."""
+    entry = config["targets"][target]
+    config["methods"].append({**config["methods"][entry["method"]], **knobs})
+    entry["method"] = len(config["methods"]) - 1
+
+
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "smoothing that config.json does not name": (
+        "int8-runtime", lambda q: [t.update(smoothed=False) for t in q["targets"].values()], "what for"
+    ),
+    "a codebook of another method": (
+        "vq-small", lambda q: knob(q, "model.layers.0.self_attn.q_proj", bits=3), "another method shares"
+    ),
+    "codes of another type": ("int8-plain", lambda q: q["methods"][0].update(method="fp8"), "no knob|stores"),
+    "numbers of another size": (
+        "vq-small", lambda q: [m.update(entry_bits=16) for m in q["methods"]], "codebook.*stores"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", PARTS)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_parts_that_a_kernel_would_misread_are_named(damage: str, adapter: bool, copy: Callable[..., Path]) -> None:
+    recipe, change, said = PARTS[damage]
+    folder = copy(recipe)
+    edit_json(folder / "config.json", lambda config: change(config["quantization_config"]) and None)
+    with pytest.raises(VQCompressError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder) if adapter else load(folder)
+
+
 @pytest.mark.parametrize(
     "shared", ["", ".", "../x", "model.nowhere.shared_parts.0", "model.layers.1.shared_parts.7", 3]
 )
@@ -375,6 +478,10 @@ def test_a_damaged_path_of_shared_parts_is_a_named_error(shared: Any, copy: Call
         ("hidden_size", 96),
         ("hidden_size", 10**12),
         ("vocab_size", 10**15),
+        ("num_hidden_layers", 10**7),
+        ("head_dim", 10**9),
+        ("max_position_embeddings", 10**12),
+        ("layer_types", ["full_attention"] * 3),
         ("num_hidden_layers", 1),
         ("num_hidden_layers", 3),
         ("num_hidden_layers", -1),
@@ -387,6 +494,68 @@ def test_a_damaged_model_config_is_a_named_error(key: str, value: Any, copy: Cal
     folder = copy()
     edit_json(folder / "config.json", lambda config: config.update({key: value}))
     assert refusals(folder, text).keys() == {"verify", "load", "eval"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [3, [], {"codebook": "learned"}, {"bits": 0}, {"window": 10**12}, {"keys": {}}, {"before": 3}, {"more": 1}],
+    ids=str,
+)
+def test_a_damaged_cache_config_is_a_named_error(value: Any, copy: Callable[..., Path], text: Path) -> None:
+    folder = copy()
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(kv_cache=value))
+    assert refusals(folder, text).keys() == {"verify", "load", "eval"}
+
+
+def test_a_model_of_endless_parameters_is_refused(toy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "MAX_PARAMETERS", 300)
+    config = load_config(toy())
+    config.num_hidden_layers = 10**6
+    config.layer_types = None
+    with pytest.raises(VQCompressError, match="parameters"):
+        skeleton(config, torch.float32)
+
+
+def test_code_of_a_checkpoint_is_not_run(copy: Callable[..., Path], text: Path) -> None:
+    folder = copy()
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    edit_json(folder / "config.json", lambda config: config.update(auto_map=names, model_type="unknown"))
+    assert refusals(folder, text).keys() == {"verify", "load", "eval"}
+
+
+def test_pickles_are_refused(toy: Make, tmp_path: Path) -> None:
+    shutil.copy(toy() / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(VQCompressError, match="pickle") as refused:
+        Checkpoint(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_reads_pickles_or_runs_text() -> None:
+    forbidden = {
+        "pickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "shelve",
+        "torch.load",
+        "torch.save",
+        "eval",
+        "exec",
+        "yaml.load",
+    }
+    found = set()
+    for file in Path(vqcompress.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                found |= {(file.name, ast.unparse(node.func))} if ast.unparse(node.func) in forbidden else set()
+                found |= {(file.name, k.arg) for k in node.keywords if k.arg == "allow_pickle"}
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+                found |= {(file.name, name) for name in names if name.split(".")[0] in forbidden}
+    # A loader of its own, which is PyYAML's safe one without aliases.
+    assert found == {("recipe.py", "yaml.load")}
 
 
 def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:

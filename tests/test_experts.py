@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from vqcompress import writer
 from vqcompress.allocate import make_plans
-from vqcompress.artifact import Artifact
+from vqcompress.artifact import REPORTS, SUMS, Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
 from vqcompress.cli import app
@@ -79,7 +79,7 @@ def logits(model: Any) -> Tensor:
 
 def files(folder: Path) -> dict[str, str]:
     """SHA-256 by name, of what the inputs determine."""
-    kept = (path for path in folder.iterdir() if path.name not in ("report.json", "README.md"))
+    kept = (path for path in folder.iterdir() if path.name not in (*REPORTS, SUMS))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 

@@ -129,6 +129,29 @@ def test_a_fingerprint_is_of_the_meaning_not_of_the_words() -> None:
     assert first.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
+def test_a_rule_that_takes_forever_is_named() -> None:
+    rule = parse(rules(r"{match: 're:(.*?\.?)+\d\d\d', method: int8}"), "test").rules[0]
+    with pytest.raises(UsageError, match="takes more than"):
+        rule.matches("model.layers.10.self_attn.q_proj" * 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "l0: &l0 [x, x]\ndescription: [*l0, *l0]",
+        "[" * 1000,
+        "rules: " + "9" * 5000,
+        "rules: 2001-99-99",
+        "rules: !!int ''",
+        "rules: !!bool maybe",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_yaml_that_would_grow_or_break_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match="YAML"):
+        parse(text, "test")
+
+
 def test_yaml_cannot_make_objects() -> None:
     with pytest.raises(UsageError, match="YAML"):
         parse("rules: !!python/object/apply:os.system ['true']", "test")

@@ -17,7 +17,7 @@ from toys import toy_config
 
 from vqcompress import recipe as recipes
 from vqcompress import writer
-from vqcompress.artifact import Artifact
+from vqcompress.artifact import REPORTS, SUMS, Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import SINGLE, Checkpoint
 from vqcompress.compress import generator_for
@@ -94,7 +94,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("report.json", "README.md")}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in (*REPORTS, SUMS)}
 
 
 @every_family

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_resume import contents
 
 from vqcompress import artifact, compress, tuning, writer
 from vqcompress.artifact import Artifact
@@ -171,7 +172,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
         with pytest.raises(Killed):
             run(model, tmp_path / "cut", file, text)
     run(model, tmp_path / "cut", file, text)
-    sums = [(tmp_path / name / "SHA256SUMS").read_text() for name in ("whole", "cut")]
+    sums = [contents(tmp_path / name) for name in ("whole", "cut")]
     assert sums[0] == sums[1]
 
 
@@ -181,7 +182,7 @@ def test_same_bytes_whatever_the_threads(toy: Make, text: Path, tmp_path: Path) 
         for count in (1, 2):
             torch.set_num_threads(count)
             run(toy("llama"), tmp_path / str(count), file, text)
-            sums.append((tmp_path / str(count) / "SHA256SUMS").read_text())
+            sums.append(contents(tmp_path / str(count)))
     finally:
         torch.set_num_threads(threads)
     assert sums[0] == sums[1]

@@ -3,7 +3,7 @@
     config.json                        the model's own, with a `quantization_config` that names every compressed weight
     model-00001-of-0000N.safetensors   what lies outside of the blocks, then one shard per block
     model.safetensors.index.json       tensor → shard
-    SHA256SUMS                         of every file above and of the tokenizer's (`sha256sum -c` reads it)
+    SHA256SUMS                         of every other file (`sha256sum -c` reads it)
     report.json, README.md             what was done, and how to load it
     kv_cache.safetensors               codebooks of keys and values, if they were calibrated
     recipe.yaml                        if the settings were chosen for a budget of bits: the choice, as a recipe
@@ -34,6 +34,7 @@ from vqcompress import methods
 from vqcompress.checkpoint import INDEX, Checkpoint, read_json, sha256
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Layout, Method, Parts, layout_bits
+from vqcompress.recipe import CacheKnobs
 from vqcompress.targets import Target
 
 QUANT_METHOD = "vqcompress"
@@ -41,6 +42,8 @@ FORMAT_VERSION = 1
 JOURNAL = "journal.json"
 SUMS = "SHA256SUMS"
 RECIPE = "recipe.yaml"
+# What a run says of itself, to people and machines; whoever rewrites one calls `writer.refresh_sums`.
+REPORTS = ("report.json", "report.html", "README.md")
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
 STAGED = "(staged)"
@@ -120,8 +123,13 @@ def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
         entries = [_entry(name, stored, settings) for name, stored in config["targets"].items()]
         if not entries and not config.get("kv_cache"):
             raise ValueError("it names no target")
+        sharing: dict[str, Method] = {}
+        for entry in entries:
+            # Codes of one method would be looked up in the codebook of another.
+            if entry.shared and sharing.setdefault(entry.shared, entry.method) != entry.method:
+                raise ValueError(f"{entry.target.name}: another method shares the parts at {entry.shared!r}")
         return entries
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise VQCompressError(f"the quantization_config of {where} is damaged: {error!r}") from error
 
 
@@ -136,14 +144,31 @@ def _entry(name: str, stored: dict[str, Any], settings: list[Method]) -> Entry:
         block = re.fullmatch(r"(.+)\.shared_parts\.\d+", shared)
         if not block or not name.startswith(block[1] + "."):
             raise ValueError(f"{name}: shared parts at {shared!r} do not belong to its block")
-    target = Target(name, _shape(stored["shape"]), bool(stored["bias"]))
-    return Entry(target, settings[number], bool(stored["smoothed"]), shared)
+    if not all(type(stored[key]) is bool for key in ("bias", "smoothed")):
+        raise ValueError(f"{name}: bias and smoothed are not true or false")
+    return Entry(Target(name, _shape(stored["shape"]), stored["bias"]), settings[number], stored["smoothed"], shared)
 
 
 def _shape(value: object) -> tuple[int, int]:
     if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**31 for n in value)):
         raise ValueError(f"shape {value!r} is not two positive numbers")
     return value[0], value[1]
+
+
+def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """How an artifact keeps keys and values, by its config.json: knobs and `before`; VQCompressError if damaged."""
+    outer = config.get("quantization_config")
+    stored = outer.get("kv_cache") if isinstance(outer, dict) else None
+    if stored is None:
+        return None
+    try:
+        before = stored.get("before")
+        if before is not None and not all(type(layer) is bool for layer in before):
+            raise ValueError(f"before is {before!r}")
+        knobs = CacheKnobs(**{key: value for key, value in stored.items() if key != "before"})
+    except (TypeError, AttributeError, ValueError) as error:
+        raise VQCompressError(f"the kv_cache of {where} is damaged: {' '.join(str(error).split())[:300]}") from error
+    return knobs.model_dump(mode="json") | ({} if before is None else {"before": before})
 
 
 def stored_bits(entries: Iterable[Entry]) -> dict[str, float]:
@@ -164,6 +189,18 @@ def checksum_lines(sums: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
+def read_sums(path: Path) -> dict[str, str]:
+    """File name → digest of a directory's SHA256SUMS; VQCompressError unless it is as `checksum_lines` writes it."""
+    try:
+        text = (path / SUMS).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VQCompressError(f"{path / SUMS} is missing or damaged") from error
+    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})\n", text)}
+    if text != checksum_lines(listed):
+        raise VQCompressError(f"{path / SUMS} is damaged")
+    return listed
+
+
 class Artifact(Checkpoint):
     """A finished artifact on disk: a checkpoint, and how its targets are stored. entries: by target name."""
 
@@ -175,6 +212,7 @@ class Artifact(Checkpoint):
         if not isinstance(config, dict):
             raise VQCompressError(f"{path} is a plain checkpoint, not an artifact (no quantization_config)")
         self.entries = {entry.target.name: entry for entry in parse_entries(config, str(path))}
+        self.cache = cache_settings(self.config, str(path))
 
     @staticmethod
     def is_one(path: Path) -> bool:
@@ -185,34 +223,36 @@ class Artifact(Checkpoint):
         config = config.get("quantization_config") if isinstance(config, dict) else None
         return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
 
-    def check_files(self) -> None:
-        """Compare every file with SHA256SUMS; VQCompressError naming the first that differs or is missing.
+    def check_files(self, reports: bool = False) -> bool:
+        """Compare files with SHA256SUMS; VQCompressError naming the first that differs or is missing.
 
-        What transformers' `save_pretrained` wrote has neither checksums nor a report, and nothing to compare with.
+        reports: also those that only people read, and what is not listed is named. Returns whether there are checksums:
+        what transformers' `save_pretrained` wrote has neither them nor a report, and nothing to compare with.
         """
-        if not (self.path / SUMS).exists() and not (self.path / "report.json").exists():
-            return
-        try:
-            text = (self.path / SUMS).read_bytes().decode("ascii")
-        except (OSError, UnicodeDecodeError) as error:
-            raise VQCompressError(f"{self.path / SUMS} is missing or damaged") from error
-        listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([\w.-]+)\n", text, re.ASCII)}
-        if text != checksum_lines(listed):
-            raise VQCompressError(f"{self.path / SUMS} is damaged")
+        if not any((self.path / name).exists() for name in (SUMS, "report.json", "report.html")):
+            return False
+        listed = read_sums(self.path)
         for name, digest in listed.items():
+            if name in REPORTS and not reports:
+                continue
             if not (self.path / name).is_file():
                 raise VQCompressError(f"{self.path / name} is missing")
             if sha256(self.path / name) != digest:
                 raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
         needed = {"config.json", INDEX, *(info.file for info in self.tensors.values())}
-        if (self.config["quantization_config"].get("kv_cache") or {}).get("codebook") == "learned":
+        if self.cache and self.cache["codebook"] == "learned":
             needed.add(KV_CACHE)
-        if missing := sorted(needed - listed.keys()):
-            raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
+        # Hidden files are git's or the system's, and no loader reads them.
+        present = {path.name for path in self.path.iterdir() if not path.name.startswith(".")} if reports else set()
+        if missing := sorted((needed | present) - listed.keys() - {SUMS}):
+            raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}; if it is yours, move it elsewhere")
+        return True
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of one shard."""
+    """All tensors of one file; VQCompressError naming it if it is damaged."""
     from safetensors.torch import load_file
 
+    # Looks at the header first, and has words for what is wrong with it.
+    Checkpoint.header(path)
     return load_file(path)

@@ -24,7 +24,7 @@ from vqcompress.methods.method import is_finite
 from vqcompress.runtime.experts import Experts, unfuse
 from vqcompress.runtime.fused import Layout, TakenApart, take_apart
 from vqcompress.runtime.modules import swap, unfuse_for
-from vqcompress.runtime.weights import Names, assign, finish_loading, load_config, skeleton
+from vqcompress.runtime.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
 from vqcompress.states import States
 from vqcompress.targets import blocks_of, find_blocks
 
@@ -126,6 +126,7 @@ class BlockStream:
         if isinstance(source, Artifact):
             swap(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
+        check_parts(self.model, self.names, self.source.tensors)
         # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
         self.mixtures = {path: (self.names.spelled(path), layout) for path, layout in self._fused_layouts()}
         _, self._layers = find_blocks(self.model)

@@ -22,7 +22,15 @@ from vqcompress.methods.method import is_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_JSON_BYTES = 256 * 2**20
+# Three times the index of 70,000 experts' matrices.
+MAX_JSON_BYTES = 100 * 2**20
+# What an index may call a shard.
+SHARD_NAME = re.compile(r"[\w.+ -]{1,200}\.safetensors", re.ASCII)
+# Numbers of a config that are no sizes; those that say how many modules a model has; and how large either may be,
+# unless the file holds more numbers or tensors.
+NO_SIZE = re.compile(r"theta|base|seed|param|length|token")
+COUNTS = re.compile(r"(?!max_)(\w+_)?(layers?|blocks?|experts?|depths?)")
+MAX_SIZE, MAX_COUNT = 2**24, 1000
 # Bytes that are hashed at once.
 PIECE = 2**22
 # What a checkpoint may carry beside its weights, and an artifact takes along.
@@ -80,7 +88,7 @@ def resolve(model: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "SHA256SUMS", "recipe.yaml", "LICENSE*"]
-    patterns += ["NOTICE*", "*.safetensors"] if weights else ["NOTICE*"]
+    patterns += ["NOTICE*", "README.md", "report.html"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub's client has a dozen error types; all mean the same to the user
@@ -115,8 +123,30 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise VQCompressError(f"{path} is missing") from error
+    except OSError as error:
+        raise VQCompressError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise VQCompressError(f"{path} is not valid JSON: {error}") from error
+
+
+def check_sizes(config: object, where: str, tensors: int, numbers: int, key: str = "") -> None:
+    """VQCompressError for a size in a config, however deep, that the tensors of its file cannot have.
+
+    tensors, numbers: that the file holds. A model is built without memory for its weights, but a hundred million
+    layers, or a table of a trillion positions, would never be done.
+    """
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if name != "quantization_config":
+                check_sizes(value, where, tensors, numbers, name)
+    elif isinstance(config, list):
+        for value in config:
+            check_sizes(value, where, tensors, numbers, key)
+    elif isinstance(config, int) and not NO_SIZE.search(key):
+        most = max(MAX_COUNT, tensors) if COUNTS.fullmatch(key) else max(MAX_SIZE, numbers)
+        if config > most:
+            held = f"its file holds {tensors} tensors of {numbers} numbers"
+            raise VQCompressError(f"{where}: {key} is {str(config)[:40]}, but {held}")
 
 
 class Checkpoint:
@@ -135,9 +165,17 @@ class Checkpoint:
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files():
-            self.tensors |= self.header(path / file)
+            found = self.header(path / file)
+            if twice := sorted(found.keys() & self.tensors.keys()):
+                raise VQCompressError(f"{twice[0]} is in {self.tensors[twice[0]].file} and in {file} of {path}")
+            self.tensors |= found
+        numbers = sum(torch.Size(info.shape).numel() for info in self.tensors.values())
+        check_sizes(self.config, str(path / "config.json"), len(self.tensors), numbers)
 
     def _files(self) -> list[str]:
+        # Before an index, as transformers has it: both load the same.
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
         if (self.path / INDEX).is_file():
             index = read_json(self.path / INDEX)
             weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -145,12 +183,12 @@ class Checkpoint:
                 raise VQCompressError(f"{self.path / INDEX} has no weight_map of names to files")
             files = sorted(set(weight_map.values()))
             for file in files:
-                if not file or Path(file).name != file:
+                if Path(file).name != file:
                     raise VQCompressError(f"{self.path / INDEX} names a file outside of its directory: {file!r}")
+                if not SHARD_NAME.fullmatch(file):
+                    raise VQCompressError(f"{self.path / INDEX} names a file that is not safetensors: {file[:300]!r}")
             # An index alone, as `resolve(weights=False)` fetches it, is enough to plan.
             return files if any((self.path / file).exists() for file in files) else []
-        if (self.path / SINGLE).is_file():
-            return [SINGLE]
         if list(self.path.glob("*.bin")):
             raise VQCompressError(f"{self.path} holds only .bin (pickle) weights; convert them to safetensors first")
         return []
@@ -172,7 +210,7 @@ class Checkpoint:
                     start += tensors[name].bytes
         except FileNotFoundError as error:
             raise VQCompressError(f"{file} is missing") from error
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise VQCompressError(f"{file} is damaged or not safetensors: {error}") from error
         return tensors
 
@@ -221,7 +259,7 @@ class Checkpoint:
     def context(self) -> int | None:
         """The most tokens that the model was made for, if its config says."""
         stated = self.config.get("max_position_embeddings") or self.config.get("n_positions")
-        return int(stated) if stated else None
+        return stated if isinstance(stated, int) and stated > 0 else None
 
     def check_length(self, tokens: int) -> None:
         """UsageError for rows that are longer than the context: what a model does there says nothing about it."""

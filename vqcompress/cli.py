@@ -375,6 +375,7 @@ def verify(artifact: Source, json_file: Json = None, debug: Debug = False) -> No
         facts = run(artifact)
         write(facts)
         counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
+        counts += "" if facts["checksums"] else ", no checksums"
         console.print(f"{artifact}: ok ({counts}, {facts['seconds']:.1f} s)", soft_wrap=True)
 
 

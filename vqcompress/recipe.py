@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +20,10 @@ from vqcompress.packaged import packaged
 from vqcompress.targets import Block
 from vqcompress.transforms import Smoothing
 
+# A choice written down for 70,000 weights is a third of this.
+MAX_BYTES = 16 * 2**20
+# Of matching one name: a regular expression may take longer than anybody lives.
+MATCH_SECONDS = 1.0
 KEEP = methods.make("keep", {})
 
 
@@ -98,7 +102,11 @@ class Rule:
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of the module."""
         if self.match.startswith("re:"):
-            return re.fullmatch(self.match[3:], name) is not None
+            try:
+                return regex.fullmatch(self.match[3:], name, timeout=MATCH_SECONDS) is not None
+            except (TimeoutError, MemoryError) as error:
+                hint = f"takes more than {MATCH_SECONDS:.0f} s, or too much memory, to match {name}; say it more simply"
+                raise UsageError(f"the rule '{self.match}' {hint}") from error
         return fnmatch.fnmatchcase(name, self.match)
 
 
@@ -171,9 +179,13 @@ def load(name: str) -> Recipe:
             raise UsageError(f"no such recipe file: {name}")
         raise UsageError(f"no recipe '{name}'.{did_you_mean(name, recipes)}")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"recipe {name} is larger than {MAX_BYTES} bytes, too large for a recipe")
         return parse(path.read_text(encoding="utf-8"), name)
     except UnicodeDecodeError as error:
         raise UsageError(f"recipe {name} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UsageError(f"recipe {name} cannot be read: {error.strerror}") from error
 
 
 def cache_knobs(name: str) -> CacheKnobs:
@@ -184,11 +196,23 @@ def cache_knobs(name: str) -> CacheKnobs:
     return recipe.cache
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: ten lines of them can stand for a billion items."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML's."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases have no place in a recipe", mark)
+        return super().compose_node(parent, index)
+
+
 def parse(text: str, name: str) -> Recipe:
     """The recipe in a YAML text; UsageError naming the key, its value and the nearest known one."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # PyYAML lets pass what Python says of a date or a number that is none.
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
@@ -263,8 +287,8 @@ def _rule(data: object, number: int, recipe: str) -> Rule:
         raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's knobs")
     if data["match"].startswith("re:"):
         try:
-            re.compile(data["match"][3:])
-        except re.error as error:
+            regex.compile(data["match"][3:])
+        except regex.error as error:
             raise UsageError(f"{where}: '{data['match']}' is no regular expression: {error}") from error
     knobs = {key: value for key, value in data.items() if key not in ("match", "method", "smoothing")}
     try:

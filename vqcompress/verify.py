@@ -12,19 +12,7 @@ from vqcompress.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.checkpoint import check_finite, resolve
 from vqcompress.errors import VQCompressError
-
-
-def check_layouts(stream: BlockStream, entries: list[Entry]) -> None:
-    """Compare type and shape of every part with its method's layout, from the headers; VQCompressError naming one."""
-    for entry in entries:
-        layout = entry.layout() | entry.method.shared_layout()
-        for part, name in stream.stored_parts(entry).items():
-            info = stream.source.tensors[name]
-            if (info.dtype, info.shape) != layout[part]:
-                raise VQCompressError(
-                    f"{name} is {info.dtype} {info.shape}; {entry.method.name} for a weight of {entry.target.shape}"
-                    f" stores {layout[part][0]} {layout[part][1]}"
-                )
+from vqcompress.runtime.load import generation_config
 
 
 def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
@@ -41,8 +29,8 @@ def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
 
 def check_books(artifact: Artifact) -> None:
     """Of a cache: for each layer one for keys and one for values, of 256 finite entries for 8 / bits channels."""
-    settings = artifact.config["quantization_config"].get("kv_cache") or {}
-    if settings.get("codebook") != "learned":
+    settings = artifact.cache
+    if not settings or settings["codebook"] != "learned":
         return
     books, tail = tensors_of(artifact.path / KV_CACHE), (256, 8 // settings["bits"])
     wanted = {f"{n}.{kind}" for n in range(len(settings["before"])) for kind in ("keys", "values")}
@@ -57,10 +45,11 @@ def verify(path: str) -> dict[str, Any]:
     """Check an artifact whole; returns what was looked at, or raises VQCompressError naming the first thing wrong."""
     start = time.perf_counter()
     artifact = Artifact(resolve(path))
-    artifact.check_files()
+    sealed = artifact.check_files(reports=True)
+    # Looks at the layouts, too.
     stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
+    generation_config(artifact.path)
     entries = list(artifact.entries.values())
-    check_layouts(stream, entries)
     check_books(artifact)
     check_finite(stream.source.read(stream.rest))
     # Loading names what is missing of the dense tensors, or has another shape.
@@ -75,6 +64,7 @@ def verify(path: str) -> dict[str, Any]:
     return {
         "files": len({info.file for info in artifact.tensors.values()}),
         "targets": len(entries),
+        "checksums": sealed,
         "bytes": artifact.bytes,
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqcompress.artifact import SHARD, Artifact
@@ -31,12 +31,13 @@ VERIFY_TOKENS = 256
 TOLERANCE = 0.01
 READ = """
 import json, sys, torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, logging
 logging.set_verbosity_error()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 ids = torch.tensor(json.loads(sys.argv[2]))
 with torch.inference_mode():
-    torch.save(model(ids).logits, sys.argv[3])
+    save_file({"logits": model(ids).logits.contiguous()}, sys.argv[3])
 """
 
 
@@ -100,7 +101,7 @@ def _verify(stream: BlockStream, source: Artifact, out: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise VQCompressError(f"transformers cannot load {out}: {done.stderr.strip().splitlines()[-1]}")
-    theirs = torch.load(logits_file, weights_only=True).float().log_softmax(-1)
+    theirs = load_file(logits_file)["logits"].float().log_softmax(-1)
     logits_file.unlink()
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     if not divergence <= TOLERANCE:

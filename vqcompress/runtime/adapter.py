@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vqcompress.artifact import HINT, QUANT_METHOD, parse_entries
+from vqcompress.checkpoint import Checkpoint
 
 # This is imported in the middle of transformers' own imports: what needs more of it is imported by the methods.
 if TYPE_CHECKING:
@@ -40,14 +42,19 @@ class VQCompressQuantizer(HfQuantizer):
     # transformers before 5.21 does not say whose conversions it wants.
     _filled: PreTrainedModel
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         from vqcompress.runtime.fused import plain_name
         from vqcompress.runtime.modules import keep_packed, swap
+        from vqcompress.runtime.weights import Names, check_parts
 
         self._filled = model
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
             swap(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
+        stored = {n: info for file in checkpoint_files or () for n, info in Checkpoint.header(Path(file)).items()}
+        check_parts(model, Names(model, stored), stored)
         if not entries:
             return
         # The marker that stops a process which forgot to import vqcompress is no news to one that did.

@@ -74,6 +74,8 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Room for what stays in full precision."""
+        for coder, x in zip(self.coders, (key_states, value_states), strict=True):
+            coder.check(x)
         count = self.cache.sinks + self.cache.window
         self.kept = tuple(x.new_zeros((*x.shape[:2], count, x.shape[3])) for x in (key_states, value_states))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqcompress import ops
 from vqcompress.codebooks import kv
+from vqcompress.errors import VQCompressError
 
 CPU = torch.device("cpu")
 
@@ -35,6 +36,15 @@ class Coder(ABC):
     @abstractmethod
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """float32 (B, H, T, D)."""
+
+    def check(self, x_BHTD: Tensor) -> None:
+        """VQCompressError unless there is a codebook for each head and group of channels, or one for all."""
+        if self.book is None:
+            return
+        (heads, groups, _, d), (_, found, _, channels) = self.book.shape, x_BHTD.shape
+        if channels % d or heads not in (1, found) or groups not in (1, channels // d):
+            stored = f"{heads} heads of {groups * d} channels"
+            raise VQCompressError(f"the cache has codebooks for {stored}, but the model {found} of {channels}")
 
     def enter(self, x: Tensor) -> Tensor:
         """x (…, D) in the basis of the entries."""

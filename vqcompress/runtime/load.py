@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vqcompress.artifact import KV_CACHE, Artifact, Entry, tensors_of
+from vqcompress.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.recipe import cache_knobs
@@ -16,7 +16,7 @@ from vqcompress.runtime.adapter import attach
 from vqcompress.runtime.cache import Kept, keep_coded, kept
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.modules import keep_packed, swap
-from vqcompress.runtime.weights import assign, finish_loading, load_config, skeleton
+from vqcompress.runtime.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
 
 
 def load(
@@ -44,8 +44,7 @@ def load(
     files = sorted({info.file for info in artifact.tensors.values()})
     packed = chosen.type == "cpu" and keep_packed(cpu_weights, artifact.entries.values(), dtype)
     model = assemble(load_config(artifact.path), artifact.entries.values(), artifact.path, files, dtype, chosen, packed)
-    if (artifact.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(artifact.path)
+    model.generation_config = generation_config(artifact.path) or model.generation_config
     attach(model, artifact.config["quantization_config"])
     if kv_cache:
         keep_coded(model, kept_as(model, artifact.path, None if kv_cache is True else str(kv_cache)))
@@ -57,7 +56,7 @@ def kept_as(model: PreTrainedModel, path: Path, recipe: str | None) -> Kept:
 
     UsageError where the codebooks that this takes are not there.
     """
-    stored = Checkpoint(path).config.get("quantization_config", {}).get("kv_cache")
+    stored = cache_settings(Checkpoint(path).config, str(path))
     wanted = stored if recipe is None else cache_knobs(recipe).model_dump(mode="json")
     if wanted is None:
         raise UsageError(f"{path} says nothing of its cache; name a recipe that does, such as kv-fp8")
@@ -85,12 +84,25 @@ def assemble(
     entries = list(entries)
     model = skeleton(config, dtype)
     swap(model, "", entries, dtype, packed)
+    stored = {name: info for file in files for name, info in Checkpoint.header(folder / file).items()}
+    check_parts(model, Names(model, stored), stored)
     for file in files:
         # One shard at a time: what a merge needs (the experts of a block) lies in one shard.
         assign(model, tensors_of(folder / file), dtype)
     model.tie_weights()
     finish_loading(model, model, "", device)
     return model
+
+
+def generation_config(path: Path) -> GenerationConfig | None:
+    """What a directory says of generating, if anything; VQCompressError if transformers cannot read it."""
+    if not (path / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:  # its validation has as many errors as it has fields
+        reason = " ".join(str(error).split())[:300]
+        raise VQCompressError(f"transformers cannot read {path / 'generation_config.json'}: {reason}") from error
 
 
 def load_any(model: str, device: str = "auto", cpu_weights: str = "auto") -> PreTrainedModel:
@@ -101,4 +113,4 @@ def load_any(model: str, device: str = "auto", cpu_weights: str = "auto") -> Pre
     load_config(path)
     chosen = choose_device(device)
     dtype = model_dtype(Checkpoint(path).config, chosen)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(chosen)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval().to(chosen)

@@ -26,8 +26,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from vqcompress.checkpoint import TensorInfo
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime.experts import without_merges
+from vqcompress.runtime.modules import CompressedLinear, SharedParts
+
+# Several times as many tensors as any known model has.
+MAX_PARAMETERS = 30_000
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
@@ -43,13 +48,18 @@ class _EmptyOnMeta(TorchFunctionMode):
     """`torch.empty` takes no memory. Parameters start as such; accelerate moves them only once they are there.
 
     The experts of one layer of a large mixture are 30 GB, which a laptop that only plans does not have. Buffers are
-    computed, so they stay real.
+    computed, so they stay real. MAX_PARAMETERS ends what would never be done.
     """
+
+    made = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+            self.made += 1
+            if self.made > MAX_PARAMETERS:
+                raise ValueError(f"it has more than {MAX_PARAMETERS:,} parameters")
         return func(*args, **kwargs)
 
 
@@ -109,6 +119,29 @@ class Names:
             if parameter.startswith(prefix + ".") and name.endswith(below):
                 return name.removesuffix(below)
         return prefix
+
+
+def check_parts(model: nn.Module, names: Names, tensors: dict[str, TensorInfo]) -> None:
+    """Compare what is stored for compressed layers, by its headers, with what their methods will read.
+
+    model: with these layers in place and not filled yet. VQCompressError naming a part of another type or shape (a
+    kernel would look up beyond its end), or one that no method asks for (without it the weight is another one).
+    """
+    stored = {p: m for p, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
+    seen: dict[str, str] = {}
+    for name, info in tensors.items():
+        path, _, part = names.parameter[name].rpartition(".")
+        # The marker lies under `weight`.
+        if path not in stored or part in ("weight", "bias"):
+            continue
+        layout = stored[path]._buffers.get(part)
+        if layout is None:
+            raise VQCompressError(f"{name} is stored, but config.json does not say what for")
+        if (info.dtype, info.shape) != (layout.dtype, layout.shape):
+            found, asked = f"{info.dtype} {info.shape}", f"{layout.dtype} {tuple(layout.shape)}"
+            raise VQCompressError(f"{name} is {found}; the method that config.json names stores {asked}")
+        if (other := seen.setdefault(f"{path}.{part}", name)) != name:
+            raise VQCompressError(f"{name} and {other} are both stored; only one of them can be meant")
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
