@@ -166,6 +166,11 @@ def test_every_layer_computes_what_ours_does(
     model, ours, compressed = vllm_model(plugin, folder, loop), layers_of(folder), 0
     for prefix, parts in vllm_layers(folder).items():
         layer = model.get_submodule(prefix)
+        if layer.bias is not None:
+            # Those of the toy are 0.
+            layer.bias.data.normal_()
+            for part, bias in zip(parts, layer.bias.split(layer.output_partition_sizes), strict=True):
+                ours[part].bias.data.copy_(bias)
         x = torch.randn(5, ours[parts[0]].in_features, generator=torch.Generator().manual_seed(0))
         found, none = layer(x)
         assert none is None

@@ -3,7 +3,7 @@
 vLLM merges projections that read one input (`qkv_proj`, `gate_up_proj`) and hands over each stored tensor of such a
 layer with the id of its shard. A layer here holds one module for each stored projection, the CompressedLinear of every
 other runtime, and puts their outputs behind one another: projections may differ in method, and no formula is here.
-Written against vLLM 0.33, and not yet run by a real one (docs/serving.md). Only vLLM imports this module.
+Written against vLLM 0.33 and untested on a real one until it has been (docs/serving.md). Only vLLM imports this module.
 """
 
 from __future__ import annotations
