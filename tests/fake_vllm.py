@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-VERSION = "0.33.0"
 CUSTOMIZED: dict[str, type] = {}
 
 
