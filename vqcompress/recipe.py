@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vqcompress import methods
-from vqcompress.errors import UsageError, did_you_mean
+from vqcompress.errors import UsageError, did_you_mean, nearest
 from vqcompress.methods import Method
 from vqcompress.packaged import packaged
 from vqcompress.targets import Block
@@ -135,9 +135,12 @@ class Recipe:
         }
         unused = set(range(len(self.rules))) - {n for found in matching.values() for n in found}
         if unused:
+            match = self.rules[min(unused)].match
+            kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+            near = nearest(re.sub(r"^re:|[*?\\]", "", match), sorted(kinds), 0) or "(there are none)"
             raise UsageError(
-                f"recipe {self.name}: the rule '{self.rules[min(unused)].match}' matches no linear layer of the model's"
-                f" blocks; their names look like {names[0] if names else '(there are none)'}"
+                f"recipe {self.name}: the rule '{match}' matches no linear layer of the model's blocks;"
+                f" the nearest of their names is {near}"
             )
         decides = {found[0] for found in matching.values() if found}
         for n in sorted(set(range(len(self.rules))) - decides):

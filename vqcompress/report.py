@@ -22,7 +22,7 @@ from vqcompress.writer import Writer
 
 CARD = """---
 library_name: vqcompress
-base_model: {base}
+base_model: {origin}
 tags: [vqcompress, quantized, {recipe}]
 ---
 
@@ -124,6 +124,7 @@ def run_report(
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
         "model": model,
+        "revision": source.revision,
         "seed": seed,
         "target_bits": plan.target_bits,
         "bits_per_weight": bits / weights,
@@ -167,6 +168,7 @@ def model_card(model: str, report: dict[str, Any], out: Path) -> str:
     return CARD.format(
         base=base,
         title=f"{Path(base).name} · {report['recipe']}",
+        origin=base.partition("@")[0],
         version=vqcompress.__version__,
         recipe=report["recipe"],
         bits=report["bits_per_weight"],
