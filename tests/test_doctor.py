@@ -158,6 +158,19 @@ def test_what_is_no_causal_language_model_is_refused_by_name(
             job(str(tmp_path))
 
 
+def test_a_decoder_without_a_head_is_whole_where_its_head_is_the_embedding(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for tied in (True, False):
+        config = transformers.LlamaConfig(**sizes, vocab_size=384, tie_word_embeddings=tied)
+        config.architectures = ["LlamaModel"]
+        config.save_pretrained(tmp_path)
+        if tied:
+            assert examine(str(tmp_path))["ok"]
+        else:
+            with pytest.raises(VQCompressError, match="LlamaModel is"):
+                examine(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("file", "words"), [("model_index.json", "diffusion pipeline"), ("adapter_config.json", "merge_and_unload")]
 )

@@ -171,7 +171,8 @@ def load(name: str) -> Recipe:
     path = recipes.get(name, Path(name))
     if name not in recipes and not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            raise UsageError(f"no such recipe file: {name}")
+            near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")], 0.7)
+            raise UsageError(f"no such recipe file: {name}{f'; did you mean {path.with_name(near)}?' if near else ''}")
         raise UsageError(f"no recipe '{name}'.{did_you_mean(name, recipes)}")
     try:
         return parse(path.read_text(encoding="utf-8"), name)

@@ -25,7 +25,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime.experts import without_merges
@@ -52,10 +51,15 @@ def _is_causal(config: transformers.PretrainedConfig) -> bool:
         return True
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return False
-    # A decoder with its own encoder, or with another head or none, shares the type and cannot be told from its config.
-    names, known = config.architectures or [], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-    stated = any(name == known or name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    return stated or "text_config" in type(config).sub_configs or not (names or config.is_encoder_decoder)
+    if "text_config" in type(config).sub_configs:
+        return True
+    # A decoder with its own encoder, or with another head or none, shares the type: only the name of the class tells.
+    names = config.architectures or []
+    known = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
+    decodes = getattr(config, "is_decoder", True) and not config.is_encoder_decoder
+    # Without a head a model is whole where the head is the embedding; some of Bloom and GPT-2 are stored so.
+    ends = ("ForCausalLM", "LMHeadModel", *(["Model"] if decodes and config.tie_word_embeddings else []))
+    return any(name == known or name.endswith(ends) for name in names) or not (names or config.is_encoder_decoder)
 
 
 def _other_kind(config: transformers.PretrainedConfig) -> str:
