@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from toys import toy_checkpoint, toy_text
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import vqcompress
-from vqcompress import errors, show
+from vqcompress import errors, live, show
 from vqcompress.cli import app
+from vqcompress.options import FORMATS
 from vqcompress.targets import Block, Target
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -36,23 +41,27 @@ QUANTIZE = {
     "--json",
     "--debug",
 }
+TRUST = {"--trust-remote-code"}
+HUB = {"--revision", *TRUST}
+UPLOAD = {"--push-to-hub", "--private"}
 # The scripts of users rely on every one of these; one that goes away, or a new one, is a decision.
 OPTIONS = {
     "": {"--version", "--debug", "--install-completion", "--show-completion"},
-    "quantize": QUANTIZE | {"--output", "-o", "--dry-run", "--overwrite", "--states", "--kv-cache"},
-    "plan": QUANTIZE | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
-    "eval perplexity": {
+    "quantize": QUANTIZE | HUB | UPLOAD | {"--output", "-o", "--dry-run", "--overwrite", "--states", "--kv-cache"},
+    "plan": QUANTIZE | HUB | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
+    "eval perplexity": HUB | {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
     },
-    "eval speed": {
+    "eval speed": HUB | {
         "--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug",
         "--kv-cache",
     },
-    "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
-    "inspect": {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
-    "verify": {"--json", "--debug"},
-    "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug", "--kv-cache"},
-    "doctor": {"--json", "--debug"},
+    "export": UPLOAD | TRUST | {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
+    "inspect": TRUST | {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
+    "verify": TRUST | {"--json", "--debug"},
+    "generate": HUB
+    | {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug", "--kv-cache"},
+    "doctor": HUB | {"--json", "--debug"},
     "recipes": {"--debug"},
 }  # fmt: skip
 COMMANDS = [name for name in OPTIONS if name]
@@ -143,6 +152,62 @@ def test_commands_and_options_are_frozen() -> None:
     assert found == OPTIONS
 
 
+def examples() -> list[str]:
+    """The examples in the help of all commands, without what a shell makes of them."""
+    found: list[str] = []
+
+    def walk(command: Any) -> None:
+        found.extend(re.findall(r"^Example: (.+)$", command.help or "", re.MULTILINE))
+        for inner in getattr(command, "commands", {}).values():
+            walk(inner)
+
+    walk(get_command(app))
+    return found
+
+
+@pytest.mark.parametrize("example", examples())
+def test_examples_can_be_typed(example: str) -> None:
+    """Every word is a command's, an option's or an argument's; nothing is run."""
+    name, *words = shlex.split(example)
+    assert name == "vqcompress"
+    command: Any = get_command(app)
+    context = command.make_context(name, words)
+    while hasattr(command, "commands"):
+        _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(command.name, words, parent=context)
+    if "format" in context.params:
+        assert context.params["format"] in FORMATS
+    if recipe := context.params.get("recipe"):
+        assert (CONFIGS / f"{recipe}.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("quantize demo --recipe vq-2", ["vq-2bit", "vq-2bit-tuned"]),
+        ("plan demo --recipe kv", []),
+        ("generate out --kv-cache kv-f", ["kv-fp8"]),
+        ("export out --format d", ["dense"]),
+        ("eval perplexity out --kv-cache kv-vq-2", ["kv-vq-2bit"]),
+        ("quan", ["quantize"]),
+    ],
+)
+def test_values_complete(words: str, expected: list[str]) -> None:
+    """By the protocol that the scripts of --install-completion speak."""
+    lines = f"vqcompress {words}"
+    bash = {"COMP_WORDS": lines, "COMP_CWORD": str(len(lines.split()) - 1), "_VQCOMPRESS_COMPLETE": "complete_bash"}
+    assert sorted(CliRunner().invoke(app, [], env=bash, prog_name="vqcompress").stdout.split()) == expected
+    zsh = {"_TYPER_COMPLETE_ARGS": lines, "_VQCOMPRESS_COMPLETE": "complete_zsh"}
+    shown = CliRunner().invoke(app, [], env=zsh, prog_name="vqcompress").stdout
+    assert all(f'"{name}"' in shown for name in expected)
+
+
+def test_formats_that_complete_are_those_that_exist() -> None:
+    from vqcompress.export import FORMATS as exporters
+
+    assert set(FORMATS) == set(exporters)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_an_example(name: str) -> None:
     result = call(*name.split(), "--help")
@@ -163,8 +228,9 @@ def test_recipes_lists_every_packaged_file() -> None:
 def test_wrong_words_exit_2(toy: Path, artifact: Path, tmp_path: Path) -> None:
     unknown = call("plan", toy, "--recipe", "vq-2bt")
     assert (unknown.exit_code, line(unknown)) == (2, "error: no recipe 'vq-2bt'. Did you mean 'vq-2bit'?")
-    assert call("plan", toy, "--recipe", "vq-2bit", "--sample", "3").exit_code == 2
-    assert call("quantise").exit_code == 2
+    unknown = call("plan", toy, "--recipe", "vq-2bit", "--sample", "3")
+    assert (unknown.exit_code, "--samples" in unknown.stderr) == (2, True)
+    assert "Did you mean 'quantize'?" in call("quantise").stderr
     assert call("plan", toy, "--recipe", "vq-2bit", "--device", "tpu").exit_code == 2
     missing = call("quantize", toy, "--recipe", "vq-2bit")
     assert missing.exit_code == 2
@@ -369,7 +435,7 @@ class TwoBlocks:
 
 def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
-    with show.watching("toy") as watch:
+    with live.watching("toy") as watch:
         watch("plan", {"plan": TwoBlocks(), "done": ["layers.0"]})
         watch("done", {"index": 0, "count": 2, "name": "layers.0", "record": {"targets": [row, row], "seconds": 9}})
         watch("target", {"name": "layers.1.a"})
@@ -382,25 +448,44 @@ def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_the_bar_of_a_terminal(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_for_a_moment(watch: Callable[[str, dict[str, Any]], None]) -> None:
+    row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
+    watch("plan", {"plan": TwoBlocks(), "done": []})
+    watch("block", {"index": 0, "count": 2, "name": "layers.0"})
+    watch("target", {"name": "layers.0.a", "row": row})
+
+
+def test_the_live_table_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
-    with show.watching("toy") as watch:
-        watch("plan", {"plan": TwoBlocks(), "done": []})
-        watch("block", {"index": 0, "count": 2, "name": "layers.0"})
-        watch("target", {"name": "layers.0.a"})
+    with contextlib.suppress(KeyboardInterrupt), live.watching("toy") as watch:
+        run_for_a_moment(watch)
         # Wait for the next refresh, ten of which come each second.
         time.sleep(0.3)
-        watch("target", {"name": "layers.0.b"})
-    seen = terminal.getvalue()
-    assert "block 1/2" in seen
-    assert re.search(r"M weights/s about [\d.]+ s left layers\.0\.a", seen)
+        raise KeyboardInterrupt
+    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    # Whatever ends it, the cursor is shown again.
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
+    seen = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", written)
+    assert re.search(r"1/2 +a +2\.00 +7\.11e-02", seen)
+    assert re.search(r"block 1/2 +━.* about [\d.]+ s left  [\d.]+ M weights/s", seen)
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80])
+def test_the_live_table_fits_into_a_narrow_terminal(columns: int) -> None:
+    screen, shown = live._Screen("toy"), io.StringIO()
+    run_for_a_moment(screen.draw)
+    Console(file=shown, width=columns).print(screen)
+    # Title, rule, row, blank line and bar: nothing is broken into two lines.
+    lines = [text for text in shown.getvalue().splitlines() if text.strip()]
+    assert len(lines) == 4
+    assert "2.00" in lines[2]
+    assert "block 1/2" in lines[3]
 
 
 def test_the_time_left_leaves_the_first_step_out(
@@ -421,8 +506,8 @@ def test_the_time_left_leaves_the_first_step_out(
 
 def test_the_time_left_goes_by_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("vqcompress.show.time.perf_counter", lambda: now)
-    run = show._Run()
+    monkeypatch.setattr("vqcompress.live.time.perf_counter", lambda: now)
+    run = live._Run()
     run.plan({"plan": TwoBlocks(), "done": []})
     run.done, now = 64, 10.0
     # The weights of the first block: twice as many are left.

@@ -16,6 +16,7 @@ import transformers
 from vqcompress.doctor import examine
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import dry_run
+from vqcompress.runtime.load import load_any
 
 Make = Callable[..., Path]
 LLAMA_70B: dict[str, Any] = {
@@ -132,10 +133,66 @@ def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
         examine(str(tmp_path))
 
 
-def test_a_model_that_is_no_language_model_is_a_named_error(tmp_path: Path) -> None:
-    transformers.ViTConfig(hidden_size=64, num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(VQCompressError):
+@pytest.mark.parametrize(
+    ("kind", "architecture", "words"),
+    [
+        ("ViT", "ViTForImageClassification", "a vit model"),
+        ("Bert", "BertForMaskedLM", "a bert encoder, or has another head or none"),
+        ("Llama", "LlamaForSequenceClassification", "a llama encoder, or has another head or none"),
+        ("T5", "T5ForConditionalGeneration", "an encoder-decoder"),
+        ("Bart", "BartForConditionalGeneration", "an encoder-decoder"),
+        ("Whisper", "WhisperForConditionalGeneration", "an encoder-decoder"),
+        ("CLIP", "CLIPModel", "a multimodal model"),
+        ("Llava", "LlavaForConditionalGeneration", r"a multimodal model \(save its llama part by itself"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_name(
+    kind: str, architecture: str, words: str, tmp_path: Path
+) -> None:
+    """Of some of them transformers could build one, with random weights in the places of those that are not there."""
+    config = getattr(transformers, f"{kind}Config")()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    for job in (examine, lambda model: dry_run(model, "fp8-tile"), load_any):
+        with pytest.raises(VQCompressError, match=f"{architecture} is {words}.*; only causal language models can be"):
+            job(str(tmp_path))
+
+
+def test_a_decoder_without_a_head_is_whole_where_its_head_is_the_embedding(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for tied in (True, False):
+        config = transformers.LlamaConfig(**sizes, vocab_size=384, tie_word_embeddings=tied)
+        config.architectures = ["LlamaModel"]
+        config.save_pretrained(tmp_path)
+        if tied:
+            assert examine(str(tmp_path))["ok"]
+        else:
+            with pytest.raises(VQCompressError, match="LlamaModel is"):
+                examine(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("model_index.json", "diffusion pipeline"), ("adapter_config.json", "merge_and_unload")]
+)
+def test_other_directories_are_told_apart(file: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(VQCompressError, match=f"has no config.json: it is an? .*{words}"):
         examine(str(tmp_path))
+
+
+def test_the_text_part_of_a_multimodal_model_that_transformers_loads(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 384, "sliding_window": 32}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 16})
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    found = examine(str(tmp_path))
+    assert (found["ok"], found["targets"]) == (True, 14)
+
+
+def test_the_doctor_takes_a_config_that_computes_its_types_of_layers(tmp_path: Path) -> None:
+    transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=384).save_pretrained(tmp_path)
+    assert examine(str(tmp_path))["ok"]
 
 
 def test_the_doctor_looks_at_a_large_model_in_seconds(tmp_path: Path) -> None:

@@ -12,7 +12,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vqcompress"
 FLOORS: list[set[str]] = [
     {"ops", "packing", "hadamard", "errors", "kernels"},
     {"methods", "codebooks", "transforms", "statistics"},
-    {"targets", "checkpoint", "artifact", "writer", "packaged", "recipe", "calibration", "distributed", "states"},
+    {
+        "hub",
+        "trust",
+        "targets",
+        "checkpoint",
+        "artifact",
+        "writer",
+        "packaged",
+        "recipe",
+        "calibration",
+        "distributed",
+        "states",
+    },
     {"runtime", "blocks", "inputs", "rotation", "plan", "costs", "cache_calibration", "cache_costs"},
     {
         "quantize",
@@ -29,7 +41,7 @@ FLOORS: list[set[str]] = [
         "inspect",
         "generate",
     },
-    {"cli", "options", "show"},
+    {"cli", "options", "session", "show", "live"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.
 ENTRANCES = {"__init__", "__main__", "_autoload"}

@@ -208,7 +208,10 @@ def test_the_first_rule_that_matches_decides(quantized: Make) -> None:
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        ("{match: '*.z_proj', method: int8}", "z_proj.*matches no linear layer"),
+        (
+            "{match: '*.z_proj', method: int8}",
+            "z_proj.*matches no linear layer.*the nearest of their names is model.layers.[*]",
+        ),
         ("{match: '*', method: int8}\n  - {match: '*.experts.*', method: fp8}", "experts.*matches no linear layer"),
         ("{match: '*', method: keep}", "compresses nothing"),
     ],

@@ -6,6 +6,7 @@ import pytest
 
 from vqcompress import recipe as recipes
 from vqcompress.errors import UsageError
+from vqcompress.packaged import packaged
 from vqcompress.recipe import parse
 from vqcompress.targets import Block, Target
 
@@ -77,6 +78,10 @@ def test_what_a_recipe_gets_wrong_is_named(text: str, said: str) -> None:
         ("smoothquant", "Did you mean 'smoothquant-int8'"),
         ("nowhere.yaml", "no such recipe file"),
         ("some/where", "no such recipe file"),
+        (
+            str(packaged()["vq-2bit"].with_name("vq-2bt.yaml")),
+            r"no such recipe file: .*; did you mean .*/configs/vq-2bit.yaml\?",
+        ),
     ],
 )
 def test_a_recipe_that_is_not_there_is_named(name: str, said: str) -> None:
@@ -118,7 +123,7 @@ def test_patterns_match_whole_names(pattern: str, matched: list[int]) -> None:
 
 
 def test_a_rule_that_matches_nothing_is_refused_and_shows_a_name() -> None:
-    with pytest.raises(UsageError, match=r"'\*\.up'.*model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(UsageError, match=r"'\*\.up'.*the nearest of their names is model\.layers\.\*\.mlp\.up_proj"):
         parse(rules("{match: '*.up', method: int8}"), "test").assign(BLOCKS)
 
 

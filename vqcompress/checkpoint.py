@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress import hub
+from vqcompress.errors import UsageError, VQCompressError, nearest
 from vqcompress.methods.method import is_finite
 
 INDEX = "model.safetensors.index.json"
@@ -36,8 +38,13 @@ PIECE = 2**22
 # What a checkpoint may carry beside its weights, and an artifact takes along.
 COMPANIONS = re.compile(
     r"(generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|spiece\.model|sentencepiece.*\.model|chat_template\.(jinja|json)|preprocessor_config\.json|LICENSE.*|NOTICE.*)"
+    r"|spiece\.model|.*\.py|sentencepiece.*\.model|chat_template\.(jinja|json)|preprocessor_config\.json|LICENSE.*|NOTICE.*)"
 )
+# Files that tell what a directory without a config.json is.
+NO_CHECKPOINT = {
+    "model_index.json": "it is a diffusion pipeline, and vqcompress compresses causal language models",
+    "adapter_config.json": "it is an adapter (LoRA); merge it into its model first, with merge_and_unload() of peft",
+}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,6 +79,7 @@ class TensorInfo:
 def resolve(model: str, weights: bool = True) -> Path:
     """The local directory of MODEL: a directory, the packaged `demo`, or a hub id (downloaded into the hub's cache).
 
+    A hub id may end in `@` and a revision: a branch, a tag or a commit.
     weights: False fetches only the config and the tokenizer of a hub id.
     """
     if model == "demo":
@@ -83,17 +91,26 @@ def resolve(model: str, weights: bool = True) -> Path:
         return path
     if path.exists():
         raise VQCompressError(f"{model} is a file; MODEL is a Hugging Face directory, a hub id, or 'demo'")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise VQCompressError(f"no such directory: {model}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "SHA256SUMS", "recipe.yaml", "LICENSE*"]
-    patterns += ["NOTICE*", "README.md", "report.html"] + (["*.safetensors"] if weights else [])
+    local, at, revision = model.rpartition("@")
+    if at and (local == "demo" or Path(local).expanduser().is_dir()):
+        raise UsageError(f"{local} is a local directory; only a hub id has revisions, such as '{revision}'")
+    near = _similar(path)
+    named = hub.ID.fullmatch(model)
+    if not named:
+        raise VQCompressError(f"no such directory: {model}{near}")
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has a dozen error types; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise VQCompressError(f"no such directory: {model}, and as a hub id it cannot be fetched: {reason}") from error
+        return hub.fetch(named[1], named[2], weights)
+    except VQCompressError as error:
+        raise VQCompressError(f"no such directory: {model}{near}, and as a hub id: {error}") from error
+
+
+def _similar(path: Path) -> str:
+    """'; did you mean X?' with the directory beside it whose name is most like a path's, if one is."""
+    names = {"demo"} if path.parent == Path() else set()
+    with contextlib.suppress(OSError):
+        names |= {other.name for other in path.parent.iterdir() if other.is_dir()}
+    near = nearest(path.name, sorted(names), 0.7)
+    return f"; did you mean {path.with_name(near)}?" if near else ""
 
 
 def sha256(path: Path) -> str:
@@ -159,7 +176,9 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         if not (path / "config.json").is_file():
-            raise VQCompressError(f"{path} has no config.json, so it is not a Hugging Face checkpoint")
+            others = (why for file, why in NO_CHECKPOINT.items() if (path / file).is_file())
+            why = next(others, "it is not a Hugging Face checkpoint")
+            raise VQCompressError(f"{path} has no config.json: {why}")
         self.config: dict[str, Any] = read_json(path / "config.json")
         if not isinstance(self.config, dict):
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
@@ -244,6 +263,12 @@ class Checkpoint:
                 raise VQCompressError(f"{self.path} has no tensor {name}")
             by_file[self.tensors[name].file].append(name)
         return by_file
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that the directory is a snapshot of, if it lies in the hub's cache."""
+        cached = self.path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.path.name)
+        return self.path.name if cached else None
 
     @property
     def bytes(self) -> int:

@@ -4,95 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
-import re
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 import vqcompress
-from vqcompress.errors import Fallback, UsageError, VQCompressError
+from vqcompress.errors import UsageError
 from vqcompress.options import (
-    DEBUG,
     Calibration,
     CpuWeights,
     Debug,
     Device,
     Either,
+    Format,
     Json,
     Kept,
     KVCache,
     Model,
     Overwrite,
+    Private,
+    Push,
     Recipe,
+    Revision,
     Samples,
     Seed,
     Seqlen,
     Source,
     States,
     TargetBits,
+    Trust,
     Weights,
     Where,
+    pinned,
 )
 from vqcompress.packaged import description, packaged
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-INTERRUPTED = {
-    "quantize": "the finished blocks are kept, the same command again continues after them",
-    None: "the same command again starts from the beginning",
-}
-
-
-class _Commands(TyperGroup):
-    """Turns whatever a command raises into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the chosen command."""
-        try:
-            return super().invoke(ctx)
-        except (typer.Abort, BrokenPipeError):
-            # Typer ends quietly; the reader of a pipe had enough.
-            raise
-        except KeyboardInterrupt:
-            hint = INTERRUPTED.get(ctx.invoked_subcommand, INTERRUPTED[None])
-            print(f"interrupted: {hint}", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if hasattr(error, "exit_code"):
-                # Typer's own: an exit, or wrong usage that it explains itself.
-                raise
-            _fail(error, bool(ctx.meta.get(DEBUG)))
-
-
-def _fail(error: Exception, debug: bool) -> NoReturn:
-    """Explain an error in one line and exit."""
-    if debug:
-        traceback.print_exc(file=sys.stderr)
-    kind, words = type(error).__name__, " ".join(str(error).split())
-    if isinstance(error, VQCompressError):
-        text = words
-    elif kind in ("OutOfMemoryError", "MemoryError") or re.search("(Cannot|can't) allocate memory", words):
-        # torch and safetensors say so in words of their own.
-        text = f"out of memory; a smaller --seqlen, --samples or --batch, or --states disk, needs less ({words})"
-    elif isinstance(error, OSError):
-        text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else words
-    else:
-        text = f"internal error: {kind}: {words} (give --debug for the traceback)"
-    print(f"error: {text}", file=sys.stderr)
-    raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
-
+from vqcompress.session import Commands, session, uploading
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -106,47 +58,6 @@ def _print_version(value: bool) -> None:
     if value:
         print(f"vqcompress {vqcompress.__version__}")
         raise typer.Exit
-
-
-@contextlib.contextmanager
-def _session(json_file: str | None = None) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
-    """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
-
-    With `--json -` everything else, a library's stray print included, goes to stderr.
-    """
-    if json_file not in (None, "-") and not Path(json_file).expanduser().absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: its directory does not exist")
-    stdout = sys.stdout
-    with contextlib.ExitStack() as stack:
-        if json_file == "-":
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", Fallback)
-        _quiet()
-        from vqcompress import show
-
-        def write(result: dict[str, Any]) -> None:
-            if not show.leads():
-                return
-            text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-            if json_file == "-":
-                stdout.write(text)
-            elif json_file is not None:
-                Path(json_file).expanduser().write_text(text, encoding="utf-8")
-
-        yield show.console(stderr=json_file == "-"), write
-
-
-def _quiet() -> None:
-    """Silence transformers. The hub's bars stay on a terminal: a download may take an hour."""
-    import transformers
-    from huggingface_hub.utils import enable_progress_bars
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if sys.stderr.isatty():
-        enable_progress_bars()
 
 
 @app.callback()
@@ -176,6 +87,10 @@ def quantize(
     states: Kept = States.memory,
     kv_cache: KVCache = None,
     overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    push_to_hub: Push = None,
+    private: Private = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -183,6 +98,7 @@ def quantize(
 
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
+    model = pinned(model, revision)
     if dry_run:
         plan(
             model,
@@ -200,15 +116,17 @@ def quantize(
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write), uploading(push_to_hub, private) as upload:
         from vqcompress import show
+        from vqcompress.live import watching
         from vqcompress.quantize import quantize as run
 
-        with show.watching(model) as watch:
+        with watching(model) as watch:
             where, knobs = device.value, (calibration, samples, seqlen, seed)
             report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value, kv_cache)
         write(report)
         show.quantized(console, report, str(output), model, calibration)
+        upload(output, console)
 
 
 @app.command()
@@ -237,6 +155,8 @@ def plan(
         float | None,
         typer.Option("--disk-gbps", min=1e-6, help="GB/s that each reads and writes. Default: as MODEL's disk writes."),
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -246,12 +166,13 @@ def plan(
     """
     if gpus and device == Device.cpu:
         raise UsageError(f"--gpus {gpus} --device cpu: a plan is for GPUs or for the CPU; leave one of them out")
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.costs import Site
         from vqcompress.quantize import dry_run
 
         site = Site(gpus, tflops, encode_tflops, disk_gbps, states.value)
+        model = pinned(model, revision)
         summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, site, kv_cache)
         write(summary)
         show.planned(console, summary)
@@ -273,6 +194,8 @@ def perplexity(
     ] = None,
     kv_cache: KVCache = None,
     device: Where = Device.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -280,9 +203,10 @@ def perplexity(
 
     Example: vqcompress eval perplexity out --text test.txt --baseline demo
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import evaluate, show
 
+        model = pinned(model, revision)
         with show.counting(f"perplexity of {model}") as watch:
             result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
         write(result)
@@ -301,6 +225,8 @@ def speed(
     kv_cache: KVCache = None,
     cpu_weights: CpuWeights = Weights.auto,
     device: Where = Device.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -308,11 +234,11 @@ def speed(
 
     Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import evaluate, show
 
         sizes = prompt_tokens, new_tokens, batch
-        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value, kv_cache)
+        result = evaluate.speed(pinned(model, revision), *sizes, baseline, device.value, cpu_weights.value, kv_cache)
         write(result)
         show.speed(console, result)
 
@@ -320,10 +246,13 @@ def speed(
 @app.command()
 def export(
     artifact: Source,
-    format: Annotated[str, typer.Option("--format", help="The format to write: dense.")],
+    format: Format,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write to.")],
     verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
+    trust_remote_code: Trust = False,
+    push_to_hub: Push = None,
+    private: Private = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -331,13 +260,14 @@ def export(
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write), uploading(push_to_hub, private) as upload:
         from vqcompress import show
         from vqcompress.export import export as run
 
         result = run(artifact, format, output, verify, overwrite)
         write(result)
         show.exported(console, result, str(output))
+        upload(output, console)
 
 
 @app.command()
@@ -346,6 +276,7 @@ def inspect(
     runtime: Annotated[bool, typer.Option("--runtime", help="How this device multiplies with each weight.")] = False,
     cpu_weights: CpuWeights = Weights.auto,
     device: Where = Device.auto,
+    trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -353,7 +284,7 @@ def inspect(
 
     Example: vqcompress inspect out
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.inspect import inspect as run
 
@@ -363,12 +294,12 @@ def inspect(
 
 
 @app.command()
-def verify(artifact: Source, json_file: Json = None, debug: Debug = False) -> None:
+def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json = None, debug: Debug = False) -> None:
     """Check an artifact: checksums, shapes, ranges of codes, finiteness.
 
     Example: vqcompress verify out
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress.report import size
         from vqcompress.verify import verify as run
 
@@ -388,33 +319,41 @@ def generate(
     seed: Seed = 0,
     kv_cache: KVCache = None,
     cpu_weights: CpuWeights = Weights.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Continue a prompt; then tokens per second, on stderr.
 
     Example: vqcompress generate out --prompt "Once upon a time"
     """
-    with _session():
+    with session():
         from vqcompress.generate import generate as run
 
         knobs = max_new_tokens, temperature, seed
         say = lambda text: print(text, end="", flush=True)  # noqa: E731
-        result = run(artifact, prompt, *knobs, say, cpu_weights.value, kv_cache)
+        result = run(pinned(artifact, revision), prompt, *knobs, say, cpu_weights.value, kv_cache)
         print(flush=True)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 
 
 @app.command()
-def doctor(model: Model, json_file: Json = None, debug: Debug = False) -> None:
+def doctor(
+    model: Model,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
     """Try an architecture: does it run block by block, what can be compressed, what stays dense.
 
     Example: vqcompress doctor demo
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.doctor import examine
 
-        facts = examine(model)
+        facts = examine(pinned(model, revision))
         write(facts)
         show.examined(console, facts)
         if not facts["ok"]:

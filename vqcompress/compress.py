@@ -85,7 +85,7 @@ def compress_block(
 
     states: the hidden states that enter it, by batch; empty for a data-free plan. truth: those that enter it in the
     dense model, moved on to what it puts out; empty unless the plan compensates. tick: called with the name of every
-    target that is done.
+    target that is done, and its row.
     """
     start = time.perf_counter()
     block = plan.blocks[index]
@@ -288,7 +288,7 @@ def encode(
             _, layout = stream.mixtures.get(targets[path].name.rsplit(".", 2)[0], ("", None))
             tensors[plain_name(names[path].removesuffix(".weight"), layout)] = MARKER
         rows[path] = row
-        tick({"name": targets[path].name})
+        tick({"name": targets[path].name, "row": row})
 
     last = closing.path if closing else None
     rows: dict[str, dict[str, Any]] = {}

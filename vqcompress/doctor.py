@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from vqcompress.inputs import find_inputs
 from vqcompress.plan import dense_weights
 from vqcompress.quantize import open_checkpoint
 from vqcompress.runtime.weights import load_config
+from vqcompress.trust import trusted
 
 # Sizes that every architecture names alike, and what a toy may have at most. Ratios (query heads to key heads) hold.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -36,7 +38,7 @@ def toy_config(config: transformers.PretrainedConfig) -> transformers.Pretrained
     for widths in (True, False):
         toy = _shrink(copy.deepcopy(config), widths)
         try:
-            AutoModelForCausalLM.from_config(toy)
+            AutoModelForCausalLM.from_config(toy, trust_remote_code=trusted())
         except Exception:
             # Whatever an architecture raises when its sizes do not fit together: the larger toy is tried.
             continue
@@ -54,7 +56,9 @@ def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers
     # As many layers as it takes to see each type of layer once.
     layers = max([2, *(1 + max(kinds.index(kind) for kind in set(kinds)) for kinds in types.values())])
     for name, kinds in types.items():
-        setattr(config, name, kinds[:layers])
+        # Some configs compute it from the number of layers.
+        with contextlib.suppress(AttributeError):
+            setattr(config, name, kinds[:layers])
     dense_first = getattr(config, "first_k_dense_replace", 0)
     if isinstance(dense_first, int) and dense_first > 1:
         config.first_k_dense_replace = 1
@@ -129,7 +133,7 @@ def examine(model: str) -> dict[str, Any]:
 def _write_toy(config: transformers.PretrainedConfig, folder: Path) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    toy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    toy = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted()).eval()
     for parameter in toy.parameters():
         # Norms and biases start as ones and zeros, which would hide a fold that is wrong.
         if parameter.dim() == 1:

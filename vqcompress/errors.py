@@ -21,5 +21,10 @@ class UsageError(VQCompressError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' with the nearest known name, else the list of all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names) or 'none'}."
+    near = nearest(str(name), names)
+    return f" Did you mean '{near}'?" if near else f" Known: {', '.join(names) or 'none'}."
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is most like this one, if any is at least so like it (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)

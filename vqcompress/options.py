@@ -8,8 +8,13 @@ from typing import Annotated
 import typer
 
 from vqcompress.packaged import packaged
+from vqcompress.trust import trusting
 
 DEBUG = "vqcompress.debug"
+# As in `export.FORMATS`, which brings torch along.
+FORMATS = ("dense",)
+# Packaged recipes of a cache, which are given as --kv-cache, have names that begin so.
+OF_CACHE = "kv-"
 
 
 class Weights(StrEnum):
@@ -40,8 +45,27 @@ def _set_debug(ctx: typer.Context, value: bool) -> None:
         ctx.meta[DEBUG] = True
 
 
+def _trust(ctx: typer.Context, value: bool) -> None:
+    if value:
+        # Until the command is over.
+        ctx.with_resource(trusting())
+
+
 def _complete_recipe(incomplete: str) -> list[str]:
-    return [name for name in packaged() if name.startswith(incomplete)]
+    return [name for name in packaged() if name.startswith(incomplete) and not name.startswith(OF_CACHE)]
+
+
+def _complete_cache(incomplete: str) -> list[str]:
+    return [name for name in packaged() if name.startswith(incomplete) and name.startswith(OF_CACHE)]
+
+
+def _complete_format(incomplete: str) -> list[str]:
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
+def pinned(model: str, revision: str | None) -> str:
+    """MODEL at a revision of it, as every other place that takes a model spells it."""
+    return model if revision is None else f"{model}@{revision}"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, or 'demo'.")]
@@ -53,8 +77,27 @@ Recipe = Annotated[
 ]
 KVCache = Annotated[
     str | None,
-    typer.Option("--kv-cache", metavar="RECIPE", help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8."),
+    typer.Option(
+        "--kv-cache",
+        metavar="RECIPE",
+        help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8.",
+        autocompletion=_complete_cache,
+    ),
 ]
+Format = Annotated[
+    str, typer.Option("--format", help=f"The format to write: {', '.join(FORMATS)}.", autocompletion=_complete_format)
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub id; the same as MODEL@REV."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", callback=_trust)
+]
+Push = Annotated[
+    str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to the hub when it is finished.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository of --push-to-hub a private one.")]
 TargetBits = Annotated[
     float | None,
     typer.Option("--target-bits", help="Bits per weight to keep to, 1.5 to 6: a setting is chosen for each weight."),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 
 def packaged() -> dict[str, Path]:
     """Name → file of the recipes that come with the package."""
@@ -17,5 +15,8 @@ def packaged() -> dict[str, Path]:
 
 def description(path: Path) -> str:
     """What a recipe file says of itself, in one line; empty if it says nothing."""
+    # Help, which lists no recipe, need not wait for it.
+    import yaml
+
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     return str(data.get("description", "")) if isinstance(data, dict) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vqcompress import methods
-from vqcompress.errors import UsageError, did_you_mean
+from vqcompress.errors import UsageError, did_you_mean, nearest
 from vqcompress.methods import Method
 from vqcompress.packaged import packaged
 from vqcompress.targets import Block
@@ -143,9 +144,12 @@ class Recipe:
         }
         unused = set(range(len(self.rules))) - {n for found in matching.values() for n in found}
         if unused:
+            match = self.rules[min(unused)].match
+            kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+            near = nearest(re.sub(r"^re:|[*?\\]", "", match), sorted(kinds), 0) or "(there are none)"
             raise UsageError(
-                f"recipe {self.name}: the rule '{self.rules[min(unused)].match}' matches no linear layer of the model's"
-                f" blocks; their names look like {names[0] if names else '(there are none)'}"
+                f"recipe {self.name}: the rule '{match}' matches no linear layer of the model's blocks;"
+                f" the nearest of their names is {near}"
             )
         decides = {found[0] for found in matching.values() if found}
         for n in sorted(set(range(len(self.rules))) - decides):
@@ -176,7 +180,8 @@ def load(name: str) -> Recipe:
     path = recipes.get(name, Path(name))
     if name not in recipes and not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            raise UsageError(f"no such recipe file: {name}")
+            near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")], 0.7)
+            raise UsageError(f"no such recipe file: {name}{f'; did you mean {path.with_name(near)}?' if near else ''}")
         raise UsageError(f"no recipe '{name}'.{did_you_mean(name, recipes)}")
     try:
         if path.stat().st_size > MAX_BYTES:

@@ -22,7 +22,7 @@ from vqcompress.writer import Writer
 
 CARD = """---
 library_name: vqcompress
-base_model: {base}
+base_model: {origin}
 tags: [vqcompress, quantized, {recipe}]
 ---
 
@@ -135,6 +135,7 @@ def run_report(
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
         "model": model,
+        "revision": source.revision,
         "seed": seed,
         "target_bits": plan.target_bits,
         "bits_per_weight": bits / weights if weights else None,
@@ -179,6 +180,7 @@ def model_card(model: str, report: dict[str, Any], out: Path) -> str:
     return CARD.format(
         base=base,
         title=f"{Path(base).name} · {report['recipe']}",
+        origin=base.partition("@")[0],
         version=vqcompress.__version__,
         recipe=report["recipe"],
         bits="" if bits is None else f"{bits:.3f} bits per quantized weight, ",

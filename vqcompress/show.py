@@ -19,8 +19,6 @@ from rich.table import Table
 
 from vqcompress.report import cache_line, size
 
-Watch = Callable[[str, dict[str, Any]], None]
-
 
 def leads() -> bool:
     """Whether this process speaks for all that `torchrun` started together."""
@@ -60,82 +58,6 @@ def kind(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-class _Run:
-    """Counts what a run of quantize has done, in weights: blocks differ in size."""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, int] = {}
-        self.earlier: set[str] = set()
-        self.done = self.total = 0
-        self.start = time.perf_counter()
-        # What was done at the end of the last block, and when.
-        self.mark = (0, self.start)
-
-    def plan(self, facts: dict[str, Any]) -> None:
-        """Start counting; what an earlier run did costs little and is left out."""
-        self.earlier = set(facts["done"])
-        blocks = [block for block in facts["plan"].blocks if block.name not in self.earlier]
-        self.weights = {t.name: t.weights for block in blocks for t in facts["plan"].compressed(block)}
-        self.total, self.start = sum(self.weights.values()), time.perf_counter()
-
-    def rate(self) -> float:
-        """Weights per second so far."""
-        return self.done / max(time.perf_counter() - self.start, 1e-9)
-
-    def left(self) -> str:
-        """The time left by whole blocks, which take time before and after their weights; in the first by weights."""
-        if not 0 < self.done < self.total:
-            return ""
-        done, now = (self.done, time.perf_counter()) if not self.mark[0] else self.mark
-        rest = (self.total - done) / done * (now - self.start) - (time.perf_counter() - now)
-        return f"about {duration(max(rest, 0.0))} left"
-
-
-@contextmanager
-def watching(model: str) -> Iterator[Watch]:
-    """A `watch` for quantize: a bar on a terminal, else a line per block on stderr."""
-    run = _Run()
-    if not leads():
-        yield lambda event, facts: None
-        return
-    if not sys.stderr.isatty():
-
-        def log(event: str, facts: dict[str, Any]) -> None:
-            _log(run, event, facts)
-
-        print(f"reading {model}", file=sys.stderr, flush=True)
-        yield log
-        return
-    columns = ("{task.description}", "{task.fields[rate]}", "{task.fields[left]}", "{task.fields[target]}")
-    texts = [TextColumn(text, markup=False) for text in columns]
-    with Progress(SpinnerColumn(), texts[0], BarColumn(24), *texts[1:], console=console(True), transient=True) as bar:
-        task = bar.add_task(f"reading {model}", total=None, rate="", left="", target="")
-
-        def draw(event: str, facts: dict[str, Any]) -> None:
-            if event == "measure":
-                text = f"choosing settings, block {facts['index'] + 1}/{facts['count']}"
-                bar.update(task, description=text, total=facts["count"], completed=facts["index"], target=facts["name"])
-            elif event == "plan":
-                run.plan(facts)
-                bar.update(task, total=run.total or 1, completed=0)
-            elif event == "block":
-                text = f"block {facts['index'] + 1}/{facts['count']}"
-                bar.update(task, description=text, target=f"{facts['name']}: measuring its inputs")
-            elif event == "target":
-                run.done += run.weights[facts["name"]]
-                rate = f"{run.rate() / 1e6:.2f} M weights/s"
-                bar.update(task, completed=run.done, target=facts["name"], rate=rate, left=run.left())
-            elif event == "done":
-                run.mark = run.done, time.perf_counter()
-                bar.update(task, left=run.left())
-            elif event == "cache":
-                bar.update(task, description="learning codebooks of keys and values", total=None, target="", left="")
-            elif event == "distill":
-                bar.update(task, description="distilling", total=facts["steps"], completed=facts["step"], target="")
-
-        yield draw
-
-
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function of work done and its total: a bar on a terminal, else a line on stderr at every quarter."""
@@ -165,42 +87,6 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(SpinnerColumn(), TextColumn(what), BarColumn(24), text, console=console(True), transient=True) as bar:
         task = bar.add_task(what, total=None, left="")
         yield lambda done, total: bar.update(task, completed=done, total=total, left=left(done, total))
-
-
-def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
-    if event == "measure":
-        text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: measuring what each setting costs"
-    elif event == "plan":
-        run.plan(facts)
-        resumed = f", {len(run.earlier)} blocks are done already" if run.earlier else ""
-        text = f"{len(run.weights)} weights in {len(facts['plan'].blocks) - len(run.earlier)} blocks to do{resumed}"
-    elif event == "target":
-        run.done += run.weights[facts["name"]]
-        return
-    elif event == "cache":
-        text = "all blocks are done; learning codebooks of keys and values"
-    elif event == "distill" and facts["step"] == 0:
-        text = f"all blocks are done; distilling in {facts['steps']} steps"
-    elif event == "done":
-        run.mark = run.done, time.perf_counter()
-        text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: "
-        rows = facts["record"]["targets"]
-        if facts["name"] in run.earlier:
-            text += "done by an earlier run"
-        elif not rows:
-            text += "nothing to compress"
-        else:
-            counts = [row["shape"][0] * row["shape"][1] for row in rows]
-            bits, error = (_mean(rows, counts, key) for key in ("bits_per_weight", "relative_error"))
-            text += f"{len(rows)} weights, {bits:.2f} bits, relative error {error:.3g}, "
-            text += duration(facts["record"]["seconds"]) + (f", {run.left()}" if run.left() else "")
-    else:
-        return
-    print(text, file=sys.stderr, flush=True)
-
-
-def _mean(rows: list[dict[str, Any]], counts: list[int], key: str) -> float:
-    return float(sum(row[key] * n for row, n in zip(rows, counts, strict=True)) / sum(counts))
 
 
 def _experts(to: Console, facts: dict[str, Any], each: bool) -> None:

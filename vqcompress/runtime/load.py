@@ -17,6 +17,7 @@ from vqcompress.runtime.cache import Kept, keep_coded, kept
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.modules import keep_packed, swap
 from vqcompress.runtime.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
+from vqcompress.trust import trusted, trusting
 
 
 def load(
@@ -26,6 +27,7 @@ def load(
     check: bool = True,
     cpu_weights: str = "auto",
     kv_cache: str | bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The compressed model, in eval mode, ready for `generate`.
 
@@ -33,7 +35,8 @@ def load(
     GPU unless given. check: compare the files with their checksums first (about a second per gigabyte). cpu_weights:
     `dense` decodes every weight once, at its first use, which is fast; `packed` keeps what is stored and decodes at
     every call; `auto` is dense if that fits into memory. kv_cache: `generate` keeps keys and values as codes, as the
-    artifact says (True) or as a recipe with a `cache` does, such as kv-vq-4bit.
+    artifact says (True) or as a recipe with a `cache` does, such as kv-vq-4bit. trust_remote_code: run Python code
+    that comes with the model.
     Raises VQCompressError naming what is missing or damaged.
     """
     artifact = Artifact(resolve(str(path)))
@@ -41,9 +44,10 @@ def load(
         artifact.check_files()
     chosen = choose_device(device)
     dtype = dtype or model_dtype(artifact.config, chosen)
-    files = sorted({info.file for info in artifact.tensors.values()})
-    packed = chosen.type == "cpu" and keep_packed(cpu_weights, artifact.entries.values(), dtype)
-    model = assemble(load_config(artifact.path), artifact.entries.values(), artifact.path, files, dtype, chosen, packed)
+    files, entries = sorted({info.file for info in artifact.tensors.values()}), artifact.entries.values()
+    packed = chosen.type == "cpu" and keep_packed(cpu_weights, entries, dtype)
+    with trusting(trust_remote_code):
+        model = assemble(load_config(artifact.path), entries, artifact.path, files, dtype, chosen, packed)
     model.generation_config = generation_config(artifact.path) or model.generation_config
     attach(model, artifact.config["quantization_config"])
     if kv_cache:
@@ -110,7 +114,8 @@ def load_any(model: str, device: str = "auto", cpu_weights: str = "auto") -> Pre
     path = resolve(model)
     if Artifact.is_one(path):
         return load(path, device, cpu_weights=cpu_weights)
+    stated, chosen = Checkpoint(path).config, choose_device(device)
     load_config(path)
-    chosen = choose_device(device)
-    dtype = model_dtype(Checkpoint(path).config, chosen)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval().to(chosen)
+    dtype = model_dtype(stated, chosen)
+    safely = {"use_safetensors": True, "trust_remote_code": trusted()}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **safely).eval().to(chosen)

@@ -9,15 +9,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vqcompress.errors import VQCompressError
+from vqcompress.trust import reason, trusted
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory; VQCompressError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise whatever their parser raises
-        reason = " ".join(str(error).split())[:200]
-        raise VQCompressError(f"{path} has no tokenizer that transformers can load: {reason}") from error
+        raise VQCompressError(f"{path} has no tokenizer that transformers can load: {reason(error)}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

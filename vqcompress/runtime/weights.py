@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -30,18 +30,55 @@ from vqcompress.checkpoint import TensorInfo
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime.experts import without_merges
 from vqcompress.runtime.modules import CompressedLinear, SharedParts
+from vqcompress.trust import reason, trusted
 
 # Several times as many tensors as any known model has.
 MAX_PARAMETERS = 30_000
+CAUSAL_ONLY = "only causal language models can be compressed, those that AutoModelForCausalLM loads"
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
-    """The transformers config of a directory; VQCompressError if transformers does not know it."""
+    """The transformers config of a directory; VQCompressError if it is of no causal language model."""
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # the validators of its configs have error types of their own
-        reason = " ".join(str(error).split())[:300]
-        raise VQCompressError(f"transformers cannot read the config of {path}: {reason}") from error
+        raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
+    if not _is_causal(config):
+        name = next(iter(config.architectures or []), config.model_type)
+        raise VQCompressError(f"{path}: {name} is {_other_kind(config)}; {CAUSAL_ONLY}")
+    return config
+
+
+def _is_causal(config: transformers.PretrainedConfig) -> bool:
+    """Whether a config is one of a causal language model, or of one with more around it, in transformers' own lists."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return True
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    if "text_config" in type(config).sub_configs:
+        return True
+    # A decoder with its own encoder, or with another head or none, shares the type: only the name of the class tells.
+    names = config.architectures or []
+    known = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
+    decodes = getattr(config, "is_decoder", True) and not config.is_encoder_decoder
+    # Without a head a model is whole where the head is the embedding; some of Bloom and GPT-2 are stored so.
+    ends = ("ForCausalLM", "LMHeadModel", *(["Model"] if decodes and config.tie_word_embeddings else []))
+    return any(name == known or name.endswith(ends) for name in names) or not (names or config.is_encoder_decoder)
+
+
+def _other_kind(config: transformers.PretrainedConfig) -> str:
+    """What a model is that is no causal language model, for an error."""
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+        return "a multimodal model" + (
+            f" (save its {text.model_type} part by itself to compress that)" if known else ""
+        )
+    if config.is_encoder_decoder:
+        return "an encoder-decoder"
+    # The class of the type could be built, with a head of random weights.
+    shared = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return f"a {config.model_type} {'encoder, or has another head or none' if shared else 'model'}"
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -69,10 +106,9 @@ def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTr
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
-        reason = " ".join(str(error).split())[:300]
-        raise VQCompressError(f"no causal language model can be built from this config: {reason}") from error
+        raise VQCompressError(f"no causal language model can be built from this config: {reason(error)}") from error
     # On the meta device every parameter was made anew, tied ones too.
     model.tie_weights()
     return model.eval()
