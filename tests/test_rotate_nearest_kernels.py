@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, gaussian, generator, inputs
-from kernels import ARCHS, interpreter, needs_gpu, relative_rms
+from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.codebooks import lattice, learned
@@ -28,9 +28,8 @@ SHAPES = [(0, 64), (1, 1), (3, 17), (129, 2), (17, 96), (3, 768), (1, 4096), (2,
 
 
 @pytest.fixture(scope="module")
-def interpret() -> Iterator[Call]:
-    with interpreter() as call:
-        yield call
+def interpret(interpreted: Call) -> Call:
+    return interpreted
 
 
 def _interpreted(kernel: Any) -> None:
