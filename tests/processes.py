@@ -6,6 +6,8 @@ Each has its own memory, whose peak starts with what the imports take, and its o
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +64,18 @@ class Processes:
         """What `python -c CODE ARGUMENTS` does, within so many bytes of address space."""
         server: Any = self.server
         if server is None:
-            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
             self.server = server = subprocess.Popen([sys.executable, "-c", SERVER], **pipes)
         files = [self.folder / name for name in ("in", "out", "err")]
         for file in files:
             file.write_text("")
         words = list(map(str, arguments))
         print(json.dumps([code, words, str(self.folder), limit]), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
+        try:
+            status = int(server.stdout.readline())
+        except BaseException:
+            # A test that ran out of time: the next one must not read the answer to this.
+            os.killpg(server.pid, signal.SIGKILL)
+            self.server = None
+            raise
         return subprocess.CompletedProcess([code, *words], status, *(file.read_text() for file in files[1:]))
