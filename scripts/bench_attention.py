@@ -12,37 +12,20 @@ correctness alone. --json appends a line per figure.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-from bench_kernels import TOLERANCE, error
+from bench_kernels import Figures, error, parse
 from gpu_clock import LEAST, ROUND, copies, seconds
 from kernel_cases import CACHES, TINY_CACHES, Cache
 
 from vqcompress.codebooks import kv as reference
-from vqcompress.kernels import kv, launch
+from vqcompress.kernels import kv
 
 
-class Bench:
-    """Figures of one device, printed as they come."""
-
-    def __init__(self, a: argparse.Namespace):
-        self.a, self.wrong, self.late, self.start = a, list[str](), 0, time.perf_counter()
-        self.device = torch.device("cpu" if a.interpret else "cuda")
-        self.dtype = torch.float32 if a.interpret else torch.bfloat16
-        name, self.bandwidth, self.dense = launch.facts(self.device).name, 1.0, dict[tuple[int, ...], float]()
-        self.facts = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-        if not a.interpret:
-            big = torch.zeros(1 << 30, device=self.device)
-            self.bandwidth = big.numel() * 4 / seconds(torch.sum, [big] * LEAST)
-            print(f"{name}: reads {self.bandwidth / 1e12:.2f} TB/s")
+class Bench(Figures):
+    """Attention, and coding."""
 
     def torch_attention(self, cache: Cache) -> float:
         """Seconds of torch's attention to as many keys and values of 16 bits."""
@@ -66,12 +49,12 @@ class Bench:
         parts = cache.parts(self.device, self.dtype)
         # The reference decodes all that it is given.
         first = [part[:1] if n in (0, 1, 3) else part for n, part in enumerate(parts)]
-        if self._right(label, error(kv.attend(*parts)[0][:1], reference.attend(*first)[0])) and not self.a.interpret:
+        if self.right(label, error(kv.attend(*parts)[0][:1], reference.attend(*first)[0])) and not self.a.interpret:
             made = [cache.parts(self.device, self.dtype, seed) for seed in range(copies(cache.bytes()))]
             took = seconds(lambda given: kv.attend(*given), made)
             ratio, share = self.torch_attention(cache) / took, cache.bytes() / took / self.bandwidth
             print(f"{label}: {took * 1e6:.1f} µs, {ratio:.2f} × torch, {share:.0%} of bandwidth", flush=True)
-            self._write({"figure": label, "microseconds": round(took * 1e6, 2), "ratio": round(ratio, 3)})
+            self.write({"figure": label, "microseconds": round(took * 1e6, 2), "ratio": round(ratio, 3)})
 
     def coding(self, cache: Cache, tokens: int) -> None:
         """Keys of so many tokens of every row."""
@@ -87,23 +70,10 @@ class Bench:
             f"coding {tokens} tokens, batch {cache.batch}, {cache.heads} heads of {cache.channels}, d {cache.d}{turned}"
         )
         # Where float32 cannot tell which entry is nearer, codes may differ.
-        if self._right(label, other) and not self.a.interpret:
+        if self.right(label, other) and not self.a.interpret:
             took = seconds(lambda x: kv.encode(x, book, *angles, codes), [x_BHTD] * LEAST) / (cache.batch * tokens)
             print(f"{label}: {took * 1e6:.3f} µs a token", flush=True)
-            self._write({"figure": label, "microseconds": round(took * 1e6, 4)})
-
-    def _right(self, label: str, wrong: float) -> bool:
-        right = wrong <= TOLERANCE[self.dtype]
-        if not right:
-            self.wrong.append(label)
-        if self.a.interpret or not right:
-            print(f"{label}: {'right' if right else 'WRONG'}, relative error {wrong:.1e}", flush=True)
-        return right
-
-    def _write(self, figure: dict[str, Any]) -> None:
-        if self.a.json:
-            with self.a.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figure | self.facts) + "\n")
+            self.write({"figure": label, "microseconds": round(took * 1e6, 4)})
 
     def run(self) -> None:
         """All, attention first."""
@@ -113,28 +83,14 @@ class Bench:
         jobs: list[Any] = [lambda c=c: self.attention(c) for c in caches]
         shortest = [c for c in caches if c.tokens == min(c.tokens for c in caches)]
         jobs += [lambda c=c, n=n: self.coding(c, n) for c in shortest for n in (1, c.tokens)]
-        for job in jobs:
-            if time.perf_counter() - self.start > self.a.limit:
-                self.late += 1
-            else:
-                job()
-        if self.late:
-            print(f"{self.late} of {len(jobs)} not reached within {self.a.limit:.0f} s")
-        if self.wrong:
-            sys.exit(f"{len(self.wrong)} are wrong: {'; '.join(self.wrong[:5])}")
+        self.work(jobs)
 
 
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--limit", type=float, default=300, help="seconds; what is not reached by then is left out")
-    a = parser.parse_args()
-    if a.interpret and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+    a = parse(parser)
     with torch.inference_mode():
         Bench(a).run()
 

@@ -51,27 +51,68 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-class Bench:
+class Figures:
     """Figures of one device, printed as they come."""
 
     def __init__(self, a: argparse.Namespace):
-        self.a = a
+        self.a, self.wrong, self.start = a, list[str](), time.perf_counter()
         self.device = torch.device("cpu" if a.interpret else "cuda")
-        self.dtype = torch.float32 if self.a.interpret else torch.bfloat16
-        self.start, self.wrong, self.late = time.perf_counter(), list[str](), 0
-        name = launch.facts(self.device).name
-        self.facts = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
-        self.bandwidth, self.peak = (1.0, 1.0) if a.interpret else self._best()
-        self.dense: dict[tuple[int, ...], float] = {}
-        if not self.a.interpret:
-            print(
-                f"{name}: reads {self.bandwidth / 1e12:.2f} TB/s, multiplies bfloat16 at {self.peak / 1e12:.0f} TFLOP/s"
-            )
+        self.dtype = torch.float32 if a.interpret else torch.bfloat16
+        self.name, self.bandwidth, self.dense = launch.facts(self.device).name, 1.0, dict[tuple[int, ...], float]()
+        self.facts = {"device": self.name, "torch": torch.__version__, "triton": triton.__version__}
+        if not a.interpret:
+            big = torch.zeros(1 << 30, device=self.device)
+            self.bandwidth = big.numel() * 4 / seconds(torch.sum, [big] * LEAST)
+            print(f"{self.name}: reads {self.bandwidth / 1e12:.2f} TB/s")
 
-    def _best(self) -> tuple[float, float]:
-        big = torch.zeros(1 << 30, device=self.device)
-        a = torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16)
-        return big.numel() * 4 / seconds(torch.sum, [big] * LEAST), 2 * 8192**3 / seconds(lambda x: x @ a, [a] * LEAST)
+    def right(self, label: str, wrong: float) -> bool:
+        """Whether an error is small enough; said where there is no time to print, or where it is not."""
+        right = wrong <= TOLERANCE[self.dtype]
+        if not right:
+            self.wrong.append(label)
+        if self.a.interpret or not right:
+            print(f"{label}: {'right' if right else 'WRONG'}, relative error {wrong:.1e}", flush=True)
+        return right
+
+    def write(self, figure: dict[str, Any]) -> None:
+        """A line of the file, if there is one."""
+        if self.a.json:
+            with self.a.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(figure | self.facts) + "\n")
+
+    def work(self, jobs: list[Callable[[], None]]) -> None:
+        """One after the other, until the time is over; ends the process if anything was wrong."""
+        for done, job in enumerate(jobs):
+            if time.perf_counter() - self.start > self.a.limit:
+                print(f"{len(jobs) - done} of {len(jobs)} not reached within {self.a.limit:.0f} s")
+                break
+            job()
+        if self.wrong:
+            sys.exit(f"{len(self.wrong)} are wrong: {'; '.join(self.wrong[:5])}")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line with what every benchmark of kernels takes; starts anew in the interpreter if asked to."""
+    parser.add_argument("--interpret", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=float, default=300, help="seconds; what is not reached by then is left out")
+    a = parser.parse_args()
+    if a.interpret and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is imported.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+    return a
+
+
+class Bench(Figures):
+    """Products."""
+
+    def __init__(self, a: argparse.Namespace):
+        super().__init__(a)
+        self.peak = 1.0
+        if not a.interpret:
+            square = torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16)
+            self.peak = 2 * 8192**3 / seconds(lambda x: x @ square, [square] * LEAST)
+            print(f"{self.name}: multiplies bfloat16 at {self.peak / 1e12:.0f} TFLOP/s")
 
     def clock(self, call: Callable[[Any], Any], arguments: list[Any]) -> float:
         """Seconds of a call; 0 in the interpreter."""
@@ -97,7 +138,7 @@ class Bench:
         parts = case.parts(shape, self.device, self.dtype)
         run = by_kernel(case)
         label = f"{case.name}, {rows} rows, {model} {shape[0]} × {shape[1]}"
-        if not self._right(label, error(run(x_TI, parts, shape), reference(case, x_TI, parts, shape))):
+        if not self.right(label, error(run(x_TI, parts, shape), reference(case, x_TI, parts, shape))):
             return
         weights = [case.parts(shape, self.device, self.dtype, seed) for seed in range(copies(case.bytes(shape)))]
         if self.a.interpret:
@@ -138,21 +179,12 @@ class Bench:
 
         expected = by_expert(x_SI.float(), ends_E, shape[0], one_by_one)
         label = f"{case.name}, {rows} tokens, {model}: {count} experts of {shape[0]} × {shape[1]}"
-        if self._right(label, error(run(stacked), expected)):
+        if self.right(label, error(run(stacked), expected)):
             # The launch of a graph is shared by a few calls; a mixture is larger than any cache.
             took = self.clock(run, [stacked] * LEAST)
             used = min(count, total)
             dense = self.cublas(max(1, total // used), shape, used)
             self._figure(label, case, model, shape, total, took, dense, case.bytes(shape) * used)
-
-    def _right(self, label: str, wrong: float) -> bool:
-        if wrong > TOLERANCE[self.dtype]:
-            self.wrong.append(label)
-            print(f"{label}: WRONG, relative error {wrong:.1e}", flush=True)
-            return False
-        if self.a.interpret:
-            print(f"{label}: right, relative error {wrong:.1e}", flush=True)
-        return True
 
     def _figure(
         self, label: str, case: Case | None, model: str, shape: Shape, rows: int, took: float, dense: float, size: int
@@ -165,9 +197,7 @@ class Bench:
         figure = {"figure": label, "case": case.name if case else label.partition(",")[0], "model": model}
         figure |= {"rows": rows, "shape": shape, "microseconds": round(took * 1e6, 2), "ratio": round(dense / took, 3)}
         figure |= {"of_bandwidth": round(moved, 3), "of_peak": round(multiplied, 3)}
-        if self.a.json:
-            with self.a.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figure | self.facts) + "\n")
+        self.write(figure)
 
     def run(self) -> None:
         """All that was asked for, what matters most first: few rows, then many."""
@@ -185,30 +215,16 @@ class Bench:
                 few = rows in (1, 3, 16, 512) and (not self.a.models or model in self.a.models)
                 for size in sizes if few else ():
                     jobs += [lambda c=c, m=model, s=size, k=chosen, r=rows: self.experts(c, m, s, k, r) for c in cases]
-        for job in jobs:
-            if time.perf_counter() - self.start > self.a.limit:
-                self.late += 1
-            else:
-                job()
-        if self.late:
-            print(f"{self.late} of {len(jobs)} not reached within {self.a.limit:.0f} s")
-        if self.wrong:
-            sys.exit(f"{len(self.wrong)} products are wrong: {'; '.join(self.wrong[:5])}")
+        self.work(jobs)
 
 
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--only", nargs="+", metavar="CASE")
     parser.add_argument("--rows", nargs="+", type=int)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--limit", type=float, default=300, help="seconds; what is not reached by then is left out")
-    a = parser.parse_args()
-    if a.interpret and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+    a = parse(parser)
     with torch.inference_mode():
         Bench(a).run()
 

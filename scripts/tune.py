@@ -186,7 +186,7 @@ class Places:
     def _finish(self, sums_STO: torch.Tensor, scale_O: torch.Tensor, rotated: bool) -> Place:
         sums, rows, columns = sums_STO.shape
         options = list(rotate.candidates(self.facts, rows, columns))
-        call = lambda sums_STO: rotate.finish(sums_STO, scale_O, None, self.dtype, rotated)  # noqa: E731
+        call = lambda sums_STO: rotate.finish(sums_STO, scale_O, self.dtype, rotated)  # noqa: E731
         kernel = "finish" if rotated else "finish.plain"
         # Partial sums were just written, so they are in the cache.
         return Place(kernel, rows, (columns, sums), options, call, sums_STO, lambda: [sums_STO] * LEAST)

@@ -12,13 +12,15 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from kernels import interpreter
+from processes import Processes
 from toys import toy_checkpoint, toy_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,20 @@ def poison() -> None:
     # The switch that makes torch fill; an operator without a deterministic variant is none of our business here.
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Starts processes that have imported torch and transformers, and nothing of ours."""
+    with Processes(tmp_path_factory.mktemp("processes")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """interpreted(function, *arguments) → its result, from a process where kernels run on CPU tensors."""
+    with interpreter() as call:
+        yield call
 
 
 @pytest.fixture(scope="session")

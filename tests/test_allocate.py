@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Processes
 from test_resume import Killed, contents
 from typer.testing import CliRunner
 
@@ -22,6 +21,7 @@ from vqcompress import allocate, artifact, compress
 from vqcompress import recipe as recipes
 from vqcompress.allocate import choose
 from vqcompress.cli import app
+from vqcompress.costs import Site
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.quantize import dry_run, quantize
 from vqcompress.verify import verify
@@ -194,12 +194,10 @@ def test_a_killed_run_measures_nothing_twice_and_ends_in_the_same_bytes(
 
 
 def test_a_kill_at_any_moment_loses_nothing(
-    straight: Path, toy: Callable[..., Path], candidates: str, text: Path, tmp_path: Path
+    straight: Path, toy: Callable[..., Path], candidates: str, text: Path, tmp_path: Path, processes: Processes
 ) -> None:
     script = f"""
 import os, signal, sys
-import torch
-torch.set_num_threads(1)
 from pathlib import Path
 from vqcompress.quantize import quantize
 left, sync = int(sys.argv[1]), os.fsync
@@ -213,19 +211,25 @@ os.fsync = mortal
 quantize({str(toy())!r}, Path({str(tmp_path / "out")!r}), {candidates!r}, [{str(text)!r}], 4, 32, target_bits=3.5)
 """
     # The journal takes two syncs: 4 dies in the note of the first block, 7 later in that of the second, and so on.
-    statuses = [subprocess.run([sys.executable, "-c", script, str(limit)]).returncode for limit in (4, 5, 9, 0)]
+    statuses = [processes.python(script, limit).returncode for limit in (4, 5, 9, 0)]
     assert statuses == [-9, -9, -9, 0]
     assert contents(tmp_path / "out") == contents(straight)
 
 
-def test_the_plan_shows_the_budget_and_what_there_is_to_choose(toy: Callable[..., Path], candidates: str) -> None:
-    facts = dry_run(str(toy()), candidates, target_bits=3)
+def test_the_plan_shows_the_budget_and_what_there_is_to_choose(
+    toy: Callable[..., Path], candidates: str, text: Path
+) -> None:
+    facts = dry_run(str(toy()), candidates, [str(text)], target_bits=3)
     assert facts["bits_per_weight"] == facts["target_bits"] == 3
     assert len(facts["candidates"]) == 4
     assert {row["bits_per_weight"] for row in facts["targets"]} == {None}
-    small, large = (dry_run(str(toy()), candidates, target_bits=b)["artifact_bytes"] for b in (2, 6))
+    small, large = (
+        dry_run(str(toy()), candidates, [str(text)], target_bits=b, site=Site(None, 1, 1, 1))["artifact_bytes"]
+        for b in (2, 6)
+    )
     assert large - small == pytest.approx(4 / 8 * facts["weights_quantized"], abs=2)
-    shown = CliRunner().invoke(app, ["plan", str(toy()), "--recipe", candidates, "--target-bits", "3"])
+    words = ["--calibration", str(text)]
+    shown = CliRunner().invoke(app, ["plan", str(toy()), *words, "--recipe", candidates, "--target-bits", "3"])
     assert "choice  fp8: 8.0" in shown.stdout
 
 

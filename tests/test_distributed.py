@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vqcompress.statistics import Accumulator
 
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).with_name("distributed_jobs.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 TUNED = (
     "tuning: {block_epochs: 1, distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
 )
@@ -48,19 +50,6 @@ def sums(folder: Path) -> dict[str, str]:
     """SHA-256 of the shards and the config."""
     kept = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
-
-
-def start(size: int, jobs: Path, **settings: Any) -> subprocess.Popen[str]:
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), str(SCRIPT), str(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, *words],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **settings,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +87,36 @@ def alone(
     return make
 
 
+@pytest.fixture(scope="module")
+def several(
+    job: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[int, Path], dict[int, list[int]], str]:
+    """What two and three processes make of all jobs, by their number; their exit statuses; and what they said.
+
+    Two more, under the number 0, have too few rows.
+    """
+    folders, words = {size: tmp_path_factory.mktemp("several") for size in (2, 3, 0)}, []
+    for size, folder in folders.items():
+        all_of_them = (
+            [job(name, folder / name) for name in JOBS]
+            if size
+            else [job("learned", folder / "learned") | {"samples": 2}]
+        )
+        (folder / "jobs").write_text("\n".join(map(json.dumps, all_of_them)))
+        words += [str(size or 2), str(folder / "jobs")]
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folders, dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True)), done.stderr
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_many_processes_make_the_bytes_of_one(
-    size: int, job: Callable[..., dict[str, Any]], alone: Callable[[str], dict[str, str]], tmp_path: Path
+    size: int, several: tuple[Any, ...], alone: Callable[[str], dict[str, str]]
 ) -> None:
-    lines = [json.dumps(job(name, tmp_path / name)) for name in JOBS]
-    (tmp_path / "jobs").write_text("\n".join(lines))
-    process = start(size, tmp_path / "jobs")
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    folders, statuses, said = several
+    assert statuses[size] == [0] * size, said
     for name in JOBS:
-        assert sums(tmp_path / name) == alone(name), name
+        assert sums(folders[size] / name) == alone(name), name
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -117,9 +125,16 @@ def test_a_run_goes_on_with_another_number_of_processes(
     """A process that dies ends the run; what was committed stays."""
     out = tmp_path / "artifact"
     (tmp_path / "jobs").write_text(json.dumps(job("learned", out)))
-    process = start(2, tmp_path / "jobs")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    process = subprocess.Popen(
+        [sys.executable, *words, str(tmp_path / "jobs")],
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     while process.poll() is None and len(list(out.glob("model-0000[12]*.safetensors"))) < 2:
-        pass
+        time.sleep(0.01)
     # One of the workers: the last child of the launcher.
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     if children:
@@ -133,12 +148,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert sums(out) == alone("learned")
 
 
-def test_too_few_rows_for_all_are_refused(job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    arguments = job("learned", tmp_path / "artifact") | {"samples": 2}
-    (tmp_path / "jobs").write_text(json.dumps(arguments))
-    process = start(2, tmp_path / "jobs")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+def test_too_few_rows_for_all_are_refused(several: tuple[Any, ...]) -> None:
+    _, statuses, said = several
+    assert all(statuses[0])
     assert "1 batches of calibration rows are too few for 2 processes" in said
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
+from processes import Processes
 
 from vqcompress.doctor import examine
 from vqcompress.errors import VQCompressError
@@ -19,6 +18,7 @@ from vqcompress.quantize import dry_run
 from vqcompress.runtime.load import load_any
 
 Make = Callable[..., Path]
+Alone = Callable[..., dict[str, Any]]
 LLAMA_70B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -63,24 +63,27 @@ DEEPSEEK_671B: dict[str, Any] = {
 ALONE = """
 import json, sys, time
 from pathlib import Path
+start = time.process_time()
 from vqcompress.doctor import examine
 from vqcompress.quantize import dry_run
-start = time.process_time()
 found = examine(sys.argv[2]) if sys.argv[1] == "doctor" else dry_run(sys.argv[2], sys.argv[3])
 peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"found": found, "seconds": time.process_time() - start, "peak": peak}))
 """
 
 
-def alone(tmp_path: Path, config: dict[str, Any], *arguments: str) -> dict[str, Any]:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-c", ALONE, arguments[0], str(tmp_path), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["seconds"] < 20
-    assert result["peak"] < 3e9
-    return result["found"]
+@pytest.fixture
+def alone(tmp_path: Path, processes: Processes) -> Alone:
+    def run(config: dict[str, Any], *arguments: str) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        done = processes.python(ALONE, arguments[0], tmp_path, *arguments[1:])
+        assert done.returncode == 0, done.stderr[-2000:]
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["seconds"] < 20
+        assert result["peak"] < 3e9
+        return result["found"]
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -195,21 +198,21 @@ def test_the_doctor_takes_a_config_that_computes_its_types_of_layers(tmp_path: P
     assert examine(str(tmp_path))["ok"]
 
 
-def test_the_doctor_looks_at_a_large_model_in_seconds(tmp_path: Path) -> None:
-    found = alone(tmp_path, LLAMA_70B, "doctor")
+def test_the_doctor_looks_at_a_large_model_in_seconds(alone: Alone) -> None:
+    found = alone(LLAMA_70B, "doctor")
     assert found["ok"], found["checks"]
     assert (found["blocks"], found["targets"], found["coverage"]) == (80, 560, 1)
 
 
-def test_the_doctor_looks_at_671_billion_weights_in_seconds(tmp_path: Path) -> None:
-    found = alone(tmp_path, DEEPSEEK_671B, "doctor")
+def test_the_doctor_looks_at_671_billion_weights_in_seconds(alone: Alone) -> None:
+    found = alone(DEEPSEEK_671B, "doctor")
     assert found["ok"], found["checks"]
     assert found["targets"] == 61 * 5 + 3 * 3 + 58 * 3 * 257
     assert found["coverage"] > 0.999
 
 
-def test_671_billion_weights_are_planned_from_a_config_in_seconds(tmp_path: Path) -> None:
-    found = alone(tmp_path, DEEPSEEK_671B, "plan", "vq-2bit")
+def test_671_billion_weights_are_planned_from_a_config_in_seconds(alone: Alone) -> None:
+    found = alone(DEEPSEEK_671B, "plan", "vq-2bit")
     assert found["source_bytes"] == pytest.approx(2 * 671e9, rel=0.01)
     assert found["bits_per_weight"] < 2.1
     assert found["weights_quantized"] == pytest.approx(671e9, rel=0.01)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from cases import DTYPES, LINEAR_REFERENCES, gaussian, generator, inputs
-from kernels import ARCHS, interpreter, needs_gpu, relative_rms
+from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress import ops
@@ -46,7 +46,7 @@ def answer(
         return getattr(module, function)(*arguments)
 
 
-def interpreted() -> bool:
+def has_interpreter() -> bool:
     """To be called in the process that is to have the interpreter."""
     import triton
 
@@ -61,10 +61,9 @@ def on_gpu(*arguments: Any, **settings: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def interpret() -> Iterator[Call]:
-    with interpreter() as run:
-        assert run(interpreted)
-        yield lambda *arguments, **settings: run(answer_with, arguments, settings)
+def interpret(interpreted: Call) -> Call:
+    assert interpreted(has_interpreter)
+    return lambda *arguments, **settings: interpreted(answer_with, arguments, settings)
 
 
 def answer_with(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:

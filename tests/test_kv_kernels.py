@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, generator
-from kernels import ARCHS, interpreter, needs_gpu, relative_rms
+from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.codebooks import kv
@@ -24,9 +24,8 @@ META = torch.device("meta")
 
 
 @pytest.fixture(scope="module")
-def interpret() -> Iterator[Call]:
-    with interpreter() as call:
-        yield lambda *a: call(by_interpreter, *a)
+def interpret(interpreted: Call) -> Call:
+    return lambda *a: interpreted(by_interpreter, *a)
 
 
 @dataclass(frozen=True)

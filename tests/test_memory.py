@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import VQCOMPRESS, Processes
 from synthetic import write_llama
 
 import vqcompress
@@ -23,58 +21,46 @@ LIMIT = 1500 * 2**20
 TEXT = Path(vqcompress.__file__).parent / "demo" / "calibration.txt"
 
 
-def run(words: list[str], limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """A process that may take so many bytes of address space."""
-
-    def bound() -> None:
-        if limit:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], preexec_fn=bound, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def facts(words: list[str], json_file: Path, limit: int | None = None) -> dict[str, Any]:
-    """What a command of ours writes as JSON."""
-    done = run(["-m", "vqcompress", *words, "--json", str(json_file)], limit)
+def facts(processes: Processes, words: list[str], json_file: Path, limit: int = 0) -> dict[str, Any]:
+    """What a command of ours writes as JSON, in a process that may take so many bytes of address space."""
+    done = processes.python(VQCOMPRESS, *words, "--json", json_file, limit=limit)
     assert done.returncode == 0, done.stderr[-1000:]
     found: dict[str, Any] = json.loads(json_file.read_text())
     return found
 
 
-def everything(model: Path, folder: Path, recipe: str, limit: int | None = None) -> dict[str, int]:
+def everything(processes: Processes, model: Path, folder: Path, recipe: str, limit: int = 0) -> dict[str, int]:
     """Peak resident memory in bytes of quantize, eval and export, one after the other."""
-    out, json_file = folder / "out", folder / "facts.json"
-    rows = ["--samples", "2", "--seqlen", "64", "--states", "disk"]
-    report = facts(["quantize", str(model), "-o", str(out), "--recipe", recipe, *rows], json_file, limit)
-    words = ["--text", str(TEXT), "--seqlen", "64", "--windows", "2"]
-    scores = facts(["eval", "perplexity", str(out), *words], json_file, limit)
+    out, json_file, text = folder / "out", folder / "facts.json", folder / "text.txt"
+    text.write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    rows = ["--samples", "2", "--seqlen", "64", "--states", "disk", "--calibration", str(text)]
+    report = facts(processes, ["quantize", str(model), "-o", str(out), "--recipe", recipe, *rows], json_file, limit)
+    words = ["--text", str(text), "--seqlen", "64", "--windows", "2"]
+    scores = facts(processes, ["eval", "perplexity", str(out), *words], json_file, limit)
     assert scores["windows"] == 2
-    dense = facts(["export", str(out), "--format", "dense", "-o", str(folder / "dense")], json_file, limit)
+    dense = facts(processes, ["export", str(out), "--format", "dense", "-o", str(folder / "dense")], json_file, limit)
     assert dense["bytes"] == report["source_bytes"]
     return {"quantize": report["peak_rss_bytes"], "eval": scores["peak_rss_bytes"], "export": dense["peak_rss_bytes"]}
 
 
 @pytest.mark.timeout(900)
-def test_a_model_of_three_times_the_memory(tmp_path: Path) -> None:
+def test_a_model_of_three_times_the_memory(tmp_path: Path, processes: Processes) -> None:
     size = write_llama(tmp_path / "model", layers=110, hidden=1024, inner=6144)
     assert size > 3 * LIMIT
     # The limit bites: reading the weights as a whole does not fit.
     plain = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    assert run(["-c", plain, str(tmp_path / "model")], LIMIT).returncode != 0
-    everything(tmp_path / "model", tmp_path, "fp8-tile", LIMIT)
+    assert processes.python(plain, tmp_path / "model", limit=LIMIT).returncode != 0
+    everything(processes, tmp_path / "model", tmp_path, "fp8-tile", LIMIT)
     # pytest would keep its gigabytes for days.
     shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["fp8-tile", "smoothquant-int8"])
-def test_memory_does_not_grow_with_the_number_of_blocks(recipe: str, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_blocks(recipe: str, tmp_path: Path, processes: Processes) -> None:
     peaks = []
     for layers in (4, 16):
         folder = tmp_path / str(layers)
         write_llama(folder / "model", layers, hidden=256, inner=768)
-        peaks.append(everything(folder / "model", folder, recipe))
+        peaks.append(everything(processes, folder / "model", folder, recipe))
     for job, few in peaks[0].items():
         assert peaks[1][job] < 1.1 * few, (job, peaks)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import VQCOMPRESS, Processes
 
 from vqcompress import costs
 from vqcompress.allocate import make_plans, outlook
@@ -133,17 +131,15 @@ def test_the_disk_that_is_measured_is_the_checkpoints_if_that_can_be(
     assert asked == [tmp_path, ".", None][: forbidden + 1]
 
 
-def _call(*words: object) -> None:
-    command = [sys.executable, "-m", "vqcompress", *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.parametrize("recipe", ["fp8-tile", "vq-2bit"])
-def test_the_memory_that_is_planned_is_what_is_used(recipe: str, tmp_path: Path) -> None:
+def test_the_memory_that_is_planned_is_what_is_used(recipe: str, tmp_path: Path, processes: Processes) -> None:
     job = ["demo", "--recipe", recipe, "--samples", 4, "--device", "cpu", "--json"]
     rates = ["--tflops", 1, "--encode-tflops", 1, "--disk-gbps", 1]
-    _call("plan", *job, tmp_path / "plan.json", *rates)
-    _call("quantize", *job, tmp_path / "report.json", "-o", tmp_path / "out")
+    for words in (
+        ["plan", *job, tmp_path / "plan.json", *rates],
+        ["quantize", *job, tmp_path / "report.json", "-o", tmp_path / "out"],
+    ):
+        done = processes.python(VQCOMPRESS, *words)
+        assert done.returncode == 0, done.stderr
     planned, used = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plan", "report"))
     assert planned["peak_rss_bytes"] == pytest.approx(used["peak_rss_bytes"], rel=0.25)

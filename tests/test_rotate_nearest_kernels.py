@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, gaussian, generator, inputs
-from kernels import ARCHS, interpreter, needs_gpu, relative_rms
+from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.codebooks import lattice, learned
@@ -27,19 +27,13 @@ ERROR = {torch.float32: 5e-7, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SHAPES = [(0, 64), (1, 1), (3, 17), (129, 2), (17, 96), (3, 768), (1, 4096), (2, 11008), (1, 32768)]
 
 
-@pytest.fixture(scope="module")
-def interpret() -> Iterator[Call]:
-    with interpreter() as call:
-        yield call
-
-
 def _interpreted(kernel: Any) -> None:
     import triton
 
     assert not isinstance(kernel, triton.JITFunction)
 
 
-def rotate(x_TI: Tensor, signs_1B: Tensor, out_dtype: torch.dtype | None, setting: int | None = None) -> Tensor:
+def rotate(x_TI: Tensor, signs_1B: Tensor, setting: int | None = None) -> Tensor:
     """By the kernel; with one of the candidates as settings, counted from 0, instead of the guess."""
     from vqcompress.kernels import launch
     from vqcompress.kernels import rotate as module
@@ -49,7 +43,7 @@ def rotate(x_TI: Tensor, signs_1B: Tensor, out_dtype: torch.dtype | None, settin
         if setting is not None:
             tried = list(module.candidates(launch.facts(x_TI.device), *x_TI.shape))
             module.guess = lambda *_: tried[setting]
-        return module.rotate(x_TI, signs_1B, out_dtype)
+        return module.rotate(x_TI, signs_1B)
     finally:
         module.guess = before
 
@@ -105,33 +99,30 @@ def packed(signs_I: Tensor) -> Tensor:
 
 
 def check_rotate(call: Call, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """With a loud channel, a row of zeros and a quiet row, into the type of x and into float32."""
+    """With a loud channel, a row of zeros and a quiet row."""
     x_TI, signs_I = inputs(*shape, dtype), random_signs(shape[1])
     expected_TI = hadamard(x_TI.double() * signs_I)
-    for out_dtype in (None, torch.float32) if dtype != torch.float32 else (None,):
-        y_TI = call("rotate", x_TI, packed(signs_I), out_dtype)
-        assert y_TI.dtype == (out_dtype or dtype)
-        assert y_TI.shape == shape
-        for y_I, expected_I in zip(y_TI, expected_TI, strict=True):
-            assert relative_rms(y_I, expected_I) <= ERROR[y_TI.dtype]
+    y_TI = call("rotate", x_TI, packed(signs_I))
+    assert y_TI.dtype == dtype
+    assert y_TI.shape == shape
+    for y_I, expected_I in zip(y_TI, expected_TI, strict=True):
+        assert relative_rms(y_I, expected_I) <= ERROR[dtype]
     if call is on_gpu:
-        assert torch.equal(call("rotate", x_TI, packed(signs_I), None), y_TI.to(dtype))
+        assert torch.equal(call("rotate", x_TI.float(), packed(signs_I)).to(dtype), y_TI)
 
 
 def check_finish(call: Call, sums: int, shape: tuple[int, int], rotated: bool, dtype: torch.dtype) -> None:
-    """With a scale that has both signs, without a bias and with one, in the type of y."""
+    """With a scale that has both signs, in the type of y."""
     partial_STO = gaussian((sums, *shape), sums)  # type: ignore[arg-type]
-    scale_O, bias_O = gaussian((1, shape[1]), 1)[0].bfloat16(), gaussian((1, shape[1]), 2)[0].to(dtype)
+    scale_O = gaussian((1, shape[1]), 1)[0].bfloat16()
     sum_TO = partial_STO.double().sum(0)
-    scaled_TO = (hadamard(sum_TO) if rotated else sum_TO) * scale_O.double()
-    for given_O, expected_TO in ((None, scaled_TO), (bias_O, scaled_TO + bias_O.double())):
-        y_TO = call("finish", partial_STO, scale_O, given_O, dtype, rotated)
-        assert y_TO.dtype == dtype
-        assert y_TO.shape == shape
-        assert relative_rms(y_TO, expected_TO) <= ERROR[dtype]
-        if call is on_gpu:
-            exact_TO = call("finish", partial_STO, scale_O, given_O, torch.float32, rotated)
-            assert relative_rms(y_TO, exact_TO.to(dtype)) <= 5e-4
+    y_TO = call("finish", partial_STO, scale_O, dtype, rotated)
+    assert y_TO.dtype == dtype
+    assert y_TO.shape == shape
+    assert relative_rms(y_TO, (hadamard(sum_TO) if rotated else sum_TO) * scale_O.double()) <= ERROR[dtype]
+    if call is on_gpu:
+        exact_TO = call("finish", partial_STO, scale_O, torch.float32, rotated)
+        assert relative_rms(y_TO, exact_TO.to(dtype)) <= 5e-4
 
 
 def check_best(call: Call, vectors: int, count: int, length: int, beam: int) -> None:
@@ -187,12 +178,12 @@ def e8p_vectors(count: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rotate(interpret: Call, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check_rotate(lambda *a: interpret(by_interpreter, *a), shape, dtype)
+def test_rotate(interpreted: Call, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_rotate(lambda *a: interpreted(by_interpreter, *a), shape, dtype)
 
 
 @pytest.mark.parametrize("shape", [(3, 4096), (2, 96)], ids=str)
-def test_rotate_with_other_settings(interpret: Call, shape: tuple[int, int]) -> None:
+def test_rotate_with_other_settings(interpreted: Call, shape: tuple[int, int]) -> None:
     """Of candidates that differ in more than warps."""
     from vqcompress.kernels import launch
     from vqcompress.kernels import rotate as module
@@ -201,7 +192,7 @@ def test_rotate_with_other_settings(interpret: Call, shape: tuple[int, int]) -> 
     sizes = [s["SIZE"] for s in module.candidates(launch.KNOWN["cpu"], *shape)]
     assert len(set(sizes)) > 3
     for size in set(sizes):
-        y_TI = interpret(by_interpreter, "rotate", x_TI, packed(signs_I), None, sizes.index(size))
+        y_TI = interpreted(by_interpreter, "rotate", x_TI, packed(signs_I), sizes.index(size))
         assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32]
 
 
@@ -219,21 +210,21 @@ def test_rotate_with_other_settings(interpret: Call, shape: tuple[int, int]) -> 
     ],
     ids=str,
 )
-def test_finish(interpret: Call, sums: int, shape: tuple[int, int], dtype: torch.dtype, rotated: bool) -> None:
-    check_finish(lambda *a: interpret(by_interpreter, *a), sums, shape, rotated, dtype)
+def test_finish(interpreted: Call, sums: int, shape: tuple[int, int], dtype: torch.dtype, rotated: bool) -> None:
+    check_finish(lambda *a: interpreted(by_interpreter, *a), sums, shape, rotated, dtype)
 
 
 @pytest.mark.parametrize(
     ("vectors", "count", "length", "beam"),
     [(0, 5, 2, 2), (1, 1, 1, 1), (3, 5, 3, 5), (17, 256, 8, 1), (129, 300, 2, 1), (17, 700, 16, 1), (17, 300, 4, 3)],
 )
-def test_best(interpret: Call, vectors: int, count: int, length: int, beam: int) -> None:
-    check_best(lambda *a: interpret(by_interpreter, *a), vectors, count, length, beam)
+def test_best(interpreted: Call, vectors: int, count: int, length: int, beam: int) -> None:
+    check_best(lambda *a: interpreted(by_interpreter, *a), vectors, count, length, beam)
 
 
 @pytest.mark.parametrize(("vectors", "size", "beam"), BEAMS)
-def test_beam_search(interpret: Call, vectors: int, size: tuple[int, int, int], beam: int) -> None:
-    check_beam_search(lambda *a: interpret(by_interpreter, *a), vectors, size, beam)
+def test_beam_search(interpreted: Call, vectors: int, size: tuple[int, int, int], beam: int) -> None:
+    check_beam_search(lambda *a: interpreted(by_interpreter, *a), vectors, size, beam)
 
 
 def test_a_beam_search_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +239,9 @@ def test_a_beam_search_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("vectors", [0, 1, 3, 17, 129])
-def test_e8p(interpret: Call, vectors: int) -> None:
+def test_e8p(interpreted: Call, vectors: int) -> None:
     x_N8 = e8p_vectors(vectors)
-    assert torch.equal(interpret(by_interpreter, "nearest_e8p", x_N8), lattice.nearest_e8p(x_N8)[0])
+    assert torch.equal(interpreted(by_interpreter, "nearest_e8p", x_N8), lattice.nearest_e8p(x_N8)[0])
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -261,8 +252,8 @@ def test_what_does_not_fit_is_refused() -> None:
     x_TI = torch.ones(2, 9)
     with pytest.raises(ValueError, match=r"signs are torch.uint8 \(1, 1\)"):
         rotation.rotate(x_TI, torch.zeros(1, 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"bias is \(8,\); 9 outputs"):
-        rotation.finish(x_TI[None], torch.ones(9), torch.ones(8), torch.float16, True)
+    with pytest.raises(ValueError, match=r"scale is \(8,\); 9 outputs"):
+        rotation.finish(x_TI[None], torch.ones(8), torch.float16, True)
     with pytest.raises(ValueError, match="2 of 9, 4 of 8, 1"):
         search.nearest(x_TI, torch.ones(4, 8))
     with pytest.raises(ValueError, match="2 of 9, 4 of 9, 5"):
@@ -284,16 +275,16 @@ def _recorded(arch: int | str) -> Iterator[tuple[str, Any]]:
     with launch.recording(arch) as calls:
         for rows, columns, dtype in ((1, 4096, bf16), (512, 11008, torch.float16), (1, 32768, torch.float32)):
             rotation.rotate(empty(rows, columns, dtype=dtype), empty(1, columns // 8, dtype=torch.uint8))
-        rotation.finish(empty(8, 1, 4096), empty(4096, dtype=bf16), None, bf16, True)
-        rotation.finish(empty(1, 4096, 14336), empty(14336, dtype=bf16), empty(14336, dtype=bf16), bf16, True)
-        rotation.finish(empty(4, 512, 11008), empty(11008, dtype=bf16), None, torch.float16, False)
+        rotation.finish(empty(8, 1, 4096), empty(4096, dtype=bf16), bf16, True)
+        rotation.finish(empty(1, 4096, 14336), empty(14336, dtype=bf16), bf16, True)
+        rotation.finish(empty(4, 512, 11008), empty(11008, dtype=bf16), torch.float16, False)
         search.nearest(empty(4096, 8), empty(1 << 16, 8))
         search.nearest(empty(1 << 20, 1), empty(64, 1))
         search.best(empty(1 << 20, 16), empty(4096, 16), 8)
         search.nearest_e8p(empty(1 << 20, 8), empty(8, 256))
         nothing = empty(0, 64)
         rotation.rotate(nothing, empty(1, 8, dtype=torch.uint8))
-        rotation.finish(nothing[None], empty(64), None, bf16, True)
+        rotation.finish(nothing[None], empty(64), bf16, True)
         search.nearest(nothing[:, :8], empty(4, 8))
         search.nearest_e8p(nothing[:, :8], empty(8, 256))
     assert len(calls) == 10
@@ -342,7 +333,7 @@ def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
     tried = list(module.candidates(launch.facts(torch.device("cuda", 0)), *shape))
     for setting in range(len(tried)):
-        y_TI = on_gpu("rotate", x_TI, packed(signs_I), None, setting)
+        y_TI = on_gpu("rotate", x_TI, packed(signs_I), setting)
         assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32], tried[setting]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from kernels import ARCHS, interpreter, needs_gpu
+from kernels import ARCHS, needs_gpu
 
 from vqcompress.codebooks import trellis
 
@@ -42,9 +42,8 @@ def by_interpreter(x_NT: np.ndarray, bits: int, states: int, settings: dict[str,
 
 
 @pytest.fixture(scope="module")
-def interpret() -> Iterator[Callable[..., np.ndarray]]:
-    with interpreter() as call:
-        yield lambda *arguments: call(by_interpreter, *arguments)
+def interpret(interpreted: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    return lambda *arguments: interpreted(by_interpreter, *arguments)
 
 
 @pytest.mark.parametrize("states", [8, 10])

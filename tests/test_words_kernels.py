@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import encoded, gaussian, inputs
-from kernels import interpreter, needs_gpu, relative_rms
+from kernels import needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.codebooks import product
@@ -115,41 +115,35 @@ def grouped(name: str, shape: tuple[int, int], counts: tuple[int, ...]) -> float
     return relative_rms(found_SO[: len(want_SO)], want_SO)
 
 
-@pytest.fixture(scope="module")
-def interpret() -> Iterator[Callable[..., Any]]:
-    with interpreter() as call:
-        yield call
-
-
 @every_format
 @pytest.mark.parametrize(("shape", "rows"), [((64, 96), 1), ((288, 41), 3), ((96, 128), 0)])
 def test_every_way_multiplies_by_the_values(
-    interpret: Callable[..., Any], name: str, shape: tuple[int, int], rows: int
+    interpreted: Callable[..., Any], name: str, shape: tuple[int, int], rows: int
 ) -> None:
-    for way, difference in interpret(differences, name, shape, rows, torch.float32).items():
+    for way, difference in interpreted(differences, name, shape, rows, torch.float32).items():
         assert difference < 1e-6, way
 
 
 @pytest.mark.parametrize("rows", [17, 129])
 @pytest.mark.parametrize("name", ["learned", "universal 4,8", "lattice 2", "trellis 2"])
-def test_many_rows(interpret: Callable[..., Any], name: str, rows: int) -> None:
-    for way, difference in interpret(differences, name, (96, 80), rows, torch.float32).items():
+def test_many_rows(interpreted: Callable[..., Any], name: str, rows: int) -> None:
+    for way, difference in interpreted(differences, name, (96, 80), rows, torch.float32).items():
         assert difference < 1e-6, way
 
 
 @every_format
-def test_with_rotation_and_scales(interpret: Callable[..., Any], name: str) -> None:
+def test_with_rotation_and_scales(interpreted: Callable[..., Any], name: str) -> None:
     # Sums are float32; what is rounded to the type of x is x H on the way in, and the result.
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
-        assert interpret(whole, name, (96, 64), 3, dtype) < tolerance
+        assert interpreted(whole, name, (96, 64), 3, dtype) < tolerance
 
 
 @pytest.mark.parametrize(
     "name", ["learned", "learned 2 stages", "universal 4,8", "lattice 2", "trellis 2", "trellis 4"]
 )
-def test_experts_in_one_launch(interpret: Callable[..., Any], name: str) -> None:
-    assert interpret(grouped, name, (64, 96), (3, 0, 17, 1)) < 2e-6
-    assert interpret(grouped, name, (64, 96), (0, 0, 2)) < 2e-6
+def test_experts_in_one_launch(interpreted: Callable[..., Any], name: str) -> None:
+    assert interpreted(grouped, name, (64, 96), (3, 0, 17, 1)) < 2e-6
+    assert interpreted(grouped, name, (64, 96), (0, 0, 2)) < 2e-6
 
 
 def meta_parts(name: str, shape: tuple[int, int], experts: int = 0) -> tuple[Format, dict[str, Any]]:

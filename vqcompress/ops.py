@@ -11,6 +11,8 @@ J = ceil(I / 128) tiles.
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,11 +126,6 @@ def int8_linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Te
     return acc_TO.mul_(scale_x * scale_O).to(x_TI.dtype)
 
 
-@int8_linear.register_fake
-def _(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None) -> Tensor:
-    return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))
-
-
 @torch.library.custom_op("vqcompress::fp8_quantize", mutates_args=())
 def fp8_quantize(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Codes float8_e4m3fn (T, I) and scales float32 (T, J) of any float x, in tiles of 1×128, dynamic.
@@ -173,11 +170,6 @@ def fp8_linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: b
     return y_TO.to(x_TI.dtype)
 
 
-@fp8_linear.register_fake
-def _(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
-    return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))
-
-
 def by_expert(x_SI: Tensor, ends_E: Tensor, outputs: int, linear: Callable[[Tensor, int], Tensor]) -> Tensor:
     """linear(rows, e) of the rows of every expert, (S, O); zeros behind the last expert's."""
     y_SO, start = x_SI.new_zeros((len(x_SI), outputs)), 0
@@ -199,11 +191,6 @@ def int8_grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tens
     )
 
 
-@int8_grouped.register_fake
-def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
-    return x_SI.new_empty((x_SI.shape[0], codes_EOI.shape[1]))
-
-
 @torch.library.custom_op("vqcompress::fp8_grouped", mutates_args=())
 def fp8_grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
     """`fp8_linear` of every expert's rows with its codes and scales, (S, O).
@@ -215,51 +202,29 @@ def fp8_grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tens
     )
 
 
+@int8_linear.register_fake
+@fp8_linear.register_fake
+def _(x_TI: Tensor, codes_OI: Tensor, *_: Any) -> Tensor:
+    return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))
+
+
+@int8_grouped.register_fake
 @fp8_grouped.register_fake
-def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
+def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, *_: Any) -> Tensor:
     return x_SI.new_empty((x_SI.shape[0], codes_EOI.shape[1]))
 
 
-# What a GPU runs. Imported when first called: Triton takes a while, and is not everywhere.
+def _kernel(module: str, function: str) -> Callable[..., Any]:
+    """What a GPU runs, imported when first called: Triton takes a while, and is not everywhere."""
+    return lambda *arguments: getattr(import_module(f"vqcompress.kernels.{module}"), function)(*arguments)
 
 
-@int8_quantize.register_kernel("cuda")
-def _(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    from vqcompress.kernels import int8
-
-    return int8.quantize(x_TI)
-
-
-@int8_linear.register_kernel("cuda")
-def _(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None) -> Tensor:
-    from vqcompress.kernels import int8
-
-    return int8.linear(x_TI, codes_OI, scale_O, input_scale)
-
-
-@int8_grouped.register_kernel("cuda")
-def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
-    from vqcompress.kernels import int8
-
-    return int8.grouped(x_SI, ends_E, codes_EOI, scale_EO)
-
-
-@fp8_quantize.register_kernel("cuda")
-def _(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    from vqcompress.kernels import fp8
-
-    return fp8.quantize(x_TI, power_of_two)
-
-
-@fp8_linear.register_kernel("cuda")
-def _(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
-    from vqcompress.kernels import fp8
-
-    return fp8.linear(x_TI, codes_OI, scale_PJ, power_of_two)
-
-
-@fp8_grouped.register_kernel("cuda")
-def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
-    from vqcompress.kernels import fp8
-
-    return fp8.grouped(x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)
+for _operator, _module, _function in (
+    (int8_quantize, "int8", "quantize"),
+    (int8_linear, "int8", "linear"),
+    (int8_grouped, "int8", "grouped"),
+    (fp8_quantize, "fp8", "quantize"),
+    (fp8_linear, "fp8", "linear"),
+    (fp8_grouped, "fp8", "grouped"),
+):
+    _operator.register_kernel("cuda")(_kernel(_module, _function))

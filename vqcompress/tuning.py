@@ -83,7 +83,7 @@ def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], stream:
     """
     disk = stream.names.on_disk
     masters: list[_Master] = []
-    shared: dict[str, dict[str, _Master]] = {}
+    made: dict[str, _Master] = {}
     inside = {id(p) for m in root.modules() if isinstance(m, (CompressedLinear, SharedParts)) for p in m.parameters()}
     for path, parameter in root.named_parameters():
         if parameter.dim() == 1 and id(parameter) not in inside:
@@ -95,24 +95,17 @@ def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], stream:
         path = entry.target.name.removeprefix(prefix)
         layer = root.get_submodule(path)
         assert isinstance(layer, CompressedLinear)
-        parts = layer.parts()
-        own = {
-            part: _Master(disk(f"{entry.target.name}.weight_{part}"), parts[part], parts[part].dtype)
-            for part in entry.method.tunable
-            if part in entry.layout()
-        }
-        masters += own.values()
-        if entry.shared is not None:
-            if entry.shared not in shared:
-                common = [part for part in entry.method.tunable if part in entry.method.shared_layout()]
-                shared[entry.shared] = {
-                    part: _Master(disk(f"{entry.shared}.{part}"), parts[part], parts[part].dtype) for part in common
-                }
-                masters += shared[entry.shared].values()
-            own |= shared[entry.shared]
+        tuned: dict[str, _Master] = {}
+        for part in entry.method.tunable:
+            own = part in entry.layout()
+            name = disk(f"{entry.target.name}.weight_{part}" if own else f"{entry.shared}.{part}")
+            if name not in made:
+                stored = layer.parts()[part]
+                made[name] = _Master(name, stored, stored.dtype)
+            tuned[part] = made[name]
         parent, _, name = path.rpartition(".")
-        setattr(root.get_submodule(parent), name, _Tuned(layer, own))
-    return masters
+        setattr(root.get_submodule(parent), name, _Tuned(layer, tuned))
+    return [*masters, *made.values()]
 
 
 def _fit(

@@ -68,31 +68,6 @@ def nearest_e8p(x_N8: Tensor) -> tuple[Tensor, Tensor]:
     return code_N, e8p(code_N)
 
 
-def nearest_e8p_reference(x_N8: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in torch operations, on any device: what the compiled search and the kernel are tested against."""
-    pattern_P8 = _patterns_on(x_N8.device)
-    best_N = torch.full((len(x_N8),), torch.inf, device=x_N8.device)
-    code_N = torch.zeros(len(x_N8), dtype=torch.int32, device=x_N8.device)
-    odd_P = pattern_P8.sum(1) % 2
-    for minus, shift in enumerate((SHIFT, -SHIFT)):
-        y_N8 = x_N8 - shift
-        size_N8, negative_N8 = y_N8.abs(), y_N8 < 0
-        # With the signs of y the product is as large as can be. If they break the parity, the cheapest one flips.
-        gain_NP = torch.addmm(-pattern_P8.square().sum(1) / 2, size_N8, pattern_P8.T)
-        cheapest_NP = (size_N8[:, None] * pattern_P8).amin(2)
-        flips_NP = (negative_N8.sum(1)[:, None] + odd_P) % 2
-        gain_N, index_N = (gain_NP - 2 * flips_NP * cheapest_NP).max(1)
-        flip_N = (size_N8 * pattern_P8[index_N]).argmin(1)
-        flips_N8 = torch.nn.functional.one_hot(flip_N, DIMENSION) * flips_NP.gather(1, index_N[:, None])
-        sign_N8 = negative_N8.int() ^ flips_N8.int()
-        bits_N = (sign_N8[:, :7] << torch.arange(8, 15, device=x_N8.device, dtype=torch.int32)).sum(1)
-        # Half the squared distance.
-        cost_N = y_N8.square().sum(1) / 2 - gain_N
-        code_N = torch.where(cost_N < best_N, index_N.int() | bits_N.int() | minus << 15, code_N)
-        best_N = torch.minimum(cost_N, best_N)
-    return code_N, e8p(code_N)
-
-
 def e8p(code_N: Tensor) -> Tensor:
     """The words (N, 8) float32, in lattice units, of codes below 2**16."""
     pattern_N8 = _patterns_on(code_N.device)[(code_N & 255).long()]

@@ -6,6 +6,7 @@ Shape legend: T rows of x, O outputs, I inputs, K entries of a table.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,17 +87,7 @@ def vq_linear(
 
 
 @vq_linear.register_fake
-def _(
-    x_TI: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scale_O: Tensor,
-    signs: Tensor | None,
-    family: str,
-    d: int,
-    bits: int,
-    depth: int,
-) -> Tensor:
+def _(x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, *_: Any) -> Tensor:
     return x_TI.new_empty((x_TI.shape[0], scale_O.shape[0]))
 
 
@@ -110,18 +101,8 @@ def path(form: Format, device: torch.device, rows: int, shape: tuple[int, int]) 
 
 
 @vq_linear.register_kernel("cuda")
-def _(
-    x_TI: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scale_O: Tensor,
-    signs: Tensor | None,
-    family: str,
-    d: int,
-    bits: int,
-    depth: int,
-) -> Tensor:
-    return on_gpu(x_TI, codes, table, scale_O, signs, Format(family, d, bits, depth))
+def _(x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, signs: Tensor | None, *form: Any) -> Tensor:
+    return on_gpu(x_TI, codes, table, scale_O, signs, Format(*form))
 
 
 def on_gpu(
@@ -143,7 +124,7 @@ def on_gpu(
         sums = words.on_codes(x_TI, codes, table, shape[0], form)
     else:
         sums = words.multiply(x_TI, codes, table, shape[0], form)
-    return rotate.finish(sums, scale_O, None, x_TI.dtype, signs is not None)
+    return rotate.finish(sums, scale_O, x_TI.dtype, signs is not None)
 
 
 @torch.library.custom_op("vqcompress::vq_grouped", mutates_args=())
@@ -174,35 +155,15 @@ def vq_grouped(
 
 
 @vq_grouped.register_fake
-def _(
-    x_SI: Tensor,
-    ends_E: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scale_EO: Tensor,
-    signs: Tensor | None,
-    family: str,
-    d: int,
-    bits: int,
-    depth: int,
-) -> Tensor:
+def _(x_SI: Tensor, ends_E: Tensor, codes: Tensor, table: Tensor, scale_EO: Tensor, *_: Any) -> Tensor:
     return x_SI.new_empty((x_SI.shape[0], scale_EO.shape[1]))
 
 
 @vq_grouped.register_kernel("cuda")
 def _(
-    x_SI: Tensor,
-    ends_E: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    scale_EO: Tensor,
-    signs: Tensor | None,
-    family: str,
-    d: int,
-    bits: int,
-    depth: int,
+    x_SI: Tensor, ends_E: Tensor, codes: Tensor, table: Tensor, scale: Tensor, signs: Tensor | None, *form: Any
 ) -> Tensor:
-    return grouped_on_gpu(x_SI, ends_E, codes, table, scale_EO, signs, Format(family, d, bits, depth))
+    return grouped_on_gpu(x_SI, ends_E, codes, table, scale, signs, Format(*form))
 
 
 def grouped_on_gpu(
@@ -217,4 +178,4 @@ def grouped_on_gpu(
     if signs is not None:
         x_SI = rotate.rotate(x_SI, signs[:, 0], expert_T=expert_S)
     sums_sSO = words.multiply(x_SI, codes, table, scale_EO.shape[1], form, ends_E)
-    return rotate.finish(sums_sSO, scale_EO, None, x_SI.dtype, signs is not None, expert_T=expert_S)
+    return rotate.finish(sums_sSO, scale_EO, x_SI.dtype, signs is not None, expert_T=expert_S)

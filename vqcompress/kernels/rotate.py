@@ -109,7 +109,6 @@ def _rotate(  # type: ignore[no-untyped-def]
 def _finish(  # type: ignore[no-untyped-def]
     partial_STO,
     scale_O,
-    bias_O,
     expert_T,
     y_TO,
     parts,
@@ -138,8 +137,6 @@ def _finish(  # type: ignore[no-untyped-def]
         scale_O += tl.load(expert_T + row) * columns
     o_GN = first_G1 + share * N + n_N
     y_GN *= tl.load(scale_O + o_GN, mask=valid_G1, other=0).to(tl.float32)
-    if bias_O is not None:
-        y_GN += tl.load(bias_O + o_GN, mask=valid_G1, other=0).to(tl.float32)
     tl.store(y_TO + row * columns + o_GN, y_GN.to(y_TO.dtype.element_ty), mask=valid_G1)
 
 
@@ -180,10 +177,8 @@ def _tiles(columns: int, rotated: bool, settings: launch.Settings) -> tuple[int,
     return triton.cdiv(columns, max(block, size)) * (block // n), constants | options
 
 
-def rotate(
-    x_TI: Tensor, signs_EB: Tensor, out_dtype: torch.dtype | None = None, expert_T: Tensor | None = None
-) -> Tensor:
-    """H(x · signs), (T, I) of out_dtype, by default that of x; computed in float32 and rounded once.
+def rotate(x_TI: Tensor, signs_EB: Tensor, expert_T: Tensor | None = None) -> Tensor:
+    """H(x · signs), (T, I) in the type of x; computed in float32 and rounded once.
 
     x_TI: of a floating type of 16 or 32 bits. signs_EB: uint8 (1, ceil(I / 8)) as `packing.pack` stores them, where a
     set bit is −1. expert_T: int32, which of several signs a row has. ValueError if there are fewer or more bytes.
@@ -194,7 +189,7 @@ def rotate(
     if signs_EB.dtype != torch.uint8 or not fit:
         expected = f"{columns} columns have uint8 {(1, -(-columns // 8))}"
         raise ValueError(f"signs are {signs_EB.dtype} {tuple(signs_EB.shape)}; {expected}")
-    out_TI = x_TI.new_empty((rows, columns), dtype=out_dtype or x_TI.dtype)
+    out_TI = x_TI.new_empty((rows, columns))
     if rows:
         settings = launch.settings("rotate", x_TI.device, rows, (1, columns), lambda facts: guess(facts, rows, columns))
         parts, options = _tiles(columns, True, settings)
@@ -204,22 +199,17 @@ def rotate(
 
 
 def finish(
-    partial_STO: Tensor,
-    scale_O: Tensor,
-    bias_O: Tensor | None,
-    dtype: torch.dtype,
-    rotated: bool,
-    expert_T: Tensor | None = None,
+    partial_STO: Tensor, scale_O: Tensor, dtype: torch.dtype, rotated: bool, expert_T: Tensor | None = None
 ) -> Tensor:
-    """scale · H(Σ_s partial) + bias, (T, O) of a type, without H if not rotated; in float32 and rounded once.
+    """scale · H(Σ_s partial), (T, O) of a type, without H if not rotated; in float32 and rounded once.
 
-    partial_STO: float32, added in the order of s. scale_O, bias_O: of floating types. expert_T: int32, which of several
-    scales (E, O) a row has. ValueError if they do not fit.
+    partial_STO: float32, added in the order of s. scale_O: of a floating type. expert_T: int32, which of several
+    scales (E, O) a row has. ValueError if the scale does not fit.
     """
     sums, rows, columns = partial_STO.shape
-    for name, given_O in (("scale", scale_O if expert_T is None else scale_O[0]), ("bias", bias_O)):
-        if given_O is not None and given_O.shape != (columns,):
-            raise ValueError(f"{name} is {tuple(given_O.shape)}; {columns} outputs have {(columns,)}")
+    given_O = scale_O if expert_T is None else scale_O[0]
+    if given_O.shape != (columns,):
+        raise ValueError(f"scale is {tuple(given_O.shape)}; {columns} outputs have {(columns,)}")
     y_TO = partial_STO.new_empty((rows, columns), dtype=dtype)
     if rows:
         # Without a rotation another kernel is compiled.
@@ -227,12 +217,6 @@ def finish(
         settings = launch.settings(kernel, y_TO.device, rows, shape, lambda facts: guess(facts, rows, columns, rotated))
         parts, options = _tiles(columns, rotated, settings)
         ahead = min(AHEAD, triton.next_power_of_2(sums * options["BLOCK"] // options["N"]))
-        tensors = (
-            partial_STO.contiguous(),
-            scale_O.contiguous(),
-            bias_O if bias_O is None else bias_O.contiguous(),
-            expert_T,
-            y_TO,
-        )
+        tensors = (partial_STO.contiguous(), scale_O.contiguous(), expert_T, y_TO)
         launch.run(_finish, (rows * parts,), *tensors, parts, columns, rows, sums, AHEAD=ahead, **options)
     return y_TO

@@ -133,20 +133,17 @@ class VQ(Method):
     def layout(self, shape: Shape) -> Layout:
         """codes and scale; signs of a rotation; codebook and step too if they are the target's own."""
         rows, columns = shape
-        stored: Layout = {"codes": (torch.uint8, self._codes(shape)), "scale": (SCALE, (rows,))}
+        streams, width = rows if self._learned else columns, -(-self._count(shape) * self.bits // 8)
+        stored: Layout = {"codes": (torch.uint8, (streams, width)), "scale": (SCALE, (rows,))}
         if self.rotation:
             stored["signs"] = (torch.uint8, (1, packed_width(columns, 1)))
         return stored | self._codebook_layout() if self._learned and self.scope == "target" else stored
 
-    def _codes(self, shape: Shape) -> tuple[int, int]:
-        rows, columns = shape
-        if self.codebook == "lattice":
-            return columns, -(-rows // self.d) * self.bits // 8
-        if self.codebook == "trellis":
-            return columns, packed_width(trellis.padded(rows), self.bits)
-        if self.codebook == "universal":
-            return columns, packed_width(-(-rows // self.d), self.bits)
-        return rows, packed_width(self._groups(columns) * self.stages, self.bits)
+    def _count(self, shape: Shape) -> int:
+        """Codes of a stream: of a row of learned words, of a column of others."""
+        if self._learned:
+            return self._groups(shape[1]) * self.stages
+        return trellis.padded(shape[0]) if self.codebook == "trellis" else -(-shape[0] // self.d)
 
     def shared_layout(self) -> Layout:
         """codebook and step, if the block shares them."""
@@ -170,8 +167,7 @@ class VQ(Method):
         codes, value_OJ = error_feedback(problem, quantizer)
         # From the order of encoding to that of the columns.
         codes_G = torch.stack(codes)[metric.order_G.argsort()]
-        packed = self._pack(codes_G)
-        parts = {"codes": packed, "scale": fit_scales(problem, value_OJ).to(SCALE)} | own
+        parts = {"codes": self._pack(codes_G), "scale": fit_scales(problem, value_OJ).to(SCALE)} | own
         return parts | {"signs": pack((signs[0][None] < 0).int(), 1).to(weight_OI.device)} if signs else parts
 
     def decode(self, parts: Parts, shape: Shape) -> Tensor:
@@ -212,9 +208,8 @@ class VQ(Method):
         """`linear` of the rows of every expert, of `product.vq_grouped`."""
         if "weight" in prepared or (x_SI.requires_grad and torch.is_grad_enabled()):
             return super().grouped(x_SI, ends_E, prepared, shape)
-        form, signs = self.form, prepared.get("signs")
-        stacked = prepared["codes"], prepared["table"], prepared["scale"], signs
-        y_SO: Tensor = product.vq_grouped(x_SI, ends_E, *stacked, form.family, form.d, form.bits, form.depth)
+        form, stored = self.form, (prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs"))
+        y_SO: Tensor = product.vq_grouped(x_SI, ends_E, *stored, form.family, form.d, form.bits, form.depth)
         return y_SO
 
     def has_kernel(self, shape: Shape) -> bool:
@@ -237,12 +232,7 @@ class VQ(Method):
                 found = f"{parts[name].dtype} {tuple(parts[name].shape)}"
                 raise ValueError(f"{name} is {found}; it must be {dtype} {size}")
         super().check(parts, shape)
-        if self.codebook == "trellis":
-            check_padding(parts["codes"], self.bits, trellis.padded(shape[0]))
-        elif self.codebook == "universal":
-            check_padding(parts["codes"], self.bits, -(-shape[0] // self.d))
-        elif self._learned:
-            check_padding(parts["codes"], self.bits, self._groups(shape[1]) * self.stages)
+        check_padding(parts["codes"], self.bits, self._count(shape))
         if self.rotation:
             check_padding(parts["signs"], 1, shape[1])
 
@@ -252,8 +242,8 @@ class VQ(Method):
             return None
         if self.codebook == "lattice":
             return torch.bincount(parts["codes"].reshape(-1, self.bits // 8)[:, 0], minlength=256)[None]
-        stages, count = (self.stages, self._groups(shape[1])) if self._learned else (1, -(-shape[0] // self.d))
-        codes_NR = unpack(parts["codes"], self.bits, count * stages).reshape(-1, stages)
+        stages = self.stages if self._learned else 1
+        codes_NR = unpack(parts["codes"], self.bits, self._count(shape)).reshape(-1, stages)
         return torch.stack([torch.bincount(code_N, minlength=1 << self.bits) for code_N in codes_NR.T])
 
     @property
