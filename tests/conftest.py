@@ -35,6 +35,7 @@ RECIPES = {
     "int8-plain": "rules:\n  - {match: '*', method: int8}\n",
     "int8-runtime": "rules:\n  - match: '*'\n    method: int8\n"
     "    smoothing: {alpha: 0.5, norm: runtime, attention: runtime, mlp: runtime}\n",
+    "kv-small": "cache: {bits: 2, rounds: 2}\n",
     "mixed": "rules:\n"
     "  - {match: 're:.*o_proj', method: keep}\n"
     "  - {match: '*.self_attn.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
@@ -106,7 +107,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
     def write(name: str) -> str:
         text = RECIPES.get(name, name)
-        if "rules" not in text and "candidates" not in text:
+        if not {"rules", "candidates", "cache"} & set(text.replace(":", " ").split()):
             return name
         path = folder / f"{name if name in RECIPES else hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
         path.write_text(text, encoding="utf-8")

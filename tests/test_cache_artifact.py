@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_jobs import BATCH_TOKENS
 from safetensors.torch import load_file, save_file
-from test_distributed import start, sums
+from test_distributed import sums
 from toys import toy_config
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
@@ -185,31 +184,6 @@ def test_codebooks_are_learned_beside_weights_without_gradients(
     quantize(*job, samples=8, seqlen=64, kv_cache=small)
     books = load_file(tmp_path / "out" / KV_CACHE)
     assert all(book.isfinite().all() and book.std() > 0 for book in books.values())
-
-
-def test_processes_learn_the_codebooks_of_one(
-    toy: Make, text: Path, small: str, recipe_file: Callable[[str], str], tmp_path: Path
-) -> None:
-    """Of an odd number of batches and of one batch; beside compressed weights, and alone."""
-    common = {"texts": [str(text)], "seqlen": 64, "device": "cpu", "kv_cache": small}
-    jobs = {
-        "alone": {"model": str(toy(layers=3)), "recipe": small, "samples": 40, **common},
-        "one batch": {"model": str(toy("qwen3")), "recipe": small, "samples": 8, **common},
-        "beside": {"model": str(toy()), "recipe": recipe_file("vq-small"), "samples": 40, **common},
-    }
-    lines = [json.dumps(job | {"out": str(tmp_path / f"{name} of two")}) for name, job in jobs.items()]
-    (tmp_path / "jobs").write_text("\n".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vqcompress.blocks.BATCH_TOKENS", BATCH_TOKENS)
-        patch.setattr("vqcompress.cache_calibration.BATCH_TOKENS", BATCH_TOKENS)
-        for name, job in jobs.items():
-            arguments: dict[str, Any] = dict(job)
-            quantize(arguments.pop("model"), tmp_path / name, **arguments)
-    process = start(2, tmp_path / "jobs")
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    for name in jobs:
-        assert sums(tmp_path / f"{name} of two") == sums(tmp_path / name), name
 
 
 def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def coders_of(model: Any, kind: str) -> tuple[list[tuple[Coder, Coder]], list[An
     """Coders and the embeddings that keys are stored without."""
     if kind == "learned":
         return learned(model), find_rotary(model)
-    pair = {"universal": (Universal(2), Universal(4)), "fp8": (FP8(), FP8())}[kind]
+    pair = {"universal": (Universal(4), Universal(4)), "fp8": (FP8(), FP8())}[kind]
     layers = model.config.num_hidden_layers
     return [pair] * layers, [None] * layers
 

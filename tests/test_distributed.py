@@ -16,7 +16,7 @@ import pytest
 import torch
 from distributed_jobs import BATCH_TOKENS
 
-from vqcompress import blocks
+from vqcompress import blocks, cache_calibration
 from vqcompress.distributed import ALONE, Team, add_up
 from vqcompress.quantize import quantize
 from vqcompress.statistics import Accumulator
@@ -42,6 +42,10 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "experts": ("vq-small", "mixtral", {}),
     "weighted experts": (f"experts: {{calibrate: weighted}}\n{EXPERTS}", "gpt_oss", {}),
     "smoothed experts": (SMOOTHED, "mixtral", {}),
+    # The cache of an odd number of batches and of one batch; beside compressed weights, and alone.
+    "cache": ("kv-small", "qwen3", {"samples": 40}),
+    "cache of one batch": ("kv-small", "llama", {"samples": 8}),
+    "cache beside": ("vq-small", "llama", {"samples": 40, "kv_cache": "kv-small"}),
     "rotated": ("rotation: fold\nrules:\n  - {match: '*', method: int8}\n", "llama", {}),
 }
 
@@ -56,6 +60,7 @@ def sums(folder: Path) -> dict[str, str]:
 def job(toy: Make, recipe_file: Callable[[str], str], text: Path) -> Callable[..., dict[str, Any]]:
     def make(name: str, out: Path) -> dict[str, Any]:
         recipe, family, more = JOBS[name]
+        more |= {key: recipe_file(value) for key, value in more.items() if key == "kv_cache"}
         facts = {"texts": [str(text)], "samples": 48, "seqlen": 64, "device": "cpu", **more}
         return {"model": str(toy(family)), "out": str(out), "recipe": recipe_file(recipe), **facts}
 
@@ -66,6 +71,7 @@ def job(toy: Make, recipe_file: Callable[[str], str], text: Path) -> Callable[..
 def small_batches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BATCH_TOKENS", BATCH_TOKENS)
+        patch.setattr(cache_calibration, "BATCH_TOKENS", BATCH_TOKENS)
         yield
 
 

@@ -244,7 +244,9 @@ class KVLayer(CacheLayerMixin):
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor] | None:
         """`kv.weigh` of a query (B, Q, 1, D) for the newest token; None where codes cannot be attended to."""
         (keys, values), (kept_k, kept_v) = self.coders, self.kept
-        if keys.book is None or values.book is None or kept_k.shape != kept_v.shape:
+        if keys.book is None or values.book is None:
+            return None
+        if keys.book.shape != values.book.shape or kept_k.shape != kept_v.shape:
             return None
         if (mask is not None and mask.shape[1] > 1) or (self.rotary is not None and not keys.plain):
             return None

@@ -101,8 +101,9 @@ class FP8(Coder):
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes and scales."""
         scale = ops.e4m3_scale(x_BHTD.float().abs().amax(-1, keepdim=True), False)
-        return {"codes": ops.to_e4m3(x_BHTD.float() / scale), "scale": scale}
+        # As bytes: of a type that every copy knows.
+        return {"codes": ops.to_e4m3(x_BHTD.float() / scale).view(torch.uint8), "scale": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Codes times scales."""
-        return parts["codes"].float() * parts["scale"]
+        return parts["codes"].view(torch.float8_e4m3fn).float() * parts["scale"]
