@@ -319,14 +319,16 @@ def speed(
 @app.command()
 def export(
     artifact: Source,
-    format: Annotated[str, typer.Option("--format", help="The format to write: dense.")],
+    format: Annotated[
+        str, typer.Option("--format", help="The format to write: dense, fp8, compressed-tensors or aqlm.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write to.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with its own reader; compare logits.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Rewrite an artifact in a format that other runtimes load.
+    """Rewrite an artifact in a format that other runtimes load: docs/export.md says what each holds.
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
