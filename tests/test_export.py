@@ -269,6 +269,8 @@ def test_the_help_lists_every_format() -> None:
     said = " ".join(call("export", "--help").stdout.replace("│", " ").split())
     assert "dense, fp8, compressed-tensors or aqlm" in said
     assert list(FORMATS) == ["dense", "fp8", "compressed-tensors", "aqlm"]
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{format}`" in page for format in FORMATS)
 
 
 def test_the_config_is_one_that_transformers_knows(quantized: Make, tmp_path: Path) -> None:
