@@ -27,7 +27,7 @@ def methods_by_name(text: str) -> dict[str, str]:
     return {name: rule.method.name for name, rule in parse(text, "test").assign(BLOCKS).items()}
 
 
-@pytest.mark.parametrize("name", ["smoothquant-int8", "fp8-tile", "vq-2bit", "vq-3bit", "vq-4bit"])
+@pytest.mark.parametrize("name", ["smoothquant-int8", "fp8-tile", "vq-2bit", "vq-2bit-aqlm", "vq-3bit", "vq-4bit"])
 def test_every_packaged_recipe_is_valid_and_says_what_it_does(name: str) -> None:
     recipe = recipes.load(name)
     assert recipe.name == name

@@ -248,7 +248,7 @@ def export(
     artifact: Source,
     format: Format,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write to.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Load the result and compare its logits.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with its own reader; compare logits.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
     trust_remote_code: Trust = False,
     push_to_hub: Push = None,
@@ -256,7 +256,7 @@ def export(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Rewrite an artifact in a format that other runtimes load.
+    """Rewrite an artifact in a format that other runtimes load: docs/export.md says what each holds.
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """

@@ -12,7 +12,7 @@ from vqcompress.trust import trusting
 
 DEBUG = "vqcompress.debug"
 # As in `export.FORMATS`, which brings torch along.
-FORMATS = ("dense",)
+FORMATS = ("dense", "fp8", "compressed-tensors", "aqlm")
 # Packaged recipes of a cache, which are given as --kv-cache, have names that begin so.
 OF_CACHE = "kv-"
 

@@ -244,15 +244,16 @@ def speed(to: Console, facts: dict[str, Any]) -> None:
 
 
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:
-    """What an export wrote, and how far its reader's logits are from the artifact's."""
+    """What an export wrote, what it had to decode, and how far its reader's logits are from the artifact's."""
     written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
     to.print(f"{out}: {facts['format']}, {written}", soft_wrap=True)
+    for (name, why), count in Counter((kind(name), kind(why)) for name, why in facts["left_dense"].items()).items():
+        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)
     if "verified" in facts:
         read = facts["verified"]
-        loss = (
-            f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact over {read['tokens']} random tokens"
-        )
-        to.print(f"verified: loads in {read['reader']}; {loss}", soft_wrap=True)
+        loss = f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact (at most {read['bound']:g})"
+        what = f"{read['tokens']} tokens of {read['text']}, activations {read['activations']}"
+        to.print(f"verified: loads in {read['reader']}; {loss} over {what}", soft_wrap=True)
 
 
 def examined(to: Console, facts: dict[str, Any]) -> None:

@@ -1,0 +1,82 @@
+"""AQLM: W[o, g·d : (g + 1)·d] = scales[o] · Σ_r codebooks[r, codes[o, g, r]], with codebooks for each layer.
+
+Source: arXiv 2401.06118 and the package aqlm. Codes are signed: what does not fit is stored less 2^bits. Codebooks and
+scales are float32, in which they are what the artifact holds, to the bit; readers cast them to the type that they
+compute in. That costs 16 bits more for each row and each number in a codebook than the usual float16.
+Shape legend: O output rows, G groups of d columns, R codebooks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqcompress.artifact import Artifact, Entry
+from vqcompress.blocks import BlockStream
+from vqcompress.export.fp8 import misfit
+from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, tensors
+from vqcompress.methods import Parts
+from vqcompress.methods.vq import VQ
+from vqcompress.packing import unpack
+
+# Its product on a CPU adds to one vector from several threads at once, which now and then loses a summand.
+REFERENCE = """
+from aqlm import QuantizedLinear
+from aqlm.utils import _dequantize_weight, unpack_int_data
+def forward(self, x):
+    codes = unpack_int_data(self.codes, self.nbits_per_codebook)
+    weight = _dequantize_weight(codes, self.codebooks, self.scales)
+    return torch.nn.functional.linear(x, weight, self.bias)
+QuantizedLinear.forward = forward
+"""
+
+
+def export(stream: BlockStream, artifact: Artifact) -> Export:
+    """`X.codes`, `X.codebooks` and `X.scales`. All linear layers have one setting or are dense."""
+    first, experts = next(iter(artifact.entries.values())), mixtures(stream)
+    method = first.method
+
+    def why(entry: Entry) -> str:
+        own = entry.method
+        if not isinstance(own, VQ) or not isinstance(method, VQ):
+            return f"is compressed by {own.name}"
+        if own.codebook != "learned":
+            return f"has {own.codebook} words, not learned ones"
+        if own.rotation:
+            return "is rotated at run time"
+        if (own.d, own.bits, own.stages) != (method.d, method.bits, method.stages):
+            return f"has another d, bits or stages than {first.target.name}"
+        if entry.target.shape[1] % own.d:
+            return f"has {entry.target.shape[1]} inputs, no multiple of d = {own.d}"
+        if mixture_of(entry.target.name) in experts:
+            return "is an expert's, of which transformers makes no linear layer"
+        return misfit(stream, entry)
+
+    refuse(artifact, "aqlm", why, "quantize with vq-2bit-aqlm, or keep such weights in a recipe like it")
+    assert isinstance(method, VQ)
+    held = frozenset(artifact.entries)
+    dense = dense_modules(stream, held)
+    config = {
+        "quant_method": "aqlm",
+        "in_group_size": method.d,
+        "out_group_size": 1,
+        "num_codebooks": method.stages,
+        "nbits_per_codebook": method.bits,
+        # transformers 5 looks for the module's name; earlier ones, and AQLM's own files, have the tensor's.
+        "linear_weights_not_to_quantize": [*dense, *(f"{name}.weight" for name in dense)],
+    }
+    found = tensors(stream, artifact, held, _write)
+    return Export({**artifact.config, "quantization_config": config}, held, {}, found)
+
+
+def _write(entry: Entry, parts: Parts) -> dict[str, Tensor]:
+    method, (rows, columns) = entry.method, entry.target.shape
+    assert isinstance(method, VQ)
+    codes_OGR = unpack(parts["codes"], method.bits, columns // method.d * method.stages)
+    codes_OGR = codes_OGR.view(rows, -1, method.stages)
+    signed = torch.where(codes_OGR >= 1 << (method.bits - 1), codes_OGR - (1 << method.bits), codes_OGR)
+    return {
+        "codes": signed.to(torch.int8 if method.bits <= 8 else torch.int16),
+        "codebooks": (parts["codebook"].float() * parts["step"][:, None, None])[:, :, None],
+        "scales": parts["scale"].float()[:, None, None, None],
+    }

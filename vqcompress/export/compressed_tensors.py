@@ -1,0 +1,79 @@
+"""compressed-tensors, as llm-compressor writes it: W8A8 INT8 (`int-quantized`) and FP8_BLOCK (`float-quantized`).
+
+Source: the package compressed-tensors. Codes are taken over to the bit, and scales stay float32, which its readers take
+too; llm-compressor writes bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vqcompress.artifact import Artifact, Entry
+from vqcompress.blocks import BlockStream
+from vqcompress.export.fp8 import misfit, ragged
+from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, settle, tensors
+from vqcompress.methods import Method, Parts
+from vqcompress.methods.fp8 import FP8
+from vqcompress.methods.int8 import INT8
+from vqcompress.ops import TILE
+
+NO_EXPERTS = (
+    "transformers cannot load experts in compressed-tensors; the file is for vLLM, so leave --verify away"
+    " (an fp8 artifact can be verified with --format fp8)"
+)
+
+
+def export(stream: BlockStream, artifact: Artifact) -> Export:
+    """`X.weight`, `X.weight_scale` and, with static scales of activations, `X.input_scale`."""
+    first = next(iter(artifact.entries.values()))
+    experts = mixtures(stream)
+
+    def why(entry: Entry) -> str:
+        if not isinstance(entry.method, (INT8, FP8)):
+            return f"is compressed by {entry.method.name}"
+        if entry.method != first.method:
+            return f"has other settings than {first.target.name}"
+        if isinstance(entry.method, FP8) and entry.method.power_of_two_scales:
+            return "rounds scales of activations to powers of two"
+        static = isinstance(entry.method, INT8) and entry.method.activations == "per_tensor"
+        if static and mixture_of(entry.target.name) in experts:
+            # vLLM has no product of experts with such scales.
+            return "is an expert's with a static scale of activations"
+        return misfit(stream, entry)
+
+    instead = "quantize with fp8-tile, or with int8 and `none` in place of `fold` for smoothing that does not fold"
+    refuse(artifact, "compressed-tensors", why, instead)
+    is_int8 = isinstance(first.method, INT8)
+    held, left_dense = settle(stream, artifact, (lambda _: "") if is_int8 else ragged)
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if is_int8 else "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **_scheme(first.method)}},
+        "ignore": dense_modules(stream, held),
+    }
+    found = tensors(stream, artifact, held, _write)
+    unreadable = NO_EXPERTS if any(mixture_of(name) in experts for name in held) else ""
+    return Export({**artifact.config, "quantization_config": config}, held, left_dense, found, unreadable)
+
+
+def _scheme(method: Method) -> dict[str, Any]:
+    """How weights and activations are rounded."""
+    if isinstance(method, FP8):
+        kind = {"num_bits": 8, "type": "float", "symmetric": True}
+        weights = {"strategy": "block", "block_structure": [TILE, TILE], "dynamic": False}
+        activations = {"strategy": "group", "group_size": TILE, "dynamic": True}
+    else:
+        kind = {"num_bits": 8, "type": "int", "symmetric": True}
+        weights = {"strategy": "channel", "dynamic": False}
+        static = isinstance(method, INT8) and method.activations == "per_tensor"
+        activations = {"strategy": "tensor" if static else "token", "dynamic": not static}
+    return {"weights": {**kind, **weights}, "input_activations": {**kind, **activations}}
+
+
+def _write(entry: Entry, parts: Parts) -> dict[str, Tensor]:
+    scale = parts["scale"] if isinstance(entry.method, FP8) else parts["scale"][:, None]
+    found = {"weight": parts["codes"], "weight_scale": scale}
+    return found | ({"input_scale": parts["input_scale"][None]} if "input_scale" in parts else {})

@@ -1,0 +1,60 @@
+"""`quant_method: fp8`, as DeepSeek-V3 and Qwen3 are published: E4M3 codes and a float32 multiplier per 128×128 tile.
+
+Source: DeepSeek-V3's README_WEIGHTS.md; FineGrainedFP8Config of transformers. The codes and scales of `fp8` artifacts
+are taken over to the bit. Activations are rounded in 1×128 tiles at run time, so nothing is stored of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vqcompress.artifact import Artifact, Entry
+from vqcompress.blocks import BlockStream
+from vqcompress.export.rewrite import Export, dense_modules, mixture_of, refuse, settle, tensors
+from vqcompress.methods.fp8 import FP8
+from vqcompress.ops import TILE
+from vqcompress.targets import Target
+
+
+def export(stream: BlockStream, artifact: Artifact) -> Export:
+    """`X.weight` and `X.weight_scale_inv`; weights that do not fill their tiles are written dense."""
+    method = next(iter(artifact.entries.values())).method
+
+    def why(entry: Entry) -> str:
+        if not isinstance(entry.method, FP8):
+            return f"is compressed by {entry.method.name}"
+        if entry.method != method:
+            return "has power_of_two_scales where others have not"
+        return misfit(stream, entry)
+
+    refuse(artifact, "fp8", why, "quantize with fp8-tile")
+    held, left_dense = settle(stream, artifact, ragged)
+    config: dict[str, Any] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [TILE, TILE],
+        "modules_to_not_convert": dense_modules(stream, held),
+    }
+    if isinstance(method, FP8) and method.power_of_two_scales:
+        config["scale_fmt"] = "ue8m0"
+    found = tensors(
+        stream, artifact, held, lambda _, parts: {"weight": parts["codes"], "weight_scale_inv": parts["scale"]}
+    )
+    return Export({**artifact.config, "quantization_config": config}, held, left_dense, found)
+
+
+def ragged(target: Target) -> str:
+    """Why tiles of 128 × 128 do not hold a weight: readers differ in what they make of a tile that is not full.
+
+    transformers 5.24 takes the rows of a tile to be rows // tiles, and would load 192 rows as two tiles of 96.
+    """
+    rows, columns = target.shape
+    return f"{rows} × {columns} is no multiple of {TILE}" if rows % TILE or columns % TILE else ""
+
+
+def misfit(stream: BlockStream, entry: Entry) -> str:
+    """What no format of plain linear layers holds of a target: a vector at run time, experts in one tensor."""
+    if entry.smoothed:
+        return "divides its input by a smoothing vector at run time"
+    return "is an expert's that the checkpoint stores fused" if mixture_of(entry.target.name) in stream.mixtures else ""

@@ -1,0 +1,133 @@
+"""What exporters share: which weights a format stores, the names of dense ones, and the tensors block by block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vqcompress.artifact import HINT, Artifact, Entry
+from vqcompress.blocks import BlockStream
+from vqcompress.checkpoint import stored_dtype
+from vqcompress.errors import VQCompressError
+from vqcompress.methods import Parts
+from vqcompress.runtime.experts import Experts
+from vqcompress.runtime.modules import CompressedLinear
+from vqcompress.targets import Target
+
+# The tensors of a weight in a format, by what follows the module's name and its dot.
+Write = Callable[[Entry, Parts], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Export:
+    """An artifact in another format; nothing but headers has been read yet.
+
+    config: what goes into config.json. held: the targets that the format stores. left_dense: why the other ones are
+    written decoded, in the model's type. tensors: what lies outside of the blocks, then block by block. unreadable: why
+    transformers cannot load it, or nothing.
+    """
+
+    config: dict[str, Any]
+    held: frozenset[str]
+    left_dense: dict[str, str]
+    tensors: Iterator[dict[str, Tensor]]
+    unreadable: str = ""
+
+
+def refuse(artifact: Artifact, format: str, why: Callable[[Entry], str], instead: str) -> None:
+    """VQCompressError naming the first target that a format cannot hold, why, and what to do instead."""
+    for entry in artifact.entries.values():
+        if reason := why(entry):
+            name = entry.target.name
+            raise VQCompressError(f"{name} {reason}: the format {format} cannot hold it; {instead}, or --format dense")
+
+
+def mixtures(stream: BlockStream) -> set[str]:
+    """Paths of the modules of experts of which a matrix is compressed."""
+    blocks = zip(stream.blocks, stream.skeletons, strict=True)
+    return {f"{b.name}.{path}" for b, block in blocks for path, m in block.named_modules() if isinstance(m, Experts)}
+
+
+def mixture_of(target: str) -> str:
+    """The path of the experts' module, if the target is an expert's."""
+    return target.rsplit(".", 2)[0]
+
+
+def settle(
+    stream: BlockStream, artifact: Artifact, unfit: Callable[[Target], str]
+) -> tuple[frozenset[str], dict[str, str]]:
+    """The targets that a format stores; and why each other compressed one is written decoded.
+
+    unfit: why a weight has to be dense, or nothing. vLLM and SGLang merge projections (q, k and v; gate and up; what
+    reads the input of a latent attention; all experts of a layer) and refuse a checkpoint in which only some of those
+    that they merge are compressed. Which they merge is a table of each of their models, but those lie in one module and
+    read as many channels, or are experts of one mixture; so all such weights agree here. To take too many together
+    costs some dense weights; too few, and the file would not load.
+    """
+    groups: dict[tuple[str, int], list[Target]] = defaultdict(list)
+    experts = mixtures(stream)
+    for target in (target for block in stream.blocks for target in block.targets):
+        above = mixture_of(target.name)
+        key = (above, 0) if above in experts else (target.name.rpartition(".")[0], target.shape[1])
+        groups[key].append(target)
+    held: set[str] = set()
+    left_dense: dict[str, str] = {}
+    for targets in groups.values():
+        compressed = {target.name for target in targets} & artifact.entries.keys()
+        why = {t.name: unfit(t) if t.name in compressed else "the recipe keeps it" for t in targets}
+        dense = next((name for name, reason in why.items() if reason), "")
+        if not dense:
+            held |= compressed
+        else:
+            left_dense |= {name: why[name] or f"has to agree with {dense}, {why[dense]}" for name in compressed}
+    if not held:
+        name, reason = next(iter(left_dense.items()))
+        raise VQCompressError(f"no weight would stay compressed ({name}: {reason}); export --format dense")
+    return frozenset(held), left_dense
+
+
+def dense_modules(stream: BlockStream, held: Collection[str]) -> list[str]:
+    """Full names of the modules whose matrices stay dense, in the model's spelling and in the checkpoint's.
+
+    Output head and routers are among them, embeddings are not. Patterns mean something else to every reader; full names
+    mean the same to all.
+    """
+    blocks = zip(stream.blocks, stream.skeletons, strict=True)
+    inside = [(f"{b.name}.{path}", module) for b, block in blocks for path, module in block.named_modules()]
+    paths = {
+        path
+        for path, module in (*stream.model.named_modules(), *inside)
+        if not isinstance(module, nn.Embedding)
+        and path not in held
+        and (isinstance(module, CompressedLinear) or any(p.dim() > 1 for p in module.parameters(recurse=False)))
+    }
+    paths |= mixtures(stream) & {mixture_of(path) for path in paths}
+    modules = {stored: parameter.rpartition(".")[0] for stored, parameter in stream.names.parameter.items()}
+    return sorted(paths | {stored.rpartition(".")[0] for stored, module in modules.items() if module in paths})
+
+
+def tensors(
+    stream: BlockStream, artifact: Artifact, held: Collection[str], write: Write
+) -> Iterator[dict[str, Tensor]]:
+    """What lies outside of the blocks, then block by block: held targets as `write` has them, others decoded."""
+    yield stream.source.read(name for name in stream.rest if name != HINT)
+    dtype = stored_dtype(artifact.config)
+    for block in stream.blocks:
+        found = stream.source.read(stream.names.under(block.name))
+        for entry in (artifact.entries[t.name] for t in block.targets if t.name in artifact.entries):
+            names = stream.stored_parts(entry)
+            parts = {part: found[name] for part, name in names.items()}
+            part = next(iter(entry.layout()))
+            # `X.weight_PART` stands for `X.weight`; under that name the first target also has its marker.
+            weight = names[part].removesuffix(f"_{part}")
+            for own in (weight, *(names[part] for part in entry.layout())):
+                found.pop(own, None)
+            if entry.target.name in held:
+                found |= {weight.removesuffix("weight") + name: t for name, t in write(entry, parts).items()}
+            else:
+                found[weight] = entry.decode(parts).to(dtype)
+        yield stream.as_stored({name: t for name, t in found.items() if ".shared_parts." not in name}, held)

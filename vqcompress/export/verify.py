@@ -1,0 +1,137 @@
+"""An export read by its own reader in a process that knows nothing of this package, and compared with the artifact."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vqcompress.artifact import Artifact
+from vqcompress.blocks import BlockStream
+from vqcompress.calibration import read_text
+from vqcompress.checkpoint import resolve, stored_dtype
+from vqcompress.errors import VQCompressError
+from vqcompress.runtime.modules import CompressedLinear
+from vqcompress.runtime.tokens import load_tokenizer, tokenize
+from vqcompress.trust import trusted
+
+TOKENS = 256
+READ = """
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, logging
+logging.set_verbosity_error()
+{setup}
+settings = {{"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": {trusted}}}
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], **settings)
+if any(info.values()):
+    sys.exit("tensors do not fit: " + ", ".join(f"{{kind}} {{names}}" for kind, names in info.items() if names)[:500])
+with torch.inference_mode():
+    logits = model.eval()(torch.tensor(json.loads(sys.argv[2]))).logits
+save_file({{"logits": logits.contiguous()}}, sys.argv[3])
+"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What loads a format, in float32 on a CPU.
+
+    package: what transformers needs for it, as pip calls it. setup: code that runs first. rounds: whether it rounds
+    activations too, as the artifact does. bound: of the mean KL divergence in nat. Where activations are not rounded,
+    weights are the same to the bit and only the order of sums may differ; the bound leaves room for a token or two that
+    a router sends to another expert since two are equal to it.
+    """
+
+    package: str = ""
+    setup: str = ""
+    rounds: bool = False
+    bound: float = 1e-3
+
+    def check_installed(self) -> None:
+        """VQCompressError that says which package to install, if it is missing."""
+        if self.package:
+            name = self.package.partition(">")[0].partition("[")[0]
+            try:
+                importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError as error:
+                raise VQCompressError(f"--verify needs the package {name}: pip install '{self.package}'") from error
+
+
+@torch.inference_mode()
+def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, held: Collection[str]) -> dict[str, Any]:
+    """Mean KL divergence of the export's predictions from the artifact's on a text; VQCompressError beyond the bound.
+
+    held: targets that are stored as codes; the others were rounded to the model's type. If the reader rounds
+    activations the artifact runs as ever, else with its decoded weights.
+    """
+    ids_BL, text = _tokens(stream, source)
+    states = [stream.begin(ids_BL)]
+    for i in range(len(stream.blocks)):
+        block = stream.load_block(i)
+        if not reader.rounds:
+            _decode(block, held, stored_dtype(source.config))
+        stream.advance(block, i, states)
+    ours = stream.finish(ids_BL, states[0]).double().log_softmax(-1)
+    logits_file = out / "logits.partial"
+    command = [
+        sys.executable,
+        "-c",
+        READ.format(setup=reader.setup, trusted=trusted()),
+        str(out),
+        json.dumps(ids_BL.tolist()),
+    ]
+    # Where transformers sees a GPU it keeps FP8 weights for it.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(logits_file)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise VQCompressError(f"transformers cannot load {out}: {reason}")
+    theirs = load_file(logits_file)["logits"].double().log_softmax(-1)
+    logits_file.unlink()
+    divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
+    if not divergence <= reader.bound:
+        raise VQCompressError(f"{out} differs from {source.path}: mean KL divergence {divergence:.4f} > {reader.bound}")
+    package = reader.package.partition(">")[0].partition("[")[0]
+    return {
+        "reader": f"transformers with {package}" if package else "transformers",
+        "tokens": ids_BL.numel(),
+        "text": text,
+        "activations": "rounded" if reader.rounds else "exact",
+        "mean_kl_divergence": divergence,
+        "bound": reader.bound,
+    }
+
+
+def _tokens(stream: BlockStream, source: Artifact) -> tuple[Tensor, str]:
+    """A row of ids, and what they are: the packaged evaluation text, or random ones without a tokenizer for it."""
+    vocabulary = stream.model.config.get_text_config().vocab_size
+    count = min(TOKENS, source.context or TOKENS)
+    try:
+        ids_n = tokenize(load_tokenizer(source.path), read_text(str(resolve("demo") / "evaluation.txt"))[: 64 * count])
+    except VQCompressError:
+        ids_n = torch.empty(0, dtype=torch.int64)
+    if len(ids_n) >= count and int(ids_n.max()) < vocabulary:
+        return ids_n[None, :count], "the packaged text"
+    return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)), "random tokens"
+
+
+def _decode(block: nn.Module, held: Collection[str], dtype: torch.dtype) -> None:
+    """Put plain linear layers with the weights that were written in the place of compressed ones."""
+    for path, layer in list(block.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            target = layer.entry.target
+            weight = layer.decoded()
+            plain = nn.Linear(*target.shape[::-1], bias=target.bias, device="meta")
+            plain.weight = nn.Parameter(weight if target.name in held else weight.to(dtype).float(), False)
+            plain.register_parameter("bias", layer.bias)
+            block.set_submodule(path, plain)
