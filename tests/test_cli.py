@@ -43,10 +43,12 @@ OPTIONS = {
     "plan": QUANTIZE | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
     "eval perplexity": {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
+        "--report",
     },
     "eval speed": {
         *("--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug")
     },
+    "compare": {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--html", "--device", "--json", "--debug"},
     "export": {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
     "inspect": {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
     "verify": {"--json", "--debug"},

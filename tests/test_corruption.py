@@ -25,7 +25,7 @@ Make = Callable[..., Path]
 CODES = "model.layers.0.self_attn.q_proj.weight_codes"
 SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
 # What a run says of itself is for people and has no checksum.
-UNSEALED = {"report.json", "README.md"}
+UNSEALED = {"report.json", "report.html", "README.md"}
 
 
 @pytest.fixture

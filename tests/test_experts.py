@@ -79,7 +79,7 @@ def logits(model: Any) -> Tensor:
 
 def files(folder: Path) -> dict[str, str]:
     """SHA-256 by name, of what the inputs determine."""
-    kept = (path for path in folder.iterdir() if path.name not in ("report.json", "README.md"))
+    kept = (path for path in folder.iterdir() if path.name not in ("report.json", "report.html", "README.md"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 

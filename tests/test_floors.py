@@ -23,14 +23,18 @@ FLOORS: list[set[str]] = [
         "tuning",
         "allocate",
         "evaluate",
+        "compare",
         "export",
         "report",
+        "svg",
+        "page",
+        "documents",
         "doctor",
         "verify",
         "inspect",
         "generate",
     },
-    {"cli", "options", "show"},
+    {"cli", "cli_evaluate", "session", "options", "show"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.
 ENTRANCES = {"__init__", "__main__", "_autoload"}

@@ -94,7 +94,9 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("report.json", "README.md")}
+    return {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("report.json", "report.html", "README.md")
+    }
 
 
 @every_family

@@ -163,6 +163,18 @@ def checksum_lines(sums: dict[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
+def read_sums(path: Path) -> dict[str, str]:
+    """File name → digest of a directory's SHA256SUMS; VQCompressError unless it is as `checksum_lines` writes it."""
+    try:
+        text = (path / SUMS).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VQCompressError(f"{path / SUMS} is missing or damaged") from error
+    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})\n", text)}
+    if text != checksum_lines(listed):
+        raise VQCompressError(f"{path / SUMS} is damaged")
+    return listed
+
+
 class Artifact(Checkpoint):
     """A finished artifact on disk: a checkpoint, and how its targets are stored. entries: by target name."""
 

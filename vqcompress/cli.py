@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,14 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 import vqcompress
-from vqcompress.errors import Fallback, UsageError, VQCompressError
+from vqcompress.cli_evaluate import compare, evaluation
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.options import (
     DEBUG,
     Calibration,
     CpuWeights,
     Debug,
     Device,
-    Either,
     Json,
     Kept,
     KVCache,
@@ -42,9 +39,10 @@ from vqcompress.options import (
     Where,
 )
 from vqcompress.packaged import description, packaged
+from vqcompress.session import session
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 INTERRUPTED = {
     "quantize": "the finished blocks are kept, the same command again continues after them",
@@ -98,7 +96,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compress large language models: SmoothQuant INT8, tile-wise FP8 and vector quantization.",
 )
-evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fast a model is.")
 app.add_typer(evaluation, name="eval")
 
 
@@ -106,47 +103,6 @@ def _print_version(value: bool) -> None:
     if value:
         print(f"vqcompress {vqcompress.__version__}")
         raise typer.Exit
-
-
-@contextlib.contextmanager
-def _session(json_file: str | None = None) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
-    """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
-
-    With `--json -` everything else, a library's stray print included, goes to stderr.
-    """
-    if json_file not in (None, "-") and not Path(json_file).expanduser().absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: its directory does not exist")
-    stdout = sys.stdout
-    with contextlib.ExitStack() as stack:
-        if json_file == "-":
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", Fallback)
-        _quiet()
-        from vqcompress import show
-
-        def write(result: dict[str, Any]) -> None:
-            if not show.leads():
-                return
-            text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-            if json_file == "-":
-                stdout.write(text)
-            elif json_file is not None:
-                Path(json_file).expanduser().write_text(text, encoding="utf-8")
-
-        yield show.console(stderr=json_file == "-"), write
-
-
-def _quiet() -> None:
-    """Silence transformers. The hub's bars stay on a terminal: a download may take an hour."""
-    import transformers
-    from huggingface_hub.utils import enable_progress_bars
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if sys.stderr.isatty():
-        enable_progress_bars()
 
 
 @app.callback()
@@ -200,7 +156,7 @@ def quantize(
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.quantize import quantize as run
 
@@ -246,7 +202,7 @@ def plan(
     """
     if gpus and device == Device.cpu:
         raise UsageError(f"--gpus {gpus} --device cpu: a plan is for GPUs or for the CPU; leave one of them out")
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.costs import Site
         from vqcompress.quantize import dry_run
@@ -257,63 +213,7 @@ def plan(
         show.planned(console, summary)
 
 
-@evaluation.command()
-def perplexity(
-    model: Either,
-    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")],
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="Tokens from window to window. Default: no overlap.")
-    ] = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many windows.")] = None,
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="The original: also KL and top-1 agreement.")
-    ] = None,
-    kv_cache: KVCache = None,
-    device: Where = Device.auto,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Perplexity on a text; with --baseline also KL divergence and top-1 agreement.
-
-    Example: vqcompress eval perplexity out --text test.txt --baseline demo
-    """
-    with _session(json_file) as (console, write):
-        from vqcompress import evaluate, show
-
-        with show.counting(f"perplexity of {model}") as watch:
-            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
-        write(result)
-        show.perplexity(console, result, text)
-
-
-@evaluation.command()
-def speed(
-    model: Either,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="The original, measured after it.")
-    ] = None,
-    cpu_weights: CpuWeights = Weights.auto,
-    device: Where = Device.auto,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Prefill and decode tokens per second, time to first token, peak memory.
-
-    Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
-    """
-    with _session(json_file) as (console, write):
-        from vqcompress import evaluate, show
-
-        sizes = prompt_tokens, new_tokens, batch
-        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value)
-        write(result)
-        show.speed(console, result)
+app.command()(compare)
 
 
 @app.command()
@@ -330,7 +230,7 @@ def export(
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.export import export as run
 
@@ -352,7 +252,7 @@ def inspect(
 
     Example: vqcompress inspect out
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.inspect import inspect as run
 
@@ -367,7 +267,7 @@ def verify(artifact: Source, json_file: Json = None, debug: Debug = False) -> No
 
     Example: vqcompress verify out
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress.report import size
         from vqcompress.verify import verify as run
 
@@ -392,7 +292,7 @@ def generate(
 
     Example: vqcompress generate out --prompt "Once upon a time"
     """
-    with _session():
+    with session():
         from vqcompress.generate import generate as run
 
         knobs = max_new_tokens, temperature, seed
@@ -408,7 +308,7 @@ def doctor(model: Model, json_file: Json = None, debug: Debug = False) -> None:
 
     Example: vqcompress doctor demo
     """
-    with _session(json_file) as (console, write):
+    with session(json_file) as (console, write):
         from vqcompress import show
         from vqcompress.doctor import examine
 

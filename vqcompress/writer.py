@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ from vqcompress.artifact import (
     SUMS,
     Artifact,
     checksum_lines,
+    read_sums,
     tensors_of,
 )
 from vqcompress.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
@@ -80,6 +81,19 @@ class Shards:
             raise self._explain(error, size) from error
         return {"file": file, "sha256": digest}
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the directory, so that it is there as before or whole."""
+        partial = self.out / f"{name}.partial"
+        try:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(self.out / name)
+            self._sync_directory()
+        except OSError as error:
+            raise self._explain(error, len(data)) from error
+
     def _sync_directory(self) -> None:
         handle = os.open(self.out, os.O_RDONLY)
         try:
@@ -98,6 +112,21 @@ class Shards:
                 " make room and give the same command again, the finished blocks are kept"
             )
         return VQCompressError(f"cannot write to {self.out}: {error}")
+
+
+def refresh_sums(path: Path, names: Iterable[str]) -> None:
+    """Take what these files of a finished artifact hold now, or that they are gone, into its SHA256SUMS if it has one.
+
+    To be called by whoever rewrites a report, after the last one.
+    """
+    if not (path / SUMS).exists():
+        return
+    sums = read_sums(path)
+    for name in names:
+        sums.pop(name, None)
+        if (path / name).is_file():
+            sums[name] = sha256(path / name)
+    Shards(path).write(SUMS, checksum_lines(sums).encode())
 
 
 class Writer(Shards):
@@ -207,24 +236,12 @@ class Writer(Shards):
 
     def _write_journal(self) -> None:
         journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
-        self._write(JOURNAL, json.dumps(journal | {"measured": self.measured}, indent=1).encode())
+        self.write(JOURNAL, json.dumps(journal | {"measured": self.measured}, indent=1).encode())
 
     def note(self, name: str, record: dict[str, list[float]]) -> None:
         """Keep what was measured of a block, so that a run that is cut off need not measure it again."""
         self.measured[name] = record
         self._write_journal()
-
-    def _write(self, name: str, data: bytes) -> None:
-        partial = self.out / f"{name}.partial"
-        try:
-            with partial.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(self.out / name)
-            self._sync_directory()
-        except OSError as error:
-            raise self._explain(error, len(data)) from error
 
     def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
         """Write a shard, then journal it. name: the block's. number of count: the shard's place. record: JSON kept."""
@@ -272,10 +289,11 @@ class Writer(Shards):
         self._write_journal()
         file.unlink()
 
-    def finish(
-        self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
-    ) -> None:
-        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any."""
+    def finish(self, config: dict[str, Any], companions: list[Path], told: dict[str, bytes], recipe: str = "") -> None:
+        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any.
+
+        told: files that say what was done. They hold times, and evaluations are added, so no checksum is kept of them.
+        """
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
@@ -285,11 +303,11 @@ class Writer(Shards):
         files |= {RECIPE: recipe.encode()} if recipe else {}
         last = json.dumps(config, indent=2).encode()
         for name, data in files.items():
-            self._write(name, data)
+            self.write(name, data)
         for name, data in {**files, "config.json": last}.items():
             sums[name] = hashlib.sha256(data).hexdigest()
-        self._write("report.json", json.dumps(report, indent=1).encode())
-        self._write("README.md", card.encode())
-        self._write(SUMS, checksum_lines(sums).encode())
-        self._write("config.json", last)
+        for name, data in told.items():
+            self.write(name, data)
+        self.write(SUMS, checksum_lines(sums).encode())
+        self.write("config.json", last)
         (self.out / JOURNAL).unlink()
