@@ -53,7 +53,7 @@ def documents(report: dict[str, Any], here: str) -> dict[str, bytes]:
     return {
         "report.json": json.dumps(report, indent=1).encode(),
         "report.html": report_page(report, here).encode(),
-        "README.md": model_card(report, here).encode(),
+        "README.md": model_card(report, here).encode(errors="replace"),
     }
 
 

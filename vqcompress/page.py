@@ -354,7 +354,7 @@ def _costs(report: dict[str, Any], blocks: dict[str, int]) -> str:
         plots.append(figure(title, bars(title.capitalize(), title, values, "block", name, 1 + which)))
         head.append(f"peak {where}")
         rows = [[*row, size(peaks.get(n, 0))] for n, row in enumerate(rows)]
-    note = "Peaks are of the process so far, so they only rise; a run that was cut off and continued starts anew."
+    note = "Peaks are those of the whole process until the end of the block; a run that was continued starts anew."
     content = f'<div class="plots">{"".join(plots)}</div>' + paragraph(note)
     return content + folded("time and memory in numbers", table(head, rows)) if blocks else ""
 

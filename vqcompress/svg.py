@@ -186,9 +186,9 @@ def strip(title: str, about: str, rows: Mapping[str, Sequence[float]], x_label: 
 
 
 def points(title: str, about: str, named: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
-    """A labelled mark for each (x, y)."""
+    """A mark for each (x, y); x is from 0 on."""
     x = Axis.around((a for a, _ in named.values()), LEFT + 8, RIGHT - 8, zero=True)
-    y = Axis.around((b for _, b in named.values()), BOTTOM, TOP, zero=True)
+    y = Axis.around((b for _, b in named.values()), BOTTOM, TOP)
     body = [_frame(x, y, x_label, y_label)]
     for number, (name, (a, b)) in enumerate(named.items()):
         note = f"<title>{escape(f'{name}: {short(a)}, {short(b)}')}</title>"
