@@ -52,9 +52,12 @@ def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], words: Sequence[int] = (0,)) -> str:
     """A table that scrolls by itself if it is wide. words: the columns that are not numbers."""
 
+    def cell(i: int, value: object, tag: str) -> str:
+        kind_of = "n" if i not in words else "long" if len(str(value)) > 40 else "word"
+        return f'<{tag} class="{kind_of}">{escape(value)}</{tag}>'
+
     def line(cells: Sequence[object], tag: str) -> str:
-        kinds = ("" if i in words else ' class="n"' for i in range(len(cells)))
-        return "<tr>" + "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for c, k in zip(cells, kinds, strict=True)) + "</tr>"
+        return f"<tr>{''.join(cell(i, value, tag) for i, value in enumerate(cells))}</tr>"
 
     body = "".join(line(row, "td") for row in rows)
     return f'<div class="wide" tabindex="0"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
@@ -150,7 +153,7 @@ QUALITY = ("perplexity", "original", "ratio", "mean KL", "same top-1")
 def evaluations(found: Rows) -> str:
     """A table of what `eval perplexity --report` has added."""
     rows = [[each["text"], *quality(each), protocol(each)] for each in found]
-    note = "Perplexities compare only under one protocol. KL divergence (nat) is the original's from this model's."
+    note = "Perplexities compare only under one protocol. KL divergences (nat) are from the original's predictions."
     return table(["text", *QUALITY, "protocol"], rows, words=(0, 6)) + paragraph(note) if found else ""
 
 
