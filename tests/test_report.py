@@ -237,10 +237,10 @@ def test_evaluations_are_kept_side_by_side(evaluated: Callable[..., Any], toy: M
     card, page = (folder / "README.md").read_text(), parsed((folder / "report.html").read_text())
     rows = [row for row in cells(sections(page)["quality"]) if row[0] == "text.txt"]
     assert rows[0][1:6] == [
-        f"{first['perplexity']:.4f}", f"{first['baseline']['perplexity']:.4f}", f"{first['ratio']:.4f}",
-        f"{first['kl_divergence']['mean']:.5f}", f"{100 * first['top1_agreement']:.2f} %",
+        f"{first['perplexity']:.3f}", f"{first['ratio']:.4f}", f"{first['kl_divergence']['mean']:.5f}",
+        f"{100 * first['top1_agreement']:.2f} %", f"{first['baseline']['perplexity']:.3f}",
     ]  # fmt: skip
-    assert rows[1][1:6] == [f"{second['perplexity']:.4f}", "-", "-", "-", "-"]
+    assert rows[1][1:6] == [f"{second['perplexity']:.3f}", "-", "-", "-", "-"]
     assert all(f"| {' | '.join(row)} |" in card for row in rows)
     assert documents(report, "copy") == {n: (folder / n).read_bytes() for n in documents(report, "copy")}
     changed = {p.name for p in folder.iterdir() if p.read_bytes() != before.get(p.name)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -13,8 +14,8 @@ import yaml
 
 from vqcompress.artifact import Artifact
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.page import LOAD, QUALITY, names_of, protocol, quality, report_page
-from vqcompress.report import read_report, size
+from vqcompress.page import LOAD, evaluations, names_of, report_page
+from vqcompress.report import mean, read_report, size
 from vqcompress.writer import Shards, refresh_sums, undisturbed
 
 CARD = """---
@@ -112,7 +113,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
         artifact=size(report["artifact_bytes"]),
         here=here,
         load=LOAD.format(here=here),
-        tables=_by_method(report["targets"]) + _evaluations(report.get("evaluations", [])),
+        tables=_by_method(report["targets"]) + _table(evaluations(report.get("evaluations", []))),
         calibration="none" if rows_of is None else f"{rows_of['samples']} rows of {rows_of['seqlen']} tokens",
         seed=report["seed"],
     )
@@ -122,21 +123,16 @@ def _by_method(targets: list[dict[str, Any]]) -> str:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in targets:
         found[row["method"]].append(row)
+    head = ["method", "weights", "bits per weight", "mean relative error"]
     lines = []
     for method, rows in found.items():
-        counts = [r["shape"][0] * r["shape"][1] for r in rows]
-        bits = sum(r["bits_per_weight"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
-        error = sum(r["relative_error"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
-        lines.append([method, f"{sum(counts):,}", f"{bits:.3f}", f"{error:.2e}"])
-    return _table(["method", "weights", "bits per weight", "mean relative error"], lines) if lines else ""
+        means = f"{mean(rows, 'bits_per_weight'):.3f}", f"{mean(rows, 'relative_error'):.2e}"
+        lines.append([method, f"{sum(math.prod(row['shape']) for row in rows):,}", *means])
+    return _table([head, *lines] if lines else [])
 
 
-def _evaluations(found: list[dict[str, Any]]) -> str:
-    rows = [[each["text"], *quality(each), protocol(each)] for each in found]
-    return _table(["text", *QUALITY, "protocol"], rows) if rows else ""
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown, with the empty lines around it."""
-    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)
+def _table(rows: list[list[str]]) -> str:
+    """A table of Markdown, its head first, with the empty line before it; nothing for no rows."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells[1:1] = [["---"] * len(row) for row in rows[:1]]
+    return "\n" * bool(rows) + "".join(f"| {' | '.join(row)} |\n" for row in cells)

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vqcompress.report import kind, size
+from vqcompress.report import kind, mean, size
 from vqcompress.svg import BOTTOM, LEVEL_NAMES, TOP, Axis, Point, bars, escape, mark, over, points, short, strip
 
 STYLE = Path(__file__).parent / "page.css"
@@ -79,6 +80,11 @@ def figure(heading: str, plot: str, names: Iterable[str] = (), shades: bool = Fa
     return f"<figure><h3>{escape(heading)}</h3>{plot}{legend}</figure>"
 
 
+def side_by_side(figures: Iterable[str]) -> str:
+    """As many figures in a row as there is room for."""
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
 def paragraph(text: str) -> str:
     """Words."""
     return f"<p>{escape(text)}</p>"
@@ -98,7 +104,7 @@ def report_page(report: dict[str, Any], here: str) -> str:
     snippet = f"<pre><code>{escape(LOAD.format(here=here))}</code></pre>"
     shell = f'vqcompress generate {here} --prompt "The first thing to know is"\nvqcompress verify {here}'
     sections = {
-        "Quality": evaluations(report.get("evaluations", [])),
+        "Quality": _quality(report),
         "Load it": snippet + f"<pre><code>{escape(shell)}</code></pre>",
         "Error of each weight": _errors(report, blocks),
         "Outliers before and after smoothing": _outliers(report, blocks),
@@ -138,47 +144,50 @@ def protocol(found: dict[str, Any]) -> str:
     return f"{cut}, {'BOS' if found['bos'] else 'no BOS'}{cache}, {found['tokens']:,} tokens predicted"
 
 
+QUALITY = ("perplexity", "ratio", "mean KL", "same top-1")
+
+
 def quality(found: dict[str, Any]) -> list[str]:
-    """Perplexity, the original's, ratio, mean KL and agreement as the cells of a table, with a dash for the unknown."""
-    if "ratio" not in found:
-        return [f"{found['perplexity']:.4f}", "-", "-", "-", "-"]
-    original, kl = found["baseline"]["perplexity"], found["kl_divergence"]["mean"]
-    figures = f"{found['perplexity']:.4f}", f"{original:.4f}", f"{found['ratio']:.4f}", f"{kl:.5f}"
-    return [*figures, f"{100 * found['top1_agreement']:.2f} %"]
+    """Perplexity, ratio to the original's, mean KL and agreement as cells of a table; a dash for the unknown."""
+    ratio, kl, same = (found.get(key) for key in ("ratio", "kl_divergence", "top1_agreement"))
+    cells = [f"{found['perplexity']:.3f}", "-" if ratio is None else f"{ratio:.4f}"]
+    return [*cells, "-" if kl is None else f"{kl['mean']:.5f}", "-" if same is None else f"{100 * same:.2f} %"]
 
 
-QUALITY = ("perplexity", "original", "ratio", "mean KL", "same top-1")
+def evaluations(found: Rows) -> list[list[str]]:
+    """A table of what `eval perplexity --report` has added, its head first; empty if nothing."""
+    originals = [f"{e['baseline']['perplexity']:.3f}" if "baseline" in e else "-" for e in found]
+    rows = [[e["text"], *quality(e), original, protocol(e)] for e, original in zip(found, originals, strict=True)]
+    return [["text", *QUALITY, "original", "protocol"], *rows] if rows else []
 
 
-def evaluations(found: Rows) -> str:
-    """A table of what `eval perplexity --report` has added."""
-    rows = [[each["text"], *quality(each), protocol(each)] for each in found]
+def _quality(report: dict[str, Any]) -> str:
+    rows = evaluations(report.get("evaluations", []))
     note = "Perplexities compare only under one protocol. KL divergences (nat) are from the original's predictions."
-    return table(["text", *QUALITY, "protocol"], rows, words=(0, 6)) + paragraph(note) if found else ""
+    return table(rows[0], rows[1:], words=(0, 6)) + paragraph(note) if rows else ""
 
 
-def _point(block: int, values: list[float], weights: list[int]) -> Point:
-    """The mean of what one block has, and its range."""
-    mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+def _point(block: int, values: list[float], middle: float) -> Point:
+    """What one block has: the mean and the range."""
     spread = f", {short(min(values))} to {short(max(values))} over {len(values)}" if len(values) > 1 else ""
-    return Point(block, mean, min(values), max(values), f"block {block}: {short(mean)}{spread}")
+    return Point(block, middle, min(values), max(values), f"block {block}: {short(middle)}{spread}")
 
 
 def _aggregated(rows: Rows, blocks: dict[str, int], key: str) -> dict[str, list[Point]]:
-    """Kind of weight → a point for each block; experts are of one kind."""
+    """Kind of weight → a point for each block where the figure is known; experts are of one kind."""
     found: dict[str, dict[int, Rows]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row[key] is not None:
-            block, local = _split(row["name"], blocks)
-            found[local][block].append(row)
-    return {
-        local: [_point(n, [r[key] for r in same], [_weights(r) for r in same]) for n, same in sorted(by_block.items())]
+        block, local = _split(row["name"], blocks)
+        found[local][block].append(row)
+    series = {
+        local: [
+            _point(n, [row[key] for row in same], middle)
+            for n, same in sorted(by_block.items())
+            if (middle := mean(same, key)) is not None
+        ]
         for local, by_block in found.items()
     }
-
-
-def _weights(row: dict[str, Any]) -> int:
-    return int(row["shape"][0] * row["shape"][1])
+    return {local: each for local, each in series.items() if each}
 
 
 def _split(name: str, blocks: dict[str, int]) -> tuple[int, str]:
@@ -195,12 +204,12 @@ def _local(path: str) -> str:
     return kind(f".{path}.").strip(".")
 
 
-def _plots(what: str, series: dict[str, list[Point]], zero: bool = True) -> str:
+def _plots(what: str, series: dict[str, list[Point]]) -> str:
     """Series over blocks, those of one module in one picture, all with one scale; and a table of the numbers."""
     values = [v for points_of in series.values() for p in points_of for v in (p.y, p.low, p.high) if v is not None]
     positive = [v for v in values if v > 0]
     log = bool(positive) and max(positive) > WIDE * min(positive)
-    y = Axis.around(values, BOTTOM, TOP, log, zero and not log)
+    y = Axis.around(values, BOTTOM, TOP, log, zero=not log)
     modules: dict[str, dict[str, list[Point]]] = defaultdict(dict)
     for local, points_of in series.items():
         modules[local.rpartition(".")[0]][local.rpartition(".")[2]] = points_of
@@ -212,9 +221,7 @@ def _plots(what: str, series: dict[str, list[Point]], zero: bool = True) -> str:
     numbers = sorted({int(p.x) for points_of in series.values() for p in points_of})
     cells = {local: {int(p.x): short(p.y) for p in points_of} for local, points_of in series.items()}
     rows = [[n, *(cells[local].get(n, "-") for local in series)] for n in numbers]
-    return f'<div class="plots">{"".join(figures)}</div>' + folded(
-        f"{what} in numbers", table(["block", *series], rows)
-    )
+    return side_by_side(figures) + folded(f"{what} in numbers", table(["block", *series], rows))
 
 
 def _errors(report: dict[str, Any], blocks: dict[str, int]) -> str:
@@ -226,17 +233,11 @@ def _errors(report: dict[str, Any], blocks: dict[str, int]) -> str:
         kinds[_split(row["name"], blocks)[1]].append(row)
     lines = []
     for local, same in kinds.items():
-        counts = [_weights(row) for row in same]
         worst = max(same, key=lambda row: row["relative_error"])
-        means = [
-            short(sum(row[key] * n for row, n in zip(same, counts, strict=True)) / sum(counts))
-            if all(row[key] is not None for row in same)
-            else "-"
-            for key in ("bits_per_weight", "relative_error", "proxy_error")
-        ]
-        methods = ", ".join(dict.fromkeys(row["method"] for row in same))
-        sums = f"{len(same):,}", f"{sum(counts):,}", *means, short(worst["relative_error"])
-        lines.append([local, methods, *sums, worst["name"]])
+        means = (mean(same, key) for key in ("bits_per_weight", "relative_error", "proxy_error"))
+        shown = ("-" if value is None else short(value) for value in (*means, worst["relative_error"]))
+        methods, count = dict.fromkeys(row["method"] for row in same), sum(math.prod(row["shape"]) for row in same)
+        lines.append([local, ", ".join(methods), f"{len(same):,}", f"{count:,}", *shown, worst["name"]])
     note = (
         "The relative error is the share of a weight's energy that is lost; the proxy error, known after calibration, "
         "the share of its output's energy on those rows. With experts a point is their mean, a line their range."
@@ -268,7 +269,7 @@ def _outliers(report: dict[str, Any], blocks: dict[str, int]) -> str:
     y = Axis.around((v for note in inputs for v in note[3:]), BOTTOM, TOP, log=True)
     for (readers, place), by_block in found.items():
         series = {
-            when: [_point(n, [each[i] for each in same], [1] * len(same)) for n, same in sorted(by_block.items())]
+            when: [_point(n, v, fmean(v)) for n, same in sorted(by_block.items()) if (v := [each[i] for each in same])]
             for i, when in ((1, "before"), (2, "after"))
         }
         about = f"largest channel over median, before and after smoothing, by block: {short(y.low)} to {short(y.high)}"
@@ -280,7 +281,7 @@ def _outliers(report: dict[str, Any], blocks: dict[str, int]) -> str:
         lines.append([readers, place, len(every), strength, *(short(fmean(e[i] for e in every)) for i in (1, 2))])
     note = "The largest magnitude of an input's largest channel, divided by that of its median channel."
     head = ["read by", "factors", "inputs", "strength α", "mean before", "mean after"]
-    return paragraph(note) + f'<div class="plots">{"".join(figures)}</div>' + table(head, lines, words=(0, 1))
+    return paragraph(note) + side_by_side(figures) + table(head, lines, words=(0, 1))
 
 
 def _together(paths: Iterable[str]) -> str:
@@ -309,7 +310,7 @@ def _codebooks(report: dict[str, Any], blocks: dict[str, int]) -> str:
         lines.append([name, len(same), max(b["entries"] for b in same.values()), *hottest, unused])
     note = "How often the stored codes use each entry: a row for each block (and stage), a column for each entry."
     head = ["codebook", "count", "entries", "first 1/8", "first 1/4", "first 1/2", "never used"]
-    return paragraph(note) + f'<div class="plots">{"".join(figures)}</div>' + table(head, lines) if lines else ""
+    return paragraph(note) + side_by_side(figures) + table(head, lines) if lines else ""
 
 
 def _experts(report: dict[str, Any], blocks: dict[str, int]) -> str:
@@ -319,22 +320,17 @@ def _experts(report: dict[str, Any], blocks: dict[str, int]) -> str:
         about = "tokens that came to each expert, a row for each block; shades compare with the mean of the row"
         plot = strip("Tokens per expert", about, rows, "expert")
         lines = [
-            [
-                place,
-                len(t["routed"]),
-                *(f"{f(t['routed']):,.0f}" for f in (min, median, max)),
-                t["routed"].count(0),
-                len(t["borrowed"]),
-            ]
+            [place, len(n), *(f"{f(n):,.0f}" for f in (min, median, max)), n.count(0), len(t["borrowed"])]
             for place, t in mixtures.items()
+            if (n := t["routed"])
         ]
         head = ["mixture", "experts", "fewest tokens", "median", "most", "with none", "borrowed"]
         note = (
             "Tokens of the calibration that came to each expert, a row for each block. Borrowed: experts that saw too "
             "few, and were encoded with the statistics of all experts of their layer."
         )
-        figures = f'<div class="plots">{figure("tokens per expert", plot, shades=True)}</div>'
-        content = paragraph(note) + figures + folded("tokens in numbers", table(head, lines))
+        figures = [figure("tokens per expert", plot, shades=True)]
+        content = paragraph(note) + side_by_side(figures) + folded("tokens in numbers", table(head, lines))
     if names := report["uncalibrated"]:
         more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
         said = f"No token of the calibration came to {', '.join(names[:20])}{more}."
@@ -358,7 +354,7 @@ def _costs(report: dict[str, Any], blocks: dict[str, int]) -> str:
         head.append(f"peak {where}")
         rows = [[*row, size(peaks.get(n, 0))] for n, row in enumerate(rows)]
     note = "Peaks are those of the whole process until the end of the block; a run that was continued starts anew."
-    content = f'<div class="plots">{"".join(plots)}</div>' + paragraph(note)
+    content = side_by_side(plots) + paragraph(note)
     return content + folded("time and memory in numbers", table(head, rows)) if blocks else ""
 
 
@@ -411,21 +407,8 @@ def comparison_page(found: dict[str, Any]) -> str:
                 title = f"{loss} over {cost}"
                 listed = "; ".join(f"{name}: {short(a)}, {short(b)}" for name, (a, b) in named.items())
                 figures.append(figure(title, points(title, listed, named, cost, loss), named))
-    rows = [
-        [row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *comparison_cells(row)] for row in models
-    ]
-    head = ["model", "bits per weight", "size", "perplexity", "ratio", "mean KL", "same top-1"]
+    rows = [[row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)] for row in models]
+    head = ["model", "bits per weight", "size", *QUALITY]
     against = f" against <code>{escape(found['baseline'])}</code>" if found["baseline"] else ""
     lead = f"<p><code>{escape(found['text'])}</code>{against}: {escape(protocol(found['protocol']))}.</p>"
-    return page(
-        "Models compared",
-        lead,
-        {"Table": table(head, rows), "Pictures": f'<div class="plots">{"".join(figures)}</div>'},
-    )
-
-
-def comparison_cells(row: dict[str, Any]) -> list[str]:
-    """Perplexity, ratio, mean KL and agreement of a row of `compare`, with a dash for the unknown."""
-    ratio, kl, same = row["ratio"], row["kl_divergence"], row["top1_agreement"]
-    cells = [f"{row['perplexity']:.3f}", "-" if ratio is None else f"{ratio:.4f}"]
-    return [*cells, "-" if kl is None else f"{kl['mean']:.5f}", "-" if same is None else f"{100 * same:.2f} %"]
+    return page("Models compared", lead, {"Table": table(head, rows), "Pictures": side_by_side(figures)})

@@ -66,6 +66,12 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The mean of a figure of some targets, each by its number of weights; None if it is not known of all."""
+    counts, values = [row["shape"][0] * row["shape"][1] for row in rows], [row[key] for row in rows]
+    return None if None in values else sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+
+
 def _kept(plan: Plan) -> dict[str, str]:
     """The weights that the recipe keeps → that it does; names of blocks and experts have a * for their number."""
     compressed = {target.name for target in plan.targets}

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from vqcompress.page import comparison_cells, protocol
+from vqcompress.page import protocol, quality
 from vqcompress.report import kind, size
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -367,7 +367,7 @@ def compared(to: Console, found: dict[str, Any]) -> None:
     measure = "mean KL" if found["baseline"] is not None else "perplexity"
     table = _table("model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1")
     for row in models:
-        table.add_row(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *comparison_cells(row))
+        table.add_row(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row))
     to.print(table)
     to.print(f"{measure} by bits per weight")
     for row, loss in zip(models, losses, strict=True):
