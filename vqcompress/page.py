@@ -234,8 +234,8 @@ def _errors(report: dict[str, Any], blocks: dict[str, int]) -> str:
     lines = []
     for local, same in kinds.items():
         worst = max(same, key=lambda row: row["relative_error"])
-        means = (mean(same, key) for key in ("bits_per_weight", "relative_error", "proxy_error"))
-        shown = ("-" if value is None else short(value) for value in (*means, worst["relative_error"]))
+        errors = mean(same, "relative_error"), mean(same, "proxy_error"), worst["relative_error"]
+        shown = f"{mean(same, 'bits_per_weight'):.3f}", *("-" if error is None else short(error) for error in errors)
         methods, count = dict.fromkeys(row["method"] for row in same), sum(math.prod(row["shape"]) for row in same)
         lines.append([local, ", ".join(methods), f"{len(same):,}", f"{count:,}", *shown, worst["name"]])
     note = (
@@ -361,7 +361,7 @@ def _costs(report: dict[str, Any], blocks: dict[str, int]) -> str:
 def _settings(report: dict[str, Any]) -> str:
     rows, bits, cache = report["calibration"], report["target_bits"], report["kv_cache"]
     facts = {
-        "recipe": report["recipe"],
+        "recipe": names_of(report)[1],
         "seed": report["seed"],
         "calibration": f"{rows['samples']} rows of {rows['seqlen']} tokens" if rows else "none",
         "rotation": report["rotation"],
