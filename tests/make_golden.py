@@ -39,7 +39,7 @@ def main() -> None:
         (Path(folder) / "recipe.yaml").write_text(RECIPE)
         (Path(folder) / "text.txt").write_text(toy_text(4000, 1))
         quantize(str(model), out, f"{folder}/recipe.yaml", [f"{folder}/text.txt"], 16, 64)
-    for name in ("report.json", "README.md"):
+    for name in ("report.json", "report.html", "README.md"):
         # They name a folder that is gone.
         (out / name).unlink()
     refresh_sums(out, REPORTS)

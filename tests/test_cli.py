@@ -51,11 +51,14 @@ OPTIONS = {
     "plan": QUANTIZE | HUB | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
     "eval perplexity": HUB | {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
+        "--report",
     },
     "eval speed": HUB | {
         "--prompt-tokens", "--new-tokens", "--batch", "--baseline", "--cpu-weights", "--device", "--json", "--debug",
         "--kv-cache",
     },
+    "compare": TRUST
+    | {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--html", "--device", "--json", "--debug"},
     "export": UPLOAD | TRUST | {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
     "inspect": TRUST | {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
     "verify": TRUST | {"--json", "--debug"},

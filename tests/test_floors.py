@@ -34,14 +34,18 @@ FLOORS: list[set[str]] = [
         "tuning",
         "allocate",
         "evaluate",
+        "compare",
         "export",
         "report",
+        "svg",
+        "page",
+        "documents",
         "doctor",
         "verify",
         "inspect",
         "generate",
     },
-    {"cli", "options", "session", "show", "live"},
+    {"cli", "cli_evaluate", "options", "session", "show", "live"},
 ]
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.
 ENTRANCES = {"__init__", "__main__", "_autoload"}

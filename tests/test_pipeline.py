@@ -27,7 +27,7 @@ from vqcompress.verify import verify
 
 Make = Callable[..., Path]
 # What holds times, and the checksums of that.
-TIMED = {"report.json", "README.md", SUMS}
+TIMED = {"report.json", "report.html", "README.md", SUMS}
 CASES = [
     *(("llama", recipe) for recipe in ("smoothquant-int8", "fp8-tile", "vq-2bit", "vq-3bit", "vq-4bit", "mixed")),
     *((family, recipe) for family in ("opt", "gemma", "gpt_neox", "qwen3") for recipe in ("int8-plain", "vq-small")),
@@ -69,7 +69,7 @@ def test_the_artifact_is_sound_and_in_hugging_face_layout(family: str, recipe: s
     names = {path.name for path in folder.iterdir()}
     blocks = len({name.split(".layers.")[1].split(".")[0] for name in source.tensors if ".layers." in name})
     shards = {f"model-{i:05d}-of-{blocks + 1:05d}.safetensors" for i in range(1, blocks + 2)}
-    expected = {"config.json", INDEX, SUMS, "report.json", "README.md", "generation_config.json"} | shards
+    expected = {"config.json", INDEX, SUMS, *TIMED, "generation_config.json"} | shards
     assert names == expected | {"tokenizer.json", "tokenizer_config.json"}
     index = json.loads((folder / INDEX).read_text())
     assert set(index["weight_map"].values()) == shards

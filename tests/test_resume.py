@@ -26,7 +26,7 @@ from vqcompress.quantize import quantize
 from vqcompress.verify import verify
 
 # What says how long the run took, and its checksums; everything else is a function of the inputs.
-TIMED = {"report.json", "README.md", artifact.SUMS}
+TIMED = {"report.json", "report.html", "README.md", artifact.SUMS}
 
 # Forks once per kill, so that torch is imported once. Dies of SIGKILL before the n-th call that changes the directory;
 # a file that was written but not synced loses its second half first, as after a power cut.

@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 
 import vqcompress
+from vqcompress.cli_evaluate import compare, evaluation
 from vqcompress.errors import UsageError
 from vqcompress.options import (
     Calibration,
     CpuWeights,
     Debug,
     Device,
-    Either,
     Format,
     Json,
     Kept,
@@ -50,7 +50,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compress large language models: SmoothQuant INT8, tile-wise FP8 and vector quantization.",
 )
-evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fast a model is.")
 app.add_typer(evaluation, name="eval")
 
 
@@ -178,69 +177,7 @@ def plan(
         show.planned(console, summary)
 
 
-@evaluation.command()
-def perplexity(
-    model: Either,
-    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")],
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="Tokens from window to window. Default: no overlap.")
-    ] = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many windows.")] = None,
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="The original: also KL and top-1 agreement.")
-    ] = None,
-    kv_cache: KVCache = None,
-    device: Where = Device.auto,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Perplexity on a text; with --baseline also KL divergence and top-1 agreement.
-
-    Example: vqcompress eval perplexity out --text test.txt --baseline demo
-    """
-    with session(json_file) as (console, write):
-        from vqcompress import evaluate, show
-
-        model = pinned(model, revision)
-        with show.counting(f"perplexity of {model}") as watch:
-            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
-        write(result)
-        show.perplexity(console, result, text)
-
-
-@evaluation.command()
-def speed(
-    model: Either,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="The original, measured after it.")
-    ] = None,
-    kv_cache: KVCache = None,
-    cpu_weights: CpuWeights = Weights.auto,
-    device: Where = Device.auto,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Prefill and decode tokens per second, time to first token, peak memory.
-
-    Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
-    """
-    with session(json_file) as (console, write):
-        from vqcompress import evaluate, show
-
-        sizes = prompt_tokens, new_tokens, batch
-        result = evaluate.speed(pinned(model, revision), *sizes, baseline, device.value, cpu_weights.value, kv_cache)
-        write(result)
-        show.speed(console, result)
+app.command()(compare)
 
 
 @app.command()

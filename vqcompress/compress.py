@@ -25,6 +25,7 @@ from vqcompress.inputs import Input, find_inputs, scale_consumers, scale_produce
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.report import Uses
+from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.runtime.fused import plain_name
 from vqcompress.states import States, keep
 from vqcompress.statistics import Statistics
@@ -114,6 +115,7 @@ def compress_block(
     stored = stream.as_stored(tensors | changed, (target.name for target in plan.targets))
     mixtures = {f"{block.name}.{path}": tokens for path, tokens in coverage(inputs, statistics).items()}
     facts |= {"experts": mixtures} if mixtures else {}
+    facts |= {"peaks": [peak_rss_bytes(), peak_device_bytes()]}
     return stored, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
 
 
@@ -199,9 +201,14 @@ def smooth(
             rewrites.runtime.update(smoothed)
         s_I = s_R[rows_I]
         scale_consumers(module, tuple(smoothed), s_I)
-        note = {"alpha": None if alpha != alpha else alpha, "folded_into": producer.path if producer else None}
         # Experts may have others than those that read the same input.
         divided = {id(statistics[path]): statistics[path].divided(s_I) for path in readers}
+        seen = statistics[readers[0]]
+        note = {
+            "alpha": None if alpha != alpha else alpha,
+            "folded_into": producer.path if producer else None,
+            "outlier": [seen.outlier, divided[id(seen)].outlier],
+        }
         for path in smoothed:
             rewrites.columns[path], rewrites.notes[path] = s_I, note
         for path in readers:

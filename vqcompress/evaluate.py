@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
-from vqcompress.calibration import read_text
+from vqcompress.calibration import fingerprint, read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.runtime.attention import CACHE, asks_readers, decoding
@@ -38,6 +39,8 @@ from vqcompress.runtime.tokens import load_tokenizer, tokenize
 
 # Numbers in the float32 logits that are scored at once.
 LOGITS = 2**24
+# Characters of the text by which tokenizers are compared.
+SAMPLE = 20_000
 # Of which `speed` gives the median.
 ROUNDS = 3
 
@@ -52,6 +55,9 @@ def open_model(model: str) -> Checkpoint:
     source = Checkpoint(path)
     if not source.tensors:
         raise VQCompressError(f"{path} has no safetensors weights")
+    if other := source.config.get("quantization_config"):
+        words = f"{model} is quantized in another format ({other.get('quant_method')})"
+        raise VQCompressError(f"{words}: measure the artifact that it came from, or export --format dense")
     return source
 
 
@@ -69,6 +75,11 @@ def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tens
         raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
     cut = tokens.unfold(0, seqlen, stride)
     return cut[:limit] if limit else cut
+
+
+def named(text: str) -> str:
+    """A text for a report: of a file the name, for others do not have its directory."""
+    return Path(text).name if Path(text).exists() else text
 
 
 def scored(number: int, seqlen: int, stride: int) -> int:
@@ -137,11 +148,16 @@ class Scores:
                 p, q = log_softmax(baseline, -1), log_softmax(logits, -1)
                 self.divergences.append(kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu())
 
-    def against_baseline(self) -> dict[str, Any]:
-        """JSON: the baseline's perplexity, KL divergence of ours from it, how often the likeliest token is the same."""
+    @property
+    def perplexity(self) -> float:
+        """e to the mean negative log-likelihood."""
+        return math.exp(self.nll / self.tokens)
+
+    def against_baseline(self, baseline: str) -> dict[str, Any]:
+        """JSON: the baseline, KL divergence of ours from it, how often the likeliest token is the same."""
         kl = torch.cat(self.divergences).sort().values
         return {
-            "baseline": {"perplexity": math.exp(self.baseline_nll / self.tokens)},
+            "baseline": {"model": baseline, "perplexity": math.exp(self.baseline_nll / self.tokens)},
             "ratio": math.exp((self.nll - self.baseline_nll) / self.tokens),
             "kl_divergence": {
                 "mean": kl.mean(dtype=torch.float64).item(),
@@ -150,6 +166,77 @@ class Scores:
             },
             "top1_agreement": self.same / self.tokens,
         }
+
+
+def score(
+    models: list[str],
+    text: str,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    baseline: str | None = None,
+    device: str = "auto",
+    watch: Callable[[int, int], None] = lambda done, total: None,
+    kv_cache: str | None = None,
+) -> tuple[list[Scores], dict[str, Any]]:
+    """The scores of each model on the windows of a text, against a baseline that runs once; and the protocol, JSON.
+
+    Of every model one block at a time is in memory, and its hidden states of all windows. Other arguments: as those of
+    `perplexity`; kv_cache: for the first model.
+    """
+    chosen = choose_device(device)
+    names = [*models, *([baseline] if baseline is not None else [])]
+    sources = [open_model(name) for name in names]
+    length = seqlen if seqlen is not None else sources[0].default_seqlen
+    step = stride if stride is not None else length
+    tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
+    windows_NL = windows(tokenize(tokenizers[0], content), length, step, limit)
+    starts = [tokenize(tokenizer, content[:SAMPLE]) for tokenizer in tokenizers]
+    for name, source, start in zip(names, sources, starts, strict=True):
+        source.check_length(length)
+        if not torch.equal(start, starts[0]):
+            raise VQCompressError(f"{names[0]} and {name} have other tokens or vocabularies, so they do not compare")
+    streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
+    if kv_cache is not None:
+        needed = _loaded_bytes(sources[0], streams[0].dtype)
+        check_fits(needed, chosen, "eval perplexity --kv-cache", "without --kv-cache it reads block by block")
+    # Work is counted in weights: a block passes all windows at once, the output head one after the other.
+    inside = sum(target.weights for stream in streams for block in stream.blocks for target in block.targets)
+    # A model whose cache is coded is whole in memory, and passes them one after the other, too.
+    coded = sum(t.weights for block in streams[0].blocks for t in block.targets) if kv_cache is not None else 0
+    heads = sum(stream.model.get_output_embeddings().weight.numel() for stream in streams)
+    done = 0.0
+
+    def tell(work: float) -> None:
+        nonlocal done
+        done += work
+        watch(round(done), inside + heads)
+
+    passes: list[Any] = [Pass(s, windows_NL, tell) for s in (streams if kv_cache is None else streams[1:])]
+    if kv_cache is not None:
+        passes.insert(0, CodedPass(models[0], kv_cache, device, windows_NL))
+    found, labels = [Scores() for _ in models], []
+    for number, window_L in enumerate(windows_NL):
+        first = scored(number, length, step)
+        labels.append(window_L[first + 1 :])
+        truth = passes[-1].logits(number, first) if baseline is not None else None
+        for scores, each in zip(found, passes, strict=False):
+            logits = each.logits(number, first)
+            if truth is not None and logits.shape != truth.shape:
+                raise VQCompressError(f"{', '.join(models)} and {baseline} have vocabularies of different sizes")
+            scores.add(logits, labels[-1].to(chosen), truth)
+        tell((heads + coded) / len(windows_NL))
+    return found, {
+        "tokens": found[0].tokens,
+        "windows": len(windows_NL),
+        "seqlen": length,
+        "stride": step,
+        "bos": False,
+        "kv_cache": kv_cache,
+        "device": chosen.type,
+        "tokens_sha256": fingerprint(windows_NL),
+        "text_bytes": len(str(tokenizers[0].decode(torch.cat(labels))).encode()),
+    }
 
 
 def perplexity(
@@ -172,59 +259,18 @@ def perplexity(
     the whole model is in memory. watch: called with the work done and its total.
     """
     start = time.perf_counter()
-    chosen = choose_device(device)
-    sources = [open_model(name) for name in (model, baseline) if name is not None]
-    length = seqlen if seqlen is not None else sources[0].default_seqlen
-    step = stride if stride is not None else length
-    tokenizer = load_tokenizer(sources[0].path)
-    windows_NL = windows(tokenize(tokenizer, read_text(text)), length, step, limit)
-    for source in sources:
-        source.check_length(length)
-    streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
-    if kv_cache is not None:
-        needed = _loaded_bytes(sources[0], streams[0].dtype)
-        check_fits(needed, chosen, "eval perplexity --kv-cache", "without --kv-cache it reads block by block")
-    # Work is counted in weights: a block passes all windows at once, the output head one after the other.
-    inside = sum(target.weights for stream in streams for block in stream.blocks for target in block.targets)
-    # A model whose cache is coded is whole in memory, and passes them one after the other, too.
-    coded = sum(t.weights for block in streams[0].blocks for t in block.targets) if kv_cache is not None else 0
-    heads = sum(stream.model.get_output_embeddings().weight.numel() for stream in streams)
-    done = 0.0
-
-    def tell(work: float) -> None:
-        nonlocal done
-        done += work
-        watch(round(done), inside + heads)
-
-    passes: list[Any] = [Pass(s, windows_NL, tell) for s in (streams if kv_cache is None else streams[1:])]
-    if kv_cache is not None:
-        passes.insert(0, CodedPass(model, kv_cache, device, windows_NL))
-    scores, labels = Scores(), []
-    for number, window_L in enumerate(windows_NL):
-        first = scored(number, length, step)
-        logits = [p.logits(number, first) for p in passes]
-        if logits[0].shape != logits[-1].shape:
-            raise VQCompressError(f"{model} and {baseline} have vocabularies of different sizes")
-        labels.append(window_L[first + 1 :])
-        scores.add(logits[0], labels[-1].to(chosen), logits[1] if baseline is not None else None)
-        tell((heads + coded) / len(windows_NL))
-    nll = scores.nll / scores.tokens
-    bytes_scored = len(str(tokenizer.decode(torch.cat(labels))).encode())
+    (scores,), protocol = score([model], text, seqlen, stride, limit, baseline, device, watch, kv_cache)
     seconds = time.perf_counter() - start
     return {
-        "perplexity": math.exp(nll),
-        "nll_per_token": nll,
-        "bits_per_byte": scores.nll / math.log(2) / max(bytes_scored, 1),
-        "tokens": scores.tokens,
-        "windows": len(windows_NL),
-        "seqlen": length,
-        "stride": step,
-        "bos": False,
-        "kv_cache": kv_cache,
+        "text": named(text),
+        "perplexity": scores.perplexity,
+        "nll_per_token": scores.nll / scores.tokens,
+        "bits_per_byte": scores.nll / math.log(2) / max(protocol["text_bytes"], 1),
+        **protocol,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(scores.tokens / seconds, 1),
         "peak_rss_bytes": peak_rss_bytes(),
-        **(scores.against_baseline() if baseline is not None else {}),
+        **(scores.against_baseline(baseline) if baseline is not None else {}),
     }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from vqcompress.artifact import KV_CACHE, Artifact, stored_bits
-from vqcompress.checkpoint import read_json, resolve
-from vqcompress.errors import VQCompressError
+from vqcompress.checkpoint import resolve
 from vqcompress.kernels import launch
+from vqcompress.report import read_report
 from vqcompress.runtime.device import choose_device, model_dtype
 from vqcompress.runtime.experts import Experts
 from vqcompress.runtime.modules import CompressedLinear, keep_packed, swap
@@ -30,7 +30,7 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
     """
     chosen = choose_device(device) if device else None
     artifact = Artifact(resolve(path))
-    report = _report(artifact)
+    report = read_report(artifact.path)
     measured = {row["name"]: row for row in report.get("targets", [])}
     stored = stored_bits(artifact.entries.values())
     runtime = _runtime(artifact, chosen, cpu_weights) if chosen else {}
@@ -92,14 +92,3 @@ def _runtime(artifact: Artifact, device: torch.device, cpu_weights: str) -> dict
         ways = {str(rows): entry.method.path(entry.target.shape, rows, device, packed, grouped) for rows in ROWS}
         found[name] = {"runtime": ways, **({"experts": told[name]} if name in told else {})}
     return found
-
-
-def _report(artifact: Artifact) -> dict[str, Any]:
-    file = artifact.path / "report.json"
-    if not file.is_file():
-        return {}
-    report = read_json(file)
-    rows = report.get("targets", []) if isinstance(report, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise VQCompressError(f"{file} is not a report of vqcompress; delete it to inspect the artifact without it")
-    return dict(report)

@@ -27,10 +27,11 @@ from vqcompress.checkpoint import Checkpoint, check_finite, resolve
 from vqcompress.compress import compress_block, entries_of, first_states, generator_for
 from vqcompress.costs import Site
 from vqcompress.distributed import ALONE, SharedWriter, Team, join
+from vqcompress.documents import documents
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
-from vqcompress.report import model_card, run_report
+from vqcompress.report import run_report
 from vqcompress.rotation import Rotated
 from vqcompress.runtime.device import check_fits, choose_device, give_back, model_dtype
 from vqcompress.runtime.load import assemble, load_any
@@ -261,7 +262,7 @@ def _finish(
     config = {**source.config, "quantization_config": settings}
     report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
-    writer.finish(config, source.companions(), report, model_card(model, report, writer.out.resolve()), choice)
+    writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
     return report
 
 

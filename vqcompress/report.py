@@ -1,8 +1,10 @@
-"""What a run did, for machines (report.json) and for people (the model card)."""
+"""What a run did, as JSON: the content of report.json, and of what is written for people from it."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +14,14 @@ from torch import Tensor
 
 import vqcompress
 from vqcompress.artifact import STAGED, Entry
-from vqcompress.checkpoint import Checkpoint
+from vqcompress.checkpoint import Checkpoint, read_json
+from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.recipe import setting
 from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.targets import Block
 from vqcompress.writer import Writer
-
-CARD = """---
-library_name: vqcompress
-base_model: {origin}
-tags: [vqcompress, quantized, {recipe}]
----
-
-# {title}
-
-`{base}` compressed by [vqcompress](https://pypi.org/project/vqcompress/) {version} with the recipe `{recipe}`:
-{bits}{source} → {artifact} in all.{cache}
-{warning}
-
-```python
-import vqcompress  # registers the format with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{here}")
-tokenizer = AutoTokenizer.from_pretrained("{here}")
-inputs = tokenizer("The first thing to know is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-```
-
-`vqcompress.load("{here}")` also checks the files first, and computes in float32 on a CPU unless told otherwise. From a
-shell:
-
-```
-vqcompress generate {here} --prompt "The first thing to know is"
-vqcompress eval perplexity {here} --text FILE --baseline {base}
-vqcompress verify {here}
-```
-{rows}
-Calibration: {calibration}. Seed {seed}. `report.json` has a row per weight; `SHA256SUMS` has the checksums.
-"""
-COMPRESSED = """
-**Import `vqcompress` before you load this model.** Its weights are stored compressed; transformers alone cannot read
-them and stops with a size mismatch."""
-DENSE = """
-The weights are dense, and transformers alone loads them right. What is coded is the cache of keys and values, which
-takes `vqcompress`."""
-TABLE = """
-| method | weights | bits per weight | mean relative error |
-| --- | --- | --- | --- |
-"""
 
 
 def cache_line(settings: dict[str, Any]) -> str:
@@ -99,6 +58,11 @@ class Uses:
         return found
 
 
+def kind(name: str) -> str:
+    """A name with every number in it replaced, so that the weights of all blocks and experts fall together."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def size(count: float) -> str:
     """A number of bytes for people: 1.5 GB."""
     for unit in ("B", "kB", "MB"):
@@ -106,6 +70,20 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The mean of a figure of some targets, each by its number of weights; None if it is not known of all."""
+    counts, values = [row["shape"][0] * row["shape"][1] for row in rows], [row[key] for row in rows]
+    return None if None in values else sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+
+
+def _kept(plan: Plan) -> dict[str, str]:
+    """The weights that the recipe keeps → that it does; names of blocks and experts have a * for their number."""
+    compressed = {target.name for target in plan.targets}
+    every = Counter(kind(target.name) for block in plan.blocks for target in block.targets)
+    some = Counter(kind(t.name) for block in plan.blocks for t in block.targets if t.name not in compressed)
+    return {f"{name}.weight": f"the recipe keeps {count} of {every[name]}" for name, count in some.items()}
 
 
 def run_report(
@@ -135,6 +113,7 @@ def run_report(
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
         "model": model,
+        "base_model": None if model == "demo" or Path(model).expanduser().exists() else model.partition("@")[0],
         "revision": source.revision,
         "seed": seed,
         "target_bits": plan.target_bits,
@@ -153,45 +132,24 @@ def run_report(
             "transformers": transformers.__version__,
         },
         "kv_cache": plan.recipe.cache.model_dump(mode="json") if plan.recipe.cache else None,
-        "left_dense": plan.left_dense,
+        "left_dense": plan.left_dense | _kept(plan),
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
         "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},
         "experts": {place: tokens for r in shards.values() for place, tokens in r.get("experts", {}).items()},
         "uncalibrated": [row["name"] for row in targets if asked[row["name"]] and not row["tokens"] | row["borrowed"]],
         "blocks": {name: record["seconds"] for name, record in shards.items()},
+        "peaks": {name: record["peaks"] for name, record in shards.items() if "peaks" in record},
         "targets": targets,
     }
 
 
-def model_card(model: str, report: dict[str, Any], out: Path) -> str:
-    """The README.md of an artifact. A local path is shown by its last part only: it means nothing to others."""
-    base = model if not Path(model).is_absolute() else Path(model).name
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for row in report["targets"]:
-        by_method.setdefault(row["method"], []).append(row)
-    lines = []
-    for method, rows in by_method.items():
-        counts = [r["shape"][0] * r["shape"][1] for r in rows]
-        bits = sum(r["bits_per_weight"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
-        error = sum(r["relative_error"] * n for r, n in zip(rows, counts, strict=True)) / sum(counts)
-        lines.append(f"| {method} | {sum(counts):,} | {bits:.3f} | {error:.2e} |")
-    rows_of, bits, cache = report["calibration"], report["bits_per_weight"], report["kv_cache"]
-    turned_on = "`--kv-cache` or `vqcompress.load(…, kv_cache=True)` turns it on"
-    return CARD.format(
-        base=base,
-        title=f"{Path(base).name} · {report['recipe']}",
-        origin=base.partition("@")[0],
-        version=vqcompress.__version__,
-        recipe=report["recipe"],
-        bits="" if bits is None else f"{bits:.3f} bits per quantized weight, ",
-        cache=f" Cache: {cache_line(cache)}; {turned_on}." if cache else "",
-        warning=DENSE if bits is None else COMPRESSED,
-        source=size(report["source_bytes"]),
-        artifact=size(report["artifact_bytes"]),
-        here=out.name,
-        rows=TABLE + "\n".join(lines) + "\n" if lines else "",
-        calibration="none, the recipe needs no data"
-        if rows_of is None
-        else f"{rows_of['samples']} rows of {rows_of['seqlen']} tokens",
-        seed=report["seed"],
-    )
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report in a directory, empty if there is none; VQCompressError if the file is something else."""
+    file = folder / "report.json"
+    if not file.is_file():
+        return {}
+    report = read_json(file)
+    rows = report.get("targets", []) if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise VQCompressError(f"{file} is not a report of vqcompress; delete it to go on without it")
+    return dict(report)

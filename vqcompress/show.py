@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -17,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from vqcompress.report import cache_line, size
+from vqcompress.page import protocol, quality
+from vqcompress.report import cache_line, kind, size
 
 
 def leads() -> bool:
@@ -51,11 +51,6 @@ def _table(*columns: str) -> Table:
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
-
-
-def kind(name: str) -> str:
-    """A name with every number in it replaced, so that the weights of all blocks and experts fall together."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 @contextmanager
@@ -218,10 +213,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
         to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    bos = "BOS" if facts["bos"] else "no BOS"
-    bos += f", cache {facts['kv_cache']}" if facts["kv_cache"] else ""
-    cut = f"{facts['windows']} windows × {facts['seqlen']} tokens, stride {facts['stride']}, {bos}"
-    to.print(f"protocol    {text}: {cut}, {facts['tokens']:,} tokens predicted, float32", soft_wrap=True)
+    to.print(f"protocol    {text}: {protocol(facts)}, float32", soft_wrap=True)
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
 
 
@@ -269,3 +261,23 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
     left = Counter((kind(name), why) for name, why in facts["left_dense"].items())
     for (name, why), count in left.items():
         to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)
+
+
+def compared(to: Console, found: dict[str, Any]) -> None:
+    """A row for each model, from the most bits to the fewest, with a bar of what it loses; legible in 80 columns."""
+    models = found["models"]
+    losses = [row["kl_divergence"]["mean"] if row["kl_divergence"] else row["perplexity"] for row in models]
+    measure = "mean KL" if found["baseline"] is not None else "perplexity"
+    table = _table("model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1")
+    for row in models:
+        table.add_row(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row))
+    to.print(table)
+    to.print(f"{measure} by bits per weight")
+    for row, loss in zip(models, losses, strict=True):
+        bar = "█" * round(40 * loss / max(*losses, 1e-30)) or "▏"
+        name = row["model"] if len(row["model"]) <= 20 else f"…{row['model'][-19:]}"
+        to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}", soft_wrap=True)
+    if found["baseline"] is None:
+        to.print("note        no KL divergence: the artifacts name no original that is here; give --baseline")
+    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32", soft_wrap=True)
+    to.print(f"took        {duration(found['seconds'])}")

@@ -43,6 +43,12 @@ class Statistics:
         """Tokens that this input really saw."""
         return self.tokens if self.own_tokens is None else self.own_tokens
 
+    @property
+    def outlier(self) -> float | None:
+        """How many times larger the largest channel's largest magnitude is than the median one's; None if unknown."""
+        active = None if self.absmax_I is None else self.absmax_I[self.absmax_I > 0]
+        return None if active is None or not len(active) else round((active.max() / active.median()).item(), 3)
+
     def divided(self, s_I: Tensor) -> Statistics:
         """The statistics of x / s."""
         return replace(

@@ -293,10 +293,11 @@ class Writer(Shards):
         self._write_journal()
         file.unlink()
 
-    def finish(
-        self, config: dict[str, Any], companions: list[Path], report: dict[str, Any], card: str, recipe: str = ""
-    ) -> None:
-        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any."""
+    def finish(self, config: dict[str, Any], companions: list[Path], told: dict[str, bytes], recipe: str = "") -> None:
+        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any.
+
+        told: files that say what was done, see `documents`.
+        """
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
@@ -304,7 +305,7 @@ class Writer(Shards):
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
         files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
         files |= {RECIPE: recipe.encode()} if recipe else {}
-        files |= {"report.json": json.dumps(report, indent=1).encode(), "README.md": card.encode()}
+        files |= told
         last = json.dumps(config, indent=2).encode()
         for name, data in files.items():
             self.write(name, data)

@@ -52,6 +52,8 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     reader = FORMATS[format].reader
     source = Artifact(resolve(artifact))
     source.check_files()
+    if not source.entries and format != "dense":
+        raise VQCompressError(f"{artifact} has no compressed weight to write as {format}; export --format dense")
     stream = BlockStream(source, torch.device("cpu"), torch.float32)
     made = FORMATS[format].export(stream, source)
     if verify:

@@ -1,0 +1,141 @@
+"""The commands that measure: `eval perplexity`, `eval speed` and `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vqcompress.errors import UsageError
+from vqcompress.options import (
+    CpuWeights,
+    Debug,
+    Device,
+    Either,
+    Json,
+    KVCache,
+    Revision,
+    Trust,
+    Weights,
+    Where,
+    pinned,
+)
+from vqcompress.session import session
+
+Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")]
+Window = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", min=1, help="Tokens from window to window. Default: no overlap.")
+]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many windows.")]
+evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fast a model is.")
+
+
+@evaluation.command()
+def perplexity(
+    model: Either,
+    text: Text,
+    seqlen: Window = None,
+    stride: Stride = None,
+    windows: Windows = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="The original: also KL and top-1 agreement.")
+    ] = None,
+    kv_cache: KVCache = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Add the result to the artifact's report.json, report.html and README.md.")
+    ] = False,
+    device: Where = Device.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Perplexity on a text; with --baseline also KL divergence and top-1 agreement.
+
+    Example: vqcompress eval perplexity out --text test.txt --baseline demo
+    """
+    with session(json_file) as (console, write):
+        from vqcompress import documents, evaluate, show
+
+        if report:
+            documents.check_writable(model)
+        model = pinned(model, revision)
+        with show.counting(f"perplexity of {model}") as watch:
+            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
+        write(result)
+        show.perplexity(console, result, text)
+        if report:
+            documents.add_evaluation(model, result)
+            console.print(f"report      added to report.json, report.html and README.md of {model}", soft_wrap=True)
+
+
+@evaluation.command()
+def speed(
+    model: Either,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="The original, measured after it.")
+    ] = None,
+    kv_cache: KVCache = None,
+    cpu_weights: CpuWeights = Weights.auto,
+    device: Where = Device.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Prefill and decode tokens per second, time to first token, peak memory.
+
+    Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
+    """
+    with session(json_file) as (console, write):
+        from vqcompress import evaluate, show
+
+        sizes = prompt_tokens, new_tokens, batch
+        result = evaluate.speed(pinned(model, revision), *sizes, baseline, device.value, cpu_weights.value, kv_cache)
+        write(result)
+        show.speed(console, result)
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Artifacts, or other models, to compare.")],
+    text: Text,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline", metavar="MODEL", help="The original. Default: what all the artifacts were made from."
+        ),
+    ] = None,
+    seqlen: Window = None,
+    stride: Stride = None,
+    windows: Windows = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures there.")
+    ] = None,
+    device: Where = Device.auto,
+    trust_remote_code: Trust = False,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Bits per weight against perplexity, KL divergence and top-1 agreement of several models on one text.
+
+    Example: vqcompress compare out-2bit out-4bit --text test.txt --html compared.html
+    """
+    if html_file and not html_file.expanduser().absolute().parent.is_dir():
+        raise UsageError(f"--html {html_file}: its directory does not exist")
+    with session(json_file) as (console, write):
+        from vqcompress import show
+        from vqcompress.compare import compare as run
+        from vqcompress.page import comparison_page
+
+        with show.counting(f"comparing {len(models)} models") as watch:
+            result = run(models, text, seqlen, stride, windows, baseline, device.value, watch)
+        write(result)
+        show.compared(console, result)
+        if html_file:
+            html_file.expanduser().write_text(comparison_page(result), encoding="utf-8")
+            console.print(f"pictures    {html_file}", soft_wrap=True)
