@@ -28,6 +28,8 @@ TINY, HALF_MAX = 2.0**-14, 65504.0
 AT_ONCE = 16
 # Scores of a search at once.
 CHUNK = 1 << 19
+# Tokens from which on more than one thread of a CPU is worth its start.
+SHARED = 128
 
 
 def turn(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, back: bool = False) -> Tensor:
@@ -56,8 +58,10 @@ def encode(x_BHTD: Tensor, book_HGEd: Tensor) -> Tensor:
         from vqcompress.codebooks import compiled
 
         codes_BHTG = torch.empty((batch, heads, tokens, groups), dtype=torch.uint8)
-        given = x_BHTD.float().contiguous(), book.contiguous(), codes_BHTG
-        compiled.nearest_entries(*(part.detach().numpy() for part in given))
+        given = [x_BHTD.float().contiguous(), book.contiguous(), codes_BHTG]
+        arrays = [part.detach().numpy() for part in given]
+        threads = torch.get_num_threads() if batch * tokens >= SHARED else 1
+        compiled.in_shares(lambda of, to: compiled.nearest_entries(of, to, *arrays), heads * groups, threads)
         return codes_BHTG
     book = book.expand(heads, groups, count, d)
     x_HGNd = x_BHTD.float().reshape(batch, heads, tokens, groups, d).permute(1, 3, 0, 2, 4).flatten(2, 3)
@@ -277,7 +281,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = [q_BHRD.new_empty((0, 0, 0)) if part is None else part.float().contiguous() for part in more]
     out_BHRD, lse_BHR = torch.empty_like(q_BHRD), q_BHRD.new_empty(q_BHRD.shape[:3])
     tensors = q_BHRD, codes_k, pairs_k, codes_v, pairs_v, mask, *given, out_BHRD, lse_BHR
-    compiled.attend(start, last, *(part.numpy() for part in tensors))
+    arrays = [part.numpy() for part in tensors]
+    threads = torch.get_num_threads() if last - start >= SHARED else 1
+    compiled.in_shares(lambda of, to: compiled.attend(of, to, start, last, *arrays), batch * heads, threads)
     return out_BHRD.view(q_BQD.shape), lse_BHR.view(batch, queries)
 
 

@@ -15,7 +15,6 @@ Q = S / P classes of states with the same successors.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -115,7 +114,7 @@ class Trellis:
         else:
             # Compiled code that lets go of the interpreter; each sequence is on its own, so any split gives the same.
             parts = [(part, words_S, self.states, self.bits, SHORTEST) for part in np.array_split(x_NT, threads)]
-            found = list(_pool(threads).map(lambda part: compiled.walks(*part), parts))
+            found = list(compiled.pool(threads).map(lambda part: compiled.walks(*part), parts))
         return torch.from_numpy(np.concatenate(found)).to(target_NT.device)
 
     def _equal(self, column_1T: Tensor) -> list[Tensor]:
@@ -124,8 +123,3 @@ class Trellis:
         same = sum(size == sizes[0] for size in sizes) * sizes[0]
         parts = [column_1T[:, :same].view(-1, sizes[0])]
         return parts + ([column_1T[:, same:]] if same < column_1T.shape[1] else [])
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
