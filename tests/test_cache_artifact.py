@@ -34,6 +34,7 @@ from vqcompress.runtime.attention import CACHE
 from vqcompress.runtime.decode import nbytes
 from vqcompress.runtime.load import load, load_any
 from vqcompress.verify import verify
+from vqcompress.writer import refresh_sums
 
 Make = Callable[..., Path]
 RATES: dict[str, float] = {"tflops": 1.0, "encode_tflops": 0.1, "disk_gbps": 1.0}
@@ -152,8 +153,7 @@ def test_verify_looks_into_the_codebooks(name: str, change: str, coded: Make, tm
     book = books.pop(name, books["0.keys"].clone())
     books |= {} if change == "gone" else {name: book * (torch.nan if change == "nan" else 1)}
     save_file(books, tmp_path / "out" / KV_CACHE)
-    for file in ("SHA256SUMS", "report.json"):
-        (tmp_path / "out" / file).unlink()
+    refresh_sums(tmp_path / "out", [KV_CACHE])
     with pytest.raises(VQCompressError, match=f"the codebook {name} is missing or damaged"):
         verify(str(tmp_path / "out"))
 

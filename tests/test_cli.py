@@ -187,7 +187,7 @@ def test_examples_can_be_typed(example: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("quantize demo --recipe vq-2", ["vq-2bit", "vq-2bit-tuned"]),
+        ("quantize demo --recipe vq-2", ["vq-2bit", "vq-2bit-aqlm", "vq-2bit-tuned"]),
         ("plan demo --recipe kv", []),
         ("generate out --kv-cache kv-f", ["kv-fp8"]),
         ("export out --format d", ["dense"]),

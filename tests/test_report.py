@@ -143,8 +143,8 @@ def test_a_hostile_name_is_only_words(quantized: Make) -> None:
 
 def test_a_run_without_a_compressed_weight_has_a_page(quantized: Make) -> None:
     report = report_of(quantized("int8-plain"))
-    cache = {"bits": 4, "codebook": "learned", "window": 32}
-    nothing = {"targets": [], "settings": [], "weights_quantized": 0, "bits_per_weight": 0.0, "codebooks": {}}
+    cache = {"bits": 4, "codebook": "learned", "window": 32, "sinks": 4}
+    nothing = {"targets": [], "settings": [], "weights_quantized": 0, "bits_per_weight": None, "codebooks": {}}
     report |= nothing | {"kv_cache": cache}
     root = parsed(report_page(report, "out"))
     assert sections(root).keys() == ALWAYS - {"error"}

@@ -37,7 +37,7 @@ shell:
 
 ```
 vqcompress generate {here} --prompt "The first thing to know is"
-vqcompress eval perplexity {here} --text FILE --baseline {base}
+vqcompress eval perplexity {here} --text FILE --baseline {original}
 vqcompress verify {here}
 ```
 {tables}
@@ -108,6 +108,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
     return CARD.format(
         metadata=yaml.safe_dump(metadata | {"tags": tags}, sort_keys=False, allow_unicode=True),
         base=base,
+        original=report["model"] if report["base_model"] else base,
         title=f"{Path(base).name} · {recipe}",
         version=report["versions"]["vqcompress"],
         recipe=recipe,

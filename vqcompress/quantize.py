@@ -124,11 +124,7 @@ def quantize(
     stream, (plan, *others) = _prepare(model, out, recipe, target_bits, kv_cache, chosen, seed, states)
     source, team = stream.source, stream.team
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.reads_text else None
-    if rows is not None and (cache := CacheCosts.of(plan, stream, *rows.shape)):
-        # Now, not when all blocks are done.
-        instead = "take a recipe whose cache is fp8 or universal, which learn nothing"
-        needed = cache.memory(stream.dtype.itemsize) + (cache.samples if chosen.type == "cpu" else 0)
-        check_fits(needed, chosen, "to learn the codebooks of a cache", instead)
+    _check_memory(plan, stream, rows)
     if not plan.calibrated:
         # Nothing to add up: each process has whole blocks for itself.
         stream.team = ALONE
@@ -144,11 +140,7 @@ def quantize(
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
         blocks, tick = plan.blocks, partial(watch, "target")
         if REST not in writer.done:
-            rest = source.read(stream.rest) if team.leads else {}
-            check_finite(rest)
-            facts = {"targets": [], "seconds": 0.0, "source": source_of(REST)}
-            # Without the import a model of dense weights loads right, too.
-            writer.commit(REST, 1, len(blocks) + 1, rest | ({HINT: MARKER} if plan.targets else {}), facts)
+            _commit_rest(writer, stream, plan, source_of(REST))
         hidden: States = first_states(stream, rows) if rows is not None and plan.calibrated else []
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
@@ -216,6 +208,23 @@ def _prepare(
     if plans[0].recipe.rotation:
         stream = BlockStream(Rotated(stream, partial(generator_for, seed)), device, stream.dtype, team, scratch)
     return stream, plans
+
+
+def _commit_rest(writer: SharedWriter, stream: BlockStream, plan: Plan, digest: str) -> None:
+    """Write what lies outside of the blocks, and what stops a loader that does not know the format."""
+    rest = stream.source.read(stream.rest) if writer.writer else {}
+    check_finite(rest)
+    # A model of dense weights loads right without the import, too.
+    marked = rest | ({HINT: MARKER} if plan.targets else {})
+    writer.commit(REST, 1, len(plan.blocks) + 1, marked, {"targets": [], "seconds": 0.0, "source": digest})
+
+
+def _check_memory(plan: Plan, stream: BlockStream, rows: Tensor | None) -> None:
+    """VQCompressError if a cache could not be calibrated for want of memory: now, not when all blocks are done."""
+    if rows is not None and (cache := CacheCosts.of(plan, stream, *rows.shape)):
+        instead = "take a recipe whose cache is fp8 or universal, which learn nothing"
+        needed = cache.memory(stream.dtype.itemsize) + (cache.samples if stream.device.type == "cpu" else 0)
+        check_fits(needed, stream.device, "to learn the codebooks of a cache", instead)
 
 
 def _cache_books(
