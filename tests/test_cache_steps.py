@@ -6,27 +6,30 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import needs_gpu
 from test_cache import FAMILIES, ids_of, model_of, plain
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig
 
+from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime import cache_layer
 from vqcompress.runtime.attention import CACHE, asks_readers, find_rotary
 from vqcompress.runtime.cache import KVCache
 from vqcompress.runtime.cache_layer import KVLayer
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
+from vqcompress.runtime.decode import Decoder
 
 
 def learned(model: Any, d: int = 4) -> list[tuple[Coder, Coder]]:
     """Random codebooks for every head, scaled as keys and values are."""
     seen = DynamicCache()
-    model(ids_of(2, 64, seed=5), **{CACHE: seen}, use_cache=True)
+    model(ids_of(2, 64, seed=5).to(model.device), **{CACHE: seen}, use_cache=True)
 
     def book(x: Tensor, seed: int) -> Learned:
         heads, channels = x.shape[1], x.shape[3]
         draw = torch.Generator().manual_seed(seed)
-        return Learned(torch.randn(heads, channels // d, 256, d, generator=draw) * x.std())
+        return Learned(torch.randn(heads, channels // d, 256, d, generator=draw).to(x.device) * x.std())
 
     return [(book(layer.keys, 2 * n), book(layer.values, 2 * n + 1)) for n, layer in enumerate(seen.layers)]
 
@@ -35,7 +38,8 @@ def coders_of(model: Any, kind: str) -> tuple[list[tuple[Coder, Coder]], list[An
     """Coders and the embeddings that keys are stored without."""
     if kind == "learned":
         return learned(model), find_rotary(model)
-    pair = {"universal": (Universal(4), Universal(4)), "fp8": (FP8(), FP8())}[kind]
+    coder = {"universal": Universal(4, model.device), "fp8": FP8()}[kind]
+    pair = coder, coder
     layers = model.config.num_hidden_layers
     return [pair] * layers, [None] * layers
 
@@ -136,3 +140,71 @@ def test_a_static_cache_needs_a_length_and_an_attention_to_replace() -> None:
         model = model_of(family)
         with pytest.raises(VQCompressError, match="a static cache needs a length"):
             KVCache(model, coders_of(model, "fp8")[0], [None, None], 4, 2, length=length, static=True)
+
+
+def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False) -> Tensor:
+    """Of a prompt and a few steps. Without CUDA it is called in the interpreter, by launchers in the place of operators."""
+    from vqcompress.kernels import kv as kernels
+
+    model = model_of("llama", hidden=64)
+    coders, rotary = coders_of(model, kind)
+    ids = ids_of(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    if cuda:
+        model, ids, mask = model.cuda(), ids.cuda(), mask.cuda()
+        coders, rotary = coders_of(model, kind)
+
+    def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *first, end, filled, mask_BT, cos, sin, scale_k, scale_v = arguments
+        return kernels.attend(*first, end if filled is None else filled, mask_BT, cos, sin, scale_k, scale_v)
+
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        if not cuda:
+            patch.setitem(kv.kv_attend._backend_fns, "cpu", attend)
+            patch.setitem(kv.kv_encode._backend_fns, "cpu", lambda *a: kernels.encode(*a) and None)
+        return run(model, KVCache(model, coders, rotary, 4, 2, length=16, static=static), ids, mask, 8).cpu()
+
+
+@pytest.mark.parametrize("kind", ["learned", "universal"])
+def test_the_kernels_are_given_what_they_take(kind: str, interpreted: Any) -> None:
+    model = model_of("llama", hidden=64)
+    ids = ids_of(2, 12)
+    for static, padding in ((False, 0), (True, 3)):
+        mask = torch.ones_like(ids)
+        mask[1, :padding] = 0
+        with torch.inference_mode():
+            expected = run(model, KVCache(model, *coders_of(model, kind), 4, 2), ids, mask, 8)
+        found = interpreted(logits_by_kernels, kind, static, padding)
+        shown = mask.bool()[:, :, None]
+        torch.testing.assert_close(found * shown, expected * shown, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["learned", "universal"])
+def test_steps_on_a_gpu_are_those_on_a_cpu(kind: str) -> None:
+    model, ids = model_of("llama", hidden=64), ids_of(2, 12)
+    with torch.inference_mode():
+        expected = run(model, KVCache(model, *coders_of(model, kind), 4, 2), ids, torch.ones_like(ids), 8)
+    for static in (False, True):
+        found = logits_by_kernels(kind, static, 0, cuda=True)
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", ["learned", "universal", "fp8"])
+@torch.inference_mode()
+def test_a_recorded_step_makes_the_same_tokens(kind: str) -> None:
+    model = model_of("llama", hidden=64).cuda()
+    coders, rotary = coders_of(model, kind)
+
+    def tokens(static: bool) -> list[Tensor]:
+        make = lambda network, length: KVCache(network, coders, rotary, 4, 2, length, static=static)  # noqa: E731
+        decoder = Decoder(model, 40, make)
+        found = [decoder.prefill(ids_of(2, 12).cuda()).clone(), *(decoder.step().clone() for _ in range(20))]
+        assert (decoder.graph is not None) == static
+        return found
+
+    assert torch.equal(torch.cat(tokens(True), 1), torch.cat(tokens(False), 1))

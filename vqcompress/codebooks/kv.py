@@ -94,6 +94,14 @@ def rotation(channels: int, device: torch.device) -> Tensor:
         return hadamard(random_signs(channels, draw).diag()).to(device)
 
 
+def coded(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
+    """`encode` of x, turned back first if it has cosines and sines, by the kernel on a GPU."""
+    size = *x_BHTD.shape[:3], x_BHTD.shape[3] // book_HGEd.shape[3]
+    codes_BHTG = torch.empty(size, dtype=torch.uint8, device=x_BHTD.device)
+    torch.ops.vqcompress.kv_encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD, codes_BHTG)
+    return codes_BHTG
+
+
 def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
     """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for turned, normalized heads.
 
@@ -102,7 +110,7 @@ def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
     """
     x_BHTD = x_BHTD.float() @ rotation(x_BHTD.shape[-1], x_BHTD.device)
     scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
-    return encode(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
+    return coded(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
 
 
 def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, d: int) -> Tensor:

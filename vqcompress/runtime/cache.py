@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -19,7 +18,7 @@ from transformers.cache_utils import Cache
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
 from vqcompress.runtime.attention import CACHE, asks_readers, find_rotary
-from vqcompress.runtime.cache_layer import KVLayer, Seen, grown
+from vqcompress.runtime.cache_layer import KVLayer, Shared
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 
 KINDS = ("keys", "values")
@@ -46,27 +45,15 @@ class KVCache(Cache):
         strict: bool = False,
         static: bool = False,
     ):
-        self.window, self.sinks, self.room, self.strict, self.static = (
-            window,
-            sinks,
-            length or (1 << 60),
-            strict,
-            static,
-        )
-        self.asked = not strict and asks_readers(model)
-        if static and not (length and self.asked):
+        asked = not strict and asks_readers(model)
+        if static and not (length and asked):
             raise VQCompressError("a static cache needs a length, and a model whose attention can be replaced")
-        self._turns: dict[int, list[Tensor]] = {}
-        self._running = False
-        self._fresh = True
-        self.first_place_B: Tensor | None = None
-        self.last_sink = sinks
-        self._seen: dict[Any, tuple[Tensor | None, Seen]] = {}
-        self._answered: set[int] = set()
+        self.shared, self.static = Shared(window, sinks, length or (1 << 60), static, strict, asked), static
+        self._running, self._fresh = False, True
         plain = DynamicCache(config=model.config).layers
         windows = [None if strict or static else getattr(layer, "sliding_window", None) for layer in plain]
         windows += [None] * (len(coders) - len(windows))
-        layers = [KVLayer(self, *given) for given in zip(coders, rotary, windows, strict=True)]
+        layers = [KVLayer(self.shared, *given) for given in zip(coders, rotary, windows, strict=True)]
         super().__init__([*layers])
         self._user = {id(module): layer for module, layer in reversed(list(zip(rotary, layers, strict=True)))}
         self._hooks = [m.register_forward_hook(self._turn) for m in dict.fromkeys(filter(None, rotary))]
@@ -82,89 +69,42 @@ class KVCache(Cache):
         self._running = any(given is self for given in kwargs.values())
         if not self._running or not (self._fresh or (not self.static and not self.get_seq_length())):
             return
-        self._fresh, mask = False, kwargs.get("attention_mask")
-        self.first_place_B, self.last_sink = None, self.sinks
+        self._fresh, mask, shared = False, kwargs.get("attention_mask"), self.shared
+        shared.first_place_B, shared.last_sink = None, shared.sinks
         if isinstance(mask, Tensor) and mask.dim() == 2:
             first_B = mask.long().argmax(1)
             if furthest := int(first_B.max()):
-                self.first_place_B, self.last_sink = first_B, furthest + self.sinks
+                shared.first_place_B, shared.last_sink = first_B, furthest + shared.sinks
 
     def _turn(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Keep the embedding of new tokens."""
-        if not self._running:
-            return
-        start, held = self._user[id(module)].get_seq_length(), self._turns.get(id(module), [])
-        for which, part in enumerate(out):
-            # On a CPU they are read as float32 again and again.
-            part = part.detach() if part.is_cuda else part.detach().float()
-            if len(held) <= which:
-                held.append(part.new_zeros((len(part), 0, part.shape[2])))
-            rows, new = max(len(part), len(held[which])), part.shape[1]
-            if len(held[which]) < rows:
-                held[which] = held[which].repeat(rows, 1, 1)
-            if self.static:
-                held[which] = grown(held[which], part.expand(rows, -1, -1), 1, 0, self.room, self.room)
-                held[which].index_copy_(1, start + torch.arange(new, device=part.device), part.expand(rows, -1, -1))
-            else:
-                held[which] = grown(held[which], part.expand(rows, -1, -1), 1, start, start + new, self.room)
-                held[which][:, start : start + new] = part
-        self._turns[id(module)] = held
-
-    def turned(self, rotary: nn.Module | None, length: int = 0) -> list[Tensor] | None:
-        """cos and sin (B or 1, T, D) of all tokens, with room for `length` at least."""
-        if rotary is None:
-            return None
-        held = self._turns[id(rotary)]
-        held[:] = [grown(part, part, 1, part.shape[1], length, length) for part in held]
-        return held
-
-    def seen(self, layer: KVLayer, mask: Tensor | None) -> Seen:
-        """`KVLayer.seen`, once a step for all layers that answer the same."""
-        if id(layer) in self._answered:
-            self._seen.clear()
-            self._answered.clear()
-        self._answered.add(id(layer))
-        key = layer.sliding, layer.base, next(iter(layer.parts[0].values())).shape[2], id(mask)
-        if key not in self._seen:
-            self._seen[key] = mask, layer.seen(mask)
-        return self._seen[key][1]
-
-    def sink_places(self, batch: int, device: torch.device) -> Tensor:
-        """Which tokens are the first of each row, (B, S)."""
-        places_S = torch.arange(self.sinks, device=device)
-        return places_S.expand(batch, -1) if self.first_place_B is None else self.first_place_B[:, None] + places_S
-
-    def _of_rows(self, change: Any) -> None:
-        if self.first_place_B is not None:
-            self.first_place_B = change(self.first_place_B)
-        for held in self._turns.values():
-            held[:] = [change(part) if len(part) > 1 else part for part in held]
+        if self._running:
+            self.shared.turn(module, out, self._user[id(module)].get_seq_length())
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """The rows in the order of beams."""
         super().reorder_cache(beam_idx)
-        self._of_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self.shared.rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row several times."""
         super().batch_repeat_interleave(repeats)
-        self._of_rows(lambda part: part.repeat_interleave(repeats, 0))
+        self.shared.rows(lambda part: part.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Some of the rows."""
         super().batch_select_indices(indices)
-        self._of_rows(lambda part: part[indices])
+        self.shared.rows(lambda part: part[indices])
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self._fresh = True
         if not self.static:
-            self._turns.clear()
+            self.shared.turns.clear()
 
     def nbytes(self) -> int:
         """Memory that all layers take, the embeddings of their keys included."""
-        turns = sum(part.nbytes for pair in self._turns.values() for part in pair)
+        turns = sum(part.nbytes for pair in self.shared.turns.values() for part in pair)
         return turns + sum(layer.nbytes() for layer in self.layers)  # type: ignore[union-attr]
 
 

@@ -9,17 +9,14 @@ and S first tokens in full precision, M = S + N, G codes of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from vqcompress.codebooks import kv
-from vqcompress.runtime.coders import Coder
-
-if TYPE_CHECKING:
-    from vqcompress.runtime.cache import KVCache
+from vqcompress.runtime.coders import Coder, Learned
 
 # Tokens by which the room for codes grows at least, and for which a sliding window keeps room on top.
 ROOM = 256
@@ -51,6 +48,75 @@ class Seen:
     kept_BM: Tensor | None
 
 
+class Shared:
+    """What all layers of a cache share. window, sinks: newest and first tokens that stay in full precision.
+
+    room: tokens at most. static: all room is made at once, and what a step needs to know of it lies on the device.
+    strict: prompts, too, attend to the past as stored. asked: the model's attention asks layers, as `attention.coded`.
+    """
+
+    def __init__(self, window: int, sinks: int, room: int, static: bool, strict: bool, asked: bool):
+        self.window, self.sinks, self.room, self.static = window, sinks, room, static
+        self.strict, self.asked = strict, asked
+        # Where rows that are padded on the left begin, and the last token that is the first of any.
+        self.first_place_B: Tensor | None = None
+        self.last_sink = sinks
+        # cos and sin (B or 1, T, D) of the embeddings that keys are stored without, by the module that makes them.
+        self.turns: dict[int, list[Tensor]] = {}
+        self._seen: dict[Any, tuple[Tensor | None, Seen]] = {}
+        self._answered: set[int] = set()
+
+    def turn(self, module: nn.Module, made: tuple[Tensor, Tensor], start: Any) -> None:
+        """Keep the embedding of new tokens, the first of them number `start`."""
+        held = self.turns.setdefault(id(module), [])
+        for which, part in enumerate(made):
+            # On a CPU they are read as float32 again and again.
+            part = part.detach() if part.is_cuda else part.detach().float()
+            if len(held) <= which:
+                held.append(part.new_zeros((len(part), 0, part.shape[2])))
+            rows, new = max(len(part), len(held[which])), part.shape[1]
+            if len(held[which]) < rows:
+                held[which] = held[which].repeat(rows, 1, 1)
+            part = part.expand(rows, -1, -1)
+            if self.static:
+                held[which] = grown(held[which], part, 1, 0, self.room, self.room)
+                held[which].index_copy_(1, start + torch.arange(new, device=part.device), part)
+            else:
+                held[which] = grown(held[which], part, 1, start, start + new, self.room)
+                held[which][:, start : start + new] = part
+
+    def turned(self, rotary: nn.Module | None, length: int = 0) -> list[Tensor] | None:
+        """cos and sin of all tokens, with room for `length` at least; None without an embedding."""
+        if rotary is None:
+            return None
+        held = self.turns[id(rotary)]
+        held[:] = [grown(part, part, 1, part.shape[1], length, length) for part in held]
+        return held
+
+    def sink_places(self, batch: int, device: torch.device) -> Tensor:
+        """Which tokens are the first of each row, (B, S)."""
+        places_S = torch.arange(self.sinks, device=device)
+        return places_S.expand(batch, -1) if self.first_place_B is None else self.first_place_B[:, None] + places_S
+
+    def seen(self, layer: KVLayer, mask: Tensor | None) -> Seen:
+        """`KVLayer.seen`, once a step for all layers that answer the same."""
+        if id(layer) in self._answered:
+            self._seen.clear()
+            self._answered.clear()
+        self._answered.add(id(layer))
+        key = layer.sliding, layer.base, next(iter(layer.parts[0].values())).shape[2], id(mask)
+        if key not in self._seen:
+            self._seen[key] = mask, layer.seen(mask)
+        return self._seen[key][1]
+
+    def rows(self, change: Any) -> None:
+        """Apply a change of the batch axis."""
+        if self.first_place_B is not None:
+            self.first_place_B = change(self.first_place_B)
+        for held in self.turns.values():
+            held[:] = [change(part) if len(part) > 1 else part for part in held]
+
+
 class KVLayer(CacheLayerMixin):
     """The keys and values of one layer. coders: of both. rotary: of the embedding that keys are stored without.
 
@@ -59,9 +125,9 @@ class KVLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, cache: KVCache, coders: tuple[Coder, Coder], rotary: nn.Module | None, window: int | None):
+    def __init__(self, shared: Shared, coders: tuple[Coder, Coder], rotary: nn.Module | None, window: int | None):
         super().__init__()
-        self.cache, self.coders, self.rotary, self.sliding = cache, coders, rotary, window
+        self.shared, self.coders, self.rotary, self.sliding = shared, coders, rotary, window
         self.is_sliding = window is not None
         self.base = 0
         # Tokens that came, and the first of those that the ring holds; a static cache has them on the device, where a
@@ -76,10 +142,10 @@ class KVLayer(CacheLayerMixin):
         """Room for what stays in full precision."""
         for coder, x in zip(self.coders, (key_states, value_states), strict=True):
             coder.check(x)
-        count = self.cache.sinks + self.cache.window
+        count = self.shared.sinks + self.shared.window
         self.kept = tuple(x.new_zeros((*x.shape[:2], count, x.shape[3])) for x in (key_states, value_states))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if self.cache.static:
+        if self.shared.static:
             self.length, self.full_from = (torch.zeros((), dtype=torch.long, device=self.device) for _ in range(2))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -93,50 +159,55 @@ class KVLayer(CacheLayerMixin):
         past = self._read(self._reach(int(self.length))) if new > 1 and int(self.length) else None
         self._encode((key_states, value_states), new)
         self._keep((key_states, value_states), new)
-        if self.cache.static:
+        if self.shared.static:
             self.length += new
-            self.full_from.copy_(torch.maximum(self.full_from, self.length - self.cache.window))
+            self.full_from.copy_(torch.maximum(self.full_from, self.length - self.shared.window))
         else:
             self.length += new
-            self.full_from = max(self.full_from, self.length - self.cache.window)
-        if new == 1 and self.cache.asked:
+            self.full_from = max(self.full_from, self.length - self.shared.window)
+        if new == 1 and self.shared.asked:
             key_states.reader = self  # type: ignore[attr-defined]
         elif new == 1:
             # The token itself is read as stored, too.
             key_states, value_states = self._read(self._reach(self.length - 1) + 1)
         elif past is not None:
             key_states, value_states = torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
-        if self.cache.strict:
+        if self.shared.strict:
             # For the attention that lets every token see the past as it will be stored by then.
             key_states.stored = self._decoded(0, self.length)  # type: ignore[attr-defined]
-            key_states.kept = self.cache.window, self.cache.sinks  # type: ignore[attr-defined]
+            key_states.kept = self.shared.window, self.shared.sinks  # type: ignore[attr-defined]
         return key_states, value_states
 
     def _encode(self, states: tuple[Tensor, Tensor], new: int) -> None:
         """Write the codes of new tokens behind those of the others."""
-        turned = self.cache.turned(self.rotary)
+        turned = self.shared.turned(self.rotary)
         places = torch.empty(0)
-        if self.cache.static:
+        if self.shared.static:
             places = self.length + torch.arange(new, device=self.device)
         else:
             self._make_room(new)
-        for which, x in enumerate(states):
+        for which, (coder, x) in enumerate(zip(self.coders, states, strict=True)):
+            angles: tuple[Tensor, ...] = ()
             if which == 0 and turned:
-                if self.cache.static:
-                    cos, sin = (part.index_select(1, places) for part in turned)
+                if self.shared.static:
+                    angles = tuple(part.index_select(1, places) for part in turned)
                 else:
-                    cos, sin = (part[:, self.length : self.length + new] for part in turned)
-                x = kv.turn(x, cos, sin, back=True)
-            for name, part in self.coders[which].encode(x).items():
+                    angles = tuple(part[:, self.length : self.length + new] for part in turned)
+            if isinstance(coder, Learned):
+                # In one launch.
+                parts = coder.encode(x, *angles)
+            else:
+                parts = coder.encode(kv.turn(x, angles[0], angles[1], back=True) if angles else x)
+            for name, part in parts.items():
                 held = self.parts[which].get(name)
-                if self.cache.static:
+                if self.shared.static:
                     if held is None:
-                        held = part.new_zeros((*part.shape[:2], self.cache.room, *part.shape[3:]))
+                        held = part.new_zeros((*part.shape[:2], self.shared.room, *part.shape[3:]))
                     held.index_copy_(2, places, part)
                 else:
                     # Of a long prompt a sliding window takes the end only.
                     start, part = max(self.length - self.base, 0), part[:, :, max(self.base - self.length, 0) :]
-                    held = grown(held, part, 2, start, start + part.shape[2], min(self.cache.room, self._most))
+                    held = grown(held, part, 2, start, start + part.shape[2], min(self.shared.room, self._most))
                     held[:, :, start : start + part.shape[2]] = part
                 self.parts[which][name] = held
 
@@ -158,17 +229,17 @@ class KVLayer(CacheLayerMixin):
 
     def _keep(self, states: tuple[Tensor, Tensor], new: int) -> None:
         """Put new tokens into the ring and, if they are a row's first, in front of it."""
-        sinks, window, start = self.cache.sinks, self.cache.window, self.length
+        sinks, window, start = self.shared.sinks, self.shared.window, self.length
         tail = min(new, window)
-        if window and new == 1 and not self.cache.static:
+        if window and new == 1 and not self.shared.static:
             slots: Any = slice(sinks + start % window, sinks + start % window + 1)
         elif window:
             slots = sinks + (start + new - tail + torch.arange(tail, device=self.device)) % window
         for x, kept in zip(states, self.kept, strict=True):
             if window:
                 kept[:, :, slots] = x[:, :, new - tail :]
-            if sinks and (self.cache.static or start < self.cache.last_sink):
-                at_BS = self.cache.sink_places(len(x), self.device) - start
+            if sinks and (self.shared.static or start < self.shared.last_sink):
+                at_BS = self.shared.sink_places(len(x), self.device) - start
                 inside = ((at_BS >= 0) & (at_BS < new))[:, None, :, None]
                 index = at_BS.clamp(0, new - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
                 first = kept[:, :, :sinks]
@@ -184,7 +255,7 @@ class KVLayer(CacheLayerMixin):
             coder.decode({name: part[:, :, start : start + count] for name, part in parts.items()})
             for coder, parts in zip(self.coders, self.parts, strict=True)
         )
-        turned = self.cache.turned(self.rotary, self.base + start + count)
+        turned = self.shared.turned(self.rotary, self.base + start + count)
         if turned:
             cos, sin = (part[:, self.base + start : self.base + start + count] for part in turned)
             keys = kv.turn(keys, cos, sin)
@@ -192,15 +263,15 @@ class KVLayer(CacheLayerMixin):
 
     def _read(self, count: int) -> tuple[Tensor, Tensor]:
         """What a later token attends to, of the last tokens: codes, but for the first and the newest tokens."""
-        sinks, length = self.cache.sinks, int(self.length)
+        sinks, length = self.shared.sinks, int(self.length)
         begin = length - count
         found = self._decoded(begin - self.base, count)
         newest = torch.arange(max(int(self.full_from), begin), length, device=self.device)
-        at_BS = self.cache.sink_places(len(found[0]), self.device) - begin
+        at_BS = self.shared.sink_places(len(found[0]), self.device) - begin
         inside = ((at_BS >= 0) & (at_BS < count))[:, None, :, None]
         for x, kept in zip(found, self.kept, strict=True):
-            x[:, :, newest - begin] = kept[:, :, sinks + newest % max(self.cache.window, 1)]
-            if sinks and begin < self.cache.last_sink:
+            x[:, :, newest - begin] = kept[:, :, sinks + newest % max(self.shared.window, 1)]
+            if sinks and begin < self.shared.last_sink:
                 index = at_BS.clamp(0, count - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
                 x.scatter_(2, index, torch.where(inside, kept[:, :, :sinks], x.gather(2, index)))
         return found
@@ -211,16 +282,16 @@ class KVLayer(CacheLayerMixin):
 
     def seen(self, mask: Tensor | None) -> Seen:
         """Which slots count for the newest token. mask: (B, 1, 1, tokens), the newest last; None: all do."""
-        sinks, window, base = self.cache.sinks, self.cache.window, self.base
-        length, full_from, padded = self.length, self.full_from, self.cache.first_place_B is not None
-        room, static = next(iter(self.parts[0].values())).shape[2], self.cache.static
+        sinks, window, base = self.shared.sinks, self.shared.window, self.base
+        length, full_from, padded = self.length, self.full_from, self.shared.first_place_B is not None
+        room, static = next(iter(self.parts[0].values())).shape[2], self.shared.static
         start, end = 0 if padded else max(0, sinks - base), room if static else max(0, full_from - base)
         filled = (full_from - base).to(torch.int32).view(1) if static else None
         plain = mask is None and not padded
         if plain and not static and full_from == max(length - window, 0) >= sinks > base:
             return Seen(start, end, None, None, None)
         batch = len(mask) if mask is not None else len(self.kept[0]) if padded else 1
-        sink_BS = self.cache.sink_places(batch, self.device)
+        sink_BS = self.shared.sink_places(batch, self.device)
         last, ring_N = length - 1, torch.arange(window, device=self.device)
         newest_BN = (last - (last - ring_N) % max(window, 1)).expand(batch, -1)
         behind_B1 = sink_BS[:, -1:] + 1 if sinks else newest_BN.new_zeros((batch, 1))
@@ -250,10 +321,10 @@ class KVLayer(CacheLayerMixin):
             return None
         if (mask is not None and mask.shape[1] > 1) or (self.rotary is not None and not keys.plain):
             return None
-        seen, q_BQD = self.cache.seen(self, mask), query[:, :, 0]
+        seen, q_BQD = self.shared.seen(self, mask), query[:, :, 0]
         codes_k, codes_v = (parts["codes"] for parts in self.parts)
         upto = self.base + codes_k.shape[2]
-        turned = self.cache.turned(self.rotary, upto)
+        turned = self.shared.turned(self.rotary, upto)
         coded = torch.ops.vqcompress.kv_attend(
             keys.enter(q_BQD), codes_k, keys.book, codes_v, values.book, scaling, seen.start, seen.end, seen.filled,
             None if seen.coded_BT is None else seen.coded_BT.expand(len(q_BQD), -1),
@@ -267,8 +338,8 @@ class KVLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of tokens that a mask speaks of, and the first of them."""
-        if self.cache.static:
-            return self.cache.room, 0
+        if self.shared.static:
+            return self.shared.room, 0
         reach = self._reach(self.length)
         return reach + query_length, self.length - reach
 
@@ -278,11 +349,11 @@ class KVLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """What a static cache has room for, else no maximum."""
-        return self.cache.room if self.cache.static else -1
+        return self.shared.room if self.shared.static else -1
 
     def reset(self) -> None:
         """Forget everything; a static cache keeps its memory."""
-        if self.cache.static and self.is_initialized:
+        if self.shared.static and self.is_initialized:
             self.length.zero_()
             self.full_from.zero_()
             return
@@ -293,7 +364,7 @@ class KVLayer(CacheLayerMixin):
         """Forget the last tokens, given as a negative number."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
-        if self.cache.static and self.is_initialized:
+        if self.shared.static and self.is_initialized:
             self.length.add_(tokens_to_remove).clamp_(min=0)
             self.full_from.copy_(torch.minimum(self.full_from, self.length))
             return
@@ -312,7 +383,7 @@ class KVLayer(CacheLayerMixin):
         """Apply a change of the batch axis to everything."""
         if not self.is_initialized:
             return
-        if self.cache.static:
+        if self.shared.static:
             for part in (*self.kept, *(part for parts in self.parts for part in parts.values())):
                 part.copy_(change(part))
             return

@@ -62,9 +62,9 @@ class Learned(Coder):
     book: Tensor
     plain = True
 
-    def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """Codes."""
-        return {"codes": kv.encode(x_BHTD, self.book)}
+    def encode(self, x_BHTD: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes; of x without its rotary embedding, if cos and sin of its tokens are given."""
+        return {"codes": kv.coded(x_BHTD, self.book, cos, sin)}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """The entries."""
