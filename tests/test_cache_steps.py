@@ -143,7 +143,7 @@ def test_a_static_cache_needs_a_length_and_an_attention_to_replace() -> None:
 
 
 def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False) -> Tensor:
-    """Of a prompt and a few steps. Without CUDA it is called in the interpreter, by launchers in the place of operators."""
+    """Of a prompt and a few steps. Without CUDA: called in the interpreter, where launchers stand for operators."""
     from vqcompress.kernels import kv as kernels
 
     model = model_of("llama", hidden=64)
