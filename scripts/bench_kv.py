@@ -88,7 +88,7 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
     """Print the bytes of a cache for each way to store it, after one prompt; what is in codebooks does not matter."""
     if name == "random":
         sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 256, "max_position_embeddings": tokens}
-        heads = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+        heads = {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).eval()
     else:
         model = load_any(name, "cpu").float()
@@ -108,7 +108,8 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
         ways[f"universal {d}x8"] = Universal(d)
     for way in (*found, *ways):
         if way in ways:
-            cache = KVCache(model, [(ways[way], ways[way])] * len(rotary), rotary, window, sinks, tokens)
+            turned = rotary if isinstance(ways[way], Learned) else [None] * len(rotary)
+            cache = KVCache(model, [(ways[way], ways[way])] * len(rotary), turned, window, sinks, tokens)
             model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             cache.close()
             found[way] = cache.nbytes()
