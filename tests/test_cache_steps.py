@@ -9,7 +9,7 @@ import torch
 from kernels import needs_gpu
 from test_cache import FAMILIES, ids_of, model_of, plain
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, Qwen3NextConfig
 
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
@@ -208,3 +208,58 @@ def test_a_recorded_step_makes_the_same_tokens(kind: str) -> None:
         return found
 
     assert torch.equal(torch.cat(tokens(True), 1), torch.cat(tokens(False), 1))
+
+
+@torch.inference_mode()
+def test_another_attention_in_between_is_noticed() -> None:
+    model, ids = model_of("llama"), ids_of(1, 12)
+    coders, rotary = coders_of(model, "learned")
+    expected = run(model, KVCache(model, coders, rotary, 4, 2), ids, torch.ones_like(ids), 8)
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        cache = KVCache(model, coders, rotary, 4, 2)
+        torch.testing.assert_close(run(model, cache, ids, torch.ones_like(ids), 8), expected)
+    cache = KVCache(model, coders, rotary, 4, 2)
+    model(ids, **{CACHE: cache}, use_cache=True)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(VQCompressError, match="another attention was set"):
+        model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+    cache.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "lm_head", None)
+        with pytest.raises(TypeError):
+            asks_readers(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.inference_mode()
+def test_a_cache_is_known_however_it_is_given() -> None:
+    """By place, and to what is inside of the model; and a row may begin in a later piece of the prompt."""
+    model, ids = model_of("llama"), ids_of(2, 20)
+    coders, rotary = coders_of(model, "learned")
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    caches = [KVCache(model, coders, rotary, 4, 2) for _ in range(3)]
+    model(ids, mask, places, caches[0])
+    model.base_model(ids, mask, places, caches[1])
+    for start, end in ((0, 6), (6, 20)):
+        given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
+        model(ids[:, start:end], **given, **{CACHE: caches[2]}, use_cache=True)
+    for cache in caches:
+        assert cache.shared.first_place_B.tolist() == [0, 9]
+        cache.close()
+    first = [layer.kept[0][:, :, :2] for layer in caches[0].layers]
+    for cache in caches[1:]:
+        for layer, expected in zip(cache.layers[:1], first[:1], strict=True):
+            torch.testing.assert_close(layer.kept[0][:, :, :2], expected)
+
+
+def test_a_state_that_is_no_keys_and_values_is_refused_by_name() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 384, "num_hidden_layers": 4, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_value_heads": 2, "linear_num_key_heads": 1}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    config = Qwen3NextConfig(**sizes, **heads, **experts, shared_expert_intermediate_size=16)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with pytest.raises(VQCompressError, match=r"Qwen3NextForCausalLM: layers \[0, 1, 2\] keep a state that"):
+        find_rotary(model)

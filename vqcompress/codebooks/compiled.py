@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from multiprocessing import current_process
 
 import numpy as np
 from numba import njit
@@ -26,9 +27,13 @@ LANES = 16
 
 
 @cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for what is compiled, which holds no lock."""
+def _pool(threads: int, process: int | None) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
+
+
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for what is compiled, which holds no lock. A fork has none of its parent's."""
+    return _pool(threads, current_process().ident)
 
 
 def in_shares(call: Callable[[int, int], object], count: int, threads: int) -> None:

@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vqcompress.codebooks import kv
+from vqcompress.errors import VQCompressError
 
 STRICT, CODED, CODED_EAGER = "vqcompress_decoding", "vqcompress_coded", "vqcompress_coded_eager"
 # What a model's forward and `generate` call their cache.
@@ -162,21 +163,31 @@ class _Watch(DynamicCache):
         return self.newest
 
 
-_asks: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# What a model attends by after it was asked for the first time; another since then has to be tried anew.
+_tried: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def asked_of(model: PreTrainedModel) -> bool:
+    """Whether the model attends by `coded` now."""
+    return model.config._attn_implementation in (CODED, CODED_EAGER)
 
 
 @torch.inference_mode()
 def asks_readers(model: PreTrainedModel) -> bool:
-    """Tell a model of `coded`; whether every one of its layers attends by it, which one token shows."""
-    if model not in _asks:
-        before, cache = model.config._attn_implementation, _Watch()
-        if before not in (CODED, CODED_EAGER) and model._can_set_attn_implementation():
-            model.set_attn_implementation(CODED_EAGER if before == "eager" else CODED)
-        model(torch.full((1, 1), 7, device=model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        _asks[model] = 0 < len(cache.keys_seen) == cache.asked
-        if not _asks[model]:
-            model.set_attn_implementation(before)
-    return _asks[model]
+    """Tell a model of `coded`, if every one of its layers attends by it, which one token shows; whether that is so."""
+    before, cache = model.config._attn_implementation, _Watch()
+    if _tried.get(model) != before:
+        asks = False
+        try:
+            if not asked_of(model) and model._can_set_attn_implementation():
+                model.set_attn_implementation(CODED_EAGER if before == "eager" else CODED)
+            model(torch.full((1, 1), 7, device=model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            asks = 0 < len(cache.keys_seen) == cache.asked
+        finally:
+            if not asks:
+                model.set_attn_implementation(before)
+        _tried[model] = model.config._attn_implementation
+    return asked_of(model)
 
 
 @torch.inference_mode()
@@ -184,8 +195,14 @@ def find_rotary(model: PreTrainedModel) -> list[nn.Module | None]:
     """For each layer the module that makes the rotary embedding of its keys; None where that cannot be proven.
 
     Proven by running: a row of equal tokens has, in every layer, equal keys but for their positions, so keys that are
-    turned back must be equal. What a module gives as (cos, sin) is tried by `kv.turn`.
+    turned back must be equal. What a module gives as (cos, sin) is tried by `kv.turn`. VQCompressError for a model of
+    which some layers keep something else (a recurrent state).
     """
+    layers = enumerate(DynamicCache(config=model.config).layers)
+    if recurrent := [n for n, layer in layers if "LinearAttention" in type(layer).__name__]:
+        raise VQCompressError(
+            f"{type(model).__name__}: layers {recurrent} keep a state that a cache of codes cannot hold"
+        )
     made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def look(module: nn.Module, args: Any, out: Any) -> None:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
-from vqcompress.runtime.attention import CACHE, asks_readers, find_rotary
+from vqcompress.runtime.attention import CACHE, asked_of, asks_readers, find_rotary
 from vqcompress.runtime.cache_layer import KVLayer, Shared
 from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
 
@@ -49,15 +49,17 @@ class KVCache(Cache):
         if static and not (length and asked):
             raise VQCompressError("a static cache needs a length, and a model whose attention can be replaced")
         self.shared, self.static = Shared(window, sinks, length or (1 << 60), static, strict, asked), static
-        self._running, self._fresh = False, True
+        self.model, self._running, self._fresh = model, False, True
         plain = DynamicCache(config=model.config).layers
         windows = [None if strict or static else getattr(layer, "sliding_window", None) for layer in plain]
-        windows += [None] * (len(coders) - len(windows))
+        # Layers that share the keys and values of others have none of their own.
+        windows = (windows + [None] * len(coders))[: len(coders)]
         layers = [KVLayer(self.shared, *given) for given in zip(coders, rotary, windows, strict=True)]
         super().__init__([*layers])
         self._user = {id(module): layer for module, layer in reversed(list(zip(rotary, layers, strict=True)))}
         self._hooks = [m.register_forward_hook(self._turn) for m in dict.fromkeys(filter(None, rotary))]
-        self._hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        # Of what is inside, so that it does not matter how the outer model is given its arguments.
+        self._hooks.append(model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks off the model; the cache is of no use after that."""
@@ -66,13 +68,17 @@ class KVCache(Cache):
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Where rows that are padded on the left begin."""
-        self._running = any(given is self for given in kwargs.values())
+        self._running = any(given is self for given in (*args, *kwargs.values()))
+        if self._running and self.shared.asked and not asked_of(self.model):
+            raise VQCompressError("another attention was set while a coded cache was in use; make a new cache")
         if not self._running or not (self._fresh or (not self.static and not self.get_seq_length())):
             return
-        self._fresh, mask, shared = False, kwargs.get("attention_mask"), self.shared
-        shared.first_place_B, shared.last_sink = None, shared.sinks
+        mask, shared = kwargs.get("attention_mask", args[1] if len(args) > 1 else None), self.shared
+        shared.first_place_B, shared.last_sink, self._fresh = None, shared.sinks, False
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            first_B = mask.long().argmax(1)
+            # Of a prompt in pieces a row may begin in a later one.
+            begun_B, first_B = mask.any(1), mask.long().argmax(1)
+            self._fresh, first_B = not bool(begun_B.all()), first_B.masked_fill(~begun_B, mask.shape[1])
             if furthest := int(first_B.max()):
                 shared.first_place_B, shared.last_sink = first_B, furthest + shared.sinks
 
@@ -159,7 +165,7 @@ def keep_coded(model: PreTrainedModel, how: Kept) -> None:
     plain: Any = model.generate
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(CACHE) is not None or kwargs.get("past_key_values") is not None:
+        if any(kwargs.get(name) is not None for name in (CACHE, "past_key_values", "cache_implementation")):
             return plain(*args, **kwargs)
         cache = how.cache(model)
         try:

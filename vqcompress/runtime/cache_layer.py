@@ -95,8 +95,8 @@ class Shared:
 
     def sink_places(self, batch: int, device: torch.device) -> Tensor:
         """Which tokens are the first of each row, (B, S)."""
-        places_S = torch.arange(self.sinks, device=device)
-        return places_S.expand(batch, -1) if self.first_place_B is None else self.first_place_B[:, None] + places_S
+        places_S, first_B = torch.arange(self.sinks, device=device), self.first_place_B
+        return places_S.expand(batch, -1) if first_B is None else first_B.to(device)[:, None] + places_S
 
     def seen(self, layer: KVLayer, mask: Tensor | None) -> Seen:
         """`KVLayer.seen`, once a step for all layers that answer the same."""
@@ -104,7 +104,8 @@ class Shared:
             self._seen.clear()
             self._answered.clear()
         self._answered.add(id(layer))
-        key = layer.sliding, layer.base, next(iter(layer.parts[0].values())).shape[2], id(mask)
+        room = next(iter(layer.parts[0].values())).shape[2]
+        key = layer.sliding, layer.base, room, layer.device, id(mask)
         if key not in self._seen:
             self._seen[key] = mask, layer.seen(mask)
         return self._seen[key][1]
@@ -159,11 +160,10 @@ class KVLayer(CacheLayerMixin):
         past = self._read(self._reach(int(self.length))) if new > 1 and int(self.length) else None
         self._encode((key_states, value_states), new)
         self._keep((key_states, value_states), new)
+        self.length += new
         if self.shared.static:
-            self.length += new
             self.full_from.copy_(torch.maximum(self.full_from, self.length - self.shared.window))
         else:
-            self.length += new
             self.full_from = max(self.full_from, self.length - self.shared.window)
         if new == 1 and self.shared.asked:
             key_states.reader = self  # type: ignore[attr-defined]
