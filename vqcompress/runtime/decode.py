@@ -1,7 +1,8 @@
 """Greedy decoding with a cache of fixed size; on a GPU a step is one CUDA graph, so that no launch waits for Python.
 
-What cannot be recorded runs step by step, and says so once: a cache that keeps its position as a number of Python's
-(sliding windows), or a layer that waits for the device (experts that are not multiplied as one stack).
+What cannot be recorded runs step by step, and says so once: transformers' cache of sliding windows, which keeps its
+position as a number of Python's, a coded cache that is not static, or a layer that waits for the device (experts that
+are not multiplied as one stack).
 """
 
 from __future__ import annotations
