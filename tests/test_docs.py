@@ -54,7 +54,8 @@ MADE = {"": "vq-small", "fp8": "fp8-tile", "compressed-tensors": "int8-plain", "
 # So that a toy is enough.
 SMALLER = {
     "quantize": {"--calibration": None, "--samples": "4", "--seqlen": "32"},
-    "plan": {"--samples": "4", "--seqlen": "32"},
+    # What is given need not be measured.
+    "plan": {"--samples": "4", "--seqlen": "32", "--tflops": "1", "--encode-tflops": "1", "--disk-gbps": "1"},
     "perplexity": {"--seqlen": "32", "--windows": "2"},
     "compare": {"--seqlen": "32", "--windows": "2"},
     "speed": {"--prompt-tokens": "4", "--new-tokens": "2"},
@@ -221,13 +222,15 @@ TOY: dict[str, Any] = {"hidden": 128, "layers": 1}
 
 @pytest.fixture(scope="session")
 def quick_recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The packaged recipes with the same words of fewer states, and one round of k-means: hundredths of the time."""
+    """The packaged recipes with fewer states, one round of k-means and two candidates: hundredths of the time."""
     folder = tmp_path_factory.mktemp("configs")
     for name, path in packaged().items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         for rule in (*data.get("rules", ()), *data.get("candidates", ())):
             rule |= {"states": 8} if rule.get("codebook") == "trellis" else {}
             rule |= {"iterations": 1, "refits": 0} if rule.get("codebook") == "learned" else {}
+        if "candidates" in data:
+            data["candidates"] = data["candidates"][1:3]
         if data.get("cache", {}).get("codebook", "") != "fp8" and "cache" in data:
             data["cache"]["rounds"] = 1
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
