@@ -26,6 +26,7 @@ from vqcompress.verify import verify
 PAGE = Path(__file__).parent.parent / "docs" / "add-a-method.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 CLASS = next(body for kind, body in BLOCKS if kind == "python" and "class RTN" in body)
+PROGRAM = next(body for kind, body in BLOCKS if kind == "python" and "METHODS[" in body)
 RECIPE = next(body for kind, body in BLOCKS if kind == "yaml")
 
 
@@ -84,3 +85,14 @@ def test_who_does_not_know_it_is_told(
     monkeypatch.delitem(methods.METHODS, "rtn")
     with pytest.raises(VQCompressError, match="no method 'rtn'"):
         vqcompress.load(out)
+
+
+def test_the_program_of_the_page_runs(
+    rtn: type[Method], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rtn.yaml").write_text(RECIPE)
+    exec(compile(PROGRAM, str(PAGE), "exec"), {})
+    # 4 bits, and 16 for every 64 columns.
+    assert capsys.readouterr().out == "4.25\n"
+    assert verify("demo-rtn")["targets"] == 21

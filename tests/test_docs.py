@@ -77,14 +77,25 @@ ELSEWHERE = {"add-a-method.md", "serving.md"}
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
-    """(language, body) of a page's fences in their order, where commands are each on a line and of language ``."""
+    """(language, body) of a page's fences in their order; a command is a piece of its own, of language ``, and so is
+    what a session shows of its output, of language `output`.
+    """
     found = []
     for language, body in FENCE.findall(text):
-        lines = body.replace("\\\n", " ").splitlines() if language in ("", "console") else []
         if language == "console":
-            lines = [line[2:] for line in lines if line.startswith("$ ")]
-        found += [("", line) for line in lines if line.strip()] or [(language, body)]
+            for session in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
+                command, _, output = session.partition("\n")
+                found += [("", command), ("output", output)]
+        elif not language:
+            found += [("", line) for line in body.replace("\\\n", " ").splitlines() if line.strip()]
+        else:
+            found.append((language, body))
     return found
+
+
+def labels(output: str) -> set[str]:
+    """The words that lines begin with: what stays the same from model to model."""
+    return set(re.findall(r"^([a-z][\w-]+)", output, re.MULTILINE))
 
 
 def mentioned(text: str) -> list[str]:
@@ -162,13 +173,13 @@ class Desk:
     def __init__(self, folder: Path, toy: Path, text: Path, quantized: Callable[..., Path]):
         self.folder, self.toy, self.text, self.quantized = folder, toy, text, quantized
 
-    def run(self, line: str) -> None:
-        """Run a line; its exit code must be 0, and what it says it writes must be there."""
+    def run(self, line: str) -> str:
+        """What a line prints; its exit code must be 0, and what it says it writes must be there."""
         words = words_of(line)
         if words[0] != "vqcompress":
             done = subprocess.run(line, shell=True, cwd=self.folder, capture_output=True, text=True)
             assert done.returncode == 0, (line, done.stderr)
-            return
+            return done.stdout
         parse(words[1:])
         command = words[2] if words[1] == "eval" else words[1]
         words = self._in_small(self._at_hand(words), command)
@@ -177,6 +188,7 @@ class Desk:
         for option in ("-o", "--html"):
             if option in words and "--dry-run" not in words:
                 assert (self.folder / words[words.index(option) + 1]).exists()
+        return result.stdout + result.stderr
 
     def python(self, code: str) -> str:
         """A program with what is here in place of what a reader has."""
@@ -261,6 +273,7 @@ def desk(
 
 @each_page
 def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = ""
     for language, body in pieces(TEXT_OF[page]):
         if language and page in ELSEWHERE:
             continue
@@ -279,7 +292,9 @@ def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.M
             with monkeypatch.context() as patch:
                 look_at(body, patch)
         elif not language:
-            desk.run(body)
+            printed = desk.run(body)
+        elif language == "output":
+            assert labels(body) <= labels(printed)
 
 
 @each_page
