@@ -1,0 +1,406 @@
+"""Every command in README.md and docs/ is run, or parsed where it cannot be; docs, recipes, knobs and options agree.
+
+In the pages a fence without a language holds commands, one with `console` a session: lines behind `$ ` are commands,
+the others what they print. Commands run in their order, in a folder of the page's own, on toys in place of models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from conftest import ROOT
+from processes import Processes
+from pydantic import BaseModel
+from torch.distributed.run import get_args_parser
+from typer._click.exceptions import MissingParameter
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from vqcompress import recipe
+from vqcompress.cli import app
+from vqcompress.export import verify
+from vqcompress.methods import METHODS
+from vqcompress.options import FORMATS
+from vqcompress.packaged import packaged
+from vqcompress.recipe import CacheKnobs, ExpertCalibration, Tuning
+from vqcompress.transforms import Smoothing
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT_OF = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+each_page = pytest.mark.parametrize("page", TEXT_OF)
+
+# What takes the place of what a reader has.
+MODELS = {"demo", "MODEL", "./my-model"}
+TEXTS = {"FILE", "wikitext2-test.txt", "calibration.txt", "code-test.txt", "my-text.txt", "my-calibration.txt"}
+TEXTS |= {f"vqcompress/demo/{name}.txt" for name in ("calibration", "evaluation")}
+# Artifacts that a page speaks of without making them: by the format that they are exported to, else the first.
+MADE = {"": "vq-small", "fp8": "fp8-tile", "compressed-tensors": "int8-plain", "aqlm": "vq-2bit-aqlm"}
+# So that a toy is enough.
+SMALLER = {
+    "quantize": {"--calibration": None, "--samples": "4", "--seqlen": "32"},
+    # What is given need not be measured.
+    "plan": {"--samples": "4", "--seqlen": "32", "--tflops": "1", "--encode-tflops": "1", "--disk-gbps": "1"},
+    "perplexity": {"--seqlen": "32", "--windows": "2"},
+    "compare": {"--seqlen": "32", "--windows": "2"},
+    "speed": {"--prompt-tokens": "4", "--new-tokens": "2"},
+    "generate": {"--max-new-tokens": "2"},
+}
+# Commands that are only parsed, or looked at, and why.
+NOT_RUN = {
+    r"bash scripts/(quickstart|test|bench_gpu)\.sh$": "takes minutes, makes a venv, or needs a GPU",
+    r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
+    r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
+    r"vqcompress .*(ORG/NAME|--push-to-hub|--gpus|--install-completion)": "needs the hub or GPUs, or changes the shell",
+    r"python -c \"import vqcompress; from lm_eval": "run by tests/test_lm_eval.py",
+    r"(git clone|cd|pip install|python3? -m venv|source) ": "installs; the extras named must exist",
+    r"vllm serve ": "vLLM is not installed here; docs/serving.md says that it is untested",
+    r"xdg-open ": "opens a browser",
+}
+# Pages whose programs and recipes another test takes: test_add_a_method.py, test_lm_eval.py.
+ELSEWHERE = {"add-a-method.md", "serving.md"}
+
+
+def pieces(text: str) -> list[tuple[str, str]]:
+    """(language, body) of a page's fences in their order; a command is a piece of its own, of language ``, and so is
+    what a session shows of its output, of language `output`.
+    """
+    found = []
+    for language, body in FENCE.findall(text):
+        if language == "console":
+            for session in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
+                command, _, output = session.partition("\n")
+                found += [("", command), ("output", output)]
+        elif not language:
+            found += [("", line) for line in body.replace("\\\n", " ").splitlines() if line.strip()]
+        else:
+            found.append((language, body))
+    return found
+
+
+def labels(output: str) -> set[str]:
+    """The words that lines begin with: what stays the same from model to model."""
+    return set(re.findall(r"^([a-z][\w-]+)", output, re.MULTILINE))
+
+
+def mentioned(text: str) -> list[str]:
+    """Commands between backticks in running text that are more than a name, as they would be typed."""
+    prose = FENCE.sub("", text)
+    return [
+        " ".join(found.split())
+        for found in re.findall(r"`((?:vqcompress|python scripts/|bash scripts/)[^`]* [^`]+)`", prose)
+    ]
+
+
+def words_of(line: str) -> list[str]:
+    return [word for word in shlex.split(line, comments=True) if word not in ("…", "[ARTIFACT", "…]")]
+
+
+def parse(words: list[str]) -> Any:
+    """The context of the command that would run; typer's error if a word is none of its own."""
+    command: Any = get_command(app)
+    context = command.make_context("vqcompress", words)
+    while hasattr(command, "commands"):
+        _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(command.name, words, parent=context)
+    if "format" in context.params:
+        assert context.params["format"] in FORMATS
+    for option in ("recipe", "kv_cache"):
+        name = context.params.get(option)
+        assert name is None or name in packaged() or "." in name or name in ("NAME", "RECIPE"), name
+    return context
+
+
+class Parsed(Exception):
+    """Instead of what a script does after its parser."""
+
+
+def parse_script(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Let a script parse its arguments, and no more."""
+    whole = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        whole(parser, *arguments)
+        raise Parsed
+
+    patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    patch.setattr(sys, "argv", words)
+    # They import each other.
+    patch.syspath_prepend(str(ROOT / "scripts"))
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def look_at(line: str, patch: pytest.MonkeyPatch) -> None:
+    """Parse a command that is not run."""
+    words = words_of(line)
+    if words[0] == "vqcompress" and "--install-completion" not in words and "COMMAND" not in words:
+        parse(words[1:])
+    elif words[0] == "torchrun":
+        known = get_args_parser().parse_args(words[1:])
+        assert known.training_script == "vqcompress"
+        parse(known.training_script_args)
+    elif words[:2] == ["python", "-m"] and words[2] == "vqcompress":
+        parse(words[3:])
+    elif words[0] == "python" and words[1].startswith("scripts/"):
+        parse_script(words[1:], patch)
+    elif words[0] == "bash":
+        assert all((ROOT / word).is_file() for word in words[1:])
+    elif words[0] == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        for named in re.findall(r"\.\[(\w+)\]", line):
+            assert named in extras
+
+
+class Desk:
+    """A folder in which the commands of a page run. quantized: the fixture."""
+
+    def __init__(self, folder: Path, toy: Path, text: Path, quantized: Callable[..., Path]):
+        self.folder, self.toy, self.text, self.quantized = folder, toy, text, quantized
+
+    def run(self, line: str) -> str:
+        """What a line prints; its exit code must be 0, and what it says it writes must be there."""
+        words = words_of(line)
+        if words[0] != "vqcompress":
+            done = subprocess.run(line, shell=True, cwd=self.folder, capture_output=True, text=True)
+            assert done.returncode == 0, (line, done.stderr)
+            return done.stdout
+        parse(words[1:])
+        command = words[2] if words[1] == "eval" else words[1]
+        words = self._in_small(self._at_hand(words), command)
+        result = CliRunner().invoke(app, words[1:], prog_name="vqcompress")
+        assert result.exit_code == 0, (line, result.stderr, result.exception)
+        for option in ("-o", "--html"):
+            if option in words and "--dry-run" not in words:
+                assert (self.folder / words[words.index(option) + 1]).exists()
+        return result.stdout + result.stderr
+
+    def python(self, code: str) -> str:
+        """A program with what is here in place of what a reader has."""
+        for name in re.findall(r'"(OUT[-\w]*|demo-\w+)"', code):
+            self._artifact(name, "")
+        return re.sub(r'"(demo|MODEL)"', lambda found: repr(str(self.toy)), code)
+
+    def _at_hand(self, words: list[str]) -> list[str]:
+        """The words, with what is here for models and texts; artifacts that are spoken of are put into the folder."""
+        form = words[words.index("--format") + 1] if "--format" in words else ""
+        found = []
+        for before, word in zip(["", *words], words, strict=False):
+            if word in MODELS:
+                word = str(self.toy)
+            elif word in TEXTS:
+                word = str(self.text)
+            elif word.endswith(".yaml") and before == "--recipe" and not (self.folder / word).exists():
+                (self.folder / word).write_text("rules:\n  - {match: '*', method: fp8}\n")
+            elif re.fullmatch(r"OUT[-\w]*|ARTIFACT|demo-\w+", word) and before not in ("-o", "--html"):
+                self._artifact(word, form)
+            found.append(word)
+        return found
+
+    def _artifact(self, name: str, form: str) -> None:
+        """An artifact of that name that can be exported to the format."""
+        recipe, family = MADE[form if form in MADE else ""], "llama"
+        if not (self.folder / name).exists():
+            # Written into by --report.
+            shutil.copytree(self.quantized(recipe, family, **TOY), self.folder / name)
+
+    def _in_small(self, words: list[str], command: str) -> list[str]:
+        for option, value in SMALLER.get(command, {}).items():
+            if option not in words:
+                words += [option, value or str(self.text)]
+            elif value:
+                words[words.index(option) + 1] = value
+        return words
+
+
+# As wide as FP8's tiles, so that exports have something to write.
+TOY: dict[str, Any] = {"hidden": 128, "layers": 1}
+
+
+@pytest.fixture(scope="session")
+def quick_recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The packaged recipes with fewer states, one round of k-means and two candidates: hundredths of the time."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, path in packaged().items():
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for rule in (*data.get("rules", ()), *data.get("candidates", ())):
+            rule |= {"states": 8} if rule.get("codebook") == "trellis" else {}
+            rule |= {"iterations": 1, "refits": 0} if rule.get("codebook") == "learned" else {}
+        if "candidates" in data:
+            data["candidates"] = data["candidates"][1:3]
+        if data.get("cache", {}).get("codebook", "") != "fp8" and "cache" in data:
+            data["cache"]["rounds"] = 1
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    return {name: folder / f"{name}.yaml" for name in packaged()}
+
+
+@pytest.fixture
+def desk(
+    toy: Callable[..., Path],
+    text: Path,
+    quantized: Callable[..., Path],
+    quick_recipes: dict[str, Path],
+    processes: Processes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Desk:
+    def read(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """The reader of an export in a process that has imported what takes seconds."""
+        _, dash_c, code, export, ids, logits = command
+        assert dash_c == "-c"
+        return processes.python(code, Path(export).absolute(), ids, Path(logits).absolute())
+
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=read))
+    monkeypatch.setattr(recipe, "packaged", lambda: quick_recipes)
+    monkeypatch.chdir(tmp_path)
+    return Desk(tmp_path, toy("llama", **TOY), text, quantized)
+
+
+@each_page
+def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = ""
+    for language, body in pieces(TEXT_OF[page]):
+        if language and page in ELSEWHERE:
+            continue
+        if language == "python":
+            exec(compile(desk.python(body), page, "exec"), {"__name__": page})
+        elif language == "yaml":
+            # Where a page speaks of one key, the rules are left out.
+            rules = (
+                ""
+                if re.search("^(rules|candidates|cache):", body, re.MULTILINE)
+                else "rules: [{match: '*', method: vq, codebook: trellis}]"
+            )
+            Path("page.yaml").write_text(body + rules)
+            recipe.load("page.yaml")
+        elif not language and any(re.match(pattern, body) for pattern in NOT_RUN):
+            with monkeypatch.context() as patch:
+                look_at(body, patch)
+        elif not language:
+            printed = desk.run(body)
+        elif language == "output":
+            assert labels(body) <= labels(printed)
+
+
+@each_page
+def test_what_is_mentioned_can_be_typed(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in mentioned(TEXT_OF[page]):
+        # A mention may leave arguments out.
+        with monkeypatch.context() as patch, suppress(MissingParameter, typer.Exit):
+            look_at(line, patch)
+
+
+# Knobs: heading of docs/recipes.md → the model that the table below it is of.
+KNOBS: dict[str, type[BaseModel]] = {
+    **{f"`{name}`": method for name, method in METHODS.items() if name != "keep"},
+    "`smoothing`": Smoothing,
+    "`tuning`": Tuning,
+    "`experts`": ExpertCalibration,
+    "`cache`": CacheKnobs,
+}
+
+
+def table_of_knobs(heading: str) -> dict[str, str]:
+    """Knob → its default as the page says it, of the table with the header `knob` below a heading."""
+    section = re.search(rf"^## {heading}.*?(?=^## |\Z)", TEXT_OF["recipes.md"], re.DOTALL | re.MULTILINE)
+    assert section, heading
+    rows = re.search(r"^\| knob .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
+    assert rows, heading
+    found = {}
+    for row in rows[0].splitlines()[2:]:
+        if row:
+            _, names, default, *_ = [cell.strip() for cell in row.split("|")]
+            given = default.split(", ") if ", " in names else [default]
+            found |= dict(zip(re.findall(r"`(\w+)`", names), given, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("heading", KNOBS)
+def test_every_knob_is_in_the_docs_with_its_default(heading: str) -> None:
+    fields, said = KNOBS[heading].model_fields, table_of_knobs(heading)
+    assert said.keys() == fields.keys()
+    for name, field in fields.items():
+        default, cell = field.default, said[name].strip("`")
+        if isinstance(default, bool):
+            assert cell in (str(default).lower(), "by family"), name
+        elif isinstance(default, (int, float, str)) and cell != "by family":
+            assert (cell if isinstance(default, str) else float(cell)) == default, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes.md"])
+def test_every_recipe_is_in_the_docs(page: str) -> None:
+    named = set(re.findall(r"`([\w-]+)`", TEXT_OF[page]))
+    assert packaged().keys() <= named
+    # And none that there is not.
+    assert {name for name in named if re.fullmatch(r"(vq|kv|mixed|fp8|smoothquant)-[\w-]+", name)} <= packaged().keys()
+
+
+def options() -> dict[str, set[str]]:
+    """Command → the options it has."""
+    found: dict[str, set[str]] = {}
+
+    def walk(command: Any, name: str) -> None:
+        for child, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{name} {child}".strip())
+        if not hasattr(command, "commands"):
+            found[name] = {" ".join(p.opts) for p in command.params if p.param_type_name == "option"}
+            missing = [p.name for p in command.params if p.param_type_name == "option" and not p.help]
+            assert not missing, f"{name}: no help for {missing}"
+
+    walk(get_command(app), "")
+    return found
+
+
+def test_every_command_and_option_is_in_the_docs() -> None:
+    everything = "\n".join(TEXT_OF.values())
+    for command, names in options().items():
+        assert f"vqcompress {command}" in everything
+        for name in names - {"--help -h"}:
+            assert re.search(rf"(?<!\w)({'|'.join(name.split())})\b", everything), f"{command} {name}"
+
+
+@each_page
+def test_options_in_the_docs_exist(page: str) -> None:
+    """Of our commands, of a script, or of the program that the line speaks of."""
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").iterdir() if path.is_file())
+    known = (
+        set(" ".join(name for names in options().values() for name in names).split())
+        | set(re.findall(r"--[a-z][\w-]+", scripts))
+        | {"--help", "--version", "--install-completion"}
+    )
+    for line in TEXT_OF[page].splitlines():
+        if not re.search(r"torchrun|accelerate|vllm|lm_eval|git |tensor-parallel|--model hf|--device cpu", line):
+            assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", line)) <= known, line
+
+
+@each_page
+def test_links_lead_somewhere(page: str) -> None:
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT_OF[page]):
+        assert "://" in link or (folder / link).is_file(), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    for page in PAGES[1:]:
+        assert f"](docs/{page.name})" in TEXT_OF["README.md"], page.name
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    """A place that somebody marked for later."""
+    for page, text in TEXT_OF.items():
+        assert not re.findall(r"[A-Z]+-TO-FILL|-FIGURES$", text, re.MULTILINE), page
