@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import triton
@@ -25,6 +26,23 @@ from vqcompress.kernels.launch import Call, Facts
 ARCHS: list[int | str] = [80, 90, 100, "gfx942"]
 # Compiled kernel → what it takes.
 _known: dict[str, Resources] = {}
+_parsing = RLock()
+
+
+class _Source(triton.compiler.ASTSource):
+    """Triton's source of a launch, parsed by one thread at a time.
+
+    Threads of Python 3.11 share the depth that its parser counts to: SystemError, wherever a collection of garbage
+    lets another one in (CPython issue 106905).
+    """
+
+    def hash(self) -> str:
+        with _parsing:
+            return str(super().hash())
+
+    def make_ir(self, *arguments: Any, **more: Any) -> Any:
+        with _parsing:
+            return super().make_ir(*arguments, **more)
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ def source_of(call: Call, arch: int | str) -> tuple[Any, dict[str, Any]]:
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, dict(call.settings), bound, specialized, options
     )
-    return triton.compiler.ASTSource(kernel, signature, constants, attributes), parsed.__dict__
+    return _Source(kernel, signature, constants, attributes), parsed.__dict__
 
 
 def target_of(arch: int | str) -> GPUTarget:
