@@ -17,7 +17,7 @@ import vqcompress
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 
 # Address space, of which Python with torch and transformers takes 0.9 GB before anything is read.
-LIMIT = 1500 * 2**20
+LIMIT = 1600 * 2**20
 TEXT = Path(vqcompress.__file__).parent / "demo" / "calibration.txt"
 
 
@@ -45,7 +45,7 @@ def everything(processes: Processes, model: Path, folder: Path, recipe: str, lim
 
 @pytest.mark.timeout(900)
 def test_a_model_of_three_times_the_memory(tmp_path: Path, processes: Processes) -> None:
-    size = write_llama(tmp_path / "model", layers=110, hidden=1024, inner=6144)
+    size = write_llama(tmp_path / "model", layers=112, hidden=1024, inner=6144)
     assert size > 3 * LIMIT
     # The limit bites: reading the weights as a whole does not fit.
     plain = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
