@@ -67,7 +67,7 @@ def _original(models: list[str]) -> str | None:
             # A report may come from anybody: nothing is downloaded because one says so.
             hub.fetch(repo[1], repo[2], download=False)
         return model if repo and not Artifact.is_one(resolve(model)) else None
-    except VQCompressError:
+    except (VQCompressError, OSError):
         return None
 
 
