@@ -491,6 +491,14 @@ def test_the_live_table_fits_into_a_narrow_terminal(columns: int) -> None:
     assert "block 1/2" in lines[3]
 
 
+def test_targets_may_come_while_the_table_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = live._Screen("toy")
+    run_for_a_moment(screen.draw)
+    monkeypatch.setattr(live.Table, "add_row", lambda table, *row: screen.recent.append(row))
+    screen.__rich__()
+    assert len(screen.recent) == 2
+
+
 def test_the_time_left_leaves_the_first_step_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

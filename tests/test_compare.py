@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vqcompress import evaluate, show
 from vqcompress.cli import app
-from vqcompress.compare import compare
+from vqcompress.compare import _original, compare
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate import perplexity
 from vqcompress.inspect import inspect
@@ -41,11 +41,13 @@ def test_each_model_has_the_figures_it_has_alone(
         whole(self, stream, *rest)
 
     monkeypatch.setattr(evaluate.Pass, "__init__", count)
+    # Reports name a local model without its place.
+    monkeypatch.chdir(toy().parent)
     found = compare(artifacts, str(text), seqlen=32, limit=3)
-    assert sorted(passes) == sorted([*map(Path, artifacts), toy()])
+    assert sorted(passes) == sorted([*map(Path, artifacts), Path(toy().name)])
     assert found.keys() == {"text", "protocol", "baseline", "seconds", "models"}
-    assert (found["text"], found["baseline"]) == (text.name, str(toy()))
-    assert [row["model"] for row in found["models"]] == [str(toy()), artifacts[1], artifacts[0]]
+    assert (found["text"], found["baseline"]) == (text.name, toy().name)
+    assert [row["model"] for row in found["models"]] == [toy().name, artifacts[1], artifacts[0]]
     for row in found["models"][1:]:
         alone = perplexity(row["model"], str(text), seqlen=32, limit=3, baseline=str(toy()))
         assert {key: row[key] for key in ("perplexity", "ratio", "kl_divergence", "top1_agreement")} == {
@@ -80,8 +82,23 @@ def test_models_of_other_tokens_do_not_compare(artifacts: list[str], toy: Make, 
         compare([artifacts[0], str(toy("llama", vocab=300))], str(text), seqlen=32, limit=1)
 
 
-def test_what_people_see(artifacts: list[str], text: Path, tmp_path: Path) -> None:
-    words = ["compare", *artifacts, "--text", str(text), "--seqlen", "32", "--windows", "2"]
+@pytest.mark.parametrize("named", ["org/name", "org/name@v1", "/nowhere", 3, None, ["demo"], "a\0b", "x" * 5000])
+def test_nothing_is_downloaded_since_a_report_names_it(
+    named: object, artifacts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repo: str, local_files_only: bool = False, **_: Any) -> str:
+        assert local_files_only
+        raise LookupError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    copy = shutil.copytree(artifacts[0], tmp_path / "copy")
+    report = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").write_text(json.dumps(report | {"model": named}))
+    assert _original([str(copy)]) is None
+
+
+def test_what_people_see(artifacts: list[str], toy: Make, text: Path, tmp_path: Path) -> None:
+    words = ["compare", *artifacts, "--baseline", str(toy()), "--text", str(text), "--seqlen", "32", "--windows", "2"]
     page, file = tmp_path / "compared.html", tmp_path / "found.json"
     result = CliRunner().invoke(app, [*words, "--html", str(page), "--json", str(file)])
     assert result.exit_code == 0, result.stderr
@@ -97,6 +114,12 @@ def test_what_people_see(artifacts: list[str], text: Path, tmp_path: Path) -> No
     table = shown.getvalue().split("protocol")[0]
     assert all(len(line) <= 80 for line in table.splitlines())
     assert all(f"{row['bits_per_weight']:.3f}" in table for row in found["models"])
+    # A model that computes nonsense costs nobody the rest.
+    for value in (float("nan"), float("inf")):
+        found["models"][-1] |= {"perplexity": value, "kl_divergence": dict.fromkeys(("mean", "p99", "max"), value)}
+        assert len(list(parsed(comparison_page(found)).iter())) > 100
+        show.compared(Console(file=shown, width=80), found)
+        assert shown.getvalue().split("took")[-2].count(f"{value}\n") == 1
 
 
 def test_a_page_whose_place_does_not_exist_is_wrong_usage(artifacts: list[str], text: Path) -> None:

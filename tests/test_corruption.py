@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import vqcompress
-from vqcompress.artifact import REPORTS, SUMS, Artifact, sha256
-from vqcompress.checkpoint import INDEX, Checkpoint
+from vqcompress.artifact import REPORTS, SUMS, Artifact, cache_settings, sha256
+from vqcompress.checkpoint import INDEX, Checkpoint, check_sizes
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate import perplexity
 from vqcompress.runtime import weights
@@ -152,7 +152,9 @@ def test_a_line_that_is_gone_from_the_checksums_is_noticed(name: str, copy: Call
         verify(str(folder))
 
 
-@pytest.mark.parametrize("name", ["extra.safetensors", "model.safetensors", "added_tokens.json", "notes.txt"])
+@pytest.mark.parametrize(
+    "name", ["extra.safetensors", "model.safetensors", "added_tokens.json", "merges.txt", "chat_template.jinja"]
+)
 def test_a_file_that_was_added_is_named(name: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     (folder / name).write_bytes(shard_of(folder, CODES).read_bytes() if "safetensors" in name else b"{}")
@@ -505,6 +507,21 @@ def test_a_damaged_cache_config_is_a_named_error(value: Any, copy: Callable[...,
     folder = copy()
     edit_json(folder / "config.json", lambda config: config["quantization_config"].update(kv_cache=value))
     assert refusals(folder, text).keys() == {"verify", "load", "eval"}
+
+
+def test_codebooks_mean_nothing_without_the_layers_they_were_learned_before() -> None:
+    config = {"quantization_config": {"kv_cache": {"codebook": "learned", "bits": 4}}}
+    with pytest.raises(VQCompressError, match="the kv_cache of here is damaged: before is None"):
+        cache_settings(config, "here")
+
+
+def test_sizes_of_known_models_pass() -> None:
+    # Doge has an embedding for each expert; DeepSeek-V3 as its authors' code has it, three modules for each.
+    check_sizes({"num_experts": 16384, "num_hidden_layers": 8}, "here", tensors=100, numbers=10**6)
+    # Modules are made for these before they are found to be too many.
+    with pytest.raises(VQCompressError, match="num_experts is 1000000"):
+        check_sizes({"num_experts": 10**6}, "here", tensors=100, numbers=10**9)
+    assert weights.MAX_PARAMETERS > 2 * 58 * 256 * 3
 
 
 def test_a_model_of_endless_parameters_is_refused(toy: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 from test_cli import call, line
 from toys import toy_checkpoint
 
 import vqcompress
+from vqcompress import hub
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.trust import trusted
@@ -95,6 +97,16 @@ def test_every_command_that_takes_a_model_takes_a_revision(monkeypatch: pytest.M
     for words in (["inspect"], ["verify"], ["export", "--format", "dense", "-o", tmp_path / "out"]):
         assert call(*words, "org/toy@v9").exit_code == 1
         assert (calls[-1]["repo"], calls[-1]["revision"]) == ("org/toy", "v9")
+
+
+def test_only_the_weights_that_are_read_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = failing(monkeypatch, OSError("no"))
+    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "original/a.safetensors"]
+    files += ["consolidated-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja", "model.bin"]
+    with pytest.raises(VQCompressError):
+        hub.fetch("org/toy")
+    patterns = {key: calls[0][key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(files, **patterns)) == [files[0], files[1], files[5]]
 
 
 @pytest.mark.parametrize(
@@ -204,8 +216,9 @@ def test_an_upload_that_cannot_be_is_refused_before_the_work(api: type[Api], toy
     api.error = ("whoami", errors.LocalTokenNotFoundError("Token is required"))
     result = call(*job, "--push-to-hub", "me/toy")
     assert (result.exit_code, "`hf auth login`" in line(result)) == (1, True)
-    for words in (["--push-to-hub", "me/to/y"], ["--private"]):
-        assert call(*job, *words).exit_code == 2
+    for words in (["--push-to-hub", "me/to/y"], ["--private"], ["--dry-run", "--push-to-hub", "me/toy"]):
+        result = call(*job, *words)
+        assert (result.exit_code, words[0] in line(result)) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

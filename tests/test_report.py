@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from vqcompress.artifact import SUMS
 from vqcompress.cli import app
-from vqcompress.documents import documents, model_card
+from vqcompress.documents import add_evaluation, documents, model_card
 from vqcompress.page import report_page
 from vqcompress.report import size
 from vqcompress.verify import verify
@@ -191,17 +191,21 @@ def test_the_card_has_metadata_that_the_hub_takes(quantized: Make) -> None:
     assert front["tags"][2] == "b: [c].yaml"
 
 
-def test_the_card_and_the_page_show_what_works(quantized: Make, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = quantized("int8-plain")
-    card = (folder / "README.md").read_text()
+def test_the_card_and_the_page_show_what_works(
+    quantized: Make, toy: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(quantized("int8-plain"), tmp_path / """it's "a" model"""))
+    told = documents(report_of(folder), folder.name)
+    card = told["README.md"].decode()
     python = card.split("```python\n")[1].split("```")[0]
     shell = card.split("shell:\n\n```\n")[1].split("```")[0]
-    assert python.strip() in "".join(parsed((folder / "report.html").read_text()).itertext())
+    assert python.strip() in "".join(parsed(told["report.html"].decode()).itertext())
     done = subprocess.run([sys.executable, "-c", python], cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The first thing to know is")
     monkeypatch.chdir(folder.parent)
-    model = report_of(folder)["model"]
+    model = str(toy())
+    assert report_of(folder)["model"] == Path(model).name
     for line in shell.strip().splitlines():
         # The card names the model without its directory, and leaves the text to the reader.
         line = line.replace("FILE", f"{text} --seqlen 32 --windows 1").replace(Path(model).name, model)
@@ -232,7 +236,7 @@ def test_evaluations_are_kept_side_by_side(evaluated: Callable[..., Any], toy: M
     first, second = report["evaluations"]
     assert (first["windows"], second["windows"]) == (2, 3)
     assert first["text"] == "text.txt"
-    assert first["baseline"]["model"] == str(toy())
+    assert first["baseline"]["model"] == toy().name
     assert "ratio" not in second
     card, page = (folder / "README.md").read_text(), parsed((folder / "report.html").read_text())
     rows = [row for row in cells(sections(page)["quality"]) if row[0] == "text.txt"]
@@ -246,6 +250,20 @@ def test_evaluations_are_kept_side_by_side(evaluated: Callable[..., Any], toy: M
     changed = {p.name for p in folder.iterdir() if p.read_bytes() != before.get(p.name)}
     assert changed - {SUMS} == {"report.json", "report.html", "README.md"}
     verify(str(folder))
+    assert add_evaluation(str(folder), first | {"device": "cuda"}) == ["report.json", "report.html", "README.md"]
+    assert [each["device"] for each in report_of(folder)["evaluations"]] == ["cpu", "cpu", "cuda"]
+
+
+def test_a_card_that_was_edited_stays(evaluated: Callable[..., Any], tmp_path: Path) -> None:
+    card = tmp_path / "copy" / "README.md"
+    card.write_text("Mine.")
+    for _ in range(2):
+        assert "README.md has been edited, and stays as it is" in evaluated("--windows", "1").stdout
+        assert card.read_text() == "Mine."
+    card.unlink()
+    assert "added to report.json, report.html, README.md of" in evaluated("--windows", "1").stdout
+    assert len(report_of(card.parent)["evaluations"]) == 1
+    verify(str(card.parent))
 
 
 def test_a_report_that_cannot_be_added_to_is_refused_first(toy: Make, text: Path, tmp_path: Path) -> None:

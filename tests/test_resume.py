@@ -293,6 +293,7 @@ def test_a_resume_with_other_inputs_is_refused_and_names_the_difference(
 def test_an_unfinished_run_of_other_inputs_is_replaced_with_overwrite(
     unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
+    (unfinished / "kv_cache.safetensors.partial").write_text("half")
     job(unfinished, seed=1, overwrite=True)
     job(tmp_path / "fresh", seed=1)
     assert contents(unfinished) == contents(tmp_path / "fresh")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vqcompress
+from vqcompress import writer
 from vqcompress.artifact import Artifact
+from vqcompress.checkpoint import INDEX
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.export import export
 from vqcompress.runtime import modules
@@ -205,7 +209,11 @@ def test_a_dense_export_is_the_model_that_the_artifact_stands_for(
     assert {n for n, _ in exported.named_parameters()} == {n for n, _ in original.named_parameters()}
 
 
-def test_a_dense_export_is_verified_by_its_own_reader(quantized: Make, tmp_path: Path) -> None:
+def test_a_dense_export_is_verified_by_its_own_reader(
+    quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "transformers.py").write_text("raise SystemExit('it ran')")
     result = export(str(quantized("vq-small")), "dense", tmp_path / "dense", verify=True)
     assert result["verified"]["mean_kl_divergence"] < 1e-4
 
@@ -217,6 +225,46 @@ def test_an_export_does_not_overwrite_what_is_there(quantized: Make, tmp_path: P
     with pytest.raises(UsageError, match="dense"):
         export(str(quantized()), "danse", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_export_never_overwrites_a_checkpoint(sharded: bool, quantized: Make, toy: Make, tmp_path: Path) -> None:
+    out = tmp_path / "precious"
+    if sharded:
+        load_any(str(toy())).save_pretrained(out, max_shard_size="100KB")
+        assert (out / INDEX).is_file()
+    else:
+        shutil.copytree(toy(), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(VQCompressError, match="is of no export; choose another directory"):
+        export(str(quantized()), "dense", out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_export_overwrites_an_earlier_one_whole_or_not(
+    quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, file: Path, **settings: Any) -> None:
+        if "00002" in file.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, file, **settings)
+
+    save, out = writer.save_file, tmp_path / "out"
+    monkeypatch.setattr(writer, "save_file", full)
+    with pytest.raises(VQCompressError, match=r"no space left in .*give the same command again$"):
+        export(str(quantized()), "dense", out)
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()
+    for name in ("notes.txt", "chat_template.jinja", "model-00009-of-00009.safetensors"):
+        (out / name).write_text("old")
+    for _ in range(2):
+        export(str(quantized()), "dense", out, overwrite=True)
+        assert (out / "notes.txt").read_text() == "old"
+        (out / "notes.txt").unlink()
+        export(str(quantized()), "dense", tmp_path / "fresh", overwrite=True)
+        fresh = {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == fresh
+        (out / "notes.txt").write_text("old")
 
 
 def test_what_generate_prepared_still_takes_gradients(quantized: Callable[..., Path]) -> None:

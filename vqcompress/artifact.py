@@ -4,7 +4,7 @@
     model-00001-of-0000N.safetensors   what lies outside of the blocks, then one shard per block
     model.safetensors.index.json       tensor → shard
     SHA256SUMS                         of every other file (`sha256sum -c` reads it)
-    report.json, README.md             what was done, and how to load it
+    report.json, .html, README.md      what was done, and how to load it
     kv_cache.safetensors               codebooks of keys and values, if they were calibrated
     recipe.yaml                        if the settings were chosen for a budget of bits: the choice, as a recipe
     journal.json                       only while a run is unfinished: its inputs, what was measured to choose
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from vqcompress import methods
-from vqcompress.checkpoint import INDEX, Checkpoint, read_json, sha256
+from vqcompress.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Layout, Method, Parts, layout_bits
 from vqcompress.recipe import CacheKnobs
@@ -48,7 +48,9 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
 STAGED = "(staged)"
 KV_CACHE = "kv_cache.safetensors"
-OURS = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors(\.partial)?|kv_cache\.safetensors|[\w.-]+\.json\.partial)")
+OURS = re.compile(r"((model-\d{5}-of-\d{5}|kv_cache)\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
+# What a loader of models or tokenizers may read beside `COMPANIONS`; other files of a user are no concern of ours.
+READ = re.compile(r"[^.].*\.(safetensors|json|py|jinja|model)|additional_chat_templates")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
 # Stands in the list of unexpected tensors that transformers then prints.
 HINT = "import_vqcompress_before_loading_this_model"
@@ -163,9 +165,11 @@ def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
         return None
     try:
         before = stored.get("before")
-        if before is not None and not all(type(layer) is bool for layer in before):
-            raise ValueError(f"before is {before!r}")
         knobs = CacheKnobs(**{key: value for key, value in stored.items() if key != "before"})
+        # Of learned codebooks only, which mean nothing without it.
+        layers = before if isinstance(before, list) and knobs.codebook == "learned" else [before]
+        if not all(type(layer) is (bool if knobs.codebook == "learned" else type(None)) for layer in layers):
+            raise ValueError(f"before is {before!r}")
     except (TypeError, AttributeError, ValueError) as error:
         raise VQCompressError(f"the kv_cache of {where} is damaged: {' '.join(str(error).split())[:300]}") from error
     return knobs.model_dump(mode="json") | ({} if before is None else {"before": before})
@@ -226,8 +230,9 @@ class Artifact(Checkpoint):
     def check_files(self, reports: bool = False) -> bool:
         """Compare files with SHA256SUMS; VQCompressError naming the first that differs or is missing.
 
-        reports: also those that only people read, and what is not listed is named. Returns whether there are checksums:
-        what transformers' `save_pretrained` wrote has neither them nor a report, and nothing to compare with.
+        reports: also those that only people read, and a file that a loader may read but that is not listed is named.
+        Returns whether there are checksums: what transformers' `save_pretrained` wrote has neither them nor a report,
+        and nothing to compare with.
         """
         if not any((self.path / name).exists() for name in (SUMS, "report.json", "report.html")):
             return False
@@ -242,9 +247,10 @@ class Artifact(Checkpoint):
         needed = {"config.json", INDEX, *(info.file for info in self.tensors.values())}
         if self.cache and self.cache["codebook"] == "learned":
             needed.add(KV_CACHE)
-        # Hidden files are git's or the system's, and no loader reads them.
-        present = {path.name for path in self.path.iterdir() if not path.name.startswith(".")} if reports else set()
-        if missing := sorted((needed | present) - listed.keys() - {SUMS}):
+        if reports:
+            read = {p.name for p in self.path.iterdir() if READ.fullmatch(p.name) or COMPANIONS.fullmatch(p.name)}
+            needed |= read | {name for name in (*REPORTS, RECIPE) if (self.path / name).exists()}
+        if missing := sorted(needed - listed.keys()):
             raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}; if it is yours, move it elsewhere")
         return True
 

@@ -158,6 +158,10 @@ class BlockStream:
         inside = {name for block in self.blocks for name in self.names.under(block.name)}
         return [name for name in self.source.tensors if name not in inside]
 
+    def layout(self, target: str) -> Layout | None:
+        """Of the mixture that a target is in, if its experts are fused on disk."""
+        return self.mixtures.get(target.rsplit(".", 2)[0], ("", None))[1]
+
     def stored_parts(self, entry: Entry) -> dict[str, str]:
         """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
         wanted = {part: part_name(f"{entry.target.name}.weight", part) for part in entry.layout()}

@@ -32,7 +32,8 @@ SHARD_NAME = re.compile(r"[\w.+ -]{1,200}\.safetensors", re.ASCII)
 # unless the file holds more numbers or tensors.
 NO_SIZE = re.compile(r"theta|base|seed|param|length|token")
 COUNTS = re.compile(r"(?!max_)(\w+_)?(layers?|blocks?|experts?|depths?)")
-MAX_SIZE, MAX_COUNT = 2**24, 1000
+# An expert may be a row of an embedding (Doge).
+MAX_SIZE, MAX_EXPERTS, MAX_COUNT = 2**24, 2**14, 1000
 # Bytes that are hashed at once.
 PIECE = 2**22
 # What a checkpoint may carry beside its weights, and an artifact takes along.
@@ -160,7 +161,8 @@ def check_sizes(config: object, where: str, tensors: int, numbers: int, key: str
         for value in config:
             check_sizes(value, where, tensors, numbers, key)
     elif isinstance(config, int) and not NO_SIZE.search(key):
-        most = max(MAX_COUNT, tensors) if COUNTS.fullmatch(key) else max(MAX_SIZE, numbers)
+        floor = MAX_EXPERTS if "expert" in key else MAX_COUNT
+        most = max(floor, tensors) if COUNTS.fullmatch(key) else max(MAX_SIZE, numbers)
         if config > most:
             held = f"its file holds {tensors} tensors of {numbers} numbers"
             raise VQCompressError(f"{where}: {key} is {str(config)[:40]}, but {held}")

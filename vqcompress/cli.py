@@ -99,6 +99,8 @@ def quantize(
     """
     model = pinned(model, revision)
     if dry_run:
+        if push_to_hub or private:
+            raise UsageError("--dry-run writes nothing to upload; leave it out, or --push-to-hub and --private")
         plan(
             model,
             recipe,

@@ -67,8 +67,9 @@ def perplexity(
         write(result)
         show.perplexity(console, result, text)
         if report:
-            documents.add_evaluation(model, result)
-            console.print(f"report      added to report.json, report.html and README.md of {model}", soft_wrap=True)
+            told = documents.add_evaluation(model, result)
+            kept = "" if "README.md" in told else "; README.md has been edited, and stays as it is"
+            console.print(f"report      added to {', '.join(told)} of {model}{kept}", soft_wrap=True)
 
 
 @evaluation.command()
@@ -102,7 +103,7 @@ def speed(
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Artifacts, or other models, to compare.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Artifacts or other models; ID@REV works.")],
     text: Text,
     baseline: Annotated[
         str | None,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from vqcompress import hub
 from vqcompress.artifact import Artifact, stored_bits
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate import named, score
-from vqcompress.report import read_report
+from vqcompress.evaluate import score
+from vqcompress.report import named, read_report
 
 
 def compare(
@@ -56,12 +58,16 @@ def compare(
 
 
 def _original(models: list[str]) -> str | None:
-    """The model that all artifacts were made from, as their reports name it; None if it is not there."""
-    found = {read_report(path).get("model") for path in map(resolve, models) if Artifact.is_one(path)}
-    model = found.pop() if len(found) == 1 else None
+    """The model that all artifacts were made from, as their reports name it; None if it is not here."""
+    found = [read_report(path).get("model") for path in map(resolve, models) if Artifact.is_one(path)]
+    model: Any = found[0] if found and found.count(found[0]) == len(found) else None
+    repo = hub.ID.fullmatch(model) if isinstance(model, str) else None
     try:
-        return model if model is not None and not Artifact.is_one(resolve(model)) else None
-    except VQCompressError:
+        if repo and model != "demo" and not (Path(model) / "config.json").is_file():
+            # A report may come from anybody: nothing is downloaded because one says so.
+            hub.fetch(repo[1], repo[2], download=False)
+        return model if repo and not Artifact.is_one(resolve(model)) else None
+    except (VQCompressError, OSError):
         return None
 
 

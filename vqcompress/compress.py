@@ -292,8 +292,7 @@ def encode(
         del tensors[names[path]]
         tensors.update({part_name(names[path], part): tensor for part, tensor in parts.items()})
         if targets[path] == plan.targets[0]:
-            _, layout = stream.mixtures.get(targets[path].name.rsplit(".", 2)[0], ("", None))
-            tensors[plain_name(names[path].removesuffix(".weight"), layout)] = MARKER
+            tensors[plain_name(names[path].removesuffix(".weight"), stream.layout(targets[path].name))] = MARKER
         rows[path] = row
         tick({"name": targets[path].name, "row": row})
 

@@ -6,13 +6,15 @@ import fcntl
 import json
 import math
 import os
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vqcompress.artifact import Artifact
+from vqcompress.artifact import SUMS, Artifact, read_sums
+from vqcompress.checkpoint import sha256
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.page import LOAD, evaluations, names_of, report_page
 from vqcompress.report import cache_line, mean, read_report, size
@@ -32,13 +34,13 @@ CARD = """---
 {load}
 ```
 
-`vqcompress.load("{here}")` also checks the files first, and computes in float32 on a CPU unless told otherwise. From a
+`vqcompress.load({here!r})` also checks the files first, and computes in float32 on a CPU unless told otherwise. From a
 shell:
 
 ```
-vqcompress generate {here} --prompt "The first thing to know is"
-vqcompress eval perplexity {here} --text FILE --baseline {original}
-vqcompress verify {here}
+vqcompress generate {path} --prompt "The first thing to know is"
+vqcompress eval perplexity {path} --text FILE --baseline {original}
+vqcompress verify {path}
 ```
 {tables}
 Calibration: {calibration}. Seed {seed}. `report.json` has a row per weight; `SHA256SUMS` has the checksums.
@@ -48,7 +50,7 @@ alone cannot read them and stops with a size mismatch."""
 DENSE = """The weights are dense, and transformers alone loads them right. What is coded is the cache of keys and
 values, which takes `vqcompress`."""
 # What tells one evaluation from another: the same text by the same protocol replaces what was there.
-PROTOCOL = ("text", "tokens_sha256", "windows", "seqlen", "stride", "bos", "kv_cache")
+PROTOCOL = ("text", "tokens_sha256", "windows", "seqlen", "stride", "bos", "kv_cache", "device")
 
 
 def documents(report: dict[str, Any], here: str) -> dict[str, bytes]:
@@ -72,10 +74,11 @@ def check_writable(model: str) -> None:
 
 
 @undisturbed()
-def add_evaluation(model: str, found: dict[str, Any]) -> None:
+def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
     """Add a result of `eval perplexity` to the report of an artifact's directory, and to what is made from it.
 
-    An earlier one by the same protocol is replaced, but for what was compared with a baseline if this was not.
+    Returns the names of the files that have it now: a README.md that somebody has edited stays as it is. An earlier
+    result by the same protocol is replaced, but for what was compared with a baseline if this was not.
     """
     path = Path(model).expanduser().resolve()
     lock = os.open(path, os.O_RDONLY)
@@ -87,9 +90,13 @@ def add_evaluation(model: str, found: dict[str, Any]) -> None:
         key = tuple(found[key] for key in PROTOCOL)
         kept[key] = kept.get(key, {}) | found
         told = documents(report | {"evaluations": list(kept.values())}, path.name)
+        card, sums = path / "README.md", read_sums(path) if (path / SUMS).exists() else {}
+        if card.exists() and sha256(card) != sums.get(card.name):
+            del told[card.name]
         for name, data in told.items():
             Shards(path).write(name, data)
         refresh_sums(path, told)
+        return list(told)
     except (KeyError, TypeError, AttributeError) as error:
         raise VQCompressError(f"{path / 'report.json'} is damaged or of another version: {error!r}") from error
     finally:
@@ -108,7 +115,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
     return CARD.format(
         metadata=yaml.safe_dump(metadata | {"tags": tags}, sort_keys=False, allow_unicode=True),
         base=base,
-        original=report["model"] if report["base_model"] else base,
+        original=shlex.quote(report["model"] if report["base_model"] else base),
         title=f"{Path(base).name} · {recipe}",
         version=report["versions"]["vqcompress"],
         recipe=recipe,
@@ -118,6 +125,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
         source=size(report["source_bytes"]),
         artifact=size(report["artifact_bytes"]),
         here=here,
+        path=shlex.quote(here),
         load=LOAD.format(here=here),
         tables=_by_method(report["targets"]) + _table(evaluations(report.get("evaluations", []))),
         calibration="none" if rows_of is None else f"{rows_of['samples']} rows of {rows_of['seqlen']} tokens",

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from vqcompress.blocks import BlockStream
 from vqcompress.calibration import fingerprint, read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.report import named
 from vqcompress.runtime.attention import CACHE, asks_readers, decoding
 from vqcompress.runtime.decode import Decoder
 from vqcompress.runtime.device import (
@@ -75,11 +75,6 @@ def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tens
         raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
     cut = tokens.unfold(0, seqlen, stride)
     return cut[:limit] if limit else cut
-
-
-def named(text: str) -> str:
-    """A text for a report: of a file the name, for others do not have its directory."""
-    return Path(text).name if Path(text).exists() else text
 
 
 def scored(number: int, seqlen: int, stride: int) -> int:
@@ -157,7 +152,7 @@ class Scores:
         """JSON: the baseline, KL divergence of ours from it, how often the likeliest token is the same."""
         kl = torch.cat(self.divergences).sort().values
         return {
-            "baseline": {"model": baseline, "perplexity": math.exp(self.baseline_nll / self.tokens)},
+            "baseline": {"model": named(baseline), "perplexity": math.exp(self.baseline_nll / self.tokens)},
             "ratio": math.exp((self.nll - self.baseline_nll) / self.tokens),
             "kl_divergence": {
                 "mean": kl.mean(dtype=torch.float64).item(),

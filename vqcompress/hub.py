@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from vqcompress.errors import UsageError, VQCompressError
 
@@ -26,22 +27,26 @@ LIGHT = [
     "report.html",
 ]
 
+# The same weights once more, for other programs.
+COPIES = ["*/*.safetensors", "consolidated*.safetensors"]
 
-def fetch(repo: str, revision: str | None = None, weights: bool = True) -> Path:
+
+def fetch(repo: str, revision: str | None = None, weights: bool = True, download: bool = True) -> Path:
     """The directory of a snapshot in the hub's cache, downloaded if it is not there; VQCompressError with the reason.
 
-    weights: False fetches only the config and the tokenizer.
+    weights: False fetches only the config and the tokenizer. download: False takes what is there, or fails.
     """
     from huggingface_hub import snapshot_download
 
     patterns = [*LIGHT, "*.safetensors"] if weights else LIGHT
     try:
-        path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        settings: Any = {"allow_patterns": patterns, "ignore_patterns": COPIES, "local_files_only": not download}
+        path = Path(snapshot_download(repo, revision=revision, **settings))
     except Exception as error:  # the hub's client has a dozen error types, and what it runs on has more
         raise VQCompressError(explain(error, repo, revision)) from error
     if weights and not list(path.glob("*.safetensors")):
         raise VQCompressError(
-            f"{repo} has no safetensors weights on the hub; save it with transformers, which has some"
+            f"{repo} has no safetensors weights on the hub; load it with transformers, save_pretrained writes some"
         )
     return path
 
@@ -69,7 +74,7 @@ def explain(error: BaseException, repo: str, revision: str | None = None) -> str
             f"the hub has no {repo}, or it is private: check the name, log in with `hf auth login` if you may read it"
         )
     if found(errors.OfflineModeIsEnabled) or (found(errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE):
-        return f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to ask the hub for it"
+        return f"{repo} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids asking the hub for it"
     if found(errors.LocalEntryNotFoundError, ConnectionError):
         return (
             f"the hub {constants.ENDPOINT} cannot be reached, and {repo} is not in the cache {constants.HF_HUB_CACHE}"

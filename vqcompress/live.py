@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
+from vqcompress.report import mean
 from vqcompress.show import console, duration, leads
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -78,7 +79,8 @@ class _Screen:
             rows.add_column(title, justify="right", min_width=len(title))
         for column in rows.columns:
             column.no_wrap = True
-        for row in self.recent:
+        # Another thread draws, while rows are added.
+        for row in list(self.recent):
             rows.add_row(*row)
         return Group(rows, self.bar) if self.recent else self.bar
 
@@ -148,14 +150,9 @@ def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
         elif not rows:
             text += "nothing to compress"
         else:
-            counts = [row["shape"][0] * row["shape"][1] for row in rows]
-            bits, error = (_mean(rows, counts, key) for key in ("bits_per_weight", "relative_error"))
+            bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
             text += f"{len(rows)} weights, {bits:.2f} bits, relative error {error:.3g}, "
             text += duration(facts["record"]["seconds"]) + (f", {run.left()}" if run.left() else "")
     else:
         return
     print(text, file=sys.stderr, flush=True)
-
-
-def _mean(rows: list[dict[str, Any]], counts: list[int], key: str) -> float:
-    return float(sum(row[key] * n for row, n in zip(rows, counts, strict=True)) / sum(counts))

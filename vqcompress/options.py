@@ -70,7 +70,7 @@ def pinned(model: str, revision: str | None) -> str:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, or 'demo'.")]
 Either = Annotated[str, typer.Argument(metavar="MODEL", help="An artifact, a directory, a hub id, or 'demo'.")]
-Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="What `quantize` wrote: a directory or a hub id.")]
+Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A directory of `quantize`, a hub id, or ID@REV.")]
 Recipe = Annotated[
     str | None,
     typer.Option("--recipe", help="A packaged recipe (see `recipes`) or a file.", autocompletion=_complete_recipe),

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vqcompress.report import kind, mean, size
-from vqcompress.svg import BOTTOM, LEVEL_NAMES, TOP, Axis, Point, bars, escape, mark, over, points, short, strip
+from vqcompress.report import mean, size
+from vqcompress.svg import BOTTOM, LEFT, LEVEL_NAMES, RIGHT, TOP, Axis, Point, bars, escape, mark, over, short, strip
+from vqcompress.targets import kind
 
 STYLE = Path(__file__).parent / "page.css"
 # Nothing is fetched and no script runs, whatever a name in a report says.
@@ -30,8 +32,8 @@ PAGE = """<!DOCTYPE html>
 LOAD = """import vqcompress  # registers the format with transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{here}")
-tokenizer = AutoTokenizer.from_pretrained("{here}")
+model = AutoModelForCausalLM.from_pretrained({here!r})
+tokenizer = AutoTokenizer.from_pretrained({here!r})
 inputs = tokenizer("The first thing to know is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 # An axis is logarithmic from this ratio of its largest value to its smallest on.
@@ -106,7 +108,8 @@ def report_page(report: dict[str, Any], here: str) -> str:
     lead = f"<p><code>{escape(base)}</code> compressed by vqcompress {escape(report['versions']['vqcompress'])} "
     lead += f"with the recipe <code>{escape(recipe)}</code>.</p>{_tiles(report)}"
     snippet = f"<pre><code>{escape(LOAD.format(here=here))}</code></pre>"
-    shell = f'vqcompress generate {here} --prompt "The first thing to know is"\nvqcompress verify {here}'
+    name = shlex.quote(here)
+    shell = f'vqcompress generate {name} --prompt "The first thing to know is"\nvqcompress verify {name}'
     sections = {
         "Quality": _quality(report),
         "Load it": snippet + f"<pre><code>{escape(shell)}</code></pre>",
@@ -406,11 +409,14 @@ def comparison_page(found: dict[str, Any]) -> str:
     figures = []
     for cost, of in costs.items():
         for loss, lost in losses.items():
-            named = {n: (of(row), y) for n, row in zip(names, models, strict=True) if (y := lost(row)) is not None}
+            notes = {n: (of(row), y) for n, row in zip(names, models, strict=True) if (y := lost(row)) is not None}
+            named = {n: [Point(a, b, note=f"{short(a)}, {short(b)}")] for n, (a, b) in notes.items()}
             if named:
-                title = f"{loss} over {cost}"
-                listed = "; ".join(f"{name}: {short(a)}, {short(b)}" for name, (a, b) in named.items())
-                figures.append(figure(title, points(title, listed, named, cost, loss), named))
+                title, found_at = f"{loss} over {cost}", [p for (p,) in named.values()]
+                listed = "; ".join(f"{name}: {p.note}" for name, (p,) in named.items())
+                across = Axis.around((p.x for p in found_at), LEFT + 8, RIGHT - 8, zero=True)
+                up = Axis.around((p.y for p in found_at), BOTTOM, TOP)
+                figures.append(figure(title, over(title, listed, named, cost, loss, up, across), named))
     rows = [[row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)] for row in models]
     head = ["model", "bits per weight", "size", *QUALITY]
     against = f" against <code>{escape(found['baseline'])}</code>" if found["baseline"] else ""

@@ -18,7 +18,7 @@ from vqcompress import methods
 from vqcompress.errors import UsageError, did_you_mean, nearest
 from vqcompress.methods import Method
 from vqcompress.packaged import packaged
-from vqcompress.targets import Block
+from vqcompress.targets import Block, kind
 from vqcompress.transforms import Smoothing
 
 # A choice written down for 70,000 weights is a third of this.
@@ -145,7 +145,7 @@ class Recipe:
         unused = set(range(len(self.rules))) - {n for found in matching.values() for n in found}
         if unused:
             match = self.rules[min(unused)].match
-            kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+            kinds = {kind(name) for name in names}
             near = nearest(re.sub(r"^re:|[*?\\]", "", match), sorted(kinds), 0) or "(there are none)"
             raise UsageError(
                 f"recipe {self.name}: the rule '{match}' matches no linear layer of the model's blocks;"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from vqcompress.methods import Parts
 from vqcompress.plan import Plan
 from vqcompress.recipe import setting
 from vqcompress.runtime.device import peak_device_bytes, peak_rss_bytes
-from vqcompress.targets import Block
+from vqcompress.targets import Block, kind
 from vqcompress.writer import Writer
 
 
@@ -58,9 +57,10 @@ class Uses:
         return found
 
 
-def kind(name: str) -> str:
-    """A name with every number in it replaced, so that the weights of all blocks and experts fall together."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+def named(place: str) -> str:
+    """A text or a model for a report: of a local file or directory the name, for others do not have its place."""
+    path = Path(place).expanduser()
+    return path.absolute().name if path.exists() else place
 
 
 def size(count: float) -> str:
@@ -102,7 +102,6 @@ def run_report(
     shards = {name: record for name, record in writer.done.items() if name != STAGED}
     targets = [row for record in shards.values() for row in record["targets"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
-    bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in targets)
     asked = {target.name: plan.rules[target.name].needs for target in plan.targets}
     chosen: dict[str, list[int]] = {}
     for target in plan.targets:
@@ -110,14 +109,14 @@ def run_report(
     sources = [record["source"] for record in shards.values()]
     files = [record["file"] for record in shards.values()] + list(writer.beside)
     return {
-        "recipe": plan.recipe.name,
+        "recipe": named(plan.recipe.name),
         "rotation": plan.recipe.rotation,
-        "model": model,
+        "model": named(model),
         "base_model": None if model == "demo" or Path(model).expanduser().exists() else model.partition("@")[0],
         "revision": source.revision,
         "seed": seed,
         "target_bits": plan.target_bits,
-        "bits_per_weight": bits / weights if weights else None,
+        "bits_per_weight": mean(targets, "bits_per_weight") if targets else None,
         "weights_quantized": weights,
         "source_bytes": source.bytes,
         "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),

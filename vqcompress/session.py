@@ -21,10 +21,8 @@ from vqcompress.options import DEBUG
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERRUPTED = {
-    "quantize": "the finished blocks are kept, the same command again continues after them",
-    None: "the same command again starts from the beginning",
-}
+CONTINUES = "the finished blocks are kept, the same command again continues after them"
+BEGINS = "the same command again starts from the beginning"
 
 
 class Commands(TyperGroup):
@@ -38,7 +36,7 @@ class Commands(TyperGroup):
             # Typer ends quietly; the reader of a pipe had enough.
             raise
         except KeyboardInterrupt:
-            hint = INTERRUPTED.get(ctx.invoked_subcommand, INTERRUPTED[None])
+            hint = CONTINUES if ctx.invoked_subcommand == "quantize" else BEGINS
             print(f"interrupted: {hint}", file=sys.stderr)
             raise typer.Exit(130) from None
         except Exception as error:
@@ -102,7 +100,7 @@ def uploading(repo: str | None, private: bool) -> Iterator[Callable[[Path, Conso
     from vqcompress import hub, show
 
     if private and repo is None:
-        raise UsageError("--private is of the repository of --push-to-hub REPO, which is missing")
+        raise UsageError("--private needs --push-to-hub REPO")
     if repo is not None and show.leads():
         hub.check_upload(repo)
 

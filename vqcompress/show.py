@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -17,7 +18,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.page import protocol, quality
-from vqcompress.report import cache_line, kind, size
+from vqcompress.report import cache_line, size
+from vqcompress.targets import kind
 
 
 def leads() -> bool:
@@ -134,6 +136,12 @@ def _bits(facts: dict[str, Any]) -> str:
     return f"{facts['bits_per_weight']:.3f} bits per weight over {facts['weights_quantized']:,} weights"
 
 
+def _left(to: Console, left_dense: dict[str, str]) -> None:
+    """What stays dense and why, a line for each kind of weight."""
+    for (name, why), count in Counter((kind(name), kind(why)) for name, why in left_dense.items()).items():
+        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)
+
+
 def planned(to: Console, plan: dict[str, Any]) -> None:
     """A plan: a row per kind of weight, sizes, memory, time, and what is left as it is."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
@@ -167,9 +175,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     speeds = f"{rates['tflops']:.3g} TFLOPS{encoding}, disk {rates['disk_gbps']:.3g} GB/s"
     where = f"{count} GPU{'s' * (count > 1)}, each" if device else "this CPU:"
     to.print(f"time    about {duration(plan['seconds'])} on {where} {speeds}")
-    left = Counter((kind(name), why) for name, why in plan["left_dense"].items())
-    for (name, why), count in left.items():
-        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}")
+    _left(to, plan["left_dense"])
 
 
 def inspected(to: Console, facts: dict[str, Any]) -> None:
@@ -239,8 +245,7 @@ def exported(to: Console, facts: dict[str, Any], out: str) -> None:
     """What an export wrote, what it had to decode, and how far its reader's logits are from the artifact's."""
     written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
     to.print(f"{out}: {facts['format']}, {written}", soft_wrap=True)
-    for (name, why), count in Counter((kind(name), kind(why)) for name, why in facts["left_dense"].items()).items():
-        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)
+    _left(to, facts["left_dense"])
     if "verified" in facts:
         read = facts["verified"]
         loss = f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact (at most {read['bound']:g})"
@@ -258,9 +263,7 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
     kinds = (([kind(path) for path in f["input"].split(", ")], kind(f["producer"] or "")) for f in facts["folds"])
     for reads, producer in dict.fromkeys((", ".join(dict.fromkeys(paths)), producer) for paths, producer in kinds):
         to.print(f"smooth  {reads}: {f'folds into {producer}' if producer else 'at run time'}", soft_wrap=True)
-    left = Counter((kind(name), why) for name, why in facts["left_dense"].items())
-    for (name, why), count in left.items():
-        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)
+    _left(to, facts["left_dense"])
 
 
 def compared(to: Console, found: dict[str, Any]) -> None:
@@ -273,8 +276,9 @@ def compared(to: Console, found: dict[str, Any]) -> None:
         table.add_row(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row))
     to.print(table)
     to.print(f"{measure} by bits per weight")
+    most = max((loss for loss in losses if math.isfinite(loss)), default=0) or 1
     for row, loss in zip(models, losses, strict=True):
-        bar = "█" * round(40 * loss / max(*losses, 1e-30)) or "▏"
+        bar = "█" * round(40 * loss / most) or "▏" if math.isfinite(loss) else f"{loss}"
         name = row["model"] if len(row["model"]) <= 20 else f"…{row['model'][-19:]}"
         to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}", soft_wrap=True)
     if found["baseline"] is None:

@@ -1,8 +1,7 @@
-"""Pictures as SVG text: values over blocks, bars, strips of shades, labelled points.
+"""Pictures as SVG text: points joined by lines, bars, strips of shades.
 
-Colours are classes of the page's style sheet. A picture is 360 wide, about a phone's screen, so that its words are
-nowhere smaller than they should be; wider pages set several beside one another. Each has a title, and a description for
-those who do not see it.
+Colours are classes of the page's style sheet. A picture is 360 wide, like the screen of a phone, so that its words need
+not be made smaller there; a wider page shows several in a row. Each has a title and a description, for screen readers.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ class Point:
     low: float | None = None
     high: float | None = None
     note: str = ""
+
+
+Series = Mapping[str, Sequence[Point]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def escape(value: object) -> str:
 
 def short(value: float) -> str:
     """A number for an axis or a cell, in three digits: 0.0123, 1.2e-5, 12,300."""
-    if value == 0 or 0.001 <= abs(value) < 100_000:
+    if value == 0 or not math.isfinite(value) or 0.001 <= abs(value) < 100_000:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     digits, exponent = f"{value:.2e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
@@ -119,11 +121,13 @@ def _frame(x: Axis, y: Axis, x_label: str, y_label: str, whole: bool = False) ->
     return "".join(parts)
 
 
-def over(title: str, about: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, y: Axis) -> str:
-    """Series of points over whole numbers, joined by lines, with their ranges."""
-    x = Axis.around((p.x for points in series.values() for p in points), LEFT + 8, RIGHT - 6)
-    body = [_frame(x, y, x_label, y_label, whole=True)]
-    for number, (name, points) in enumerate(series.items()):
+def over(title: str, about: str, series: Series, x_label: str, y_label: str, y: Axis, x: Axis | None = None) -> str:
+    """Series of points, joined by lines, with their ranges, finite values only. x: its ticks need not be whole."""
+    whole = x is None
+    x = x or Axis.around((p.x for points in series.values() for p in points), LEFT + 8, RIGHT - 6)
+    body = [_frame(x, y, x_label, y_label, whole)]
+    for number, (name, every) in enumerate(series.items()):
+        points = [p for p in every if math.isfinite(p.y)]
         shape, colour = SHAPES[number % len(SHAPES)], f"s{number % COLOURS}"
         places = [(x.at(p.x), y.at(p.y)) for p in points]
         body.append(f'<path class="line {colour}" d="M{"L".join(f"{a} {b}" for a, b in places)}"/>')
@@ -183,16 +187,3 @@ def strip(title: str, about: str, rows: Mapping[str, Sequence[float]], x_label: 
     ]
     body.append(f'<text class="mid" x="{(LEFT + RIGHT) / 2}" y="{bottom + 15:.1f}">{escape(x_label)}</text>')
     return picture(title, about, "".join(body), bottom + 22)
-
-
-def points(title: str, about: str, named: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
-    """A mark for each (x, y); x is from 0 on."""
-    x = Axis.around((a for a, _ in named.values()), LEFT + 8, RIGHT - 8, zero=True)
-    y = Axis.around((b for _, b in named.values()), BOTTOM, TOP)
-    body = [_frame(x, y, x_label, y_label)]
-    for number, (name, (a, b)) in enumerate(named.items()):
-        note = f"<title>{escape(f'{name}: {short(a)}, {short(b)}')}</title>"
-        body.append(
-            f'<path class="s{number % COLOURS}" d="M{x.at(a)} {y.at(b)}{SHAPES[number % len(SHAPES)]}">{note}</path>'
-        )
-    return picture(title, about, "".join(body))

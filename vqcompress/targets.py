@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from vqcompress.errors import VQCompressError
+
+
+def kind(name: str) -> str:
+    """A name with every number in it replaced, so that the weights of all blocks and experts fall together."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from vqcompress.artifact import (
     FORMAT_VERSION,
@@ -108,9 +108,10 @@ class Shards:
             for partial in self.out.glob("*.partial"):
                 partial.unlink(missing_ok=True)
             free = shutil.disk_usage(self.out).free
+            kept = ", the finished blocks are kept" if (self.out / JOURNAL).is_file() else ""
             return VQCompressError(
                 f"no space left in {self.out}: the next file needs {needed} bytes and {free} are free;"
-                " make room and give the same command again, the finished blocks are kept"
+                f" make room and give the same command again{kept}"
             )
         return VQCompressError(f"cannot write to {self.out}: {error}")
 
@@ -262,14 +263,7 @@ class Writer(Shards):
 
     def write_beside(self, name: str, tensors: Parts) -> None:
         """Write tensors that belong to no shard; `finish` lists them. Nothing is kept of it in the journal."""
-        partial = self.out / f"{name}.json.partial"
-        try:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
-            partial.chmod(0o644)
-            partial.replace(self.out / name)
-            self._sync_directory()
-        except (OSError, SafetensorError) as error:
-            raise self._explain(error, sum(t.nbytes for t in tensors.values())) from error
+        self.write(name, save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
         self.beside[name] = sha256(self.out / name)
 
     @undisturbed()

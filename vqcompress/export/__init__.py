@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from vqcompress.artifact import SHARD, Artifact
+from vqcompress.artifact import OURS, Artifact
 from vqcompress.blocks import BlockStream
-from vqcompress.checkpoint import INDEX, resolve
+from vqcompress.checkpoint import COMPANIONS, INDEX, read_json, resolve
 from vqcompress.errors import UsageError, VQCompressError, did_you_mean
 from vqcompress.export import aqlm, compressed_tensors, dense, fp8
 from vqcompress.export.rewrite import Export
 from vqcompress.export.verify import Reader, compare
 from vqcompress.runtime.device import peak_rss_bytes
+from vqcompress.writer import Shards
+
+# Stands in the index, so that --overwrite finds nothing of others in its way.
+EXPORTED = {"written_by": "vqcompress export"}
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,18 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     count = len(stream.blocks) + 1
     weight_map: dict[str, str] = {}
     total = 0
+    shards = Shards(out)
+    # First, so that one that was interrupted can be told from what others wrote.
+    shards.write(INDEX, json.dumps({"metadata": EXPORTED, "weight_map": {}}).encode())
     for number, tensors in enumerate(made.tensors, 1):
-        file = SHARD.format(number, count)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, out / file, metadata={"format": "pt"})
-        (out / file).chmod(0o644)
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        weight_map |= dict.fromkeys(tensors, shards.write_shard(number, count, tensors)["file"])
+        total += sum(t.nbytes for t in tensors.values())
     for path in source.companions():
-        (out / path.name).write_bytes(path.read_bytes())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+        shards.write(path.name, path.read_bytes())
+    index = {"metadata": {"total_size": total, **EXPORTED}, "weight_map": weight_map}
+    shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
     # Last, so that an export that was interrupted is no checkpoint.
-    (out / "config.json").write_text(json.dumps(made.config, indent=2))
+    shards.write("config.json", json.dumps(made.config, indent=2).encode())
     result: dict[str, Any] = {"format": format, "files": count, "bytes": total, "left_dense": made.left_dense}
     if verify:
         result["verified"] = compare(stream, source, out, reader, made.held)
@@ -88,7 +91,13 @@ def _empty(out: Path, overwrite: bool) -> None:
             raise VQCompressError(f"{out} is not empty; choose another directory or give --overwrite")
         if Artifact.is_one(out):
             raise VQCompressError(f"{out} holds an artifact; an export does not overwrite one")
-        (out / "config.json").unlink(missing_ok=True)
-        for old in (*out.glob("model-*-of-*.safetensors"), out / INDEX):
-            old.unlink(missing_ok=True)
+        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
+        metadata = index.get("metadata") if isinstance(index, dict) else None
+        ours = isinstance(metadata, dict) and metadata.get("written_by") == EXPORTED["written_by"]
+        models = [p for p in out.iterdir() if p.name == "config.json" or p.suffix in (".safetensors", ".bin")]
+        if foreign := [p.name for p in models if not ours or not (OURS.fullmatch(p.name) or p.name == "config.json")]:
+            raise VQCompressError(f"{out / foreign[0]} is of no export; choose another directory")
+        for old in out.iterdir() if ours else ():
+            if old.name in ("config.json", INDEX) or OURS.fullmatch(old.name) or COMPANIONS.fullmatch(old.name):
+                old.unlink()
     out.mkdir(parents=True, exist_ok=True)

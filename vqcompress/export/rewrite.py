@@ -15,6 +15,7 @@ from vqcompress.checkpoint import stored_dtype
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.runtime.experts import Experts
+from vqcompress.runtime.fused import plain_name
 from vqcompress.runtime.modules import CompressedLinear
 from vqcompress.targets import Target
 
@@ -77,11 +78,11 @@ def settle(
     held: set[str] = set()
     left_dense: dict[str, str] = {}
     for targets in groups.values():
-        compressed = {target.name for target in targets} & artifact.entries.keys()
-        why = {t.name: unfit(t) if t.name in compressed else "the recipe keeps it" for t in targets}
+        compressed = [target.name for target in targets if target.name in artifact.entries]
+        why = {t.name: unfit(t) if t.name in artifact.entries else "the recipe keeps it" for t in targets}
         dense = next((name for name, reason in why.items() if reason), "")
         if not dense:
-            held |= compressed
+            held.update(compressed)
         else:
             left_dense |= {name: why[name] or f"has to agree with {dense}, {why[dense]}" for name in compressed}
     if not held:
@@ -110,20 +111,27 @@ def dense_modules(stream: BlockStream, held: Collection[str]) -> list[str]:
     return sorted(paths | {stored.rpartition(".")[0] for stored, module in modules.items() if module in paths})
 
 
+def _weight(stream: BlockStream, entry: Entry) -> str:
+    """The name on disk that a target's weight would have: `X.weight_PART` stands for `X.weight`."""
+    part = next(iter(entry.layout()))
+    return stream.stored_parts(entry)[part].removesuffix(f"_{part}")
+
+
 def tensors(
     stream: BlockStream, artifact: Artifact, held: Collection[str], write: Write
 ) -> Iterator[dict[str, Tensor]]:
     """What lies outside of the blocks, then block by block: held targets as `write` has them, others decoded."""
-    yield stream.source.read(name for name in stream.rest if name != HINT)
+    weights = {name: _weight(stream, entry) for name, entry in artifact.entries.items()}
+    # One has the marker, which lies outside of the blocks if its name has a prefix that no parameter is known by.
+    marked = {plain_name(w.removesuffix(".weight"), stream.layout(name)) for name, w in weights.items()}
+    yield stream.source.read(name for name in stream.rest if name not in marked | {HINT})
     dtype = stored_dtype(artifact.config)
     for block in stream.blocks:
         found = stream.source.read(stream.names.under(block.name))
         for entry in (artifact.entries[t.name] for t in block.targets if t.name in artifact.entries):
             names = stream.stored_parts(entry)
             parts = {part: found[name] for part, name in names.items()}
-            part = next(iter(entry.layout()))
-            # `X.weight_PART` stands for `X.weight`; under that name the first target also has its marker.
-            weight = names[part].removesuffix(f"_{part}")
+            weight = weights[entry.target.name]
             for own in (weight, *(names[part] for part in entry.layout())):
                 found.pop(own, None)
             if entry.target.name in held:

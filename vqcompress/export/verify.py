@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqcompress.artifact import Artifact
 from vqcompress.blocks import BlockStream
 from vqcompress.calibration import read_text
 from vqcompress.checkpoint import resolve, stored_dtype
 from vqcompress.errors import VQCompressError
-from vqcompress.runtime.modules import CompressedLinear
+from vqcompress.runtime.modules import CompressedLinear, decode_layers
 from vqcompress.runtime.tokens import load_tokenizer, tokenize
 from vqcompress.trust import trusted
 
@@ -57,14 +57,19 @@ class Reader:
     rounds: bool = False
     bound: float = 1e-3
 
+    @property
+    def name(self) -> str:
+        """The package's name alone."""
+        return self.package.partition(">")[0].partition("[")[0]
+
     def check_installed(self) -> None:
         """VQCompressError that says which package to install, if it is missing."""
         if self.package:
-            name = self.package.partition(">")[0].partition("[")[0]
             try:
-                importlib.metadata.version(name)
+                importlib.metadata.version(self.name)
             except importlib.metadata.PackageNotFoundError as error:
-                raise VQCompressError(f"--verify needs the package {name}: pip install '{self.package}'") from error
+                words = f"--verify needs the package {self.name}: pip install '{self.package}'"
+                raise VQCompressError(words) from error
 
 
 @torch.inference_mode()
@@ -75,16 +80,22 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
     activations the artifact runs as ever, else with its decoded weights.
     """
     ids_BL, text = _tokens(stream, source)
-    states = [stream.begin(ids_BL)]
+    states, dtype = [stream.begin(ids_BL)], stored_dtype(source.config)
+
+    def weight(layer: CompressedLinear) -> Tensor:
+        return layer.weight if layer.entry.target.name in held else layer.weight.to(dtype).float()
+
     for i in range(len(stream.blocks)):
         block = stream.load_block(i)
         if not reader.rounds:
-            _decode(block, held, stored_dtype(source.config))
+            decode_layers(block, weight)
         stream.advance(block, i, states)
     ours = stream.finish(ids_BL, states[0]).double().log_softmax(-1)
     logits_file = out / "logits.partial"
     command = [
         sys.executable,
+        # Nothing is imported from where the user happens to be.
+        "-P",
         "-c",
         READ.format(setup=reader.setup, trusted=trusted()),
         str(out),
@@ -101,9 +112,8 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     if not divergence <= reader.bound:
         raise VQCompressError(f"{out} differs from {source.path}: mean KL divergence {divergence:.4f} > {reader.bound}")
-    package = reader.package.partition(">")[0].partition("[")[0]
     return {
-        "reader": f"transformers with {package}" if package else "transformers",
+        "reader": f"transformers with {reader.name}" if reader.package else "transformers",
         "tokens": ids_BL.numel(),
         "text": text,
         "activations": "rounded" if reader.rounds else "exact",
@@ -123,15 +133,3 @@ def _tokens(stream: BlockStream, source: Artifact) -> tuple[Tensor, str]:
     if len(ids_n) >= count and int(ids_n.max()) < vocabulary:
         return ids_n[None, :count], "the packaged text"
     return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)), "random tokens"
-
-
-def _decode(block: nn.Module, held: Collection[str], dtype: torch.dtype) -> None:
-    """Put plain linear layers with the weights that were written in the place of compressed ones."""
-    for path, layer in list(block.named_modules()):
-        if isinstance(layer, CompressedLinear):
-            target = layer.entry.target
-            weight = layer.decoded()
-            plain = nn.Linear(*target.shape[::-1], bias=target.bias, device="meta")
-            plain.weight = nn.Parameter(weight if target.name in held else weight.to(dtype).float(), False)
-            plain.register_parameter("bias", layer.bias)
-            block.set_submodule(path, plain)
