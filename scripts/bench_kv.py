@@ -91,7 +91,9 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
         heads = {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).eval()
     else:
-        model = load_any(name, "cpu").float()
+        model = load_any(name, "cpu")
+    # What stays in full precision is then of 16 bits, too.
+    model = model.to(torch.bfloat16)
     config, rotary = model.config.get_text_config(), find_rotary(model)
     heads, channels = config.num_key_value_heads, getattr(config, "head_dim", None)
     channels = channels or config.hidden_size // config.num_attention_heads
