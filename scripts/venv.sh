@@ -9,24 +9,22 @@ stamp=".venv/.installed${extra:+-$extra}"
 source .venv/bin/activate
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
-# What is imported is compiled then; the rest of torch and transformers, which is most of them, never.
-pip_install() { pip install -q --no-compile "$@"; }
 install_torch() {
     if python -c 'import torch' 2>/dev/null; then return; fi
     echo "installing torch …" >&2
     if command -v nvidia-smi >/dev/null || command -v rocminfo >/dev/null || [ "$(uname -s)" != Linux ]; then
-        pip_install 'torch>=2.11'
+        pip install -q 'torch>=2.11'
     else
         # No GPU: the CPU build, which is a tenth of the size. Where neither place has it, the default build.
-        pip_install 'torch==2.13.0+cpu' 2>/dev/null ||
-            pip_install 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
-            pip_install 'torch==2.13.0'
+        pip install -q 'torch==2.13.0+cpu' 2>/dev/null ||
+            pip install -q 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
+            pip install -q 'torch==2.13.0'
     fi
 }
 
 if ! cmp -s pyproject.toml "$stamp"; then
     install_torch
     echo "installing vqcompress${extra:+[$extra]} …" >&2
-    pip_install -e ".${extra:+[$extra]}"
+    pip install -q -e ".${extra:+[$extra]}"
     cp pyproject.toml "$stamp"
 fi

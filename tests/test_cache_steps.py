@@ -161,8 +161,8 @@ def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False)
 
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         if not cuda:
-            patch.setitem(kv.kv_attend._backend_fns, "cpu", attend)
-            patch.setitem(kv.kv_encode._backend_fns, "cpu", lambda *a: kernels.encode(*a) and None)
+            patch.setattr(kv, "attend_on_cpu", attend)
+            patch.setattr(kv, "coded", kernels.encode)
         return run(model, KVCache(model, coders, rotary, 4, 2, length=16, static=static), ids, mask, 8).cpu()
 
 

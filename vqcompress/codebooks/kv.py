@@ -96,6 +96,9 @@ def rotation(channels: int, device: torch.device) -> Tensor:
 
 def coded(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
     """`encode` of x, turned back first if it has cosines and sines, by the kernel on a GPU."""
+    if not x_BHTD.is_cuda:
+        # Without what it takes to call an operator, which is as long as the search itself.
+        return encode(x_BHTD if cos_BTD is None or sin_BTD is None else turn(x_BHTD, cos_BTD, sin_BTD, True), book_HGEd)
     size = *x_BHTD.shape[:3], x_BHTD.shape[3] // book_HGEd.shape[3]
     codes_BHTG = torch.empty(size, dtype=torch.uint8, device=x_BHTD.device)
     torch.ops.vqcompress.kv_encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD, codes_BHTG)
@@ -273,7 +276,8 @@ def _(q_BQD: Tensor, *others: object) -> tuple[Tensor, Tensor]:
 
 
 @kv_attend.register_kernel("cpu")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`kv_attend`, compiled."""
     q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, mask_BT, *more = arguments
     last = end if filled is None else int(filled)
     if q_BQD.dtype == torch.float64:

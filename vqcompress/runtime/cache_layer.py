@@ -325,7 +325,8 @@ class KVLayer(CacheLayerMixin):
         codes_k, codes_v = (parts["codes"] for parts in self.parts)
         upto = self.base + codes_k.shape[2]
         turned = self.shared.turned(self.rotary, upto)
-        coded = torch.ops.vqcompress.kv_attend(
+        call = torch.ops.vqcompress.kv_attend if q_BQD.is_cuda else kv.attend_on_cpu
+        coded = call(
             keys.enter(q_BQD), codes_k, keys.book, codes_v, values.book, scaling, seen.start, seen.end, seen.filled,
             None if seen.coded_BT is None else seen.coded_BT.expand(len(q_BQD), -1),
             *(part[:, self.base : upto] for part in turned) if turned else (None, None),
