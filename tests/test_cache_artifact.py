@@ -30,6 +30,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate import perplexity, speed
 from vqcompress.inspect import inspect
 from vqcompress.quantize import dry_run, open_checkpoint, quantize
+from vqcompress.recipe import load as load_recipe
 from vqcompress.runtime.attention import CACHE
 from vqcompress.runtime.decode import nbytes
 from vqcompress.runtime.load import load, load_any
@@ -244,7 +245,7 @@ def test_a_cache_is_planned_from_a_config_alone(tmp_path: Path) -> None:
     assert both["seconds_by"]["forward"] == 0
     assert both["seconds_by"]["encode"] == pytest.approx(found["fp8-tile"]["seconds_by"]["encode"], rel=0.01)
     stream = BlockStream(open_checkpoint(str(tmp_path), weights=False), torch.device("cpu"), torch.float32)
-    assert make_plans(stream, "kv-vq-4bit", None)[0].targets == []
+    assert make_plans(stream, load_recipe("kv-vq-4bit"), None)[0].targets == []
 
 
 def test_too_little_memory_is_said_before_the_work(

@@ -432,6 +432,8 @@ class TwoBlocks:
         Block("layers.1", (Target("layers.1.a", (8, 8), False),)),
     )
 
+    targets = (*blocks[0].targets, *blocks[1].targets)
+
     def compressed(self, block: Block) -> tuple[Target, ...]:
         return block.targets
 
@@ -439,15 +441,16 @@ class TwoBlocks:
 def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
     with live.watching("toy") as watch:
+        watch("read", {})
         watch("plan", {"plan": TwoBlocks(), "done": ["layers.0"]})
         watch("done", {"index": 0, "count": 2, "name": "layers.0", "record": {"targets": [row, row], "seconds": 9}})
         watch("target", {"name": "layers.1.a"})
         watch("done", {"index": 1, "count": 2, "name": "layers.1", "record": {"targets": [row], "seconds": 1.25}})
     assert capsys.readouterr().err.splitlines() == [
         "reading toy",
-        "1 weights in 1 blocks to do, 1 blocks are done already",
+        "1 weight in 1 block to do, 1 block is done already",
         "block 1/2 layers.0: done by an earlier run",
-        "block 2/2 layers.1: 1 weights, 2.00 bits, relative error 0.0711, 1.2 s",
+        "block 2/2 layers.1: 1 weight, 2.00 bits, relative error 0.0711, 1.2 s",
     ]
 
 
