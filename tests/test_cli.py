@@ -117,8 +117,15 @@ def artifact(toy: Path, job: list[str], tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_help_and_recipes_load_no_torch() -> None:
+def test_help_recipes_and_typos_load_no_torch() -> None:
     calls = [["--help"], ["recipes"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)]
+    calls += [["quantize", "demo", "-o", "out", "--recipe", "vq-2bt"], ["quantize", "demo", "-o", "demo"]]
+    calls += [["plan", "demo", "--recipe", "fp8-tile", "--calibration", "no.txt"]]
+    calls += [
+        ["generate", "out", "--prompt", "x", "--kv-cache", "kv"],
+        ["export", "out", "--format", "gguf", "-o", "x"],
+    ]
+    calls += [["eval", "perplexity", "demo", "--text", "no.txt"], ["compare", "demo", "--text", "no.txt"]]
     script = f"""
 import sys, contextlib, io
 from vqcompress.cli import app

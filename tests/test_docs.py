@@ -63,7 +63,7 @@ SMALLER = {
 }
 # Commands that are only parsed, or looked at, and why.
 NOT_RUN = {
-    r"bash scripts/(quickstart|test|bench_gpu)\.sh$": "takes minutes, makes a venv, or needs a GPU",
+    r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh$": "takes minutes, makes a venv, or needs a GPU",
     r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
     r"vqcompress .*(ORG/NAME|--push-to-hub|--gpus|--install-completion)": "needs the hub or GPUs, or changes the shell",

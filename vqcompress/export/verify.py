@@ -68,7 +68,9 @@ class Reader:
             try:
                 importlib.metadata.version(self.name)
             except importlib.metadata.PackageNotFoundError as error:
-                words = f"--verify needs the package {self.name}: pip install '{self.package}'"
+                words = (
+                    f"--verify needs the package {self.name}: pip install '{self.package}' (the extra 'export' has it)"
+                )
                 raise VQCompressError(words) from error
 
 
