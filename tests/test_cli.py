@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -459,6 +460,16 @@ def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
         "block 1/2 layers.0: done by an earlier run",
         "block 2/2 layers.1: 1 weight, 2.00 bits, relative error 0.0711, 1.2 s",
     ]
+
+
+def test_the_log_of_a_cache_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = SimpleNamespace(blocks=TwoBlocks.blocks, targets=(), compressed=lambda block: ())
+    with live.watching("toy") as watch:
+        watch("plan", {"plan": plan, "done": []})
+        for n in range(2):
+            record = {"targets": [], "seconds": 1}
+            watch("done", {"index": n, "count": 2, "name": f"layers.{n}", "record": record})
+    assert capsys.readouterr().err.splitlines() == ["the weights stay as they are: 2 blocks to copy"]
 
 
 def run_for_a_moment(watch: Callable[[str, dict[str, Any]], None]) -> None:
