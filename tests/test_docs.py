@@ -261,7 +261,7 @@ def desk(
 ) -> Desk:
     def read(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """The reader of an export in a process that has imported what takes seconds."""
-        _, dash_c, code, export, ids, logits = command
+        *_, dash_c, code, export, ids, logits = command
         assert dash_c == "-c"
         return processes.python(code, Path(export).absolute(), ids, Path(logits).absolute())
 
