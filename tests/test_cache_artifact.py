@@ -18,7 +18,7 @@ from toys import toy_config
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
-from vqcompress import cache_calibration, distributed
+from vqcompress import cache_calibration, distributed, show
 from vqcompress import quantize as running
 from vqcompress.allocate import make_plans
 from vqcompress.artifact import HINT, KV_CACHE
@@ -30,6 +30,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate import perplexity, speed
 from vqcompress.inspect import inspect
 from vqcompress.quantize import dry_run, open_checkpoint, quantize
+from vqcompress.recipe import load as load_recipe
 from vqcompress.runtime.attention import CACHE
 from vqcompress.runtime.decode import nbytes
 from vqcompress.runtime.load import load, load_any
@@ -100,6 +101,20 @@ def test_transformers_alone_loads_its_weights_right(coded: Make, toy: Make) -> N
     assert done.stdout.split() == ["False", "True"]
 
 
+def test_it_is_said_how_a_cache_alone_is_measured(
+    coded: Make, quantized: Make, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = quantized("fp8-tile")
+    shown = run("compare", coded(), plain, "--text", text, "--seqlen", 32, "--windows", 1)
+    notes = [line for line in shown.stdout.splitlines() if "codes only its cache" in line]
+    assert len(notes) == 1
+    assert f"`eval perplexity {coded()} --kv-cache RECIPE`" in notes[0]
+    for folder, ending in ((coded(), "--baseline demo --kv-cache kv-vq-4bit"), (plain, "--baseline demo")):
+        report = json.loads((folder / "report.json").read_text())
+        show.quantized(show.console(), report, "out", "demo", None, "kv-vq-4bit")
+        assert capsys.readouterr().out.splitlines()[-1].endswith(ending)
+
+
 def test_commands_cope_with_an_artifact_that_compresses_no_weight(coded: Make, toy: Make, tmp_path: Path) -> None:
     report = json.loads((coded() / "report.json").read_text())
     assert (report["bits_per_weight"], report["weights_quantized"], report["targets"]) == (None, 0, [])
@@ -116,7 +131,8 @@ def test_commands_cope_with_an_artifact_that_compresses_no_weight(coded: Make, t
     assert shown.exit_code == 0, shown.output
     assert "cache   keys and values in 4 bits, learned" in shown.stdout
     assert "total   0 targets, all weights as they are" in shown.stdout
-    assert verify(str(coded()))["targets"] == 0
+    checked = verify(str(coded()))
+    assert (checked["targets"], checked["files"], checked["bytes"]) == (0, facts["files"], report["artifact_bytes"])
     done = run("export", coded(), "--format", "dense", "-o", tmp_path / "dense")
     assert done.exit_code == 0, done.output
     exported, original = Checkpoint(tmp_path / "dense"), Checkpoint(toy())
@@ -244,7 +260,7 @@ def test_a_cache_is_planned_from_a_config_alone(tmp_path: Path) -> None:
     assert both["seconds_by"]["forward"] == 0
     assert both["seconds_by"]["encode"] == pytest.approx(found["fp8-tile"]["seconds_by"]["encode"], rel=0.01)
     stream = BlockStream(open_checkpoint(str(tmp_path), weights=False), torch.device("cpu"), torch.float32)
-    assert make_plans(stream, "kv-vq-4bit", None)[0].targets == []
+    assert make_plans(stream, load_recipe("kv-vq-4bit"), None)[0].targets == []
 
 
 def test_too_little_memory_is_said_before_the_work(

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,8 +118,15 @@ def artifact(toy: Path, job: list[str], tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_help_and_recipes_load_no_torch() -> None:
+def test_help_recipes_and_typos_load_no_torch() -> None:
     calls = [["--help"], ["recipes"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)]
+    calls += [["quantize", "demo", "-o", "out", "--recipe", "vq-2bt"], ["quantize", "demo", "-o", "demo"]]
+    calls += [["plan", "demo", "--recipe", "fp8-tile", "--calibration", "no.txt"]]
+    calls += [
+        ["generate", "out", "--prompt", "x", "--kv-cache", "kv"],
+        ["export", "out", "--format", "gguf", "-o", "x"],
+    ]
+    calls += [["eval", "perplexity", "demo", "--text", "no.txt"], ["compare", "demo", "--text", "no.txt"]]
     script = f"""
 import sys, contextlib, io
 from vqcompress.cli import app
@@ -432,6 +440,8 @@ class TwoBlocks:
         Block("layers.1", (Target("layers.1.a", (8, 8), False),)),
     )
 
+    targets = (*blocks[0].targets, *blocks[1].targets)
+
     def compressed(self, block: Block) -> tuple[Target, ...]:
         return block.targets
 
@@ -439,16 +449,27 @@ class TwoBlocks:
 def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
     with live.watching("toy") as watch:
+        watch("read", {})
         watch("plan", {"plan": TwoBlocks(), "done": ["layers.0"]})
         watch("done", {"index": 0, "count": 2, "name": "layers.0", "record": {"targets": [row, row], "seconds": 9}})
         watch("target", {"name": "layers.1.a"})
         watch("done", {"index": 1, "count": 2, "name": "layers.1", "record": {"targets": [row], "seconds": 1.25}})
     assert capsys.readouterr().err.splitlines() == [
         "reading toy",
-        "1 weights in 1 blocks to do, 1 blocks are done already",
+        "1 weight in 1 block to do, 1 block is done already",
         "block 1/2 layers.0: done by an earlier run",
-        "block 2/2 layers.1: 1 weights, 2.00 bits, relative error 0.0711, 1.2 s",
+        "block 2/2 layers.1: 1 weight, 2.00 bits, relative error 0.0711, 1.2 s",
     ]
+
+
+def test_the_log_of_a_cache_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = SimpleNamespace(blocks=TwoBlocks.blocks, targets=(), compressed=lambda block: ())
+    with live.watching("toy") as watch:
+        watch("plan", {"plan": plan, "done": []})
+        for n in range(2):
+            record = {"targets": [], "seconds": 1}
+            watch("done", {"index": n, "count": 2, "name": f"layers.{n}", "record": record})
+    assert capsys.readouterr().err.splitlines() == ["the weights stay as they are: 2 blocks to copy"]
 
 
 def run_for_a_moment(watch: Callable[[str, dict[str, Any]], None]) -> None:

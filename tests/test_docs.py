@@ -63,7 +63,7 @@ SMALLER = {
 }
 # Commands that are only parsed, or looked at, and why.
 NOT_RUN = {
-    r"bash scripts/(quickstart|test|bench_gpu)\.sh$": "takes minutes, makes a venv, or needs a GPU",
+    r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh$": "takes minutes, makes a venv, or needs a GPU",
     r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
     r"vqcompress .*(ORG/NAME|--push-to-hub|--gpus|--install-completion)": "needs the hub or GPUs, or changes the shell",
@@ -261,7 +261,7 @@ def desk(
 ) -> Desk:
     def read(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """The reader of an export in a process that has imported what takes seconds."""
-        _, dash_c, code, export, ids, logits = command
+        *_, dash_c, code, export, ids, logits = command
         assert dash_c == "-c"
         return processes.python(code, Path(export).absolute(), ids, Path(logits).absolute())
 

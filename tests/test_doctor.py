@@ -140,8 +140,8 @@ def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
     ("kind", "architecture", "words"),
     [
         ("ViT", "ViTForImageClassification", "a vit model"),
-        ("Bert", "BertForMaskedLM", "a bert encoder, or has another head or none"),
-        ("Llama", "LlamaForSequenceClassification", "a llama encoder, or has another head or none"),
+        ("Bert", "BertForMaskedLM", "a bert model without a head that predicts the next token"),
+        ("Llama", "LlamaForSequenceClassification", "a llama model without a head that predicts the next token"),
         ("T5", "T5ForConditionalGeneration", "an encoder-decoder"),
         ("Bart", "BartForConditionalGeneration", "an encoder-decoder"),
         ("Whisper", "WhisperForConditionalGeneration", "an encoder-decoder"),

@@ -150,11 +150,11 @@ def test_a_repository_without_safetensors(cached: Path) -> None:
 
 def test_the_nearest_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my-llama").mkdir()
-    with pytest.raises(VQCompressError, match=rf"no such directory: .*; did you mean {tmp_path}/my-llama\?"):
+    with pytest.raises(VQCompressError, match=rf"no such directory: .* \(did you mean {tmp_path}/my-llama\?\)"):
         resolve(str(tmp_path / "my-lama"))
     monkeypatch.chdir(tmp_path)
     for name, near in (("my-lama", "my-llama"), ("dmo", "demo")):
-        with pytest.raises(VQCompressError, match=rf"; did you mean {near}\?, and as a hub id: "):
+        with pytest.raises(VQCompressError, match=rf" \(did you mean {near}\?\), and as a hub id: "):
             resolve(name)
     with pytest.raises(UsageError, match="demo is a local directory"):
         resolve("demo@main")

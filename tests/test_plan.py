@@ -17,6 +17,7 @@ from vqcompress.blocks import BlockStream
 from vqcompress.costs import Site
 from vqcompress.errors import UsageError
 from vqcompress.quantize import dry_run, open_checkpoint
+from vqcompress.recipe import load
 
 COMMON = {"torch_dtype": "bfloat16", "tie_word_embeddings": False}
 # Config, parameters as published (DeepSeek-V3 without the layer that predicts a second token), weights per token.
@@ -58,7 +59,7 @@ def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: 
     config, published, active = MODELS[name]
     (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
     stream = BlockStream(open_checkpoint(str(tmp_path), weights=False), torch.device("cpu"), torch.float32)
-    plans = make_plans(stream, "vq-2bit", None)
+    plans = make_plans(stream, load("vq-2bit"), None)
 
     def plan(gpus: int) -> dict[str, Any]:
         return outlook(plans, stream, 128, 2048, Site(gpus, tflops=400, encode_tflops=20, disk_gbps=2))

@@ -62,6 +62,10 @@ def test_every_packaged_recipe_is_valid_and_says_what_it_does(name: str) -> None
         (rules("{match: '*', method: int8, smoothing: {alpha: some}}"), "alpha"),
         (rules("{match: '*', method: int8, smoothing: {norm: folded}}"), "norm"),
         (rules("{match: '*', method: int8, smoothing: {grid: []}}"), "grid"),
+        (
+            rules("{match: '*', method: vq, codebook: trellis, bits: 7}"),
+            "1: vq codebook=trellis bits=7: a trellis",
+        ),
         (rules("{match: '*', method: int8, 3: 4}"), "3"),
         (rules("{match: '*', method: int8, [a]: 4}"), "YAML"),
     ],

@@ -22,7 +22,7 @@ from vqcompress.artifact import SUMS
 from vqcompress.cli import app
 from vqcompress.documents import add_evaluation, documents, model_card
 from vqcompress.page import report_page
-from vqcompress.report import size
+from vqcompress.report import calibration_line, shrunk, size
 from vqcompress.verify import verify
 
 Make = Callable[..., Path]
@@ -105,6 +105,23 @@ def test_headlines_are_those_of_the_report(quantized: Make) -> None:
     assert f"bits per weight {report['bits_per_weight']:.3f}" in text
     assert report["inputs"]["weights"] in text
     assert report["versions"]["torch"] in text
+
+
+def test_the_calibration_text_is_named(quantized: Make, text: Path) -> None:
+    folder = quantized("smoothquant-int8")
+    report = report_of(folder)
+    assert report["calibration"]["texts"] == [text.name]
+    page, card = words(parsed((folder / "report.html").read_text())), (folder / "README.md").read_text()
+    said = f"{report['calibration']['samples']} rows of {report['calibration']['seqlen']} tokens of {text.name}"
+    assert said in page
+    assert f"Calibration: {said}." in card
+    assert "target bits" not in page
+    assert calibration_line({"samples": 8, "seqlen": 32, "texts": []}).endswith("of the built-in text")
+    assert calibration_line({"samples": 8, "seqlen": 32}).endswith("32 tokens")
+
+
+def test_a_size_that_grew_is_not_called_smaller() -> None:
+    assert (shrunk(4.6e6, 1.5e6), shrunk(4.6e6, 5.0e6)) == ("3.07 times smaller", "1.09 times larger")
 
 
 def test_smoothing_says_how_far_the_largest_channel_stands_out(quantized: Make) -> None:

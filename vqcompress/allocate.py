@@ -26,6 +26,7 @@ from vqcompress.errors import UsageError
 from vqcompress.gather import gather
 from vqcompress.methods import layout_bits
 from vqcompress.plan import Plan, make_plan
+from vqcompress.recipe import Recipe
 from vqcompress.states import States
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -34,14 +35,10 @@ CANDIDATES = "mixed"
 MEASURED_TOKENS = 2048
 
 
-def make_plans(
-    stream: BlockStream, name: str | None, target_bits: float | None, kv_cache: str | None = None
-) -> list[Plan]:
-    """The plan of a recipe; with a budget, for each candidate the plan that gives it to every target.
+def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | None = None) -> Recipe:
+    """The recipe of a name, or without one that of a budget; UsageError if recipe and budget do not fit together.
 
     kv_cache: a recipe whose `cache` takes the place of that recipe's.
-
-    UsageError if recipe and budget do not fit together, or nothing is within the budget.
     """
     if name is None and target_bits is None:
         raise UsageError("--recipe is missing (see `vqcompress recipes`); or give --target-bits, such as 2.5")
@@ -50,12 +47,22 @@ def make_plans(
     if target_bits is None:
         if recipe.candidates:
             raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")
-        return [make_plan(stream, recipe)]
+        return recipe
     if not LEAST <= target_bits <= MOST:
         raise UsageError(f"--target-bits {target_bits:g} must be from {LEAST:g} to {MOST:g}")
     if not recipe.candidates:
         hint = f"take a recipe with a list 'candidates', such as {CANDIDATES}, or leave --target-bits out"
         raise UsageError(f"recipe {recipe.name} has rules, so there is nothing to choose: {hint}")
+    return recipe
+
+
+def make_plans(stream: BlockStream, recipe: Recipe, target_bits: float | None) -> list[Plan]:
+    """The plan of a recipe; with a budget, for each candidate the plan that gives it to every target.
+
+    UsageError if nothing is within the budget.
+    """
+    if target_bits is None:
+        return [make_plan(stream, recipe)]
     plans = [make_plan(stream, replace(recipe, rules=(rule,))) for rule in recipe.candidates]
     least = _bits(plans).min(1).sum() / plans[0].weights
     if target_bits < least:

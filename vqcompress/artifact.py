@@ -218,6 +218,11 @@ class Artifact(Checkpoint):
         self.entries = {entry.target.name: entry for entry in parse_entries(config, str(path))}
         self.cache = cache_settings(self.config, str(path))
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of its tensors, and of the codebooks of a cache."""
+        return [*super().files, *self.path.glob(KV_CACHE)]
+
     @staticmethod
     def is_one(path: Path) -> bool:
         """Whether the directory says of itself that it is an artifact, finished or not."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vqcompress.errors import VQCompressError
+from vqcompress.hub import check_text
 
 DEFAULT_SAMPLES = 128
 FEWEST_SAMPLES = 8
@@ -65,8 +66,7 @@ def _parquet_column(path: Path) -> list[str]:
 
 
 def _dataset_text(source: str) -> str:
-    if "/" not in source or source.count("/") > 2 or source.startswith((".", "/", "~")) or Path(source).suffix:
-        raise VQCompressError(f"no such text file: {source}")
+    check_text(source)
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -106,12 +106,12 @@ def resolve(model: str, weights: bool = True) -> Path:
 
 
 def _similar(path: Path) -> str:
-    """'; did you mean X?' with the directory beside it whose name is most like a path's, if one is."""
+    """' (did you mean X?)' with the directory beside it whose name is most like a path's, if one is."""
     names = {"demo"} if path.parent == Path() else set()
     with contextlib.suppress(OSError):
         names |= {other.name for other in path.parent.iterdir() if other.is_dir()}
     near = nearest(path.name, sorted(names), 0.7)
-    return f"; did you mean {path.with_name(near)}?" if near else ""
+    return f" (did you mean {path.with_name(near)}?)" if near else ""
 
 
 def sha256(path: Path) -> str:
@@ -271,6 +271,11 @@ class Checkpoint:
         """The commit that the directory is a snapshot of, if it lies in the hub's cache."""
         cached = self.path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", self.path.name)
         return self.path.name if cached else None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of its tensors."""
+        return [self.path / name for name in sorted({info.file for info in self.tensors.values()})]
 
     @property
     def bytes(self) -> int:

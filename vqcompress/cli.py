@@ -13,8 +13,9 @@ import typer
 
 import vqcompress
 from vqcompress.cli_evaluate import compare, evaluation
-from vqcompress.errors import UsageError
+from vqcompress.errors import UsageError, did_you_mean
 from vqcompress.options import (
+    FORMATS,
     Calibration,
     CpuWeights,
     Debug,
@@ -117,7 +118,10 @@ def quantize(
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
-    with session(json_file) as (console, write), uploading(push_to_hub, private) as upload:
+    if str(output) == "demo":
+        raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
+    given = session(json_file, (recipe, kv_cache), calibration)
+    with given as (console, write), uploading(push_to_hub, private) as upload:
         from vqcompress import show
         from vqcompress.live import watching
         from vqcompress.quantize import quantize as run
@@ -126,7 +130,7 @@ def quantize(
             where, knobs = device.value, (calibration, samples, seqlen, seed)
             report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value, kv_cache)
         write(report)
-        show.quantized(console, report, str(output), model, calibration)
+        show.quantized(console, report, str(output), model, calibration, kv_cache or recipe)
         upload(output, console)
 
 
@@ -167,7 +171,7 @@ def plan(
     """
     if gpus and device == Device.cpu:
         raise UsageError(f"--gpus {gpus} --device cpu: a plan is for GPUs or for the CPU; leave one of them out")
-    with session(json_file) as (console, write):
+    with session(json_file, (recipe, kv_cache), calibration) as (console, write):
         from vqcompress import show
         from vqcompress.costs import Site
         from vqcompress.quantize import dry_run
@@ -199,6 +203,8 @@ def export(
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
+    if format not in FORMATS:
+        raise UsageError(f"no export format '{format}'.{did_you_mean(format, FORMATS)}")
     with session(json_file) as (console, write), uploading(push_to_hub, private) as upload:
         from vqcompress import show
         from vqcompress.export import export as run
@@ -266,7 +272,7 @@ def generate(
 
     Example: vqcompress generate out --prompt "Once upon a time"
     """
-    with session():
+    with session(None, (kv_cache,)):
         from vqcompress.generate import generate as run
 
         knobs = max_new_tokens, temperature, seed

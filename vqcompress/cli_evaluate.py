@@ -56,7 +56,7 @@ def perplexity(
 
     Example: vqcompress eval perplexity out --text test.txt --baseline demo
     """
-    with session(json_file) as (console, write):
+    with session(json_file, (kv_cache,), [text]) as (console, write):
         from vqcompress import documents, evaluate, show
 
         if report:
@@ -93,7 +93,7 @@ def speed(
 
     Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
     """
-    with session(json_file) as (console, write):
+    with session(json_file, (kv_cache,)) as (console, write):
         from vqcompress import evaluate, show
 
         sizes = prompt_tokens, new_tokens, batch
@@ -128,15 +128,16 @@ def compare(
     """
     if html_file and not html_file.expanduser().absolute().parent.is_dir():
         raise UsageError(f"--html {html_file}: its directory does not exist")
-    with session(json_file) as (console, write):
+    with session(json_file, texts=[text]) as (console, write):
         from vqcompress import show
         from vqcompress.compare import compare as run
+        from vqcompress.compare import only_caches
         from vqcompress.page import comparison_page
 
-        with show.counting(f"comparing {len(models)} models") as watch:
+        with show.counting(f"comparing {len(models)} model{'s' * (len(models) > 1)}") as watch:
             result = run(models, text, seqlen, stride, windows, baseline, device.value, watch)
         write(result)
-        show.compared(console, result)
+        show.compared(console, result, only_caches(models))
         if html_file:
             html_file.expanduser().write_text(comparison_page(result), encoding="utf-8")
             console.print(f"pictures    {html_file}", soft_wrap=True)

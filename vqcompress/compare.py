@@ -71,6 +71,12 @@ def _original(models: list[str]) -> str | None:
         return None
 
 
+def only_caches(models: list[str]) -> list[str]:
+    """Those whose weights are dense and whose cache is coded, which `compare` does not measure."""
+    found = [(model, Artifact(path)) for model in models if Artifact.is_one(path := resolve(model))]
+    return [model for model, artifact in found if artifact.cache and not artifact.entries]
+
+
 def _footprint(model: str) -> dict[str, Any]:
     """Bits per weight, of those that are compressed if any are, else of all; and the bytes of the files of weights."""
     path = resolve(model)
@@ -80,5 +86,4 @@ def _footprint(model: str) -> dict[str, Any]:
     bits, numbers = sum(stored_bits(entries).values()), weights
     if not weights:
         bits, numbers = 8 * source.bytes, sum(math.prod(info.shape) for info in source.tensors.values())
-    files = {info.file for info in source.tensors.values()}
-    return {"bits_per_weight": bits / numbers, "bytes": sum((path / file).stat().st_size for file in files)}
+    return {"bits_per_weight": bits / numbers, "bytes": sum(file.stat().st_size for file in source.files)}

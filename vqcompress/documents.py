@@ -17,7 +17,7 @@ from vqcompress.artifact import SUMS, Artifact, read_sums
 from vqcompress.checkpoint import sha256
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.page import LOAD, evaluations, names_of, report_page
-from vqcompress.report import cache_line, mean, read_report, size
+from vqcompress.report import cache_line, calibration_line, mean, read_report, size
 from vqcompress.writer import Shards, refresh_sums, undisturbed
 
 CARD = """---
@@ -25,7 +25,7 @@ CARD = """---
 
 # {title}
 
-`{base}` compressed by [vqcompress](https://pypi.org/project/vqcompress/) {version} with the recipe `{recipe}`:
+`{base}` compressed by vqcompress {version} with the recipe `{recipe}`:
 {bits}{source} → {artifact} in all.{cache} [report.html](report.html) shows sizes, errors, time and settings.
 
 {warning}
@@ -110,7 +110,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
     # The hub takes no other names than its own.
     metadata |= {"base_model": base, "base_model_relation": "quantized"} if report["base_model"] else {}
     tags = ["vqcompress", "quantized", recipe]
-    rows_of, bits, cache = report["calibration"], report["bits_per_weight"], report["kv_cache"]
+    bits, cache = report["bits_per_weight"], report["kv_cache"]
     turned_on = "`--kv-cache` or `vqcompress.load(…, kv_cache=True)` turns it on"
     return CARD.format(
         metadata=yaml.safe_dump(metadata | {"tags": tags}, sort_keys=False, allow_unicode=True),
@@ -128,7 +128,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
         path=shlex.quote(here),
         load=LOAD.format(here=here),
         tables=_by_method(report["targets"]) + _table(evaluations(report.get("evaluations", []))),
-        calibration="none" if rows_of is None else f"{rows_of['samples']} rows of {rows_of['seqlen']} tokens",
+        calibration=calibration_line(report["calibration"]),
         seed=report["seed"],
     )
 

@@ -83,6 +83,13 @@ def explain(error: BaseException, repo: str, revision: str | None = None) -> str
     return lines[0] if lines else type(error).__name__
 
 
+def check_text(source: str) -> None:
+    """VQCompressError unless a text is there, or may be the id of a dataset."""
+    no_id = "/" not in source or source.count("/") > 2 or source.startswith((".", "/", "~")) or Path(source).suffix
+    if no_id and not Path(source).exists():
+        raise VQCompressError(f"no such text file: {source}")
+
+
 def check_upload(repo: str) -> None:
     """Before hours of work: UsageError for a name that no repository has, VQCompressError unless logged in."""
     from huggingface_hub import HfApi, errors

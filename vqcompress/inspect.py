@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vqcompress.artifact import KV_CACHE, Artifact, stored_bits
+from vqcompress.artifact import Artifact, stored_bits
 from vqcompress.checkpoint import resolve
 from vqcompress.kernels import launch
 from vqcompress.report import read_report
@@ -49,8 +49,6 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
         )
         rows[-1] |= runtime.get(name, {})
     weights = sum(entry.target.weights for entry in artifact.entries.values())
-    files = {info.file for info in artifact.tensors.values()}
-    files |= {path.name for path in artifact.path.glob(KV_CACHE)}
     return {
         "artifact": path,
         "recipe": report.get("recipe"),
@@ -58,8 +56,8 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
         "bits_per_weight": sum(stored.values()) / weights if weights else None,
         "weights_quantized": weights,
         "source_bytes": report.get("source_bytes"),
-        "artifact_bytes": sum((artifact.path / file).stat().st_size for file in files),
-        "files": len(files),
+        "artifact_bytes": sum(file.stat().st_size for file in artifact.files),
+        "files": len(artifact.files),
         "kv_cache": artifact.config["quantization_config"].get("kv_cache"),
         "codebooks": report.get("codebooks", {}),
         "experts": report.get("experts", {}),

@@ -123,17 +123,25 @@ def watching(model: str) -> Iterator[Watch]:
             yield screen.draw
     else:
         run = _Run()
-        print(f"reading {model}", file=sys.stderr, flush=True)
-        yield lambda event, facts: _log(run, event, facts)
+        yield lambda event, facts: _log(run, model, event, facts)
 
 
-def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
-    if event == "measure":
+def _blocks(count: int) -> str:
+    return f"{count} block{'s' * (count != 1)}"
+
+
+def _log(run: _Run, model: str, event: str, facts: dict[str, Any]) -> None:
+    if event == "read":
+        text = f"reading {model}"
+    elif event == "measure":
         text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: measuring what each setting costs"
     elif event == "plan":
         run.plan(facts)
-        resumed = f", {len(run.earlier)} blocks are done already" if run.earlier else ""
-        text = f"{len(run.weights)} weights in {len(facts['plan'].blocks) - len(run.earlier)} blocks to do{resumed}"
+        done, left = len(run.earlier), len(facts["plan"].blocks) - len(run.earlier)
+        resumed = f", {_blocks(done)} {'is' if done == 1 else 'are'} done already" if done else ""
+        text = f"{len(run.weights)} weight{'s' * (len(run.weights) != 1)} in {_blocks(left)} to do{resumed}"
+        if not facts["plan"].targets:
+            text = f"the weights stay as they are: {_blocks(left)} to copy{resumed}"
     elif event == "target":
         run.done += run.weights[facts["name"]]
         return
@@ -147,11 +155,13 @@ def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
         rows = facts["record"]["targets"]
         if facts["name"] in run.earlier:
             text += "done by an earlier run"
+        elif not run.weights:
+            return
         elif not rows:
             text += "nothing to compress"
         else:
             bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
-            text += f"{len(rows)} weights, {bits:.2f} bits, relative error {error:.3g}, "
+            text += f"{len(rows)} weight{'s' * (len(rows) != 1)}, {bits:.2f} bits, relative error {error:.3g}, "
             text += duration(facts["record"]["seconds"]) + (f", {run.left()}" if run.left() else "")
     else:
         return

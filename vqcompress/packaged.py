@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vqcompress.errors import UsageError, did_you_mean, nearest
+
 
 def packaged() -> dict[str, Path]:
     """Name → file of the recipes that come with the package."""
@@ -11,6 +13,17 @@ def packaged() -> dict[str, Path]:
     # In a checkout `configs/` lies beside the package; a wheel carries it inside.
     folder = installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_file(name: str, known: dict[str, Path]) -> Path:
+    """The file of one of the known recipes, or a file of that name; UsageError if there is neither."""
+    path = known.get(name, Path(name))
+    if name not in known and not path.is_file():
+        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")], 0.7)
+            raise UsageError(f"no such recipe file: {name}{f'; did you mean {path.with_name(near)}?' if near else ''}")
+        raise UsageError(f"no recipe '{name}'.{did_you_mean(name, known)}")
+    return path
 
 
 def description(path: Path) -> str:

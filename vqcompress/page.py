@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vqcompress.report import mean, size
+from vqcompress.report import calibration_line, mean, shrunk, size
 from vqcompress.svg import BOTTOM, LEFT, LEVEL_NAMES, RIGHT, TOP, Axis, Point, bars, escape, mark, over, short, strip
 from vqcompress.targets import kind
 
@@ -128,7 +128,7 @@ def report_page(report: dict[str, Any], here: str) -> str:
 def _tiles(report: dict[str, Any]) -> str:
     before, after = report["source_bytes"], report["artifact_bytes"]
     facts = {
-        "size": (f"{size(before)} → {size(after)}", f"{before / max(after, 1):.2f} times smaller"),
+        "size": (f"{size(before)} → {size(after)}", shrunk(before, after)),
         "bits per weight": (_bits(report), "of those compressed, all that is stored counted"),
         "weights compressed": (f"{report['weights_quantized']:,}", f"in {len(report['targets']):,} matrices"),
         "took": (f"{report['seconds']:,.1f} s", f"peak memory {size(report['peak_rss_bytes'])}"),
@@ -366,11 +366,11 @@ def _costs(report: dict[str, Any], blocks: dict[str, int]) -> str:
 
 
 def _settings(report: dict[str, Any]) -> str:
-    rows, bits, cache = report["calibration"], report["target_bits"], report["kv_cache"]
+    bits, cache = report["target_bits"], report["kv_cache"]
     facts = {
         "recipe": names_of(report)[1],
         "seed": report["seed"],
-        "calibration": f"{rows['samples']} rows of {rows['seqlen']} tokens" if rows else "none",
+        "calibration": calibration_line(report["calibration"]),
         "rotation": report["rotation"],
         "bits asked for": bits,
         "keys and values": ", ".join(f"{key} {value}" for key, value in cache.items()) if cache else None,
@@ -388,7 +388,8 @@ def _left(report: dict[str, Any]) -> str:
 
 def _inputs(report: dict[str, Any]) -> str:
     note = "Two runs with the same inputs and versions end in the same bytes."
-    prints = folded("fingerprints", table(["input", "fingerprint"], report["inputs"].items(), words=(0, 1)))
+    inputs = [(name, value) for name, value in report["inputs"].items() if value != "None"]
+    prints = folded("fingerprints", table(["input", "fingerprint"], inputs, words=(0, 1)))
     return table(["package", "version"], report["versions"].items(), words=(0, 1)) + paragraph(note) + prints
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import vqcompress
 from vqcompress import recipe as recipes
-from vqcompress.allocate import allocate, make_plans, outlook
+from vqcompress.allocate import allocate, choose_recipe, make_plans, outlook
 from vqcompress.artifact import HINT, KV_CACHE, MARKER, STAGED, Artifact, Entry, quantization_config, tensors_of
 from vqcompress.blocks import BlockStream
 from vqcompress.cache_calibration import Books, cache_books
@@ -31,6 +31,7 @@ from vqcompress.documents import documents
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods import Parts
 from vqcompress.plan import Plan
+from vqcompress.recipe import Recipe
 from vqcompress.report import run_report
 from vqcompress.rotation import Rotated
 from vqcompress.runtime.device import check_fits, choose_device, give_back, model_dtype
@@ -85,10 +86,10 @@ def dry_run(
     kv_cache: str | None = None,
 ) -> dict[str, Any]:
     """What `quantize` would do, as JSON: see `costs.summary`, `allocate.outlook`. Works from a config alone."""
+    wanted, chosen = choose_recipe(recipe, target_bits, kv_cache), choose_device(device)
     source = open_checkpoint(model, weights=False)
-    chosen = choose_device(device)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
-    plans = make_plans(stream, recipe, target_bits, kv_cache)
+    plans = make_plans(stream, wanted, target_bits)
     rows, length = 0, 0
     if plans[0].reads_text:
         if source.tensors:
@@ -116,12 +117,13 @@ def quantize(
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
     A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
-    with "measure", "plan", "block", "target", "done", "distill" and "cache", and what is known about each. states:
-    "memory" or "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
+    with "read", "measure", "plan", "block", "target", "done", "distill" and "cache", and what is known about each.
+    states: "memory" or "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
     """
     start = time.perf_counter()
-    chosen = choose_device(device)
-    stream, (plan, *others) = _prepare(model, out, recipe, target_bits, kv_cache, chosen, seed, states)
+    wanted, chosen = choose_recipe(recipe, target_bits, kv_cache), choose_device(device)
+    watch("read", {})
+    stream, (plan, *others) = _prepare(model, out, wanted, target_bits, chosen, seed, states)
     source, team = stream.source, stream.team
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.reads_text else None
     _check_memory(plan, stream, rows)
@@ -185,27 +187,24 @@ def quantize(
             teacher = load_any(model, device).float()
             writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
         books = _cache_books(plan, stream, team, writer, entries, rows, seed, watch)
-        finish = partial(_finish, model, plan, stream, entries=entries, rows=rows, books=books, seed=seed, start=start)
-        return team.from_rank(0, finish(writer.writer) if writer.writer else None)
+        finish = partial(_finish, model, plan, stream, entries=entries, rows=rows, seed=seed, start=start)
+        return team.from_rank(0, finish(writer.writer, texts=texts or [], books=books) if writer.writer else None)
 
 
 def _prepare(
     model: str,
     out: Path,
-    recipe: str | None,
+    recipe: Recipe,
     target_bits: float | None,
-    kv_cache: str | None,
     device: torch.device,
     seed: int,
     states: str,
 ) -> tuple[BlockStream, list[Plan]]:
     """The stream of a dense checkpoint, rotated if the recipe says so, and the plans for it."""
-    if str(out) == "demo":
-        raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
     source, team, scratch = open_checkpoint(model), join(device), {"memory": None, "disk": out}[states]
     stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
-    plans = make_plans(stream, recipe, target_bits, kv_cache)
-    if plans[0].recipe.rotation:
+    plans = make_plans(stream, recipe, target_bits)
+    if recipe.rotation:
         stream = BlockStream(Rotated(stream, partial(generator_for, seed)), device, stream.dtype, team, scratch)
     return stream, plans
 
@@ -256,6 +255,7 @@ def _finish(
     writer: Writer,
     entries: list[Entry],
     rows: Tensor | None,
+    texts: list[str],
     books: Books | None,
     seed: int,
     start: float,
@@ -269,7 +269,7 @@ def _finish(
         named, settings["kv_cache"]["before"] = books
         writer.write_beside(KV_CACHE, named)
     config = {**source.config, "quantization_config": settings}
-    report = run_report(model, plan, source, writer, rows, seed, time.perf_counter() - start)
+    report = run_report(model, plan, source, writer, rows, texts, seed, time.perf_counter() - start)
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
     writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
     return report

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import regex
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vqcompress import methods
 from vqcompress.errors import UsageError, did_you_mean, nearest
 from vqcompress.methods import Method
-from vqcompress.packaged import packaged
+from vqcompress.packaged import packaged, recipe_file
 from vqcompress.targets import Block, kind
 from vqcompress.transforms import Smoothing
 
@@ -176,13 +175,7 @@ class Recipe:
 
 def load(name: str) -> Recipe:
     """The packaged recipe of that name, or the recipe in that file."""
-    recipes = packaged()
-    path = recipes.get(name, Path(name))
-    if name not in recipes and not path.is_file():
-        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")], 0.7)
-            raise UsageError(f"no such recipe file: {name}{f'; did you mean {path.with_name(near)}?' if near else ''}")
-        raise UsageError(f"no recipe '{name}'.{did_you_mean(name, recipes)}")
+    path = recipe_file(name, packaged())
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"recipe {name} is larger than {MAX_BYTES} bytes, too large for a recipe")

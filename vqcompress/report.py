@@ -29,6 +29,15 @@ def cache_line(settings: dict[str, Any]) -> str:
     return f"keys and values in {settings['bits']} bits, {settings['codebook']}, {kept}"
 
 
+def calibration_line(rows: dict[str, Any] | None) -> str:
+    """What a recipe was calibrated on, for people."""
+    if rows is None:
+        return "none"
+    # Reports of earlier versions do not name the texts.
+    texts = f" of {', '.join(rows['texts']) or 'the built-in text'}" if "texts" in rows else ""
+    return f"{rows['samples']} rows of {rows['seqlen']} tokens{texts}"
+
+
 class Uses:
     """How often the entries of codebooks are used by the weights of a block, each codebook in its place.
 
@@ -72,6 +81,12 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def shrunk(before: float, after: float) -> str:
+    """How a size has changed, for people: 3.03 times smaller."""
+    larger = after > before
+    return f"{max(before, after) / max(min(before, after), 1):.2f} times {'larger' if larger else 'smaller'}"
+
+
 def mean(rows: list[dict[str, Any]], key: str) -> float | None:
     """The mean of a figure of some targets, each by its number of weights; None if it is not known of all."""
     counts, values = [row["shape"][0] * row["shape"][1] for row in rows], [row[key] for row in rows]
@@ -92,6 +107,7 @@ def run_report(
     source: Checkpoint,
     writer: Writer,
     rows: Tensor | None,
+    texts: list[str],
     seed: int,
     seconds: float,
 ) -> dict[str, Any]:
@@ -123,7 +139,9 @@ def run_report(
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
-        "calibration": None if rows is None else {"samples": rows.shape[0], "seqlen": rows.shape[1]},
+        "calibration": None
+        if rows is None
+        else {"samples": rows.shape[0], "seqlen": rows.shape[1], "texts": [named(text) for text in texts]},
         "inputs": writer.inputs | {"weights": hashlib.sha256("".join(sources).encode()).hexdigest()},
         "versions": {
             "vqcompress": vqcompress.__version__,

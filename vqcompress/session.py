@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +16,9 @@ import typer
 from typer.core import TyperGroup
 
 from vqcompress.errors import Fallback, UsageError, VQCompressError
+from vqcompress.hub import check_text
 from vqcompress.options import DEBUG
+from vqcompress.packaged import packaged, recipe_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,11 +67,18 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
-def session(json_file: str | None = None) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
+def session(
+    json_file: str | None = None, recipes: Iterable[str | None] = (), texts: Iterable[str] | None = None
+) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
     """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
 
-    With `--json -` everything else, a library's stray print included, goes to stderr.
+    With `--json -` everything else, a library's stray print included, goes to stderr. recipes, texts: what the command
+    will read; a name of nothing is an error before anything heavy is imported.
     """
+    for recipe in filter(None, recipes):
+        recipe_file(recipe, packaged())
+    for text in texts or ():
+        check_text(text)
     if json_file not in (None, "-") and not Path(json_file).expanduser().absolute().parent.is_dir():
         raise UsageError(f"--json {json_file}: its directory does not exist")
     stdout = sys.stdout

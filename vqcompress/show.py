@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.page import protocol, quality
-from vqcompress.report import cache_line, size
+from vqcompress.report import cache_line, shrunk, size
 from vqcompress.targets import kind
 
 
@@ -105,8 +105,10 @@ def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]
     return {key: [n for tokens in mixtures.values() for n in tokens[key]] for key in ("routed", "counted", "borrowed")}
 
 
-def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None = None) -> None:
-    """The end of `quantize`: what came out and what to type next. texts: that were given to calibrate with."""
+def quantized(
+    to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None, cache: str | None
+) -> None:
+    """The end of `quantize`: what came out and what to type next. texts, cache: that, and the recipe, as given."""
     before, after = report["source_bytes"], report["artifact_bytes"]
     device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
     if report["target_bits"] is not None:
@@ -115,7 +117,7 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
             table.add_row(row["setting"], f"{row['targets']:,}", f"{row['weights']:,}")
         to.print(table)
     to.print(f"{out}: {_bits(report)}")
-    to.print(f"size    {size(before)} → {size(after)}, {before / after:.2f} times smaller")
+    to.print(f"size    {size(before)} → {size(after)}, {shrunk(before, after)}")
     _experts(to, report, each=False)
     if texts and report["calibration"] is None:
         to.print(f"note    {report['recipe']} needs no data: --calibration was not read")
@@ -126,6 +128,9 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
         to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}", soft_wrap=True)
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
+    if report["kv_cache"] and cache and not report["targets"]:
+        # Without it nothing would be measured.
+        command += f" --kv-cache {shlex.quote(cache)}"
     to.print(f"next    {command}", soft_wrap=True)
 
 
@@ -162,7 +167,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     to.print(f"total   {len(plan['targets'])} targets, {_bits(plan)}")
     if plan["kv_cache"]:
         to.print(f"cache   {cache_line(plan['kv_cache'])}; codebooks of {size(plan['codebook_bytes'])}")
-    to.print(f"size    {size(before)} → about {size(after)}, {before / max(after, 1):.2f} times smaller")
+    to.print(f"size    {size(before)} → about {size(after)}, {shrunk(before, after)}")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
     device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
     count, rates = plan["processes"], plan["rates"]
@@ -266,8 +271,11 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
     _left(to, facts["left_dense"])
 
 
-def compared(to: Console, found: dict[str, Any]) -> None:
-    """A row for each model, from the most bits to the fewest, with a bar of what it loses; legible in 80 columns."""
+def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> None:
+    """A row for each model, from the most bits to the fewest, with a bar of what it loses; legible in 80 columns.
+
+    caches: models of dense weights whose cache alone is coded.
+    """
     models = found["models"]
     losses = [row["kl_divergence"]["mean"] if row["kl_divergence"] else row["perplexity"] for row in models]
     measure = "mean KL" if found["baseline"] is not None else "perplexity"
@@ -283,5 +291,8 @@ def compared(to: Console, found: dict[str, Any]) -> None:
         to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}", soft_wrap=True)
     if found["baseline"] is None:
         to.print("note        no KL divergence: the artifacts name no original that is here; give --baseline")
+    for model in caches:
+        how = f"eval perplexity {shlex.quote(model)} --kv-cache RECIPE"
+        to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it", soft_wrap=True)
     to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32", soft_wrap=True)
     to.print(f"took        {duration(found['seconds'])}")

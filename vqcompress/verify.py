@@ -62,9 +62,9 @@ def verify(path: str) -> dict[str, Any]:
             if entry.target in block.targets:
                 check_values(entry, {part: tensors[name] for part, name in stream.stored_parts(entry).items()})
     return {
-        "files": len({info.file for info in artifact.tensors.values()}),
+        "files": len(artifact.files),
         "targets": len(entries),
         "checksums": sealed,
-        "bytes": artifact.bytes,
+        "bytes": sum(file.stat().st_size for file in artifact.files),
         "seconds": round(time.perf_counter() - start, 3),
     }

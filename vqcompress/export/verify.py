@@ -68,7 +68,8 @@ class Reader:
             try:
                 importlib.metadata.version(self.name)
             except importlib.metadata.PackageNotFoundError as error:
-                words = f"--verify needs the package {self.name}: pip install '{self.package}'"
+                how = f"pip install '{self.package}' (the extra 'export' has it)"
+                words = f"--verify needs the package {self.name}: {how}"
                 raise VQCompressError(words) from error
 
 

@@ -59,6 +59,6 @@ def _line(name: str, knobs: dict[str, Any], detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         # A rule about several knobs together has no place of its own.
-        return f"{name} with {knobs}: {message}"
+        return f"{' '.join([name, *(f'{knob}={value}' for knob, value in knobs.items())])}: {message}"
     knob = ".".join(str(part) for part in detail["loc"])
     return f"{name}: {knob}={detail['input']!r} is not valid: {message}"

@@ -78,7 +78,7 @@ def _other_kind(config: transformers.PretrainedConfig) -> str:
         return "an encoder-decoder"
     # The class of the type could be built, with a head of random weights.
     shared = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return f"a {config.model_type} {'encoder, or has another head or none' if shared else 'model'}"
+    return f"a {config.model_type} model{' without a head that predicts the next token' if shared else ''}"
 
 
 class _EmptyOnMeta(TorchFunctionMode):
