@@ -262,6 +262,16 @@ def test_an_unfinished_run_is_no_artifact(unfinished: Path) -> None:
         Artifact(unfinished)
 
 
+def test_what_a_kill_leaves_without_a_name_is_cleared_away(
+    unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """safetensors writes under such a name first."""
+    shutil.copytree(unfinished, tmp_path / "out")
+    (tmp_path / "out" / ".tmprU4IlF").write_bytes(b"half a shard")
+    job(tmp_path / "out")
+    assert not (tmp_path / "out" / ".tmprU4IlF").exists()
+
+
 def test_a_resumed_run_does_not_encode_again_what_is_done(
     unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from vqcompress.artifact import (
     SHARD,
     STAGED,
     SUMS,
+    UNNAMED,
     Artifact,
     checksum_lines,
     read_sums,
@@ -170,7 +171,7 @@ class Writer(Shards):
                 (out / name).unlink(missing_ok=True)
             kept = {record.get("file") for record in self.done.values()}
             for path in out.iterdir():
-                beside = path.name == RECIPE or COMPANIONS.fullmatch(path.name)
+                beside = path.name == RECIPE or COMPANIONS.fullmatch(path.name) or UNNAMED.fullmatch(path.name)
                 stale = OURS.fullmatch(path.name) or (ours and beside)
                 if stale and path.is_file() and path.name not in kept:
                     path.unlink()
