@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,21 +16,19 @@ from typing import Any
 
 # Answers a line of JSON with the exit status of a fork that ran the code in it.
 SERVER = """
-import json, os, resource, sys, traceback
+import json, os, sys, traceback
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 for line in sys.stdin:
-    code, arguments, folder, limit = json.loads(line)
+    code, arguments, folder = json.loads(line)
     if child := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
     status = 1
     for number, name in enumerate(("in", "out", "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_RDWR), number)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         sys.argv[1:] = arguments
         exec(compile(code, "<process>", "exec"), {"__name__": "__main__"})
@@ -61,7 +60,19 @@ class Processes:
             self.server.wait()
 
     def python(self, code: str, *arguments: object, limit: int = 0) -> subprocess.CompletedProcess[str]:
-        """What `python -c CODE ARGUMENTS` does, within so many bytes of address space."""
+        """What `python -c CODE ARGUMENTS` does; within so many bytes of address space it is a process of its own.
+
+        A fork would begin with the heaps of its parent.
+        """
+        if limit:
+            return subprocess.run(
+                [sys.executable, "-c", code, *map(str, arguments)],
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         server: Any = self.server
         if server is None:
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -70,7 +81,7 @@ class Processes:
         for file in files:
             file.write_text("")
         words = list(map(str, arguments))
-        print(json.dumps([code, words, str(self.folder), limit]), file=server.stdin, flush=True)
+        print(json.dumps([code, words, str(self.folder)]), file=server.stdin, flush=True)
         try:
             status = int(server.stdout.readline())
         except BaseException:

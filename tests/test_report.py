@@ -285,7 +285,7 @@ def test_a_card_that_was_edited_stays(evaluated: Callable[..., Any], tmp_path: P
 
 def test_a_report_that_cannot_be_added_to_is_refused_first(toy: Make, text: Path, tmp_path: Path) -> None:
     for model in (str(toy()), "someone/model", "demo"):
-        result = CliRunner().invoke(app, ["eval", "perplexity", model, "--text", "/nowhere.txt", "--report"])
+        result = CliRunner().invoke(app, ["eval", "perplexity", model, "--text", str(text), "--report"])
         assert result.exit_code == 2
         assert result.stderr == f"error: --report: {model} is not the directory of an artifact; leave --report out\n"
 
