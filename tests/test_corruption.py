@@ -24,7 +24,7 @@ from vqcompress.checkpoint import INDEX, Checkpoint, check_sizes
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate import perplexity
 from vqcompress.runtime import weights
-from vqcompress.runtime.load import load
+from vqcompress.runtime.load import generation_config, load
 from vqcompress.runtime.weights import load_config, skeleton
 from vqcompress.verify import verify
 from vqcompress.writer import refresh_sums
@@ -580,3 +580,10 @@ def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:
         Artifact(toy())
     with pytest.raises(VQCompressError, match=r"config\.json"):
         Artifact(tmp_path)
+
+
+def test_tokens_of_a_generation_config_are_numbers(tmp_path: Path) -> None:
+    for wrong in ({"a": 1}, "2", [1, "2"]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(VQCompressError, match="transformers cannot read"):
+            generation_config(tmp_path)

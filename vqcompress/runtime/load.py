@@ -103,10 +103,15 @@ def generation_config(path: Path) -> GenerationConfig | None:
     if not (path / "generation_config.json").is_file():
         return None
     try:
-        return GenerationConfig.from_pretrained(path)
+        found = GenerationConfig.from_pretrained(path)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(found, name)
+            if not all(number is None or type(number) is int for number in (ids if isinstance(ids, list) else [ids])):
+                raise ValueError(f"{name} is {str(ids)[:40]}, no number of a token")
     except Exception as error:  # its validation has as many errors as it has fields
         reason = " ".join(str(error).split())[:300]
         raise VQCompressError(f"transformers cannot read {path / 'generation_config.json'}: {reason}") from error
+    return found
 
 
 def load_any(model: str, device: str = "auto", cpu_weights: str = "auto") -> PreTrainedModel:
