@@ -583,7 +583,7 @@ def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_generation_config_are_numbers(tmp_path: Path) -> None:
-    for wrong in ({"a": 1}, "2", [1, "2"]):
+    for wrong in ({"a": 1}, "2", [1, "2"], 2**70):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(VQCompressError, match="transformers cannot read"):
             generation_config(tmp_path)

@@ -106,7 +106,8 @@ def generation_config(path: Path) -> GenerationConfig | None:
         found = GenerationConfig.from_pretrained(path)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(found, name)
-            if not all(number is None or type(number) is int for number in (ids if isinstance(ids, list) else [ids])):
+            each = [number for number in (ids if isinstance(ids, list) else [ids]) if number is not None]
+            if not all(type(number) is int and abs(number) < 2**31 for number in each):
                 raise ValueError(f"{name} is {str(ids)[:40]}, no number of a token")
     except Exception as error:  # its validation has as many errors as it has fields
         reason = " ".join(str(error).split())[:300]
