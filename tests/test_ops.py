@@ -111,7 +111,13 @@ def test_quantizers_survive_every_finite_number(row: list[float]) -> None:
 
 @pytest.mark.parametrize("columns", [1, 128, 257, 1024, 1025, 2500])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_int8_linear_is_bit_exact(columns: int, static: bool) -> None:
+@pytest.mark.parametrize("instructions", [False, True])
+def test_int8_linear_is_bit_exact(
+    columns: int, static: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if instructions and not ops.BYTE_PRODUCTS:
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr(ops, "BYTE_PRODUCTS", instructions)
     x_TI, codes_OI, scale_O = inputs(7, columns), int8_codes((33, columns)), torch.rand(33, generator=generator())
     # The largest sums that there can be.
     x_TI[1] = 5.0
@@ -124,7 +130,12 @@ def test_int8_linear_is_bit_exact(columns: int, static: bool) -> None:
         codes_TI = int8_TI.to(torch.int64)
     expected_TO = (codes_TI @ codes_OI.to(torch.int64).T).float() * (scale_x * scale_O)
     for weight_codes in (codes_OI, codes_OI.float()):
-        assert torch.equal(ops.int8_linear(x_TI, weight_codes, scale_O, scale_x if static else None), expected_TO)
+        for some_TI, some_TO in ((x_TI, expected_TO), (x_TI.T.clone().T, expected_TO), (x_TI[:1], expected_TO[:1])):
+            found_TO = ops.int8_linear(some_TI, weight_codes, scale_O, scale_x if static else None)
+            assert torch.equal(found_TO, some_TO)
+        # A row whose strides are a column's.
+        found_TO = ops.int8_linear(x_TI[1:2].T.clone().T, weight_codes, scale_O, scale_x if static else None)
+        assert torch.equal(found_TO, expected_TO[1:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,8 +191,9 @@ def test_fp8_linear(shape: tuple[int, int], tokens: int, power_of_two: bool) -> 
 def test_nan_in_x_is_not_hidden() -> None:
     x_TI = inputs(3, 257)
     x_TI[1, 7] = float("nan")
-    y_TO = ops.int8_linear(x_TI, int8_codes((5, 257)), torch.ones(5), None)
-    assert y_TO.isnan().any(1).tolist() == [False, True, False]
+    for input_scale in (None, torch.tensor(0.1)):
+        y_TO = ops.int8_linear(x_TI, int8_codes((5, 257)), torch.ones(5), input_scale)
+        assert y_TO.isnan().all(1).tolist() == [False, True, False]
     for power_of_two in (False, True):
         y_TO = ops.fp8_linear(x_TI, fp8_codes((5, 257)), torch.ones(1, 3), power_of_two)
         assert y_TO.isnan().any(1).tolist() == [False, True, False]

@@ -25,6 +25,8 @@ TILE = 128
 SCALE_MIN = 2.0**-126
 # Columns whose int8 products add up exactly in float32: 1024 · 127² < 2²⁴.
 EXACT_COLUMNS = 1024
+# Whether this CPU adds products of bytes up in 32 bits. Without VNNI oneDNN does so in 16, where they saturate.
+BYTE_PRODUCTS = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def power_of_two_ceil(scale: Tensor) -> Tensor:
@@ -97,6 +99,23 @@ def _(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _int8_products(codes_TI: Tensor, codes_OI: Tensor) -> Tensor:
+    """The sums of `int8_linear`, float32 (T, O). codes_TI: integers as float32."""
+    columns = codes_TI.shape[1]
+    if BYTE_PRODUCTS and codes_OI.dtype == torch.int8 and columns > 1:
+        # torch 2.13 misreads the strides of a single column, and of a single row unless it is a new tensor.
+        bytes_TI = torch.empty(codes_TI.shape, dtype=torch.int8).copy_(codes_TI)
+        return torch._int_mm(bytes_TI, codes_OI.T).float()
+    codes_OI = codes_OI.float()
+    if columns <= EXACT_COLUMNS:
+        return codes_TI @ codes_OI.T
+    # Each chunk is exact in float32; float64 keeps their sum exact, so the only rounding is the last one.
+    total_TO = codes_TI.new_zeros((codes_TI.shape[0], codes_OI.shape[0]), dtype=torch.float64)
+    for i in range(0, columns, EXACT_COLUMNS):
+        total_TO += codes_TI[:, i : i + EXACT_COLUMNS] @ codes_OI[:, i : i + EXACT_COLUMNS].T
+    return total_TO.float()
+
+
 @torch.library.custom_op("vqcompress::int8_linear", mutates_args=())
 def int8_linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None) -> Tensor:
     """x Wᵀ, (T, O) in the type of x, for W = codes · scale per row and x rounded to INT8 on the way in.
@@ -111,18 +130,10 @@ def int8_linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Te
     if input_scale is None:
         codes_TI, scale_x = _int8_rows(x_TI)
     else:
-        scale_x = input_scale
-        codes_TI = (x_TI.float() / scale_x).round_().clamp_(-INT8_MAX, INT8_MAX)
-    codes_OI = codes_OI.float()
-    columns = codes_TI.shape[1]
-    if columns <= EXACT_COLUMNS:
-        acc_TO = codes_TI @ codes_OI.T
-    else:
-        # Each chunk is exact in float32; float64 keeps their sum exact, so the only rounding is the last one.
-        total_TO = codes_TI.new_zeros((codes_TI.shape[0], codes_OI.shape[0]), dtype=torch.float64)
-        for i in range(0, columns, EXACT_COLUMNS):
-            total_TO += codes_TI[:, i : i + EXACT_COLUMNS] @ codes_OI[:, i : i + EXACT_COLUMNS].T
-        acc_TO = total_TO.float()
+        codes_TI = (x_TI.float() / input_scale).round_().clamp_(-INT8_MAX, INT8_MAX)
+        # A row with NaN shows in its scale, since no integer can.
+        scale_x = input_scale + 0 * codes_TI.sum(1, keepdim=True)
+    acc_TO = _int8_products(codes_TI, codes_OI)
     return acc_TO.mul_(scale_x * scale_O).to(x_TI.dtype)
 
 

@@ -73,8 +73,8 @@ class INT8(Method):
                 raise ValueError(f"{name} holds a value that is not positive")
 
     def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
-        """The parts; on a CPU, which multiplies floats faster than bytes, with `codes` as float32 made once."""
-        if packed or parts["codes"].device.type != "cpu":
+        """The parts; on a CPU that multiplies floats faster than bytes, with `codes` as float32 made once."""
+        if packed or ops.BYTE_PRODUCTS or parts["codes"].device.type != "cpu":
             return dict(parts)
         return {**parts, "codes": parts["codes"].float()}
 
@@ -88,8 +88,8 @@ class INT8(Method):
         return "static scales of activations" if self.activations == "per_tensor" else ""
 
     def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
-        """The kernel; on a CPU a product of the codes as floats."""
-        if device.type != "cpu":
+        """The kernel, or a CPU's instructions; on a CPU without them a product of the codes as floats."""
+        if device.type != "cpu" or ops.BYTE_PRODUCTS:
             return "W8A8 product of codes"
         return f"codes as float32{' at every call' if packed else ''}, then a dense product"
 
