@@ -18,6 +18,7 @@ from typing import Any
 SERVER = """
 import json, os, sys, traceback
 import torch
+import transformers.modeling_utils
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)

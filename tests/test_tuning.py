@@ -69,7 +69,7 @@ def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Pa
     for name, knobs, head in (
         ("plain", ", compensate: false", ""),
         ("compensated", "", ""),
-        ("distilled", "", "tuning: {block_epochs: 0, distill_epochs: 2}"),
+        ("distilled", "", "tuning: {block_epochs: 0, distill_epochs: 1}"),
     ):
         file = tmp_path / f"{name}.yaml"
         file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: universal{knobs}}}\n")
