@@ -78,7 +78,6 @@ def perplexity(model, windows_NL: Tensor, coders, rotary, window: int, sinks: in
                 cache = KVCache(model, coders, rotary, window, sinks, strict=True)
                 with decoding(model):
                     logits = model(batch, **{CACHE: cache}, use_cache=True).logits
-                cache.close()
             total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / windows_NL[:, 1:].numel())
 
@@ -113,7 +112,6 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
             turned = rotary if isinstance(ways[way], Learned) else [None] * len(rotary)
             cache = KVCache(model, [(ways[way], ways[way])] * len(rotary), turned, window, sinks, tokens)
             model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-            cache.close()
             found[way] = cache.nbytes()
         share = round(found[way] / found["plain, bfloat16"], 4)
         print(json.dumps({"way": way, "bytes": found[way], "of_bfloat16": share}), flush=True)

@@ -50,8 +50,6 @@ def run(model: Any, cache: KVCache | DynamicCache, ids: Tensor, mask: Tensor, pr
     for start, end in [(0, prompt), *((n, n + 1) for n in range(prompt, ids.shape[1]))]:
         given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
         found.append(model(ids[:, start:end], **given, **{CACHE: cache}, use_cache=True).logits)
-    if isinstance(cache, KVCache):
-        cache.close()
     return torch.cat(found, 1)
 
 
@@ -224,7 +222,6 @@ def test_another_attention_in_between_is_noticed() -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(VQCompressError, match="another attention was set"):
         model(ids[:, :1], **{CACHE: cache}, use_cache=True)
-    cache.close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "lm_head", None)
         with pytest.raises(TypeError):
@@ -248,7 +245,6 @@ def test_a_cache_is_known_however_it_is_given() -> None:
         model(ids[:, start:end], **given, **{CACHE: caches[2]}, use_cache=True)
     for cache in caches:
         assert cache.shared.first_place_B.tolist() == [0, 9]
-        cache.close()
     first = [layer.kept[0][:, :, :2] for layer in caches[0].layers]
     for cache in caches[1:]:
         for layer, expected in zip(cache.layers[:1], first[:1], strict=True):

@@ -24,7 +24,7 @@ from vqcompress.calibration import fingerprint, read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.report import named
-from vqcompress.runtime.attention import CACHE, asks_readers, decoding
+from vqcompress.runtime.attention import CACHE, asks_readers, decoding, replaceable
 from vqcompress.runtime.decode import Decoder
 from vqcompress.runtime.device import (
     check_fits,
@@ -109,14 +109,11 @@ class CodedPass:
     @torch.inference_mode()
     def logits(self, number: int, first: int) -> Tensor:
         """As those of a `Pass`; tokens go one by one where the attention of the model cannot be replaced."""
-        ids_BL, at_once = self.windows_NL[number : number + 1].to(self.network.device), asks_readers(self.network)
+        ids_BL, at_once = self.windows_NL[number : number + 1].to(self.network.device), replaceable(self.network)
         cache, network = self.how.cache(self.network, strict=at_once), cast(Any, self.network)
-        try:
-            with decoding(self.network) if at_once else nullcontext():
-                parts = [ids_BL] if at_once else ids_BL.split(1, 1)
-                found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
-        finally:
-            cache.close()
+        with decoding(self.network) if at_once else nullcontext():
+            parts = [ids_BL] if at_once else ids_BL.split(1, 1)
+            found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
         return torch.cat(found)[first:-1]
 
 

@@ -293,7 +293,7 @@ def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = [q_BHRD.new_empty((0, 0, 0)) if part is None else part.float().contiguous() for part in more]
     out_BHRD, lse_BHR = torch.empty_like(q_BHRD), q_BHRD.new_empty(q_BHRD.shape[:3])
     tensors = q_BHRD, codes_k, pairs_k, codes_v, pairs_v, mask, *given, out_BHRD, lse_BHR
-    arrays = [part.numpy() for part in tensors]
+    arrays = [part.detach().numpy() for part in tensors]
     threads = torch.get_num_threads() if last - start >= SHARED else 1
     compiled.in_shares(lambda of, to: compiled.attend(of, to, start, last, *arrays), batch * heads, threads)
     return out_BHRD.view(q_BQD.shape), lse_BHR.view(batch, queries)

@@ -27,8 +27,10 @@ class VQCompressConfig(QuantizationConfigMixin):
         self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
-        return {"quant_method": self.quant_method, **self.settings}
+        """What config.json holds; codebooks of a cache lie in a file of the artifact, which nobody else writes."""
+        learned = bool(self.settings["targets"]) and (self.settings.get("kv_cache") or {}).get("codebook") == "learned"
+        kept = {name: value for name, value in self.settings.items() if name != "kv_cache" or not learned}
+        return {"quant_method": self.quant_method, **kept}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: there are no defaults to leave out."""

@@ -1,7 +1,7 @@
 """Attention functions for a coded cache, and what has to be known of a model's attention, found by running it.
 
 transformers looks attention functions up by name, so a model is told names of ours: `coded` gives the query of a step
-to the layer of the cache that its keys came from, and everything else to the function that the model had before;
+to the layer of the cache that its keys came from, and everything else to what the model had before, if that is `PLAIN`;
 `strict` measures, in one pass, what decoding token by token would give.
 Shape legend: B rows, Q heads of queries, H of keys and values, L new tokens, T tokens, D channels of a head.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vqcompress.codebooks import kv
 from vqcompress.errors import VQCompressError
 
-STRICT, CODED, CODED_EAGER = "vqcompress_decoding", "vqcompress_coded", "vqcompress_coded_eager"
+STRICT = "vqcompress_decoding"
+# What attends to codes beside transformers' own.
+PLAIN = {"sdpa": "vqcompress_coded", "eager": "vqcompress_coded_eager"}
 # What a model's forward and `generate` call their cache.
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 # Of keys that are equal before their rotary embedding, how far turning them back may leave them apart.
@@ -117,8 +120,8 @@ def strict(
 
 for name, function, masks in (
     (STRICT, strict, eager_mask),
-    (CODED, partial(coded, plain=ALL_ATTENTION_FUNCTIONS["sdpa"]), sdpa_mask),
-    (CODED_EAGER, coded, eager_mask),
+    (PLAIN["sdpa"], partial(coded, plain=ALL_ATTENTION_FUNCTIONS["sdpa"]), sdpa_mask),
+    (PLAIN["eager"], coded, eager_mask),
 ):
     ALL_ATTENTION_FUNCTIONS.register(name, function)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
@@ -144,7 +147,7 @@ class _Watch(DynamicCache):
     def __init__(self) -> None:
         super().__init__()
         self.keys_seen: dict[int, Tensor] = {}
-        self.asked = 0
+        self.asked = self.reached = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As transformers', and a look."""
@@ -159,35 +162,47 @@ class _Watch(DynamicCache):
         self.asked += 1
 
     def read(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the layer that came last."""
+        """Counts, too; keys and values of the layer that came last."""
+        self.reached += 1
         return self.newest
 
 
-# What a model attends by after it was asked for the first time; another since then has to be tried anew.
-_tried: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# What a model attends by after it was asked for the first time, and whether every layer does so by what transformers
+# looks up; another attention since then has to be tried anew.
+_tried: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
+_trying = Lock()
 
 
 def asked_of(model: PreTrainedModel) -> bool:
     """Whether the model attends by `coded` now."""
-    return model.config._attn_implementation in (CODED, CODED_EAGER)
+    return model.config._attn_implementation in PLAIN.values()
 
 
 @torch.inference_mode()
 def asks_readers(model: PreTrainedModel) -> bool:
-    """Tell a model of `coded`, if every one of its layers attends by it, which one token shows; whether that is so."""
-    before, cache = model.config._attn_implementation, _Watch()
-    if _tried.get(model) != before:
-        asks = False
-        try:
-            if not asked_of(model) and model._can_set_attn_implementation():
-                model.set_attn_implementation(CODED_EAGER if before == "eager" else CODED)
-            model(torch.full((1, 1), 7, device=model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-            asks = 0 < len(cache.keys_seen) == cache.asked
-        finally:
-            if not asks:
-                model.set_attn_implementation(before)
-        _tried[model] = model.config._attn_implementation
+    """Tell a model of `coded`, if every one of its layers attends by it, which one token shows; whether that is so.
+
+    A model with another attention than transformers' "sdpa" and "eager" keeps it.
+    """
+    with _trying:
+        before = model.config._attn_implementation
+        if _tried.get(model, ("", False))[0] != before:
+            cache, asks = _Watch(), False
+            try:
+                if before in PLAIN and model._can_set_attn_implementation():
+                    model.set_attn_implementation(PLAIN[before])
+                model(torch.full((1, 1), 7, device=model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+                asks = 0 < len(cache.keys_seen) == cache.asked
+            finally:
+                if not asks:
+                    model.set_attn_implementation(before)
+            _tried[model] = model.config._attn_implementation, 0 < len(cache.keys_seen) == cache.reached
     return asked_of(model)
+
+
+def replaceable(model: PreTrainedModel) -> bool:
+    """Whether every layer attends by a function that transformers looks up, so that `decoding` can take its place."""
+    return asks_readers(model) or _tried[model][1]
 
 
 @torch.inference_mode()

@@ -9,7 +9,10 @@ Shape legend: B rows, T tokens, D channels of a head, S first tokens in full pre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
 from typing import Any
+from weakref import WeakMethod, finalize
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -49,7 +52,9 @@ class KVCache(Cache):
         if static and not (length and asked):
             raise VQCompressError("a static cache needs a length, and a model whose attention can be replaced")
         self.shared, self.static = Shared(window, sinks, length or (1 << 60), static, strict, asked), static
-        self.model, self._running, self._fresh = model, False, True
+        # The thread whose forward has this cache now, if one does: others may run the model at the same time.
+        self._thread: int | None = None
+        self.model, self._fresh = model, True
         plain = DynamicCache(config=model.config).layers
         windows = [None if strict or static else getattr(layer, "sliding_window", None) for layer in plain]
         # Layers that share the keys and values of others have none of their own.
@@ -57,21 +62,23 @@ class KVCache(Cache):
         layers = [KVLayer(self.shared, *given) for given in zip(coders, rotary, windows, strict=True)]
         super().__init__([*layers])
         self._user = {id(module): layer for module, layer in reversed(list(zip(rotary, layers, strict=True)))}
-        self._hooks = [m.register_forward_hook(self._turn) for m in dict.fromkeys(filter(None, rotary))]
+        turn, begin = WeakMethod(self._turn), WeakMethod(self._begin)
+        hooks = [m.register_forward_hook(partial(_call, turn)) for m in dict.fromkeys(filter(None, rotary))]
         # Of what is inside, so that it does not matter how the outer model is given its arguments.
-        self._hooks.append(model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True))
-
-    def close(self) -> None:
-        """Take the hooks off the model; the cache is of no use after that."""
-        for hook in self._hooks:
-            hook.remove()
+        hooks.append(model.base_model.register_forward_pre_hook(partial(_call, begin), with_kwargs=True))
+        for hook in hooks:
+            finalize(self, hook.remove)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Where rows that are padded on the left begin."""
-        self._running = any(given is self for given in (*args, *kwargs.values()))
-        if self._running and self.shared.asked and not asked_of(self.model):
+        if not any(given is self for given in (*args, *kwargs.values())):
+            if self._thread == get_ident():
+                self._thread = None
+            return
+        self._thread = get_ident()
+        if self.shared.asked and not asked_of(self.model):
             raise VQCompressError("another attention was set while a coded cache was in use; make a new cache")
-        if not self._running or not (self._fresh or (not self.static and not self.get_seq_length())):
+        if not (self._fresh or (not self.static and not self.get_seq_length())):
             return
         mask, shared = kwargs.get("attention_mask", args[1] if len(args) > 1 else None), self.shared
         shared.first_place_B, shared.last_sink, self._fresh = None, shared.sinks, False
@@ -83,7 +90,7 @@ class KVCache(Cache):
                 shared.first_place_B, shared.last_sink = first_B, furthest + shared.sinks
 
     def _turn(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self._running:
+        if self._thread == get_ident():
             self.shared.turn(module, out, self._user[id(module)].get_seq_length())
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -112,6 +119,12 @@ class KVCache(Cache):
         """Memory that all layers take, the embeddings of their keys included."""
         turns = sum(part.nbytes for pair in self.shared.turns.values() for part in pair)
         return turns + sum(layer.nbytes() for layer in self.layers)  # type: ignore[union-attr]
+
+
+def _call(method: WeakMethod[Any], *arguments: Any) -> None:
+    """A method of a cache that may be gone."""
+    if (found := method()) is not None:
+        found(*arguments)
 
 
 @dataclass(frozen=True)
@@ -162,15 +175,15 @@ def kept(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tens
 
 def keep_coded(model: PreTrainedModel, how: Kept) -> None:
     """Let `model.generate` use a fresh coded cache unless it is given one."""
-    plain: Any = model.generate
+    if model.generation_config is not None:
+        # Which cache a checkpoint likes best is no word of the caller's.
+        model.generation_config.cache_implementation = None
+    model.generate = partial(_generate, model, how)  # type: ignore[assignment]
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if any(kwargs.get(name) is not None for name in (CACHE, "past_key_values", "cache_implementation")):
-            return plain(*args, **kwargs)
-        cache = how.cache(model)
-        try:
-            return plain(*args, **{**kwargs, CACHE: cache})
-        finally:
-            cache.close()
 
-    model.generate = generate  # type: ignore[assignment]
+def _generate(model: Any, how: Kept, *args: Any, **kwargs: Any) -> Any:
+    given = [kwargs.get(name) for name in (CACHE, "past_key_values", "cache_implementation")]
+    given += [getattr(config, "cache_implementation", None) for config in (*args, kwargs.get("generation_config"))]
+    if any(word is not None for word in given):
+        return type(model).generate(model, *args, **kwargs)
+    return type(model).generate(model, *args, **{**kwargs, CACHE: how.cache(model)})

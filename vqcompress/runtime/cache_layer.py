@@ -98,6 +98,15 @@ class Shared:
         places_S, first_B = torch.arange(self.sinks, device=device), self.first_place_B
         return places_S.expand(batch, -1) if first_B is None else first_B.to(device)[:, None] + places_S
 
+    def sink_number(self, batch: int, start: int, count: int, device: torch.device) -> Tensor:
+        """Which token of its row each of so many tokens is, (B, count); negative in front of a row."""
+        tokens_T = torch.arange(start, start + count, device=device)
+        return (
+            tokens_T.expand(batch, -1)
+            if (first_B := self.first_place_B) is None
+            else tokens_T - first_B.to(device)[:, None]
+        )
+
     def seen(self, layer: KVLayer, mask: Tensor | None) -> Seen:
         """`KVLayer.seen`, once a step for all layers that answer the same."""
         if id(layer) in self._answered:
@@ -140,10 +149,10 @@ class KVLayer(CacheLayerMixin):
         self.kept: tuple[Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room for what stays in full precision."""
+        """Room for what stays in full precision, of a ring as far as it is filled."""
         for coder, x in zip(self.coders, (key_states, value_states), strict=True):
             coder.check(x)
-        count = self.shared.sinks + self.shared.window
+        count = self.shared.sinks + (self.shared.window if self.shared.static else 0)
         self.kept = tuple(x.new_zeros((*x.shape[:2], count, x.shape[3])) for x in (key_states, value_states))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if self.shared.static:
@@ -230,7 +239,11 @@ class KVLayer(CacheLayerMixin):
     def _keep(self, states: tuple[Tensor, Tensor], new: int) -> None:
         """Put new tokens into the ring and, if they are a row's first, in front of it."""
         sinks, window, start = self.shared.sinks, self.shared.window, self.length
-        tail = min(new, window)
+        tail, held = min(new, window), self.kept[0].shape[2]
+        if not self.shared.static:
+            # Before it is full, a token has the slot of its number.
+            full = sinks + window, sinks + min(window, start + new)
+            self.kept = tuple(grown(kept, kept, 2, held, full[1], full[0]) for kept in self.kept)
         if window and new == 1 and not self.shared.static:
             slots: Any = slice(sinks + start % window, sinks + start % window + 1)
         elif window:
@@ -267,13 +280,15 @@ class KVLayer(CacheLayerMixin):
         begin = length - count
         found = self._decoded(begin - self.base, count)
         newest = torch.arange(max(int(self.full_from), begin), length, device=self.device)
-        at_BS = self.shared.sink_places(len(found[0]), self.device) - begin
-        inside = ((at_BS >= 0) & (at_BS < count))[:, None, :, None]
+        upto = min(count, self.shared.last_sink - begin)
         for x, kept in zip(found, self.kept, strict=True):
             x[:, :, newest - begin] = kept[:, :, sinks + newest % max(self.shared.window, 1)]
-            if sinks and begin < self.shared.last_sink:
-                index = at_BS.clamp(0, count - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-                x.scatter_(2, index, torch.where(inside, kept[:, :, :sinks], x.gather(2, index)))
+            if sinks and upto > 0:
+                # Of each token, which of the first of its row it is.
+                which_BT = self.shared.sink_number(len(x), begin, upto, self.device)
+                index = which_BT.clamp(0, sinks - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+                first = ((which_BT >= 0) & (which_BT < sinks))[:, None, :, None]
+                x[:, :, :upto] = torch.where(first, kept.gather(2, index), x[:, :, :upto])
         return found
 
     def read(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -292,7 +307,7 @@ class KVLayer(CacheLayerMixin):
             return Seen(start, end, None, None, None)
         batch = len(mask) if mask is not None else len(self.kept[0]) if padded else 1
         sink_BS = self.shared.sink_places(batch, self.device)
-        last, ring_N = length - 1, torch.arange(window, device=self.device)
+        last, ring_N = length - 1, torch.arange(self.kept[0].shape[2] - sinks, device=self.device)
         newest_BN = (last - (last - ring_N) % max(window, 1)).expand(batch, -1)
         behind_B1 = sink_BS[:, -1:] + 1 if sinks else newest_BN.new_zeros((batch, 1))
         kept_BM = torch.cat([sink_BS < length, (newest_BN >= full_from) & (newest_BN >= behind_B1)], 1)
@@ -306,10 +321,8 @@ class KVLayer(CacheLayerMixin):
         slot_BM = torch.cat([sink_BS, newest_BN], 1) - base
         kept_BM &= coded_BT.gather(1, slot_BM.clamp(0, room - 1)) & (slot_BM >= 0)
         if padded and sinks:
-            slot_BS = slot_BM[:, :sinks]
-            coded_BT.scatter_(
-                1, slot_BS.clamp(0, room - 1), coded_BT.gather(1, slot_BS.clamp(0, room - 1)) & (slot_BS < 0)
-            )
+            which_BT = self.shared.sink_number(batch, base, room, self.device)
+            coded_BT &= (which_BT < 0) | (which_BT >= sinks)
         return Seen(start, end, filled, coded_BT, kept_BM)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor] | None:
@@ -320,6 +333,9 @@ class KVLayer(CacheLayerMixin):
         if keys.book.shape != values.book.shape or kept_k.shape != kept_v.shape:
             return None
         if (mask is not None and mask.shape[1] > 1) or (self.rotary is not None and not keys.plain):
+            return None
+        if query.is_cuda and self.parts[0]["codes"].shape[3] % 2:
+            # The kernel reads two codes at a time.
             return None
         seen, q_BQD = self.shared.seen(self, mask), query[:, :, 0]
         codes_k, codes_v = (parts["codes"] for parts in self.parts)

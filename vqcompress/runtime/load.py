@@ -49,7 +49,8 @@ def load(
     with trusting(trust_remote_code):
         model = assemble(load_config(artifact.path), entries, artifact.path, files, dtype, chosen, packed)
     model.generation_config = generation_config(artifact.path) or model.generation_config
-    attach(model, artifact.config["quantization_config"])
+    if entries:
+        attach(model, artifact.config["quantization_config"])
     if kv_cache:
         keep_coded(model, kept_as(model, artifact.path, None if kv_cache is True else str(kv_cache)))
     return model
