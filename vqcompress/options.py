@@ -116,7 +116,7 @@ CpuWeights = Annotated[
     typer.Option("--cpu-weights", help="On a CPU: decode weights once (dense) or at every call (packed)."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an artifact or an unfinished run in the output directory.")
+    bool, typer.Option("--overwrite", help="Replace an artifact or unfinished run there, and no file of others.")
 ]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
