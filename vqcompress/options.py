@@ -80,7 +80,7 @@ KVCache = Annotated[
     typer.Option(
         "--kv-cache",
         metavar="RECIPE",
-        help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8.",
+        help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8; as an artifact says: artifact.",
         autocompletion=_complete_cache,
     ),
 ]

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from vqcompress.errors import Fallback, UsageError, VQCompressError
 from vqcompress.hub import check_text
 from vqcompress.options import DEBUG
-from vqcompress.packaged import packaged, recipe_file
+from vqcompress.packaged import AS_STORED, packaged, recipe_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +76,8 @@ def session(
     will read; a name of nothing is an error before anything heavy is imported.
     """
     for recipe in filter(None, recipes):
-        recipe_file(recipe, packaged())
+        if recipe != AS_STORED:
+            recipe_file(recipe, packaged())
     for text in texts or ():
         check_text(text)
     if json_file not in (None, "-") and not Path(json_file).expanduser().absolute().parent.is_dir():
