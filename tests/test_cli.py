@@ -249,15 +249,34 @@ def test_wrong_words_exit_2(toy: Path, artifact: Path, tmp_path: Path) -> None:
     unknown = call("export", artifact, "--format", "dens", "-o", tmp_path / "x")
     assert unknown.exit_code == 2
     assert "'dense'" in line(unknown)
-    nowhere = call("plan", toy, "--recipe", "vq-2bit", "--json", tmp_path / "no" / "x.json")
-    assert nowhere.exit_code == 2
-    assert "its directory does not exist" in line(nowhere)
+    seed = call("plan", toy, "--recipe", "vq-2bit", "--seed", 2**63)
+    assert (seed.exit_code, "Invalid value for '--seed'" in seed.stderr) == (2, True)
+
+
+def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
+    toy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(place: Path | str) -> set[str]:
+        words = (["plan", toy, "--recipe", "vq-2bit", "--json"], ["compare", toy, "--text", text, "--html"])
+        results = [call(*command, place) for command in words]
+        assert [result.exit_code for result in results] == [2, 2]
+        return {line(result).partition(f"{place}: ")[2] for result in results}
+
+    monkeypatch.setattr("vqcompress.compare.compare", None)
+    monkeypatch.setattr("vqcompress.quantize.dry_run", None)
+    assert wrong(tmp_path) == {"is a directory; name a file in it"}
+    for place in (tmp_path / "no" / "x", "~nobody2/x"):
+        assert wrong(place) == {"its directory does not exist"}
+    # As root, who runs tests in a container, may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert wrong(tmp_path / "x") == {"may not be written by this user"}
 
 
 def test_failures_exit_1_with_one_line(toy: Path, text: Path, artifact: Path, tmp_path: Path) -> None:
     for words in (["inspect"], ["verify"], ["doctor"], ["plan", "--recipe", "vq-2bit"], ["eval", "speed"]):
-        result = call(*words, tmp_path / "nowhere")
-        assert (result.exit_code, line(result)) == (1, f"error: no such directory: {tmp_path / 'nowhere'}")
+        for place in (tmp_path / "nowhere", "~nobody2/nowhere"):
+            result = call(*words, place)
+            assert (result.exit_code, line(result)) == (1, f"error: no such directory: {place}")
     plain = call("inspect", toy)
     assert plain.exit_code == 1
     assert "is a plain checkpoint, not an artifact" in line(plain)

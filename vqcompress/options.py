@@ -109,7 +109,7 @@ Calibration = Annotated[
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Rows of calibration. Default: up to 128.")]
 Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a row. Default: the context, ≤ 2048.")]
 Kept = Annotated[States, typer.Option("--states", help="Where the hidden states of the rows are kept meanwhile.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same result.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
 CpuWeights = Annotated[
     Weights,
