@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -377,7 +378,27 @@ def test_generate(artifact: Path, toy: Path) -> None:
         for seed in "112"
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert call("generate", toy, "--prompt", "").exit_code == 2
+    for prompt, said in (("", "--prompt is empty"), ("\udcff", "is not UTF-8 text")):
+        wrong = call("generate", toy, "--prompt", prompt)
+        assert (wrong.exit_code, said in line(wrong)) == (2, True)
+
+
+def test_generate_takes_one_text_whatever_the_model_says_of_generating(toy: Path, tmp_path: Path) -> None:
+    words, copy = ["--prompt", "river", "--max-new-tokens", "4"], tmp_path / "copy"
+    expected = call("generate", toy, *words).stdout
+    shutil.copytree(toy, copy)
+    for settings in (
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True},
+    ):
+        (copy / "generation_config.json").write_text(json.dumps(settings))
+        assert call("generate", copy, *words).stdout == expected
+    (copy / "generation_config.json").write_text(json.dumps({"stop_strings": [expected.strip()[:1]]}))
+    assert expected.startswith(stopped := call("generate", copy, *words).stdout.strip("\n"))
+    assert stopped != expected.strip("\n")
+    for temperature in ("1e-40", "1e-7"):
+        assert call("generate", toy, *words, "--temperature", temperature).stdout == expected
 
 
 def test_generate_streams_the_text_that_it_returns(artifact: Path) -> None:
