@@ -119,7 +119,7 @@ def quantize(
         with watching(model) as watch:
             report = run(model, output, texts=calibration, overwrite=overwrite, watch=watch, **job)
         write(report)
-        show.quantized(console, report, str(output), model, calibration, kv_cache or recipe)
+        show.quantized(console, report, str(output), model, calibration)
         upload(output, console)
 
 

@@ -7,19 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vqcompress.options import (
-    CpuWeights,
-    Debug,
-    Device,
-    Either,
-    Json,
-    KVCache,
-    Revision,
-    Trust,
-    Weights,
-    Where,
-    pinned,
-)
+from vqcompress.options import CpuWeights, Debug, Device, Either, Json, KVCache, Revision, Trust, Weights, Where, pinned
 from vqcompress.session import output_file, session
 
 Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")]
@@ -125,7 +113,7 @@ def compare(
 
     Example: vqcompress compare out-2bit out-4bit --text test.txt --html compared.html
     """
-    page = output_file("--html", html_file)
+    page = html_file and output_file("--html", html_file)
     with session(json_file, texts=[text]) as (console, write):
         from vqcompress import show
         from vqcompress.compare import compare as run

@@ -62,11 +62,11 @@ def generate(
         raise UsageError(f"{length} are more than the model's context of {context}; lower --max-new-tokens")
     # Sampling reads torch's global generator, and there is no other way to seed it.
     torch.manual_seed(seed)
-    # One text, token by token, whatever the model's own settings say.
-    search: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
     # Logits in float32 have no finer steps; divided by much less they would overflow.
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature >= 1e-6 else {}
     settings = network.generation_config
+    # One text, token by token, whatever the model says.
+    settings.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
     pad = settings.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
     start = time.perf_counter()
     out_BL = network.generate(
@@ -78,7 +78,6 @@ def generate(
         streamer=_Streamer(tokenizer, on_text),
         tokenizer=tokenizer,
         do_sample=bool(drawn),
-        **search,
         **drawn,
     )
     seconds = time.perf_counter() - start

@@ -67,10 +67,8 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
 
-def output_file(option: str, name: str | Path | None) -> Path | None:
+def output_file(option: str, name: str | Path) -> Path:
     """The file to write to in the end; UsageError unless it can be, which is said before hours of work."""
-    if name is None:
-        return None
     path = Path(os.path.expanduser(name)).absolute()
     if path.is_dir():
         raise UsageError(f"{option} {name}: is a directory; name a file in it")
@@ -95,7 +93,7 @@ def session(
             recipe_file(recipe, packaged())
     for text in texts or ():
         check_text(text)
-    file = None if json_file == "-" else output_file("--json", json_file)
+    file = output_file("--json", json_file) if json_file is not None and json_file != "-" else None
     stdout = sys.stdout
     with contextlib.ExitStack() as stack:
         if json_file == "-":

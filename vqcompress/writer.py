@@ -299,12 +299,11 @@ class Writer(Shards):
         total = sum((self.out / file).stat().st_size for file in sums)
         sums |= self.beside
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
-        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
+        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode(), **told}
         files |= {RECIPE: recipe.encode()} if recipe else {}
-        files |= told
-        last = json.dumps(config, indent=2).encode()
-        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in {**files, "config.json": last}.items()}
+        files["config.json"] = json.dumps(config, indent=2).encode()
+        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         # First, since it says which files are ours.
-        for name, data in {SUMS: checksum_lines(sums).encode(), **files, "config.json": last}.items():
+        for name, data in {SUMS: checksum_lines(sums).encode(), **files}.items():
             self.write(name, data)
         (self.out / JOURNAL).unlink()
