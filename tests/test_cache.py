@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -311,14 +312,14 @@ def test_quantize_writes_codebooks_and_says_how_to_use_them(artifact: tuple[Path
 def test_commands_turn_the_cache_on(artifact: tuple[Path, Path, Path]) -> None:
     _, text, out = artifact
     ratios = {}
-    for name in ("kv-vq-4bit", "kv-fp8"):
+    for name in ("kv-vq-4bit", "kv-fp8", "artifact"):
         words = ("--text", text, "--seqlen", 64, "--windows", 4, "--kv-cache", name, "--baseline", out, "--json", "-")
         done = command("eval", "perplexity", out, *words)
         assert done.exit_code == 0, done.output
         found = json.loads(done.stdout)
         assert found["kv_cache"] == name
         ratios[name] = found["ratio"]
-    assert ratios["kv-fp8"] != ratios["kv-vq-4bit"]
+    assert ratios["kv-fp8"] != ratios["kv-vq-4bit"] == ratios["artifact"]
     assert all(0.9 < ratio < 1.1 for ratio in ratios.values())
     done = command("generate", out, "--prompt", "river stone", "--max-new-tokens", 5, "--kv-cache", "kv-vq-4bit")
     assert done.exit_code == 0, done.output
@@ -345,19 +346,21 @@ def test_a_loaded_model_generates_with_codes(artifact: tuple[Path, Path, Path]) 
     [
         (
             ("OUT", "--kv-cache", "kv-vq-2bit"),
-            "holds no codebooks for a cache of 2 bits: give --kv-cache kv-vq-2bit to",
+            "holds codebooks for bits: 4, not bits: 2: take --kv-cache artifact, or give --kv-cache kv-vq-2bit",
         ),
         (("OUT", "--kv-cache", "fp8-tile"), "that recipe says nothing of a cache; kv-vq-4bit does"),
         (("OUT", "--kv-cache", "kv-vq-4bits"), "no recipe 'kv-vq-4bits'. Did you mean 'kv-vq-4bit'?"),
+        (("OUT", "--kv-cache", "cache: {keys: after}"), "holds codebooks for keys: auto, not keys: after: take"),
         (("SOURCE", "--kv-cache", "kv-vq-4bit"), "holds no codebooks for a cache of 4 bits"),
+        (("SOURCE", "--kv-cache", "artifact"), "says nothing of its cache; name a recipe that does, such as kv-fp8"),
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(
-    artifact: tuple[Path, Path, Path], words: tuple[str, ...], message: str
+    artifact: tuple[Path, Path, Path], words: tuple[str, ...], message: str, recipe_file: Callable[[str], str]
 ) -> None:
     source, _, out = artifact
     places = {"OUT": out, "SOURCE": source}
-    done = command("generate", *(places.get(word, word) for word in words), "--prompt", "river")
+    done = command("generate", *(places.get(word, recipe_file(word)) for word in words), "--prompt", "river")
     assert done.exit_code == 2, done.output
     assert message in done.stderr
 

@@ -110,10 +110,10 @@ def test_it_is_said_how_a_cache_alone_is_measured(
     shown = run("compare", coded(), plain, "--text", text, "--seqlen", 32, "--windows", 1)
     notes = [line for line in shown.stdout.splitlines() if "codes only its cache" in line]
     assert len(notes) == 1
-    assert f"`eval perplexity {coded()} --kv-cache RECIPE`" in notes[0]
-    for folder, ending in ((coded(), "--baseline demo --kv-cache kv-vq-4bit"), (plain, "--baseline demo")):
+    assert f"`eval perplexity {coded()} --kv-cache artifact`" in notes[0]
+    for folder, ending in ((coded(), "--baseline demo --kv-cache artifact"), (plain, "--baseline demo")):
         report = json.loads((folder / "report.json").read_text())
-        show.quantized(show.console(), report, "out", "demo", None, "kv-vq-4bit")
+        show.quantized(show.console(), report, "out", "demo", None)
         assert capsys.readouterr().out.splitlines()[-1].endswith(ending)
 
 

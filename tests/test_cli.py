@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,15 +250,34 @@ def test_wrong_words_exit_2(toy: Path, artifact: Path, tmp_path: Path) -> None:
     unknown = call("export", artifact, "--format", "dens", "-o", tmp_path / "x")
     assert unknown.exit_code == 2
     assert "'dense'" in line(unknown)
-    nowhere = call("plan", toy, "--recipe", "vq-2bit", "--json", tmp_path / "no" / "x.json")
-    assert nowhere.exit_code == 2
-    assert "its directory does not exist" in line(nowhere)
+    seed = call("plan", toy, "--recipe", "vq-2bit", "--seed", 2**63)
+    assert (seed.exit_code, "Invalid value for '--seed'" in seed.stderr) == (2, True)
+
+
+def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
+    toy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(place: Path | str) -> set[str]:
+        words = (["plan", toy, "--recipe", "vq-2bit", "--json"], ["compare", toy, "--text", text, "--html"])
+        results = [call(*command, place) for command in words]
+        assert [result.exit_code for result in results] == [2, 2]
+        return {line(result).partition(f"{place}: ")[2] for result in results}
+
+    monkeypatch.setattr("vqcompress.compare.compare", None)
+    monkeypatch.setattr("vqcompress.quantize.dry_run", None)
+    assert wrong(tmp_path) == {"is a directory; name a file in it"}
+    for place in (tmp_path / "no" / "x", "~nobody2/x"):
+        assert wrong(place) == {"its directory does not exist"}
+    # As root, who runs tests in a container, may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert wrong(tmp_path / "x") == {"may not be written by this user"}
 
 
 def test_failures_exit_1_with_one_line(toy: Path, text: Path, artifact: Path, tmp_path: Path) -> None:
     for words in (["inspect"], ["verify"], ["doctor"], ["plan", "--recipe", "vq-2bit"], ["eval", "speed"]):
-        result = call(*words, tmp_path / "nowhere")
-        assert (result.exit_code, line(result)) == (1, f"error: no such directory: {tmp_path / 'nowhere'}")
+        for place in (tmp_path / "nowhere", "~nobody2/nowhere"):
+            result = call(*words, place)
+            assert (result.exit_code, line(result)) == (1, f"error: no such directory: {place}")
     plain = call("inspect", toy)
     assert plain.exit_code == 1
     assert "is a plain checkpoint, not an artifact" in line(plain)
@@ -358,7 +378,27 @@ def test_generate(artifact: Path, toy: Path) -> None:
         for seed in "112"
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert call("generate", toy, "--prompt", "").exit_code == 2
+    for prompt, said in (("", "--prompt is empty"), ("\udcff", "is not UTF-8 text")):
+        wrong = call("generate", toy, "--prompt", prompt)
+        assert (wrong.exit_code, said in line(wrong)) == (2, True)
+
+
+def test_generate_takes_one_text_whatever_the_model_says_of_generating(toy: Path, tmp_path: Path) -> None:
+    words, copy = ["--prompt", "river", "--max-new-tokens", "4"], tmp_path / "copy"
+    expected = call("generate", toy, *words).stdout
+    shutil.copytree(toy, copy)
+    for settings in (
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True},
+    ):
+        (copy / "generation_config.json").write_text(json.dumps(settings))
+        assert call("generate", copy, *words).stdout == expected
+    (copy / "generation_config.json").write_text(json.dumps({"stop_strings": [expected.strip()[:1]]}))
+    assert expected.startswith(stopped := call("generate", copy, *words).stdout.strip("\n"))
+    assert stopped != expected.strip("\n")
+    for temperature in ("1e-40", "1e-7"):
+        assert call("generate", toy, *words, "--temperature", temperature).stdout == expected
 
 
 def test_generate_streams_the_text_that_it_returns(artifact: Path) -> None:

@@ -36,7 +36,7 @@ from vqcompress.cli import app
 from vqcompress.export import verify
 from vqcompress.methods import METHODS
 from vqcompress.options import FORMATS
-from vqcompress.packaged import packaged
+from vqcompress.packaged import AS_STORED, packaged
 from vqcompress.recipe import CacheKnobs, ExpertCalibration, Tuning
 from vqcompress.transforms import Smoothing
 
@@ -120,9 +120,9 @@ def parse(words: list[str]) -> Any:
         context = command.make_context(command.name, words, parent=context)
     if "format" in context.params:
         assert context.params["format"] in FORMATS
-    for option in ("recipe", "kv_cache"):
+    for option, more in (("recipe", ()), ("kv_cache", (AS_STORED,))):
         name = context.params.get(option)
-        assert name is None or name in packaged() or "." in name or name in ("NAME", "RECIPE"), name
+        assert name is None or name in packaged() or "." in name or name in ("NAME", "RECIPE", *more), name
     return context
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -19,6 +21,7 @@ from toys import toy_checkpoint
 
 import vqcompress
 from vqcompress import hub
+from vqcompress.calibration import read_text
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.trust import trusted
@@ -129,6 +132,15 @@ def test_the_clients_errors_are_one_line(error: Exception, words: str, monkeypat
     result = call("doctor", "org/toy")
     assert result.exit_code == 1
     assert re.search(f"^error: no such directory: org/toy, and as a hub id: .*{words}", line(result))
+
+
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
+    with pytest.raises(VQCompressError, match="the dataset org/text cannot be read: TimeoutError"):
+        read_text("org/text")
 
 
 def test_a_gated_repository_is_told_when_the_client_looks_into_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:

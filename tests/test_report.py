@@ -269,6 +269,11 @@ def test_evaluations_are_kept_side_by_side(evaluated: Callable[..., Any], toy: M
     verify(str(folder))
     assert add_evaluation(str(folder), first | {"device": "cuda"}) == ["report.json", "report.html", "README.md"]
     assert [each["device"] for each in report_of(folder)["evaluations"]] == ["cpu", "cpu", "cuda"]
+    # One figure is enough for a glance: of a plain cache if there is one, else it says of which.
+    coded = first | {"kv_cache": "kv-fp8", "perplexity": 1.25}
+    for found, tile in (([coded, second], f"{second['perplexity']:.3f} text.txt"), ([coded], ", cache kv-fp8")):
+        root = parsed(documents(report | {"evaluations": found}, "copy")["report.html"].decode())
+        assert words(next(e for e in root.iter() if e.get("class") == "tiles")).endswith(tile)
 
 
 def test_a_card_that_was_edited_stays(evaluated: Callable[..., Any], tmp_path: Path) -> None:

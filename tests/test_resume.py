@@ -23,7 +23,6 @@ from vqcompress import artifact, writer
 from vqcompress.artifact import Artifact
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import quantize
-from vqcompress.verify import verify
 
 # What says how long the run took, and its checksums; everything else is a function of the inputs.
 TIMED = {"report.json", "report.html", "README.md", artifact.SUMS}
@@ -324,21 +323,47 @@ def test_a_finished_artifact_is_refused_without_overwrite(job: Callable[..., dic
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_of_others_stay(overwrite: bool, job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_directory_of_others_is_refused(overwrite: bool, job: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    (out / "sub").mkdir()
-    (out / "sub" / "model-00001-of-00002.safetensors").write_text("mine too")
-    if overwrite:
-        job(out, overwrite=True)
-        verify(str(out))
-    else:
-        with pytest.raises(VQCompressError, match="something else"):
-            job(out)
-        assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "sub"]
-    assert (out / "notes.txt").read_text() == "mine"
-    assert (out / "sub" / "model-00001-of-00002.safetensors").read_text() == "mine too"
+    (out / "sub").mkdir(parents=True)
+    (out / "README.md").write_text("of my project")
+    with pytest.raises(VQCompressError, match="something else than what quantize wrote; choose another directory"):
+        job(out, overwrite=overwrite)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "sub"]
+    assert (out / "README.md").read_text() == "of my project"
+
+
+def test_only_what_a_run_wrote_is_deleted(
+    unfinished: Path, job: Callable[..., dict[str, Any]], toy: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever the names of others, and wherever a run ended; README.md is the artifact's."""
+    model, write = tmp_path / "model", writer.Shards.write
+    shutil.copytree(toy("llama"), model)
+    (model / "LICENSE").write_text("of the model")
+    mine = ["eval_mine.py", "LICENSE-notes.txt", "tokenizer_experiments.ipynb", "notes.json.partial"]
+    for name in mine:
+        (unfinished / name).write_text("mine")
+    (unfinished / "sub").mkdir()
+    (unfinished / "sub" / "model-00001-of-00002.safetensors").write_text("mine too")
+
+    def kill(shards: writer.Shards, name: str, data: bytes) -> None:
+        if name == "config.json":
+            raise Killed
+        write(shards, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Shards, "write", kill)
+        with pytest.raises(Killed):
+            job(unfinished, model=str(model))
+    assert (unfinished / "LICENSE").exists()
+    for seed in (1, 2):
+        job(unfinished, seed=seed, overwrite=True)
+        job(tmp_path / str(seed), seed=seed)
+        assert {path.read_text() for path in map(unfinished.joinpath, mine)} == {"mine"}
+        found = {path.name for path in unfinished.iterdir()} - {"sub", *mine}
+        assert found == {path.name for path in (tmp_path / str(seed)).iterdir()}
+    assert (unfinished / "sub" / "model-00001-of-00002.safetensors").read_text() == "mine too"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -219,12 +219,13 @@ def test_a_dense_export_is_verified_by_its_own_reader(
 
 
 def test_an_export_does_not_overwrite_what_is_there(quantized: Make, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(VQCompressError, match="not empty"):
-        export(str(quantized()), "dense", tmp_path)
+    (tmp_path / "LICENSE").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(VQCompressError, match="something else than an export"):
+            export(str(quantized()), "dense", tmp_path, overwrite=overwrite)
     with pytest.raises(UsageError, match="dense"):
         export(str(quantized()), "danse", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["LICENSE"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -236,12 +237,12 @@ def test_an_export_never_overwrites_a_checkpoint(sharded: bool, quantized: Make,
     else:
         shutil.copytree(toy(), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(VQCompressError, match="is of no export; choose another directory"):
+    with pytest.raises(VQCompressError, match="something else than an export; choose another directory"):
         export(str(quantized()), "dense", out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_an_export_overwrites_an_earlier_one_whole_or_not(
+def test_an_export_overwrites_an_earlier_one_and_nothing_else(
     quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tensors: Any, file: Path, **settings: Any) -> None:
@@ -249,22 +250,31 @@ def test_an_export_overwrites_an_earlier_one_whole_or_not(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, file, **settings)
 
-    save, out = writer.save_file, tmp_path / "out"
+    save, out, licensed = writer.save_file, tmp_path / "out", tmp_path / "licensed"
+    shutil.copytree(quantized(), licensed)
+    (licensed / "LICENSE").write_text("of the model")
     monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(VQCompressError, match=r"no space left in .*give the same command again$"):
         export(str(quantized()), "dense", out)
     monkeypatch.undo()
     assert not (out / "config.json").exists()
-    for name in ("notes.txt", "chat_template.jinja", "model-00009-of-00009.safetensors"):
-        (out / name).write_text("old")
+    (out / "model-00009-of-00009.safetensors").write_text("old")
+    mine = ["notes.txt", "serve.py", "LICENSE-notes.txt"]
+    for name in mine:
+        (out / name).write_text("mine")
+    export(str(licensed), "dense", out, overwrite=True)
+    assert (out / "LICENSE").read_text() == "of the model"
+    with pytest.raises(VQCompressError, match="already holds an export; choose another directory or give --overwrite"):
+        export(str(quantized()), "dense", out)
     for _ in range(2):
         export(str(quantized()), "dense", out, overwrite=True)
-        assert (out / "notes.txt").read_text() == "old"
-        (out / "notes.txt").unlink()
+        found = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert {found.pop(name) for name in mine} == {b"mine"}
         export(str(quantized()), "dense", tmp_path / "fresh", overwrite=True)
-        fresh = {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == fresh
-        (out / "notes.txt").write_text("old")
+        assert found == {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
+    (out / "model.safetensors").write_text("mine")
+    with pytest.raises(VQCompressError, match=r"model\.safetensors is of no export; choose another directory"):
+        export(str(quantized()), "dense", out, overwrite=True)
 
 
 def test_what_generate_prepared_still_takes_gradients(quantized: Callable[..., Path]) -> None:

@@ -38,12 +38,16 @@ MEASURED_TOKENS = 2048
 def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | None = None) -> Recipe:
     """The recipe of a name, or without one that of a budget; UsageError if recipe and budget do not fit together.
 
-    kv_cache: a recipe whose `cache` takes the place of that recipe's.
+    kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
     """
+    knobs = recipes.cache_knobs(kv_cache) if kv_cache else None
     if name is None and target_bits is None:
-        raise UsageError("--recipe is missing (see `vqcompress recipes`); or give --target-bits, such as 2.5")
+        or_else = f"--recipe {kv_cache} codes the cache alone" if kv_cache else "or give --target-bits, such as 2.5"
+        raise UsageError(f"--recipe is missing (see `vqcompress recipes`); {or_else}")
     recipe = recipes.load(name or CANDIDATES)
-    recipe = replace(recipe, cache=recipes.cache_knobs(kv_cache)) if kv_cache else recipe
+    if knobs and recipe.cache not in (None, knobs):
+        raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")
+    recipe = replace(recipe, cache=knobs or recipe.cache)
     if target_bits is None:
         if recipe.candidates:
             raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")

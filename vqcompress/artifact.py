@@ -48,9 +48,8 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SMOOTHING = "smoothing"
 STAGED = "(staged)"
 KV_CACHE = "kv_cache.safetensors"
-OURS = re.compile(r"((model-\d{5}-of-\d{5}|kv_cache)\.safetensors(\.partial)?|[\w.-]+\.json\.partial)")
-# What safetensors writes before it gives a file its name.
-UNNAMED = re.compile(r"\.tmp\w{6}")
+# Files of tensors, whole or half; the last is what safetensors writes before it gives a file its name.
+OURS = re.compile(r"(model-\d{5}-of-\d{5}|kv_cache)\.safetensors(\.partial)?|\.tmp\w{6}")
 # What a loader of models or tokenizers may read beside `COMPANIONS`; other files of a user are no concern of ours.
 READ = re.compile(r"[^.].*\.(safetensors|json|py|jinja|model)|additional_chat_templates")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"

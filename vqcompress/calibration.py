@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import VQCompressError, first_line
 from vqcompress.hub import check_text
 
 DEFAULT_SAMPLES = 128
@@ -81,7 +81,7 @@ def _dataset_text(source: str) -> str:
         # Far more than any calibration reads, and little enough to tokenize in a minute.
         return "\n\n".join(str(row["text"]) for row in itertools.islice(data, 20_000))
     except Exception as error:  # a dataset can fail in as many ways as there are loaders; all mean the same here
-        raise VQCompressError(f"the dataset {source} cannot be read: {str(error).splitlines()[0]}") from error
+        raise VQCompressError(f"the dataset {source} cannot be read: {first_line(error)}") from error
 
 
 def cut_rows(tokens: Tensor, samples: int | None, seqlen: int, seed: int) -> Tensor:

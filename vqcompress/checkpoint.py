@@ -85,7 +85,8 @@ def resolve(model: str, weights: bool = True) -> Path:
     """
     if model == "demo":
         return Path(__file__).parent / "demo"
-    path = Path(model).expanduser()
+    # Unlike a Path's own, this leaves the ~ of a user that there is not as it is.
+    path = Path(os.path.expanduser(model))
     if path.name == "config.json" and path.is_file():
         path = path.parent
     if path.is_dir():
@@ -93,7 +94,7 @@ def resolve(model: str, weights: bool = True) -> Path:
     if path.exists():
         raise VQCompressError(f"{model} is a file; MODEL is a Hugging Face directory, a hub id, or 'demo'")
     local, at, revision = model.rpartition("@")
-    if at and (local == "demo" or Path(local).expanduser().is_dir()):
+    if at and (local == "demo" or os.path.isdir(os.path.expanduser(local))):
         raise UsageError(f"{local} is a local directory; only a hub id has revisions, such as '{revision}'")
     near = _similar(path)
     named = hub.ID.fullmatch(model)

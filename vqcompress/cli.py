@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,22 +99,12 @@ def quantize(
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
     model = pinned(model, revision)
+    job: dict[str, Any] = {"recipe": recipe, "target_bits": target_bits, "samples": samples, "seqlen": seqlen}
+    job |= {"seed": seed, "device": device, "states": states, "kv_cache": kv_cache}
     if dry_run:
         if push_to_hub or private:
             raise UsageError("--dry-run writes nothing to upload; leave it out, or --push-to-hub and --private")
-        plan(
-            model,
-            recipe,
-            target_bits,
-            calibration,
-            samples,
-            seqlen,
-            seed,
-            device,
-            states,
-            kv_cache,
-            json_file=json_file,
-        )
+        plan(model, calibration=calibration, json_file=json_file, **job)
         return
     if output is None:
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
@@ -127,10 +117,9 @@ def quantize(
         from vqcompress.quantize import quantize as run
 
         with watching(model) as watch:
-            where, knobs = device.value, (calibration, samples, seqlen, seed)
-            report = run(model, output, recipe, *knobs, where, overwrite, target_bits, watch, states.value, kv_cache)
+            report = run(model, output, texts=calibration, overwrite=overwrite, watch=watch, **job)
         write(report)
-        show.quantized(console, report, str(output), model, calibration, kv_cache or recipe)
+        show.quantized(console, report, str(output), model, calibration)
         upload(output, console)
 
 

@@ -7,21 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vqcompress.errors import UsageError
-from vqcompress.options import (
-    CpuWeights,
-    Debug,
-    Device,
-    Either,
-    Json,
-    KVCache,
-    Revision,
-    Trust,
-    Weights,
-    Where,
-    pinned,
-)
-from vqcompress.session import session
+from vqcompress.options import CpuWeights, Debug, Device, Either, Json, KVCache, Revision, Trust, Weights, Where, pinned
+from vqcompress.session import output_file, session
 
 Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")]
 Window = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")]
@@ -126,8 +113,7 @@ def compare(
 
     Example: vqcompress compare out-2bit out-4bit --text test.txt --html compared.html
     """
-    if html_file and not html_file.expanduser().absolute().parent.is_dir():
-        raise UsageError(f"--html {html_file}: its directory does not exist")
+    page = html_file and output_file("--html", html_file)
     with session(json_file, texts=[text]) as (console, write):
         from vqcompress import show
         from vqcompress.compare import compare as run
@@ -138,6 +124,6 @@ def compare(
             result = run(models, text, seqlen, stride, windows, baseline, device.value, watch)
         write(result)
         show.compared(console, result, only_caches(models))
-        if html_file:
-            html_file.expanduser().write_text(comparison_page(result), encoding="utf-8")
+        if page:
+            page.write_text(comparison_page(result), encoding="utf-8")
             console.print(f"pictures    {html_file}", soft_wrap=True)

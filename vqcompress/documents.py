@@ -64,7 +64,7 @@ def documents(report: dict[str, Any], here: str) -> dict[str, bytes]:
 
 def check_writable(model: str) -> None:
     """UsageError unless MODEL is the directory of an artifact with a report, to which an evaluation can be added."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not (path.is_dir() and Artifact.is_one(path)):
         raise UsageError(f"--report: {model} is not the directory of an artifact; leave --report out")
     if not read_report(path):
@@ -80,7 +80,7 @@ def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
     Returns the names of the files that have it now: a README.md that somebody has edited stays as it is. An earlier
     result by the same protocol is replaced, but for what was compared with a baseline if this was not.
     """
-    path = Path(model).expanduser().resolve()
+    path = Path(os.path.expanduser(model)).resolve()
     lock = os.open(path, os.O_RDONLY)
     try:
         # Two evaluations may end at once, and each keeps the other's.

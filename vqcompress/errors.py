@@ -18,6 +18,11 @@ class UsageError(VQCompressError):
     """The words of the command or of a recipe are off (exit code 2)."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' with the nearest known name, else the list of all of them."""
     names = sorted(known)

@@ -41,12 +41,14 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt with an artifact or a dense checkpoint; returns text, new_tokens, seconds, tokens_per_second.
 
-    temperature: 0 takes the likeliest token each time. seed: of the draws otherwise. cpu_weights: see `load`. on_text:
-    called with each new piece of text; the prompt is none. seconds: from the prompt to the last token, without loading.
-    kv_cache: a recipe with a `cache`.
+    temperature: 0, or below 1e-6, takes the likeliest token. seed: of the draws otherwise. cpu_weights: see `load`.
+    on_text: called with each new piece of text; the prompt is none. seconds: from the prompt to the last token, without
+    loading. kv_cache: a recipe with a `cache`, or `artifact`.
     """
     if not prompt:
         raise UsageError("--prompt is empty: give some text to continue")
+    if prompt != prompt.encode(errors="ignore").decode():
+        raise UsageError(f"--prompt {prompt!r} is not UTF-8 text")
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UsageError(f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need at least 1, at least 0")
     network: Any = load_any(model, cpu_weights=cpu_weights)
@@ -60,12 +62,11 @@ def generate(
         raise UsageError(f"{length} are more than the model's context of {context}; lower --max-new-tokens")
     # Sampling reads torch's global generator, and there is no other way to seed it.
     torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    # Logits in float32 have no finer steps; divided by much less they would overflow.
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature >= 1e-6 else {}
     settings = network.generation_config
+    # One text, token by token, whatever the model says.
+    settings.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
     pad = settings.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
     start = time.perf_counter()
     out_BL = network.generate(
@@ -75,7 +76,9 @@ def generate(
         # One row needs no padding, but transformers asks for the token all the same.
         pad_token_id=pad[0] if isinstance(pad, list) else pad,
         streamer=_Streamer(tokenizer, on_text),
-        **sampling,
+        tokenizer=tokenizer,
+        do_sample=bool(drawn),
+        **drawn,
     )
     seconds = time.perf_counter() - start
     new = out_BL[0, ids_BL.shape[1] :]

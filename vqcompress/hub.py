@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import UsageError, VQCompressError, first_line
 
 # ID or OWNER/ID, then perhaps @ and a branch, a tag or a commit.
 ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
@@ -79,8 +79,7 @@ def explain(error: BaseException, repo: str, revision: str | None = None) -> str
         return (
             f"the hub {constants.ENDPOINT} cannot be reached, and {repo} is not in the cache {constants.HF_HUB_CACHE}"
         )
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 def check_text(source: str) -> None:
@@ -102,9 +101,10 @@ def check_upload(repo: str) -> None:
     try:
         HfApi().whoami()
     except Exception as error:  # see `fetch`
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         hint = "log in with `hf auth login`, or leave it out and upload later with `hf upload`"
-        raise VQCompressError(f"--push-to-hub {repo}: the hub does not know you ({lines[0]}); {hint}") from error
+        raise VQCompressError(
+            f"--push-to-hub {repo}: the hub does not know you ({first_line(error)}); {hint}"
+        ) from error
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

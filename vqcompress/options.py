@@ -80,7 +80,7 @@ KVCache = Annotated[
     typer.Option(
         "--kv-cache",
         metavar="RECIPE",
-        help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8.",
+        help="Keep keys and values as codes: kv-vq-4bit, kv-vq-2bit, kv-fp8; as an artifact says: artifact.",
         autocompletion=_complete_cache,
     ),
 ]
@@ -109,14 +109,14 @@ Calibration = Annotated[
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Rows of calibration. Default: up to 128.")]
 Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a row. Default: the context, ≤ 2048.")]
 Kept = Annotated[States, typer.Option("--states", help="Where the hidden states of the rows are kept meanwhile.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Same seed, same result.")]
 Where = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
 CpuWeights = Annotated[
     Weights,
     typer.Option("--cpu-weights", help="On a CPU: decode weights once (dense) or at every call (packed)."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an artifact or an unfinished run in the output directory.")
+    bool, typer.Option("--overwrite", help="Replace an artifact or unfinished run there, and no file of others.")
 ]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON there; - is stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]

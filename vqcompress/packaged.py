@@ -6,6 +6,9 @@ from pathlib import Path
 
 from vqcompress.errors import UsageError, did_you_mean, nearest
 
+# What --kv-cache calls the way of an artifact itself.
+AS_STORED = "artifact"
+
 
 def packaged() -> dict[str, Path]:
     """Name → file of the recipes that come with the package."""

@@ -135,8 +135,9 @@ def _tiles(report: dict[str, Any]) -> str:
     }
     if cache := report["kv_cache"]:
         facts["keys and values"] = (f"{cache['bits']} bits", f"{cache['codebook']}, if --kv-cache is given")
-    for found in report.get("evaluations", [])[:1]:
+    for found in sorted(report.get("evaluations", []), key=lambda each: bool(each["kv_cache"]))[:1]:
         against = f"{found['ratio']:.4f} times the original's" if "ratio" in found else str(found["text"])
+        against += f", cache {found['kv_cache']}" if found["kv_cache"] else ""
         facts["perplexity"] = (f"{found['perplexity']:.3f}", against)
     cells = (
         f"<div><dt>{escape(k)}</dt><dd>{escape(v)}<span>{escape(s)}</span></dd></div>" for k, (v, s) in facts.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class Uses:
 
 def named(place: str) -> str:
     """A text or a model for a report: of a local file or directory the name, for others do not have its place."""
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     return path.absolute().name if path.exists() else place
 
 
@@ -128,7 +129,7 @@ def run_report(
         "recipe": named(plan.recipe.name),
         "rotation": plan.recipe.rotation,
         "model": named(model),
-        "base_model": None if model == "demo" or Path(model).expanduser().exists() else model.partition("@")[0],
+        "base_model": None if model == "demo" or os.path.exists(os.path.expanduser(model)) else model.partition("@")[0],
         "revision": source.revision,
         "seed": seed,
         "target_bits": plan.target_bits,

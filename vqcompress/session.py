@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import traceback
@@ -18,7 +19,7 @@ from typer.core import TyperGroup
 from vqcompress.errors import Fallback, UsageError, VQCompressError
 from vqcompress.hub import check_text
 from vqcompress.options import DEBUG
-from vqcompress.packaged import packaged, recipe_file
+from vqcompress.packaged import AS_STORED, packaged, recipe_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +67,18 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
 
+def output_file(option: str, name: str | Path) -> Path:
+    """The file to write to in the end; UsageError unless it can be, which is said before hours of work."""
+    path = Path(os.path.expanduser(name)).absolute()
+    if path.is_dir():
+        raise UsageError(f"{option} {name}: is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {name}: its directory does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{option} {name}: may not be written by this user")
+    return path
+
+
 @contextlib.contextmanager
 def session(
     json_file: str | None = None, recipes: Iterable[str | None] = (), texts: Iterable[str] | None = None
@@ -76,11 +89,11 @@ def session(
     will read; a name of nothing is an error before anything heavy is imported.
     """
     for recipe in filter(None, recipes):
-        recipe_file(recipe, packaged())
+        if recipe != AS_STORED:
+            recipe_file(recipe, packaged())
     for text in texts or ():
         check_text(text)
-    if json_file not in (None, "-") and not Path(json_file).expanduser().absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: its directory does not exist")
+    file = output_file("--json", json_file) if json_file is not None and json_file != "-" else None
     stdout = sys.stdout
     with contextlib.ExitStack() as stack:
         if json_file == "-":
@@ -97,8 +110,8 @@ def session(
             text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
             if json_file == "-":
                 stdout.write(text)
-            elif json_file is not None:
-                Path(json_file).expanduser().write_text(text, encoding="utf-8")
+            elif file is not None:
+                file.write_text(text, encoding="utf-8")
 
         yield show.console(stderr=json_file == "-"), write
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from vqcompress.packaged import AS_STORED
 from vqcompress.page import protocol, quality
 from vqcompress.report import cache_line, shrunk, size
 from vqcompress.targets import kind
@@ -105,10 +106,8 @@ def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]
     return {key: [n for tokens in mixtures.values() for n in tokens[key]] for key in ("routed", "counted", "borrowed")}
 
 
-def quantized(
-    to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None, cache: str | None
-) -> None:
-    """The end of `quantize`: what came out and what to type next. texts, cache: that, and the recipe, as given."""
+def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None) -> None:
+    """The end of `quantize`: what came out and what to type next. texts: as given."""
     before, after = report["source_bytes"], report["artifact_bytes"]
     device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
     if report["target_bits"] is not None:
@@ -128,9 +127,9 @@ def quantized(
         to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}", soft_wrap=True)
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
-    if report["kv_cache"] and cache and not report["targets"]:
+    if report["kv_cache"] and not report["targets"]:
         # Without it nothing would be measured.
-        command += f" --kv-cache {shlex.quote(cache)}"
+        command += f" --kv-cache {AS_STORED}"
     to.print(f"next    {command}", soft_wrap=True)
 
 
@@ -292,7 +291,7 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     if found["baseline"] is None:
         to.print("note        no KL divergence: the artifacts name no original that is here; give --baseline")
     for model in caches:
-        how = f"eval perplexity {shlex.quote(model)} --kv-cache RECIPE"
+        how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
         to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it", soft_wrap=True)
     to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32", soft_wrap=True)
     to.print(f"took        {duration(found['seconds'])}")

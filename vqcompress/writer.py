@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,17 +25,15 @@ from vqcompress.artifact import (
     JOURNAL,
     OURS,
     RECIPE,
-    REPORTS,
     SHARD,
     STAGED,
     SUMS,
-    UNNAMED,
     Artifact,
     checksum_lines,
     read_sums,
     tensors_of,
 )
-from vqcompress.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
+from vqcompress.checkpoint import INDEX, Checkpoint, read_json, sha256
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
 
@@ -132,6 +130,14 @@ def refresh_sums(path: Path, names: Iterable[str]) -> None:
     Shards(path).write(SUMS, checksum_lines(sums).encode())
 
 
+def clear(out: Path, listed: Collection[str], kept: Collection[str | None] = ()) -> None:
+    """Delete what vqcompress wrote into a directory, the config first: shards, the listed files, and halves of them."""
+    for path in sorted(out.iterdir(), key=lambda path: path.name != "config.json"):
+        ours = OURS.fullmatch(path.name) or path.name.removesuffix(".partial") in listed
+        if ours and path.is_file() and path.name not in kept:
+            path.unlink()
+
+
 class Writer(Shards):
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
@@ -150,10 +156,10 @@ class Writer(Shards):
         self.measured: dict[str, dict[str, list[float]]] = {}
         if out.is_file():
             raise VQCompressError(f"{out} is a file, not a directory to write an artifact to")
-        ours = (out / JOURNAL).is_file() or (out.is_dir() and Artifact.is_one(out))
         # A run that is killed in its very first write leaves only this.
         if out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in out.iterdir()):
             self._continue_or_clear(overwrite)
+        listed = read_sums(out) if (out / SUMS).exists() else {}
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -167,14 +173,9 @@ class Writer(Shards):
         try:
             self._write_journal()
             # From here on the directory holds an unfinished run of these inputs, whatever it held before.
-            for name in ("config.json", INDEX, SUMS, *REPORTS):
-                (out / name).unlink(missing_ok=True)
-            kept = {record.get("file") for record in self.done.values()}
-            for path in out.iterdir():
-                beside = path.name == RECIPE or COMPANIONS.fullmatch(path.name) or UNNAMED.fullmatch(path.name)
-                stale = OURS.fullmatch(path.name) or (ours and beside)
-                if stale and path.is_file() and path.name not in kept:
-                    path.unlink()
+            clear(out, listed, {record.get("file") for record in self.done.values()})
+            # Only now: a kill before it leaves the list of what is still to be deleted.
+            (out / SUMS).unlink(missing_ok=True)
         except BaseException:
             os.close(self._lock)
             raise
@@ -187,7 +188,6 @@ class Writer(Shards):
 
     def _continue_or_clear(self, overwrite: bool) -> None:
         """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""
-        holds = "something else"
         if (self.out / JOURNAL).is_file():
             try:
                 differing = self._read_journal()
@@ -198,10 +198,11 @@ class Writer(Shards):
             if not differing:
                 return
             holds = f"an unfinished run with another {', '.join(differing)}"
-        elif Artifact.is_one(self.out):
+        elif Artifact.is_one(self.out) and (self.out / SUMS).exists():
             holds = "a finished artifact"
-        elif (self.out / "config.json").exists() or any(self.out.glob("*.safetensors")):
-            raise VQCompressError(f"{self.out} holds a model that vqcompress did not write; choose another directory")
+        else:
+            # Nobody knows which of the files could be spared.
+            raise VQCompressError(f"{self.out} holds something else than what quantize wrote; choose another directory")
         if not overwrite:
             raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
 
@@ -298,14 +299,11 @@ class Writer(Shards):
         total = sum((self.out / file).stat().st_size for file in sums)
         sums |= self.beside
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
-        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode()}
+        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode(), **told}
         files |= {RECIPE: recipe.encode()} if recipe else {}
-        files |= told
-        last = json.dumps(config, indent=2).encode()
-        for name, data in files.items():
+        files["config.json"] = json.dumps(config, indent=2).encode()
+        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        # First, since it says which files are ours.
+        for name, data in {SUMS: checksum_lines(sums).encode(), **files}.items():
             self.write(name, data)
-        for name, data in {**files, "config.json": last}.items():
-            sums[name] = hashlib.sha256(data).hexdigest()
-        self.write(SUMS, checksum_lines(sums).encode())
-        self.write("config.json", last)
         (self.out / JOURNAL).unlink()

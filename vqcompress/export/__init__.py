@@ -13,16 +13,16 @@ import torch
 
 from vqcompress.artifact import OURS, Artifact
 from vqcompress.blocks import BlockStream
-from vqcompress.checkpoint import COMPANIONS, INDEX, read_json, resolve
+from vqcompress.checkpoint import INDEX, read_json, resolve
 from vqcompress.errors import UsageError, VQCompressError, did_you_mean
 from vqcompress.export import aqlm, compressed_tensors, dense, fp8
 from vqcompress.export.rewrite import Export
 from vqcompress.export.verify import Reader, compare
 from vqcompress.runtime.device import peak_rss_bytes
-from vqcompress.writer import Shards
+from vqcompress.writer import Shards, clear
 
-# Stands in the index, so that --overwrite finds nothing of others in its way.
-EXPORTED = {"written_by": "vqcompress export"}
+# Stands in the index, with the names of files beside the weights: --overwrite deletes those and no others.
+WRITER = "vqcompress export"
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,16 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     weight_map: dict[str, str] = {}
     total = 0
     shards = Shards(out)
+    companions = source.companions()
+    metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
     # First, so that one that was interrupted can be told from what others wrote.
-    shards.write(INDEX, json.dumps({"metadata": EXPORTED, "weight_map": {}}).encode())
+    shards.write(INDEX, json.dumps({"metadata": metadata, "weight_map": {}}).encode())
     for number, tensors in enumerate(made.tensors, 1):
         weight_map |= dict.fromkeys(tensors, shards.write_shard(number, count, tensors)["file"])
         total += sum(t.nbytes for t in tensors.values())
-    for path in source.companions():
+    for path in companions:
         shards.write(path.name, path.read_bytes())
-    index = {"metadata": {"total_size": total, **EXPORTED}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
     # Last, so that an export that was interrupted is no checkpoint.
     shards.write("config.json", json.dumps(made.config, indent=2).encode())
@@ -86,18 +88,17 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
 
 
 def _empty(out: Path, overwrite: bool) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise VQCompressError(f"{out} is not empty; choose another directory or give --overwrite")
-        if Artifact.is_one(out):
-            raise VQCompressError(f"{out} holds an artifact; an export does not overwrite one")
+    """Make room for an export; VQCompressError if there is anything else than an earlier one."""
+    # An export that is killed in its very first write leaves only this.
+    if out.is_dir() and any(path.name != f"{INDEX}.partial" for path in out.iterdir()):
         index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
         metadata = index.get("metadata") if isinstance(index, dict) else None
-        ours = isinstance(metadata, dict) and metadata.get("written_by") == EXPORTED["written_by"]
-        models = [p for p in out.iterdir() if p.name == "config.json" or p.suffix in (".safetensors", ".bin")]
-        if foreign := [p.name for p in models if not ours or not (OURS.fullmatch(p.name) or p.name == "config.json")]:
-            raise VQCompressError(f"{out / foreign[0]} is of no export; choose another directory")
-        for old in out.iterdir() if ours else ():
-            if old.name in ("config.json", INDEX) or OURS.fullmatch(old.name) or COMPANIONS.fullmatch(old.name):
-                old.unlink()
+        if not isinstance(metadata, dict) or metadata.get("written_by") != WRITER:
+            raise VQCompressError(f"{out} holds something else than an export; choose another directory")
+        weights = [path for path in out.iterdir() if path.suffix in (".safetensors", ".bin")]
+        if foreign := [path for path in weights if not OURS.fullmatch(path.name)]:
+            raise VQCompressError(f"{foreign[0]} is of no export; choose another directory")
+        if not overwrite:
+            raise VQCompressError(f"{out} already holds an export; choose another directory or give --overwrite")
+        clear(out, {"config.json", *map(str, metadata.get("beside", []))})
     out.mkdir(parents=True, exist_ok=True)

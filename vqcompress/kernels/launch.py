@@ -1,7 +1,7 @@
 """Launching kernels: on which device, with which settings, and what would be launched on a device that is not here.
 
-Settings (block sizes, warps, stages) were measured offline by scripts/tune.py and lie in `launches/DEVICE.json`; a
-shape or a device without a measurement gets the guess of its kernel. Nothing is ever tuned while a model runs.
+Settings (block sizes, warps, stages) are measured offline by scripts/tune.py, which writes `launches/DEVICE.json`. No
+table ships yet: a shape or device without one gets its kernel's guess. Nothing is ever tuned while a model runs.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from vqcompress.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
 from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.packaged import AS_STORED
 from vqcompress.recipe import cache_knobs
 from vqcompress.runtime.adapter import attach
 from vqcompress.runtime.cache import Kept, keep_coded, kept
@@ -35,8 +36,8 @@ def load(
     GPU unless given. check: compare the files with their checksums first (about a second per gigabyte). cpu_weights:
     `dense` decodes every weight once, at its first use, which is fast; `packed` keeps what is stored and decodes at
     every call; `auto` is dense if that fits into memory. kv_cache: `generate` keeps keys and values as codes, as the
-    artifact says (True) or as a recipe with a `cache` does, such as kv-vq-4bit. trust_remote_code: run Python code
-    that comes with the model.
+    artifact says (True, or `artifact`) or a recipe with a `cache`, such as kv-vq-4bit. trust_remote_code: run Python
+    code that comes with the model.
     Raises VQCompressError naming what is missing or damaged.
     """
     artifact = Artifact(resolve(str(path)))
@@ -52,25 +53,28 @@ def load(
     if entries:
         attach(model, artifact.config["quantization_config"])
     if kv_cache:
-        keep_coded(model, kept_as(model, artifact.path, None if kv_cache is True else str(kv_cache)))
+        keep_coded(model, kept_as(model, artifact.path, AS_STORED if kv_cache is True else str(kv_cache)))
     return model
 
 
-def kept_as(model: PreTrainedModel, path: Path, recipe: str | None) -> Kept:
-    """How a recipe, or else the artifact that a model was loaded from, keeps keys and values.
+def kept_as(model: PreTrainedModel, path: Path, recipe: str) -> Kept:
+    """How a recipe keeps keys and values; `artifact`: as the artifact says that a model was loaded from.
 
     UsageError where the codebooks that this takes are not there.
     """
     stored = cache_settings(Checkpoint(path).config, str(path))
-    wanted = stored if recipe is None else cache_knobs(recipe).model_dump(mode="json")
+    wanted = stored if recipe == AS_STORED else cache_knobs(recipe).model_dump(mode="json")
     if wanted is None:
         raise UsageError(f"{path} says nothing of its cache; name a recipe that does, such as kv-fp8")
     if wanted["codebook"] != "learned":
         return kept(model, wanted)
-    made = ("codebook", "bits", "keys")
-    if stored is None or any(stored[key] != wanted[key] for key in made):
-        hint = f"give --kv-cache {recipe} to quantize, or take kv-fp8, which needs no data"
+    anew = f"give --kv-cache {recipe} to quantize"
+    if stored is None or stored["codebook"] != "learned":
+        hint = f"{anew}, or take kv-fp8, which needs no data"
         raise UsageError(f"{path} holds no codebooks for a cache of {wanted['bits']} bits: {hint}")
+    if differing := [key for key in ("bits", "keys") if stored[key] != wanted[key]]:
+        has, asked = (", ".join(f"{key}: {knobs[key]}" for key in differing) for knobs in (stored, wanted))
+        raise UsageError(f"{path} holds codebooks for {has}, not {asked}: take --kv-cache {AS_STORED}, or {anew}")
     if not (path / KV_CACHE).is_file():
         raise VQCompressError(f"{path / KV_CACHE} is missing")
     return kept(model, {**wanted, "before": stored.get("before")}, tensors_of(path / KV_CACHE))

@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    QKVParallelLinear,
-    UnquantizedLinearMethod,
-)
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
 
 from vqcompress.artifact import HINT, QUANT_METHOD, Entry, parse_entries, part_name
