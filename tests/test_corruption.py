@@ -582,8 +582,9 @@ def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:
         Artifact(tmp_path)
 
 
-def test_tokens_of_a_generation_config_are_numbers(tmp_path: Path) -> None:
-    for wrong in ({"a": 1}, "2", [1, "2"], 2**70):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+def test_a_generation_config_says_what_can_be(tmp_path: Path) -> None:
+    wrong = [("eos_token_id", value) for value in ({"a": 1}, "2", [1, "2"], 2**70)]
+    for name, value in (*wrong, ("output_hidden_states", {"a": "b"}), ("do_sample", "yes"), ("use_cache", 7)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
         with pytest.raises(VQCompressError, match="transformers cannot read"):
             generation_config(tmp_path)

@@ -114,6 +114,9 @@ def generation_config(path: Path) -> GenerationConfig | None:
             each = [number for number in (ids if isinstance(ids, list) else [ids]) if number is not None]
             if not all(type(number) is int and abs(number) < 2**31 for number in each):
                 raise ValueError(f"{name} is {str(ids)[:40]}, no number of a token")
+        for name in ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "return_dict_in_generate"):
+            if (flag := getattr(found, name)) not in (None, True, False):
+                raise ValueError(f"{name} is {str(flag)[:40]}, neither true nor false")
     except Exception as error:  # its validation has as many errors as it has fields
         reason = " ".join(str(error).split())[:300]
         raise VQCompressError(f"transformers cannot read {path / 'generation_config.json'}: {reason}") from error
