@@ -35,13 +35,15 @@ def _interpreted(kernel: Any) -> None:
 
 def rotate(x_TI: Tensor, signs_1B: Tensor, setting: int | None = None) -> Tensor:
     """By the kernel; with one of the candidates as settings, counted from 0, instead of the guess."""
+    import candidates
+
     from vqcompress.kernels import launch
     from vqcompress.kernels import rotate as module
 
     before = module.guess
     try:
         if setting is not None:
-            tried = list(module.candidates(launch.facts(x_TI.device), *x_TI.shape))
+            tried = list(candidates.of_rotate(launch.facts(x_TI.device), x_TI.shape[1]))
             module.guess = lambda *_: tried[setting]
         return module.rotate(x_TI, signs_1B)
     finally:
@@ -185,11 +187,12 @@ def test_rotate(interpreted: Call, shape: tuple[int, int], dtype: torch.dtype) -
 @pytest.mark.parametrize("shape", [(3, 4096), (2, 96)], ids=str)
 def test_rotate_with_other_settings(interpreted: Call, shape: tuple[int, int]) -> None:
     """Of candidates that differ in more than warps."""
+    import candidates
+
     from vqcompress.kernels import launch
-    from vqcompress.kernels import rotate as module
 
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    sizes = [s["SIZE"] for s in module.candidates(launch.KNOWN["cpu"], *shape)]
+    sizes = [s["SIZE"] for s in candidates.of_rotate(launch.KNOWN["cpu"], shape[1])]
     assert len(set(sizes)) > 3
     for size in set(sizes):
         y_TI = interpreted(by_interpreter, "rotate", x_TI, packed(signs_I), sizes.index(size))
@@ -327,11 +330,12 @@ def test_rotate_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @needs_gpu
 @pytest.mark.parametrize("shape", [(1, 4096), (17, 11008), (3, 32768), (5, 96)], ids=str)
 def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
+    import candidates
+
     from vqcompress.kernels import launch
-    from vqcompress.kernels import rotate as module
 
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    tried = list(module.candidates(launch.facts(torch.device("cuda", 0)), *shape))
+    tried = list(candidates.of_rotate(launch.facts(torch.device("cuda", 0)), shape[1]))
     for setting in range(len(tried)):
         y_TI = on_gpu("rotate", x_TI, packed(signs_I), setting)
         assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32], tried[setting]

@@ -21,8 +21,6 @@ E entries, S slices. Of a tile: M queries, C tokens, N groups of a half (a power
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -301,13 +299,6 @@ def guess_encode(facts: Facts, rows: int) -> Settings:
     return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // facts.warp)}
 
 
-def candidates_encode(facts: Facts, rows: int) -> Iterator[Settings]:
-    """What an offline tuner may try for `encode`."""
-    for v, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-        if v <= triton.next_power_of_2(rows) and v <= 8 * warps:
-            yield {"V": v, "num_warps": warps}
-
-
 def encode(
     x_BHTD: Tensor,
     book_HGEd: Tensor,
@@ -336,7 +327,7 @@ def encode(
     return out
 
 
-def _sized(facts: Facts, shape: tuple[int, ...], batch: int, m: int, tables: int, size: int, warps: int) -> Settings:
+def sized(facts: Facts, shape: tuple[int, ...], batch: int, m: int, tables: int, size: int, warps: int) -> Settings:
     """Settings of `attend` with tiles of about so many numbers, and slices of two tiles at least that fill a device."""
     queries, heads, channels, _, tokens = shape
     programs = batch * (queries if m == 1 else heads * triton.cdiv(queries // heads, m))
@@ -351,16 +342,8 @@ def guess(facts: Facts, shape: tuple[int, ...], batch: int, element: int, turned
     queries, heads, *_, tokens = shape
     # Products of float32 have no matrix units.
     if queries > heads and element == 2:
-        return _sized(facts, shape, batch, 16, 0, 8192, 256 // facts.warp)
-    return _sized(facts, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // facts.warp)
-
-
-def candidates(facts: Facts, shape: tuple[int, ...], batch: int, element: int, turned: bool) -> Iterator[Settings]:
-    """What an offline tuner may try for `attend`."""
-    for m, tables, size, warps in product((1, 16), (0, 1), (2048, 4096, 8192, 16384), (2, 4, 8)):
-        grouped = m == 1 or (shape[0] > shape[1] and element == 2 and not tables)
-        if grouped and not (tables and turned) and 16 <= size // (facts.warp * warps) <= 64:
-            yield _sized(facts, shape, batch, m, tables, size, warps)
+        return sized(facts, shape, batch, 16, 0, 8192, 256 // facts.warp)
+    return sized(facts, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // facts.warp)
 
 
 def attend(

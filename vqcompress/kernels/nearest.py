@@ -17,9 +17,6 @@ Shape legend: N vectors, d their length, K entries, b of them wanted, P = 256 pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
@@ -131,18 +128,6 @@ def guess_e8p(facts: launch.Facts, vectors: int) -> launch.Settings:
 def _settings(vectors: int, most: int, programs: int) -> launch.Settings:
     """As many vectors of a program, a power of two, as leave that many programs."""
     return {"V": min(most, 1 << max(1, vectors // programs).bit_length() - 1)}
-
-
-def candidates(facts: launch.Facts, vectors: int, count: int, length: int) -> Iterator[launch.Settings]:
-    """What an offline tuner may try for `best`."""
-    for v, tile in product((1, 2, 4, 8, 16), (32, 64, 128, 256, 512)):
-        if v * length <= 128 and v * tile <= 4096 and tile <= max(32, 2 * count):
-            yield from ({"V": v, "E": tile, "num_warps": warps} for warps in (1, 2, 4, 8) if warps * facts.warp <= tile)
-
-
-def candidates_e8p(facts: launch.Facts, vectors: int) -> Iterator[launch.Settings]:
-    """What an offline tuner may try for `nearest_e8p`."""
-    yield from ({"V": v, "num_warps": warps} for v in (1, 2, 4, 8) for warps in (1, 2, 4) if v <= 4 * warps)
 
 
 def nearest(x_Nd: Tensor, book_Kd: Tensor) -> Tensor:
