@@ -59,9 +59,6 @@ def _encode(  # type: ignore[no-untyped-def]
     x_b,
     x_h,
     x_t,
-    out_b,
-    out_h,
-    out_t,
     book_h,
     book_g,
     cos_b,
@@ -84,8 +81,9 @@ def _encode(  # type: ignore[no-untyped-def]
         dot_VE += x_V[:, None] * entry_E[None, :]
         square_E += entry_E * entry_E
     code_V = tl.argmin((square_E * 0.5)[None, :] - dot_VE, 1)
-    out_V = out + b_V * out_b + h.to(tl.int64) * out_h + t_V.to(tl.int64) * out_t + g
-    tl.store(out_V, code_V.to(tl.uint8), valid_V)
+    heads = tl.num_programs(1) // groups
+    out_V = ((b_V * heads + h) * tokens + t_V) * groups + g
+    tl.store(out + out_V, code_V.to(tl.uint8), valid_V)
 
 
 @triton.jit
@@ -299,28 +297,20 @@ def guess_encode(facts: Facts, rows: int) -> Settings:
     return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // facts.warp)}
 
 
-def encode(
-    x_BHTD: Tensor,
-    book_HGEd: Tensor,
-    cos_BTD: Tensor | None = None,
-    sin_BTD: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
     """Codes, uint8 (B, H, T, G): `codebooks.kv.encode` of x, turned back first if it has cosines and sines.
 
-    out: where they go, of any strides, so that a cache is written into directly. ValueError for shapes that do not fit.
+    ValueError for shapes that do not fit.
     """
     (batch, heads, tokens, channels), length = x_BHTD.shape, book_HGEd.shape[-1]
     groups, rows = channels // length, batch * tokens
     book = _book(book_HGEd, heads, groups)
     x = x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
-    out = x.new_empty((batch, heads, tokens, groups), dtype=torch.uint8) if out is None else out
-    if out.shape != (batch, heads, tokens, groups) or out.dtype != torch.uint8 or out.stride(-1) != 1:
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; codes are uint8 {(batch, heads, tokens, groups)}")
+    out = x.new_empty((batch, heads, tokens, groups), dtype=torch.uint8)
     cos, sin, cos_b = _angles(cos_BTD, sin_BTD, batch, tokens, channels)
     place = heads * groups, length
     settings = launch.settings("kv.encode", x.device, rows, place, lambda facts: guess_encode(facts, rows))
-    strides = *x.stride()[:3], *out.stride()[:3], *book.stride()[:2], cos_b
+    strides = *x.stride()[:3], *book.stride()[:2], cos_b
     constants = {"LENGTH": length, "HALF": channels // 2, "num_stages": 1}
     grid = triton.cdiv(rows, settings["V"]), heads * groups
     launch.run(_encode, grid, x, book, cos, sin, out, rows, tokens, *strides, groups, **constants, **settings)
