@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scale is \(8,\); 9 outputs"):
         rotation.finish(x_TI[None], torch.ones(8), torch.float16, True)
     with pytest.raises(ValueError, match="2 of 9, 4 of 8, 1"):
-        search.nearest(x_TI, torch.ones(4, 8))
+        search.best(x_TI, torch.ones(4, 8), 1)
     with pytest.raises(ValueError, match="2 of 9, 4 of 9, 5"):
         search.best(x_TI, torch.ones(4, 9), 5)
     with pytest.raises(ValueError, match=r"\(2, 9\) and \(8, 256\)"):
@@ -281,14 +281,14 @@ def _recorded(arch: int | str) -> Iterator[tuple[str, Any]]:
         rotation.finish(empty(8, 1, 4096), empty(4096, dtype=bf16), bf16, True)
         rotation.finish(empty(1, 4096, 14336), empty(14336, dtype=bf16), bf16, True)
         rotation.finish(empty(4, 512, 11008), empty(11008, dtype=bf16), torch.float16, False)
-        search.nearest(empty(4096, 8), empty(1 << 16, 8))
-        search.nearest(empty(1 << 20, 1), empty(64, 1))
+        search.best(empty(4096, 8), empty(1 << 16, 8), 1)
+        search.best(empty(1 << 20, 1), empty(64, 1), 1)
         search.best(empty(1 << 20, 16), empty(4096, 16), 8)
         search.nearest_e8p(empty(1 << 20, 8), empty(8, 256))
         nothing = empty(0, 64)
         rotation.rotate(nothing, empty(1, 8, dtype=torch.uint8))
         rotation.finish(nothing[None], empty(64), bf16, True)
-        search.nearest(nothing[:, :8], empty(4, 8))
+        search.best(nothing[:, :8], empty(4, 8), 1)
         search.nearest_e8p(nothing[:, :8], empty(8, 256))
     assert len(calls) == 10
     for call in calls:
