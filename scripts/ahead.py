@@ -55,8 +55,16 @@ class Resources:
     warps: int
 
     def resident(self, facts: Facts) -> int:
-        """Programs that a multiprocessor holds at once."""
-        return facts.resident(self.registers, self.shared, self.warps)
+        """Programs that a multiprocessor holds at once; 0 if not even one.
+
+        NVIDIA's occupancy calculator: a warp has its registers on one of four sides, in units of 8 a thread, and a
+        program takes 1 kB of shared memory for the system. At most 32 programs, which only those of a warp could pass.
+        """
+        of_a_warp = -(-max(self.registers, 1) // 8) * 8 * facts.warp
+        by_registers = facts.registers // 4 // of_a_warp * 4 // self.warps
+        reserved = 1024 if isinstance(facts.arch, int) else 0
+        by_memory = facts.memory // max(self.shared + reserved, 1) if self.shared <= facts.shared else 0
+        return min(by_registers, by_memory, facts.threads // (self.warps * facts.warp), 32)
 
 
 def source_of(call: Call, arch: int | str) -> tuple[Any, dict[str, Any]]:

@@ -71,7 +71,7 @@ class Bench(Figures):
         )
         # Where float32 cannot tell which entry is nearer, codes may differ.
         if self.right(label, other) and not self.a.interpret:
-            took = seconds(lambda x: kv.encode(x, book, *angles, codes), [x_BHTD] * LEAST) / (cache.batch * tokens)
+            took = seconds(lambda x: kv.encode(x, book, *angles), [x_BHTD] * LEAST) / (cache.batch * tokens)
             print(f"{label}: {took * 1e6:.3f} µs a token", flush=True)
             self.write({"figure": label, "microseconds": round(took * 1e6, 4)})
 

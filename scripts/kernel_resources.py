@@ -64,7 +64,7 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
     with launch.recording(arch) as calls:
         for states in (12, 14, 16):
             viterbi.walks(torch.empty((16, 256), device=META), torch.empty(1 << states, device=META), states, 2, 32)
-        nearest.nearest(torch.empty((4096, 4), device=META), torch.empty((256, 4), device=META))
+        nearest.best(torch.empty((4096, 4), device=META), torch.empty((256, 4), device=META), 1)
         nearest.nearest_e8p(torch.empty((4096, 8), device=META), torch.empty((8, 256), device=META))
     yield from (("search", 0, call) for call in calls)
 

@@ -26,6 +26,7 @@ from typing import Any, cast
 from unittest import mock
 
 import ahead
+import candidates
 import torch
 import triton
 from gpu_clock import LEAST, copies, seconds
@@ -80,20 +81,15 @@ class Place:
 
     def launches(self, option: Settings, facts: Facts) -> list[Call]:
         """What the call would launch with some settings."""
-        with launch.trying(self.kernel, option), launch.recording(facts) as calls:
+        with candidates.trying(self.kernel, option), launch.recording(facts) as calls:
             self.call(self.one)
         return calls
 
 
-def _first(guess: Settings, candidates: Iterable[Settings]) -> list[Settings]:
-    """All, the guess first: it is always tried, and what is kept cannot be slower."""
-    return [guess, *(option for option in candidates if option != guess)]
-
-
 def _products(name: str, facts: Facts, rows: int, shape: Shape) -> list[Settings]:
-    """Settings to try for an INT8 or FP8 product."""
-    kernels = int8 if name == "int8" else fp8
-    return _first(kernels.guess(facts, rows, *shape), kernels.candidates(facts, rows, *shape))
+    """Settings to try for an INT8 or FP8 product: the guess is always one, so what is kept cannot be slower."""
+    kernels, found = (int8, candidates.of_int8) if name == "int8" else (fp8, candidates.of_fp8)
+    return candidates.distinct([kernels.guess(facts, rows, *shape)], found(facts, rows, *shape))
 
 
 class Places:
@@ -131,8 +127,8 @@ class Places:
             yield self._rotate(x_TI, one["signs"])
         if rows <= 1024:
             element = self.dtype.itemsize
-            options = words.candidates(self.facts, rows, shape, form, 0, element)
-            splits = words.splits(form) if rows == 1 else []
+            options = candidates.of_words(self.facts, rows, shape, form, 0, element)
+            splits = candidates.hot_entries(form) if rows == 1 else []
             # Timed with what adds the slices up.
             call = multiplied("multiply")
             yield Place(words.named(form, 0, element), rows, shape, options, call, one, weights, splits)
@@ -140,14 +136,14 @@ class Places:
         ways = ["dequantize"] + (["multiply"] if rows <= 1024 else [])
         if form.by_rows and form.bits <= 10 and rows <= 4:
             ways.append("on_codes")
-            options = words.on_codes_candidates(self.facts, shape, form)
+            options = candidates.of_on_codes(self.facts, shape, form)
             yield Place(f"words.on_codes.{form.name}", rows, shape, options, multiplied("on_codes"), one, weights)
             sums.append(words.on_codes(x_TI, one["codes"], one["table"], shape[0], form))
 
         def decoded(parts: Any) -> None:
             words.dequantize(parts["codes"], parts["table"], shape, form, self.dtype)
 
-        options = words.dequantize_candidates(form)
+        options = candidates.of_dequantize(form)
         yield Place(f"words.dequantize.{form.name}", 1, shape, options, decoded, one, weights)
         yield from (self._finish(sums_STO, one["scale"], method.rotation) for sums_STO in sums)
         options = [{"path": way} for way in ways]
@@ -165,12 +161,12 @@ class Places:
         call = lambda parts: run(x_SI, ends_E, parts)  # noqa: E731
         if method.name in ("int8", "fp8"):
             # Their inputs are never split.
-            found = [o | {"SPLIT": 1} for o in _products(method.name, self.facts, -(-rows // count), shape)]
-            options = [option for n, option in enumerate(found) if option not in found[:n]]
+            found = _products(method.name, self.facts, -(-rows // count), shape)
+            options = candidates.distinct(option | {"SPLIT": 1} for option in found)
             yield Place(f"{method.name}.grouped", rows, size, options, call, one, made)
             return
         form, element = method.form, self.dtype.itemsize
-        options = words.candidates(self.facts, rows, shape, form, count, element)
+        options = candidates.of_words(self.facts, rows, shape, form, count, element)
         yield Place(words.named(form, count, element), rows, size, options, call, one, made)
         if "signs" in one:
             yield self._rotate(x_SI, one["signs"][0])
@@ -179,13 +175,13 @@ class Places:
 
     def _rotate(self, x_TI: torch.Tensor, signs: torch.Tensor) -> Place:
         rows, columns = x_TI.shape
-        options = list(rotate.candidates(self.facts, rows, columns))
+        options = list(candidates.of_rotate(self.facts, columns))
         call = lambda x_TI: rotate.rotate(x_TI, signs)  # noqa: E731
         return Place("rotate", rows, (1, columns), options, call, x_TI, lambda: [x_TI] * LEAST)
 
     def _finish(self, sums_STO: torch.Tensor, scale_O: torch.Tensor, rotated: bool) -> Place:
         sums, rows, columns = sums_STO.shape
-        options = list(rotate.candidates(self.facts, rows, columns))
+        options = list(candidates.of_rotate(self.facts, columns))
         call = lambda sums_STO: rotate.finish(sums_STO, scale_O, self.dtype, rotated)  # noqa: E731
         kernel = "finish" if rotated else "finish.plain"
         # Partial sums were just written, so they are in the cache.
@@ -197,7 +193,7 @@ class Places:
         of, element = (cache.queries, cache.heads, channels, d, tokens), self.dtype.itemsize
         kernel = f"kv.attend{'.turned' if cache.turned else ''}{'.float32' if element == 4 else ''}"
         of_all = self.facts, of, cache.batch, element, cache.turned
-        options = _first(kv.guess(*of_all), kv.candidates(*of_all))
+        options = candidates.distinct([kv.guess(*of_all)], candidates.of_attend(*of_all))
         place = (*of[:4], triton.next_power_of_2(tokens))
 
         def caches() -> list[Any]:
@@ -209,7 +205,7 @@ class Places:
             rows, near = cache.batch * count, [a if a is None else a[:, :count] for a in angles]
             x_BHTD = random_rows(rows * cache.heads, channels, self.device, self.dtype)
             x_BHTD = x_BHTD.view(cache.batch, cache.heads, count, channels)
-            options = _first(kv.guess_encode(self.facts, rows), kv.candidates_encode(self.facts, rows))
+            options = candidates.distinct([kv.guess_encode(self.facts, rows)], candidates.of_encode(rows))
             place = cache.heads * channels // d, d
             coded = lambda x, near=near: kv.encode(x, book, *near)  # noqa: E731
             yield Place("kv.encode", rows, place, options, coded, x_BHTD, lambda x=x_BHTD: [x] * LEAST)
@@ -225,7 +221,7 @@ class Places:
             return
         if form.family == "trellis":
             words_S, shape = self._draw(1, 1 << form.depth)[0], (1 << form.depth, form.bits)
-            options = viterbi.candidates(self.facts, form.depth, form.bits)
+            options = candidates.of_walks(self.facts, form.depth, form.bits)
             walk = lambda x_NT: viterbi.walks(x_NT, words_S, form.depth, form.bits, 32)  # noqa: E731
             yield from (self._search("viterbi", shape, options, walk, self._draw(n, 256)) for n in SEQUENCES)
             return
@@ -235,10 +231,12 @@ class Places:
         for n in VECTORS:
             x_Nd = self._draw(n, form.d)
             if form.family == "lattice":
-                e8p = list(nearest.candidates_e8p(self.facts, n))
+                e8p = list(candidates.of_e8p())
                 yield self._search("nearest_e8p", shape, e8p, lambda x: nearest.nearest_e8p(x, pattern_8P), x_Nd)
                 continue
-            options = _first(nearest.guess(self.facts, n, *shape), nearest.candidates(self.facts, n, *shape))
+            options = candidates.distinct(
+                [nearest.guess(self.facts, n, *shape)], candidates.of_nearest(self.facts, *shape)
+            )
             yield self._search("nearest", shape, options, lambda x: nearest.best(x, entries_Kd, 1), x_Nd)
             yield self._search("nearest.beam", shape, options, lambda x: nearest.best(x, entries_Kd, BEAM), x_Nd)
 
@@ -302,7 +300,7 @@ class Tuner:
         found = []
         for n, option in enumerate(options, first):
             try:
-                with launch.trying(place.kernel, option):
+                with candidates.trying(place.kernel, option):
                     found.append((self.clock(place.call, place.made()), n, option))
             except Exception as error:
                 # A device may refuse what its compiler took.

@@ -35,13 +35,15 @@ def _interpreted(kernel: Any) -> None:
 
 def rotate(x_TI: Tensor, signs_1B: Tensor, setting: int | None = None) -> Tensor:
     """By the kernel; with one of the candidates as settings, counted from 0, instead of the guess."""
+    import candidates
+
     from vqcompress.kernels import launch
     from vqcompress.kernels import rotate as module
 
     before = module.guess
     try:
         if setting is not None:
-            tried = list(module.candidates(launch.facts(x_TI.device), *x_TI.shape))
+            tried = list(candidates.of_rotate(launch.facts(x_TI.device), x_TI.shape[1]))
             module.guess = lambda *_: tried[setting]
         return module.rotate(x_TI, signs_1B)
     finally:
@@ -185,11 +187,12 @@ def test_rotate(interpreted: Call, shape: tuple[int, int], dtype: torch.dtype) -
 @pytest.mark.parametrize("shape", [(3, 4096), (2, 96)], ids=str)
 def test_rotate_with_other_settings(interpreted: Call, shape: tuple[int, int]) -> None:
     """Of candidates that differ in more than warps."""
+    import candidates
+
     from vqcompress.kernels import launch
-    from vqcompress.kernels import rotate as module
 
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    sizes = [s["SIZE"] for s in module.candidates(launch.KNOWN["cpu"], *shape)]
+    sizes = [s["SIZE"] for s in candidates.of_rotate(launch.KNOWN["cpu"], shape[1])]
     assert len(set(sizes)) > 3
     for size in set(sizes):
         y_TI = interpreted(by_interpreter, "rotate", x_TI, packed(signs_I), sizes.index(size))
@@ -255,7 +258,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scale is \(8,\); 9 outputs"):
         rotation.finish(x_TI[None], torch.ones(8), torch.float16, True)
     with pytest.raises(ValueError, match="2 of 9, 4 of 8, 1"):
-        search.nearest(x_TI, torch.ones(4, 8))
+        search.best(x_TI, torch.ones(4, 8), 1)
     with pytest.raises(ValueError, match="2 of 9, 4 of 9, 5"):
         search.best(x_TI, torch.ones(4, 9), 5)
     with pytest.raises(ValueError, match=r"\(2, 9\) and \(8, 256\)"):
@@ -278,14 +281,14 @@ def _recorded(arch: int | str) -> Iterator[tuple[str, Any]]:
         rotation.finish(empty(8, 1, 4096), empty(4096, dtype=bf16), bf16, True)
         rotation.finish(empty(1, 4096, 14336), empty(14336, dtype=bf16), bf16, True)
         rotation.finish(empty(4, 512, 11008), empty(11008, dtype=bf16), torch.float16, False)
-        search.nearest(empty(4096, 8), empty(1 << 16, 8))
-        search.nearest(empty(1 << 20, 1), empty(64, 1))
+        search.best(empty(4096, 8), empty(1 << 16, 8), 1)
+        search.best(empty(1 << 20, 1), empty(64, 1), 1)
         search.best(empty(1 << 20, 16), empty(4096, 16), 8)
         search.nearest_e8p(empty(1 << 20, 8), empty(8, 256))
         nothing = empty(0, 64)
         rotation.rotate(nothing, empty(1, 8, dtype=torch.uint8))
         rotation.finish(nothing[None], empty(64), bf16, True)
-        search.nearest(nothing[:, :8], empty(4, 8))
+        search.best(nothing[:, :8], empty(4, 8), 1)
         search.nearest_e8p(nothing[:, :8], empty(8, 256))
     assert len(calls) == 10
     for call in calls:
@@ -327,11 +330,12 @@ def test_rotate_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @needs_gpu
 @pytest.mark.parametrize("shape", [(1, 4096), (17, 11008), (3, 32768), (5, 96)], ids=str)
 def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
+    import candidates
+
     from vqcompress.kernels import launch
-    from vqcompress.kernels import rotate as module
 
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    tried = list(module.candidates(launch.facts(torch.device("cuda", 0)), *shape))
+    tried = list(candidates.of_rotate(launch.facts(torch.device("cuda", 0)), shape[1]))
     for setting in range(len(tried)):
         y_TI = on_gpu("rotate", x_TI, packed(signs_I), setting)
         assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32], tried[setting]

@@ -64,6 +64,8 @@ def expected(x_TI: Tensor, form: Format, parts: dict[str, Any]) -> Tensor:
 
 def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> dict[str, float]:
     """In the interpreter: relative error of every way of multiplying by the values alone."""
+    import candidates
+
     from vqcompress.kernels import words
 
     form, parts = stored(name, shape)
@@ -72,7 +74,7 @@ def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
 
     def with_settings(some: dict[str, int]) -> Tensor:
         settings = words.guess(launch.KNOWN["cpu"], max(rows, 1), shape, form) | some
-        with launch.trying(words.named(form, 0, x_TI.itemsize), settings):
+        with candidates.trying(words.named(form, 0, x_TI.itemsize), settings):
             return words.multiply(x_TI, codes, table, shape[0], form).sum(0)
 
     found = {
@@ -84,10 +86,10 @@ def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
         found["hot entries"] = with_settings({"HOT": 8})
     if form.by_rows:
         found["on codes"] = words.on_codes(x_TI, codes, table, shape[0], form).sum(0)
-        other = words.on_codes_candidates(launch.KNOWN["cpu"], shape, form)[-1]
-        with launch.trying(f"words.on_codes.{form.name}", other):
+        other = candidates.of_on_codes(launch.KNOWN["cpu"], shape, form)[-1]
+        with candidates.trying(f"words.on_codes.{form.name}", other):
             found["on codes, other settings"] = words.on_codes(x_TI, codes, table, shape[0], form).sum(0)
-    with launch.trying(f"words.dequantize.{form.name}", words.dequantize_candidates(form)[-1]):
+    with candidates.trying(f"words.dequantize.{form.name}", candidates.of_dequantize(form)[-1]):
         value_OI = words.dequantize(codes, table, shape, form, torch.float32)
     found["dequantize, other settings"] = x_TI.float() @ value_OI.T
     return {way: relative_rms(y_TO, want_TO) for way, y_TO in found.items()}
@@ -208,6 +210,8 @@ RARER = ["learned", "learned d 3, 5 bits", "universal 4,8", "lattice 2", "trelli
 def test_rarer_launches_compile_without_spills(name: str, arch: int | str) -> None:
     """float32, experts with few rows and many, look-ups on codes, the hot entries of a codebook kept by the program."""
     triton = pytest.importorskip("triton")
+    import candidates
+
     from vqcompress.kernels import words
 
     for rows in (1, 17, 129):
@@ -220,7 +224,7 @@ def test_rarer_launches_compile_without_spills(name: str, arch: int | str) -> No
         if form.family in ("learned", "universal") and form.d != 3 and arch == 90:
             guess = words.guess(launch.KNOWN[90], 1, (4096, 4096), form)
             for hot in (32, 1 << form.bits):
-                with launch.trying(words.named(form), guess | {"HOT": hot}):
+                with candidates.trying(words.named(form), guess | {"HOT": hot}):
                     words.multiply(meta_rows(1, 4096), *read)
         # Triton 3.6 itself breaks off on this one for AMD; `tune.py` passes over what does not compile.
         if form.by_rows and not (arch == "gfx942" and form.d == 3 and triton.__version__ < "3.9"):

@@ -96,13 +96,10 @@ def rotation(channels: int, device: torch.device) -> Tensor:
 
 def coded(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
     """`encode` of x, turned back first if it has cosines and sines, by the kernel on a GPU."""
-    if not x_BHTD.is_cuda:
-        # Without what it takes to call an operator, which is as long as the search itself.
-        return encode(x_BHTD if cos_BTD is None or sin_BTD is None else turn(x_BHTD, cos_BTD, sin_BTD, True), book_HGEd)
-    size = *x_BHTD.shape[:3], x_BHTD.shape[3] // book_HGEd.shape[3]
-    codes_BHTG = torch.empty(size, dtype=torch.uint8, device=x_BHTD.device)
-    torch.ops.vqcompress.kv_encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD, codes_BHTG)
-    return codes_BHTG
+    if x_BHTD.is_cuda:
+        return torch.ops.vqcompress.kv_encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
+    # Without what it takes to call an operator, which is as long as the search itself.
+    return encode(x_BHTD if cos_BTD is None or sin_BTD is None else turn(x_BHTD, cos_BTD, sin_BTD, True), book_HGEd)
 
 
 def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -239,12 +236,15 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
     return torch.lerp(one_BQD, two_BQD, share_BQ[..., None]), lse_BQ
 
 
-@torch.library.custom_op("vqcompress::kv_encode", mutates_args=("out",))
-def kv_encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None, out: Tensor) -> None:
-    """`encode` of x, turned back first if it has cosines and sines, into uint8 (B, H, T, G) of any strides."""
-    if cos_BTD is not None and sin_BTD is not None:
-        x_BHTD = turn(x_BHTD, cos_BTD, sin_BTD, back=True)
-    out.copy_(encode(x_BHTD, book_HGEd))
+@torch.library.custom_op("vqcompress::kv_encode", mutates_args=())
+def kv_encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None) -> Tensor:
+    """`coded`."""
+    return coded(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
+
+
+@kv_encode.register_fake
+def _(x_BHTD: Tensor, book_HGEd: Tensor, *angles: object) -> Tensor:
+    return x_BHTD.new_empty((*x_BHTD.shape[:3], x_BHTD.shape[3] // book_HGEd.shape[3]), dtype=torch.uint8)
 
 
 @torch.library.custom_op("vqcompress::kv_attend", mutates_args=())
@@ -300,10 +300,10 @@ def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @kv_encode.register_kernel("cuda")
-def _(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None, out: Tensor) -> None:
+def _(*arguments: Any) -> Tensor:
     from vqcompress.kernels import kv
 
-    kv.encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD, out)
+    return kv.encode(*arguments)
 
 
 @kv_attend.register_kernel("cuda")

@@ -16,15 +16,13 @@ J = ceil(I / 128) tiles. Within a kernel T, O and I are also the sides of a prog
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vqcompress.kernels import launch
-from vqcompress.kernels.int8 import ALIGNED, FINISHED, aligned, largest, most_stages, place, shapes, split_for, wide
+from vqcompress.kernels.int8 import ALIGNED, FINISHED, aligned, largest, most_stages, place, split_for, wide
 from vqcompress.kernels.launch import Facts, Settings
 from vqcompress.kernels.tiles import rows_of, tiles_of
 
@@ -218,13 +216,15 @@ def _product(
     return y_TO
 
 
-def _settings(block_T: int, block_O: int, split: int, warps: int, stages: int) -> Settings:
+def sized(block_T: int, block_O: int, split: int, warps: int, stages: int) -> Settings:
+    """Settings of `_multiply` with such blocks."""
     blocks = {"BLOCK_T": block_T, "BLOCK_O": block_O, "GROUP": 16, "SPLIT": split}
     # Scaling and adding are one operation; the contract leaves that open.
     return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def _most_stages(facts: Facts, block_T: int, block_O: int) -> int:
+def fitting_stages(facts: Facts, block_T: int, block_O: int) -> int:
+    """`most_stages` of such blocks."""
     return most_stages(facts, SIDE * (block_T + block_O if facts.has_fp8 else 2 * block_T + block_O))
 
 
@@ -236,19 +236,7 @@ def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
     block_O = 128 if block_T == 64 and tiles_T * triton.cdiv(outputs, 128) >= facts.processors else 64
     split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, SIDE)
     most = 2 if facts.warp == 64 else 3 if block_T == 64 else 5
-    stages = min(most, _most_stages(facts, block_T, block_O))
+    stages = min(most, fitting_stages(facts, block_T, block_O))
     # Loads of single bytes take the registers of twice as many threads.
     narrow = inputs % ALIGNED == 0 and (block_T * block_O < 8192 or wide(facts))
-    return _settings(block_T, block_O, split, 4 if narrow else 8, stages)
-
-
-def candidates(facts: Facts, rows: int, outputs: int, inputs: int) -> list[Settings]:
-    """Settings of `_multiply` that are worth measuring, all of which fit the shared memory; SPLIT is 1 for experts."""
-    found = []
-    for block_T, block_O, warps in shapes(facts, rows, (32, 64, 128), 64):
-        tiles = triton.cdiv(rows, block_T) * triton.cdiv(outputs, block_O)
-        splits = {1, *(split_for(facts, n * tiles, rows, inputs, SIDE) for n in (1, 2))}
-        most = min(5, _most_stages(facts, block_T, block_O))
-        for stages, split in itertools.product(range(2, most + 1), sorted(splits)):
-            found.append(_settings(block_T, block_O, split, warps, stages))
-    return found
+    return sized(block_T, block_O, split, 4 if narrow else 8, stages)

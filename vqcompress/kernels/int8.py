@@ -18,9 +18,6 @@ are also the sides of a program's tile.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -272,7 +269,8 @@ def most_stages(facts: Facts, bytes_of_a_block: int) -> int:
     return facts.shared // bytes_of_a_block + (facts.warp == 64)
 
 
-def _settings(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Settings:
+def sized(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Settings:
+    """Settings of `_multiply` with such blocks."""
     blocks = {"BLOCK_T": block_T, "BLOCK_O": block_O, "BLOCK_I": block_I, "GROUP": 8, "SPLIT": split}
     return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
@@ -293,28 +291,4 @@ def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
         block_O = 32
     split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, block_I)
     stages = min(4 if facts.warp == 32 else 2, most_stages(facts, (block_T + block_O) * block_I))
-    return _settings(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)
-
-
-def shapes(facts: Facts, rows: int, sides_O: tuple[int, ...], per_thread: int) -> Iterator[tuple[int, int, int]]:
-    """(BLOCK_T, BLOCK_O, warps) that are worth measuring with up to so many accumulators of a thread."""
-    height = max(16, triton.next_power_of_2(rows))
-    for block_T, block_O, warps in itertools.product((16, 32, 64, 128, 256), sides_O, (4, 8)):
-        accumulators = block_T * block_O // (warps * facts.warp)
-        # Tensor cores from Hopper on want 64 rows, even if most are not there.
-        high = block_T == height or 64 <= block_T <= max(64, height)
-        if high and accumulators <= per_thread // (1 if wide(facts) else 2) and (warps == 4 or accumulators >= 32):
-            yield block_T, block_O, warps
-
-
-def candidates(facts: Facts, rows: int, outputs: int, inputs: int) -> list[Settings]:
-    """Settings of `_multiply` that are worth measuring, all of which fit the shared memory; SPLIT is 1 for experts."""
-    found = []
-    for block_T, block_O, warps in shapes(facts, rows, (32, 64, 128, 256), 128):
-        tiles = triton.cdiv(rows, block_T) * triton.cdiv(outputs, block_O)
-        for block_I in (128, 256):
-            splits = {1, *(split_for(facts, n * tiles, rows, inputs, block_I) for n in (1, 2))}
-            most = min(5, most_stages(facts, (block_T + block_O) * block_I))
-            for stages, split in itertools.product(range(2, most + 1), sorted(splits)):
-                found.append(_settings(block_T, block_O, block_I, split, warps, stages))
-    return found
+    return sized(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)

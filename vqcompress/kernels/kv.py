@@ -21,8 +21,6 @@ E entries, S slices. Of a tile: M queries, C tokens, N groups of a half (a power
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -61,9 +59,6 @@ def _encode(  # type: ignore[no-untyped-def]
     x_b,
     x_h,
     x_t,
-    out_b,
-    out_h,
-    out_t,
     book_h,
     book_g,
     cos_b,
@@ -86,8 +81,9 @@ def _encode(  # type: ignore[no-untyped-def]
         dot_VE += x_V[:, None] * entry_E[None, :]
         square_E += entry_E * entry_E
     code_V = tl.argmin((square_E * 0.5)[None, :] - dot_VE, 1)
-    out_V = out + b_V * out_b + h.to(tl.int64) * out_h + t_V.to(tl.int64) * out_t + g
-    tl.store(out_V, code_V.to(tl.uint8), valid_V)
+    heads = tl.num_programs(1) // groups
+    out_V = ((b_V * heads + h) * tokens + t_V) * groups + g
+    tl.store(out + out_V, code_V.to(tl.uint8), valid_V)
 
 
 @triton.jit
@@ -301,42 +297,27 @@ def guess_encode(facts: Facts, rows: int) -> Settings:
     return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // facts.warp)}
 
 
-def candidates_encode(facts: Facts, rows: int) -> Iterator[Settings]:
-    """What an offline tuner may try for `encode`."""
-    for v, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-        if v <= triton.next_power_of_2(rows) and v <= 8 * warps:
-            yield {"V": v, "num_warps": warps}
-
-
-def encode(
-    x_BHTD: Tensor,
-    book_HGEd: Tensor,
-    cos_BTD: Tensor | None = None,
-    sin_BTD: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
     """Codes, uint8 (B, H, T, G): `codebooks.kv.encode` of x, turned back first if it has cosines and sines.
 
-    out: where they go, of any strides, so that a cache is written into directly. ValueError for shapes that do not fit.
+    ValueError for shapes that do not fit.
     """
     (batch, heads, tokens, channels), length = x_BHTD.shape, book_HGEd.shape[-1]
     groups, rows = channels // length, batch * tokens
     book = _book(book_HGEd, heads, groups)
     x = x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
-    out = x.new_empty((batch, heads, tokens, groups), dtype=torch.uint8) if out is None else out
-    if out.shape != (batch, heads, tokens, groups) or out.dtype != torch.uint8 or out.stride(-1) != 1:
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; codes are uint8 {(batch, heads, tokens, groups)}")
+    out = x.new_empty((batch, heads, tokens, groups), dtype=torch.uint8)
     cos, sin, cos_b = _angles(cos_BTD, sin_BTD, batch, tokens, channels)
     place = heads * groups, length
     settings = launch.settings("kv.encode", x.device, rows, place, lambda facts: guess_encode(facts, rows))
-    strides = *x.stride()[:3], *out.stride()[:3], *book.stride()[:2], cos_b
+    strides = *x.stride()[:3], *book.stride()[:2], cos_b
     constants = {"LENGTH": length, "HALF": channels // 2, "num_stages": 1}
     grid = triton.cdiv(rows, settings["V"]), heads * groups
     launch.run(_encode, grid, x, book, cos, sin, out, rows, tokens, *strides, groups, **constants, **settings)
     return out
 
 
-def _sized(facts: Facts, shape: tuple[int, ...], batch: int, m: int, tables: int, size: int, warps: int) -> Settings:
+def sized(facts: Facts, shape: tuple[int, ...], batch: int, m: int, tables: int, size: int, warps: int) -> Settings:
     """Settings of `attend` with tiles of about so many numbers, and slices of two tiles at least that fill a device."""
     queries, heads, channels, _, tokens = shape
     programs = batch * (queries if m == 1 else heads * triton.cdiv(queries // heads, m))
@@ -351,16 +332,8 @@ def guess(facts: Facts, shape: tuple[int, ...], batch: int, element: int, turned
     queries, heads, *_, tokens = shape
     # Products of float32 have no matrix units.
     if queries > heads and element == 2:
-        return _sized(facts, shape, batch, 16, 0, 8192, 256 // facts.warp)
-    return _sized(facts, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // facts.warp)
-
-
-def candidates(facts: Facts, shape: tuple[int, ...], batch: int, element: int, turned: bool) -> Iterator[Settings]:
-    """What an offline tuner may try for `attend`."""
-    for m, tables, size, warps in product((1, 16), (0, 1), (2048, 4096, 8192, 16384), (2, 4, 8)):
-        grouped = m == 1 or (shape[0] > shape[1] and element == 2 and not tables)
-        if grouped and not (tables and turned) and 16 <= size // (facts.warp * warps) <= 64:
-            yield _sized(facts, shape, batch, m, tables, size, warps)
+        return sized(facts, shape, batch, 16, 0, 8192, 256 // facts.warp)
+    return sized(facts, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // facts.warp)
 
 
 def attend(

@@ -46,18 +46,6 @@ class Facts:
         """Whether matrix products read float8_e4m3fn (gfx942 has another FP8)."""
         return isinstance(self.arch, int) and self.arch >= 89
 
-    def resident(self, registers: int, shared: int, warps: int) -> int:
-        """Programs that a multiprocessor holds at once; 0 if not even one. registers: of a thread.
-
-        NVIDIA's occupancy calculator: a warp has its registers on one of four sides, in units of 8 a thread, and a
-        program takes 1 kB of shared memory for the system. At most 32 programs, which only those of a warp could pass.
-        """
-        of_a_warp = -(-max(registers, 1) // 8) * 8 * self.warp
-        by_registers = self.registers // 4 // of_a_warp * 4 // warps
-        reserved = 1024 if isinstance(self.arch, int) else 0
-        by_memory = self.memory // max(shared + reserved, 1) if shared <= self.shared else 0
-        return min(by_registers, by_memory, self.threads // (warps * self.warp), 32)
-
 
 # Devices that kernels are compiled for ahead of time, and a stand-in for Triton's interpreter.
 KNOWN: dict[int | str, Facts] = {
@@ -144,30 +132,12 @@ def key(rows: int, shape: Shape) -> str:
     return "x".join(map(str, (bucket * factor, *shape)))
 
 
-def distinct(found: list[Settings]) -> list[Settings]:
-    """The same without what came before."""
-    return [settings for n, settings in enumerate(found) if settings not in found[:n]]
-
-
-_tried: dict[str, Settings] = {}
-
-
-@contextmanager
-def trying(kernel: str, settings: Settings) -> Iterator[None]:
-    """Inside, a kernel has these settings for everything: what a tuner measures."""
-    _tried[kernel] = settings
-    try:
-        yield
-    finally:
-        del _tried[kernel]
-
-
 def settings(
     kernel: str, device: torch.device, rows: int, shape: Shape, guess: Callable[[Facts], Settings]
 ) -> Settings:
     """The settings that were measured on a device at `key(rows, shape)`, or the guess."""
     known = facts(device)
-    return _tried.get(kernel) or table(known).get(kernel, {}).get(key(rows, shape)) or guess(known)
+    return table(known).get(kernel, {}).get(key(rows, shape)) or guess(known)
 
 
 def run(kernel: Any, grid: Sequence[int], *arguments: Any, **settings: Any) -> None:

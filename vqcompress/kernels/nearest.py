@@ -17,9 +17,6 @@ Shape legend: N vectors, d their length, K entries, b of them wanted, P = 256 pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
@@ -133,33 +130,13 @@ def _settings(vectors: int, most: int, programs: int) -> launch.Settings:
     return {"V": min(most, 1 << max(1, vectors // programs).bit_length() - 1)}
 
 
-def candidates(facts: launch.Facts, vectors: int, count: int, length: int) -> Iterator[launch.Settings]:
-    """What an offline tuner may try for `best`."""
-    for v, tile in product((1, 2, 4, 8, 16), (32, 64, 128, 256, 512)):
-        if v * length <= 128 and v * tile <= 4096 and tile <= max(32, 2 * count):
-            yield from ({"V": v, "E": tile, "num_warps": warps} for warps in (1, 2, 4, 8) if warps * facts.warp <= tile)
-
-
-def candidates_e8p(facts: launch.Facts, vectors: int) -> Iterator[launch.Settings]:
-    """What an offline tuner may try for `nearest_e8p`."""
-    yield from ({"V": v, "num_warps": warps} for v in (1, 2, 4, 8) for warps in (1, 2, 4) if v <= 4 * warps)
-
-
-def nearest(x_Nd: Tensor, book_Kd: Tensor) -> Tensor:
-    """Numbers (N,) int32 of the entries nearest to float32 vectors: `codebooks.learned.nearest` with one stage.
-
-    ValueError for vectors of another length than the entries or longer than 16, and for no or over 65,536 entries.
-    """
-    return best(x_Nd, book_Kd, 1)[0][:, 0]
-
-
 def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     """Numbers (N, b) int32 of the b = beam nearest entries, nearest first, and their |c|²/2 − x·c, (N, b) float32.
 
     With |x|²/2 added that is half the squared distance. A beam of b takes b times as long as the nearest alone. For the
     next stage of a residual search, give it the rests of all candidates as vectors and choose among what comes back.
-    book_Kd is transposed, at no cost if it is the transpose of a contiguous tensor. ValueError as for `nearest`, and
-    for a beam that is not 1 to K.
+    book_Kd is transposed, at no cost if it is the transpose of a contiguous tensor. ValueError for vectors of another
+    length than the entries or longer than 16, for no or over 65,536 entries, and for a beam that is not 1 to K.
     """
     (vectors, length), (count, of_book) = x_Nd.shape, book_Kd.shape
     if length != of_book or not 1 <= length <= LONGEST or not 1 <= count <= MOST or not 1 <= beam <= count:

@@ -20,8 +20,6 @@ of each, C bytes of their signs with W signs of a byte; M = G · N.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -148,20 +146,11 @@ def guess(facts: launch.Facts, rows: int, columns: int, rotated: bool = True) ->
     shares = SHARES if rotated else block
     while size > SMALLEST and rows * columns < size * facts.processors and block < size * shares:
         size //= 2
-    return _settings(facts, size, 8 if size < 2048 else 16)
+    return sized(facts, size, 8 if size < 2048 else 16)
 
 
-def candidates(facts: launch.Facts, rows: int, columns: int) -> Iterator[launch.Settings]:
-    """What an offline tuner may try for either kernel; of a large block at most 8 programs."""
-    block = block_size(columns)
-    for size in (256, 512, 1024, 2048, 4096, 8192):
-        if block <= 8 * size <= 8 * max(LARGE, block):
-            tried = (_settings(facts, size, numbers) for numbers in (32, 16, 8))
-            yield from {settings["num_warps"]: settings for settings in tried}.values()
-
-
-def _settings(facts: launch.Facts, size: int, numbers: int) -> launch.Settings:
-    """numbers: of a thread."""
+def sized(facts: launch.Facts, size: int, numbers: int) -> launch.Settings:
+    """Settings of either kernel. size: numbers of a tile; numbers: of a thread."""
     return {"SIZE": size, "num_warps": max(1, size // numbers // facts.warp), "num_stages": 1, "enable_fp_fusion": True}
 
 

@@ -147,15 +147,10 @@ def _walk(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
 
 
-def candidates(facts: launch.Facts, states: int, k: int) -> list[launch.Settings]:
-    """Settings that are worth measuring, the guess first."""
-    found = []
-    for tile in (TILE, TILE - 1, TILE + 1) if states > IN_REGISTERS else (states,):
-        for of_a_thread in (OF_A_THREAD, OF_A_THREAD // 2, OF_A_THREAD * 2):
-            threads = max(facts.warp, (1 << tile) // of_a_thread)
-            if 1 << k <= of_a_thread and 2 * k <= tile and threads <= 1024:
-                found.append({"B": 1 << (tile - 2 * k), "num_warps": threads // facts.warp})
-    return launch.distinct(found)
+def sized(facts: launch.Facts, states: int, k: int, tile: int, of_a_thread: int) -> launch.Settings:
+    """Settings for tiles of 2**tile states, if they do not stay in registers, and so many states of a thread."""
+    tile = tile if states > IN_REGISTERS else states
+    return {"B": 1 << (tile - 2 * k), "num_warps": max(facts.warp, (1 << tile) // of_a_thread) // facts.warp}
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:
@@ -167,7 +162,8 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     margin, ways, classes = min(margin, length), 1 << k, 1 << (states - k)
     rows = max(length, 2 * margin)
     shape = (1 << states, k)
-    settings = launch.settings("viterbi", x_NT.device, sequences, shape, lambda facts: candidates(facts, states, k)[0])
+    guessed = lambda facts: sized(facts, states, k, TILE, OF_A_THREAD)  # noqa: E731
+    settings = launch.settings("viterbi", x_NT.device, sequences, shape, guessed)
     # Nothing is fused, so that costs are those of the CPU.
     constants = {"K": k, "STATES": states, "num_stages": 1, "enable_fp_fusion": False, **settings}
     x_NL = torch.cat([x_NT[:, length - margin :], x_NT[:, :margin], x_NT], 1).float()

@@ -19,8 +19,6 @@ word, E experts.
 
 from __future__ import annotations
 
-import itertools
-from functools import cache
 from typing import Any
 
 import torch
@@ -213,7 +211,7 @@ def _slices(length: int, step: int, split: int) -> tuple[int, int]:
     return span, -(-length // span)
 
 
-def _settled(form: Format, rows: int, shape: tuple[int, int], experts: int, facts: Facts, **chosen: int) -> Settings:
+def settled(form: Format, rows: int, shape: tuple[int, int], experts: int, facts: Facts, **chosen: int) -> Settings:
     """Settings with as many slices of the reduction as fill a device four times, while their sums cost less than codes.
 
     At least as many as fill it once: what is written and read again soon stays in the cache.
@@ -242,33 +240,7 @@ def guess(
         size = {"BT": min(most, max(16, of_a_tile)), "BA": across, "BN": max(1, along // lanes)}
         # Lanes to spare, and codes that lie across bytes, take registers too.
         size["num_warps"] = 8 if size["BT"] == 64 and (lanes != form.weights or 8 % form.bits) else 4
-    return _settled(form, rows, shape, experts, facts, **size)
-
-
-def splits(form: Format) -> list[int]:
-    """How many of the hottest entries `multiply` may keep for one row, most first: powers of two from 8 on; or none."""
-    # Words with lanes to spare have no registers left for it, and a trellis has no entries.
-    if form.family == "trellis" or form.weights != triton.next_power_of_2(form.weights):
-        return []
-    return [1 << k for k in range(8 if form.family == "lattice" else form.bits, 2, -1)]
-
-
-def candidates(
-    facts: Facts, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
-) -> list[Settings]:
-    """Settings of `multiply` that are worth measuring, without hot entries."""
-    most = max(16, triton.next_power_of_2(-(-rows // experts) if experts else rows))
-    tiles = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
-    heights = [1] if rows == 1 and not experts else sorted({16, min(64, most), min(128, most)})
-    found = [guess(facts, rows, shape, form, experts, element)]
-    for bt, (across, along), warps in itertools.product(heights, tiles, (4, 8)):
-        # The values that a thread makes at once.
-        if not 8 <= across * along // (32 * warps) <= 64:
-            continue
-        size = {"BT": bt, "BA": across, "BN": max(1, along // triton.next_power_of_2(form.weights)), "num_warps": warps}
-        settled = _settled(form, rows, shape, experts, facts, **size)
-        found += [settled | {"SPLIT": split} for split in sorted({settled["SPLIT"], max(1, settled["SPLIT"] // 2)})]
-    return launch.distinct(found)
+    return settled(form, rows, shape, experts, facts, **size)
 
 
 def named(form: Format, experts: int = 0, element: int = 2) -> str:
@@ -329,14 +301,10 @@ def multiply(
     return out_STO
 
 
-@cache
-def dequantize_candidates(form: Format) -> list[Settings]:
-    """Settings of `dequantize` that are worth measuring, the guess first."""
-    lanes = triton.next_power_of_2(form.weights)
-    sizes = [(16, 256, 4), *itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8))]
-    # Each once, with 8 to 64 values of a thread.
-    sizes = [(a, b, w) for n, (a, b, w) in enumerate(sizes) if (a, b, w) not in sizes[:n] and 256 <= a * b // w <= 2048]
-    return [{"BA": a, "BN": max(1, along // lanes), "HOT": 0, "num_warps": warps} for a, along, warps in sizes]
+def sized_dequantize(form: Format, across: int = 16, along: int = 256, warps: int = 4) -> Settings:
+    """Settings of `dequantize` for tiles of so many values; as given here where nothing was measured."""
+    along = max(1, along // triton.next_power_of_2(form.weights))
+    return {"BA": across, "BN": along, "HOT": 0, "num_warps": warps}
 
 
 def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Format, dtype: torch.dtype) -> Tensor:
@@ -345,7 +313,7 @@ def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Forma
     streams, length = shape if form.by_rows else shape[::-1]
     out = codes.new_empty((streams, length), dtype=dtype)
     kernel = f"words.dequantize.{form.name}"
-    chosen = launch.settings(kernel, codes.device, 1, shape, lambda facts: dequantize_candidates(form)[0])
+    chosen = launch.settings(kernel, codes.device, 1, shape, lambda facts: sized_dequantize(form))
     grid = -(-streams // chosen["BA"]), -(-length // (chosen["BN"] * form.weights))
     sizes = streams, length, codes.shape[-1], form.units(shape)
     launch.run(
@@ -362,24 +330,21 @@ def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Forma
     return out if form.by_rows else out.T
 
 
-@cache
-def on_codes_candidates(facts: Facts, shape: tuple[int, int], form: Format) -> list[Settings]:
-    """Settings of `on_codes` that are worth measuring, the guess first."""
-    found = []
-    # Products with every entry of so many words, 8 of a thread in the first; as many look-ups.
-    for across, products, warps in ((256, 2048, 8), *itertools.product((128, 512), (1024, 2048, 4096), (4, 8))):
-        groups = max(1, min(8, products >> form.bits))
-        split = max(1, min(4 * facts.processors // -(-shape[0] // across), -(-form.units(shape) // groups)))
-        for slices in (split, max(1, split // 2)):
-            found.append({"BA": across, "BN": groups, "SPLIT": slices, "num_warps": warps, "num_stages": 1})
-    return launch.distinct(found)
+def sized_on_codes(
+    facts: Facts, shape: tuple[int, int], form: Format, across: int = 256, products: int = 2048, warps: int = 8
+) -> Settings:
+    """Settings of `on_codes` for so many outputs and products of a tile; as given here where nothing was measured."""
+    # Products with every entry of so many words, 8 of a thread; as many look-ups.
+    groups = max(1, min(8, products >> form.bits))
+    split = max(1, min(4 * facts.processors // -(-shape[0] // across), -(-form.units(shape) // groups)))
+    return {"BA": across, "BN": groups, "SPLIT": split, "num_warps": warps, "num_stages": 1}
 
 
 def on_codes(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: Format) -> Tensor:
     """What `multiply` answers for learned words, by look-ups in the products of x with the codebook."""
     rows, inputs = x_TI.shape
     codes, shape = form.view(codes), (outputs, inputs)
-    kernel, guessed = f"words.on_codes.{form.name}", lambda facts: on_codes_candidates(facts, shape, form)[0]
+    kernel, guessed = f"words.on_codes.{form.name}", lambda facts: sized_on_codes(facts, shape, form)
     chosen = dict(launch.settings(kernel, x_TI.device, rows, shape, guessed))
     span, split = _slices(form.units(shape), chosen["BN"], chosen.pop("SPLIT"))
     out_STO = x_TI.new_empty((split, rows, outputs), dtype=torch.float32)
