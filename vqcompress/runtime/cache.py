@@ -96,7 +96,17 @@ class KVCache(Cache):
     def reorder_cache(self, beam_idx: Any) -> None:
         """The rows in the order of beams."""
         super().reorder_cache(beam_idx)
-        self.shared.reorder(beam_idx)
+        self.shared.rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times."""
+        super().batch_repeat_interleave(repeats)
+        self.shared.rows(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some of the rows."""
+        super().batch_select_indices(indices)
+        self.shared.rows(lambda part: part[indices])
 
     def reset(self) -> None:
         """Forget everything."""

@@ -33,11 +33,6 @@ def grown(held: Tensor | None, part: Tensor, dim: int, filled: int, length: int,
     return grown
 
 
-def of_beams(part: Tensor, beam_idx: Tensor) -> Tensor:
-    """Its rows in the order of beams."""
-    return part.index_select(0, beam_idx.to(part.device))
-
-
 @dataclass
 class Seen:
     """Which slots the query of a step attends to.
@@ -124,12 +119,12 @@ class Shared:
             self._seen[key] = mask, layer.seen(mask)
         return self._seen[key][1]
 
-    def reorder(self, beam_idx: Tensor) -> None:
-        """The rows in the order of beams."""
+    def rows(self, change: Any) -> None:
+        """Apply a change of the batch axis."""
         if self.first_place_B is not None:
-            self.first_place_B = of_beams(self.first_place_B, beam_idx)
+            self.first_place_B = change(self.first_place_B)
         for held in self.turns.values():
-            held[:] = [of_beams(part, beam_idx) if len(part) > 1 else part for part in held]
+            held[:] = [change(part) if len(part) > 1 else part for part in held]
 
 
 class KVLayer(CacheLayerMixin):
@@ -401,18 +396,30 @@ class KVLayer(CacheLayerMixin):
         """What a step of a static cache changes but for what it appends."""
         return [self.length, self.full_from, *self.kept]
 
+    def _rows(self, change: Any) -> None:
+        """Apply a change of the batch axis to everything."""
+        if not self.is_initialized:
+            return
+        if self.shared.static:
+            for part in (*self.kept, *(part for parts in self.parts for part in parts.values())):
+                part.copy_(change(part))
+            return
+        self.parts = tuple({name: change(part) for name, part in parts.items()} for parts in self.parts)
+        self.kept = tuple(map(change, self.kept))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The rows in the order of beams."""
-        if self.shared.static:
-            for part in self._held():
-                part.copy_(of_beams(part, beam_idx))
-            return
-        self.parts = tuple({name: of_beams(part, beam_idx) for name, part in parts.items()} for parts in self.parts)
-        self.kept = tuple(of_beams(part, beam_idx) for part in self.kept)
+        self._rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times."""
+        self._rows(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some of the rows."""
+        self._rows(lambda part: part[indices])
 
     def nbytes(self) -> int:
         """Memory that this layer takes."""
-        return sum(part.nbytes for part in self._held())
-
-    def _held(self) -> list[Tensor]:
-        return [*self.kept, *(part for parts in self.parts for part in parts.values())]
+        held = [part for parts in self.parts for part in parts.values()]
+        return sum(part.nbytes for part in (*held, *self.kept))
