@@ -111,8 +111,9 @@ def test_it_is_said_how_a_cache_alone_is_measured(
     notes = [line for line in shown.stdout.splitlines() if "codes only its cache" in line]
     assert len(notes) == 1
     assert f"`eval perplexity {coded()} --kv-cache artifact`" in notes[0]
-    for folder, ending in ((coded(), "--baseline demo --kv-cache artifact"), (plain, "--baseline demo")):
-        report = json.loads((folder / "report.json").read_text())
+    alone, dense = (json.loads((folder / "report.json").read_text()) for folder in (coded(), plain))
+    both = dense | {"kv_cache": alone["kv_cache"]}
+    for report, ending in ((alone, "--kv-cache artifact"), (both, "--kv-cache artifact"), (dense, "--baseline demo")):
         show.quantized(show.console(), report, "out", "demo", None)
         assert capsys.readouterr().out.splitlines()[-1].endswith(ending)
 

@@ -26,7 +26,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import vqcompress
-from vqcompress import errors, live, show
+from vqcompress import errors, live, session, show
 from vqcompress.cli import app
 from vqcompress.options import FORMATS
 from vqcompress.targets import Block, Target
@@ -202,6 +202,9 @@ def test_examples_can_be_typed(example: str) -> None:
         ("export out --format d", ["dense"]),
         ("eval perplexity out --kv-cache kv-vq-2", ["kv-vq-2bit"]),
         ("quan", ["quantize"]),
+        ("quantize de", ["demo"]),
+        ("eval perplexity demo", ["demo"]),
+        ("doctor dex", []),
     ],
 )
 def test_values_complete(words: str, expected: list[str]) -> None:
@@ -229,6 +232,7 @@ def test_help_shows_an_example(name: str) -> None:
 
 def test_version() -> None:
     assert call("--version").stdout == f"vqcompress {vqcompress.__version__}\n"
+    assert {"load", "__version__"} <= set(dir(vqcompress))
 
 
 def test_recipes_lists_every_packaged_file() -> None:
@@ -337,6 +341,43 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
     assert all(row["name"] in shown for row in report["targets"])
 
 
+@pytest.mark.parametrize("columns", [24, 40, 60, 80, 100, 200])
+def test_tables_keep_names_in_a_narrow_terminal(columns: int, artifact: Path, toy: Path) -> None:
+    from vqcompress.inspect import inspect
+    from vqcompress.quantize import dry_run
+
+    facts, plan, shown = inspect(str(artifact)), dry_run(str(toy), None, target_bits=2.5), io.StringIO()
+    for print_table, given in ((show.inspected, facts), (show.planned, plan)):
+        print_table(Console(file=shown, width=columns), given)
+        table = [text for text in shown.getvalue().splitlines() if text.startswith(" ")]
+        assert all(len(text) <= columns for text in table)
+        lines = [text[1:].split("  ")[0].strip() for text in table]
+        assert all(
+            show.kind(row["name"]) in "".join(lines) or row["name"] in "".join(lines) for row in given["targets"]
+        )
+        # Where there is room for that they end at dots.
+        assert columns < 40 or {"self_attn.q_proj", "mlp.up_proj"} <= {text.split(".", 3)[-1] for text in lines}
+        shown.seek(shown.truncate(0))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_breaks_lines_between_words_and_a_log_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = " ".join(f"--option-{n}" for n in range(40))
+    for stream, lines in ((Terminal(), 11), (io.StringIO(), 1)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "50")
+        session.console().print(f":x: [b] {words}")
+        assert len(stream.getvalue().splitlines()) == lines
+        assert stream.getvalue().split() == [":x:", "[b]", *words.split()]
+
+
 def test_inspect_says_how_this_device_multiplies(artifact: Path) -> None:
     result = call("inspect", artifact, "--runtime", "--device", "cpu", "--json", "-")
     facts = json.loads(result.stdout)
@@ -401,6 +442,14 @@ def test_generate_takes_one_text_whatever_the_model_says_of_generating(toy: Path
         assert call("generate", toy, *words, "--temperature", temperature).stdout == expected
 
 
+def test_a_prompt_as_long_as_the_context_is_too_long_by_itself(artifact: Path) -> None:
+    result = call("generate", artifact, "--prompt", "river stone " * 400)
+    assert result.exit_code == 2
+    assert re.search(
+        r"--prompt has \d+ tokens, and the model's context of \d+ leaves no room .*; shorten it", line(result)
+    )
+
+
 def test_generate_streams_the_text_that_it_returns(artifact: Path) -> None:
     from vqcompress.generate import generate
 
@@ -431,6 +480,7 @@ def test_export(artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "dense"
     result = call("export", artifact, "--format", "dense", "-o", out, "--json", "-")
     assert result.exit_code == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == f'next    AutoModelForCausalLM.from_pretrained("{out}")'
     assert json.loads(result.stdout)["format"] == "dense"
     assert call("generate", out, "--prompt", "river", "--max-new-tokens", "2").exit_code == 0
 
@@ -470,6 +520,26 @@ def test_an_interrupted_run_says_how_to_go_on(job: list[str], tmp_path: Path) ->
     assert process.wait() == 130, seen
     assert seen[-1] == "interrupted: the finished blocks are kept, the same command again continues after them\n"
     assert "model.layers.0" in json.loads((tmp_path / "out" / "journal.json").read_text())["blocks"]
+
+
+def test_ctrl_c_before_anything_is_finished_promises_nothing(job: list[str], toy: Path, tmp_path: Path) -> None:
+    def pressed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for name, said in (("compress_block", "does the rest"), ("_prepare", "does the rest")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"vqcompress.quantize.{name}", pressed)
+            result = call("quantize", toy, "-o", tmp_path / "out", *job)
+        assert result.exit_code == 130
+        assert result.stderr.splitlines()[-1] == f"interrupted: the same command again {said}"
+
+
+def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    words = [sys.executable, "-m", "vqcompress", "recipes"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 class TwoBlocks:
@@ -520,10 +590,6 @@ def run_for_a_moment(watch: Callable[[str, dict[str, Any]], None]) -> None:
 
 
 def test_the_live_table_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")

@@ -298,7 +298,8 @@ def test_a_resume_with_other_inputs_is_refused_and_names_the_difference(
         "checkpoint": {"model": str(toy("llama", seed=1))},
     }
     before = contents(unfinished)
-    with pytest.raises(VQCompressError, match=f"another .*{what}"):
+    # Another seed draws other rows of the same text.
+    with pytest.raises(VQCompressError, match=f"another {what}[;:]"):
         job(unfinished, **changes[what])
     assert contents(unfinished) == before
 

@@ -15,6 +15,10 @@ __all__ = ["__version__", "load"]
 _autoload.install()
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """`vqcompress.load`, imported when asked for: it brings torch and transformers along."""
     if name == "load":

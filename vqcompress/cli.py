@@ -42,7 +42,7 @@ from vqcompress.options import (
     pinned,
 )
 from vqcompress.packaged import description, packaged
-from vqcompress.session import Commands, session, uploading
+from vqcompress.session import Commands, console, session, uploading
 
 app = typer.Typer(
     cls=Commands,
@@ -241,7 +241,7 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
         write(facts)
         counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
         counts += "" if facts["checksums"] else ", no checksums"
-        console.print(f"{artifact}: ok ({counts}, {facts['seconds']:.1f} s)", soft_wrap=True)
+        console.print(f"{artifact}: ok ({counts}, {facts['seconds']:.1f} s)")
 
 
 @app.command()
@@ -300,10 +300,10 @@ def recipes(debug: Debug = False) -> None:
 
     Example: vqcompress recipes
     """
-    known = packaged()
+    known, to = packaged(), console()
     width = max((len(name) for name in known), default=0)
     for name, path in known.items():
-        print(f"{name:{width}}  {description(path)}")
+        to.print(f"{name:{width}}  {description(path)}")
 
 
 def set_up_memory() -> None:

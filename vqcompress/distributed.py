@@ -140,9 +140,9 @@ class SharedWriter(Shards):
     def __enter__(self) -> SharedWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.writer:
-            self.writer.__exit__(*error)
+            self.writer.__exit__(kind, error, trace)
 
     @undisturbed()
     def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:

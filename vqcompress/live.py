@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from vqcompress.report import mean
-from vqcompress.show import console, duration, leads
+from vqcompress.session import console, leads
+from vqcompress.show import duration
 
 Watch = Callable[[str, dict[str, Any]], None]
 # Rows of the table: the newest targets.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,6 +57,12 @@ def _complete_recipe(incomplete: str) -> list[str]:
     return [name for name in packaged() if name.startswith(incomplete) and not name.startswith(OF_CACHE)]
 
 
+def _complete_model(incomplete: str) -> list[str]:
+    # Where it is of no use the shell completes paths.
+    beside = [path.name for path in Path().glob(f"{incomplete}*/")]
+    return ["demo", *beside] if "demo".startswith(incomplete) else []
+
+
 def _complete_cache(incomplete: str) -> list[str]:
     return [name for name in packaged() if name.startswith(incomplete) and name.startswith(OF_CACHE)]
 
@@ -68,8 +76,9 @@ def pinned(model: str, revision: str | None) -> str:
     return model if revision is None else f"{model}@{revision}"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a hub id, or 'demo'.")]
-Either = Annotated[str, typer.Argument(metavar="MODEL", help="An artifact, a directory, a hub id, or 'demo'.")]
+_model = partial(typer.Argument, metavar="MODEL", autocompletion=_complete_model)
+Model = Annotated[str, _model(help="A Hugging Face directory, a hub id, or 'demo'.")]
+Either = Annotated[str, _model(help="An artifact, a directory, a hub id, or 'demo'.")]
 Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A directory of `quantize`, a hub id, or ID@REV.")]
 Recipe = Annotated[
     str | None,

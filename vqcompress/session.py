@@ -24,8 +24,23 @@ from vqcompress.packaged import AS_STORED, packaged, recipe_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONTINUES = "the finished blocks are kept, the same command again continues after them"
 BEGINS = "the same command again starts from the beginning"
+
+
+def leads() -> bool:
+    """Whether this process speaks for all that `torchrun` started together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console(stderr: bool = False, everyone: bool = False) -> Console:
+    """Where messages go: a terminal breaks lines between words, a log keeps them whole and is wide for tables."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    if not stream.isatty():
+        plain |= {"soft_wrap": True, "width": 160}
+    return Console(file=stream, quiet=not (everyone or leads()), **plain)
 
 
 class Commands(TyperGroup):
@@ -38,9 +53,9 @@ class Commands(TyperGroup):
         except (typer.Abort, BrokenPipeError):
             # Typer ends quietly; the reader of a pipe had enough.
             raise
-        except KeyboardInterrupt:
-            hint = CONTINUES if ctx.invoked_subcommand == "quantize" else BEGINS
-            print(f"interrupted: {hint}", file=sys.stderr)
+        except KeyboardInterrupt as pressed:
+            hint = "the same command again does the rest" if ctx.invoked_subcommand == "quantize" else BEGINS
+            console(stderr=True, everyone=True).print(f"interrupted: {str(pressed) or hint}")
             raise typer.Exit(130) from None
         except Exception as error:
             if hasattr(error, "exit_code"):
@@ -63,7 +78,7 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
         text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else words
     else:
         text = f"internal error: {kind}: {words} (give --debug for the traceback)"
-    print(f"error: {text}", file=sys.stderr)
+    console(stderr=True, everyone=True).print(f"error: {text}")
     raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
 
@@ -102,10 +117,9 @@ def session(
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", Fallback)
         _quiet()
-        from vqcompress import show
 
         def write(result: dict[str, Any]) -> None:
-            if not show.leads():
+            if not leads():
                 return
             text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
             if json_file == "-":
@@ -113,22 +127,22 @@ def session(
             elif file is not None:
                 file.write_text(text, encoding="utf-8")
 
-        yield show.console(stderr=json_file == "-"), write
+        yield console(stderr=json_file == "-"), write
 
 
 @contextlib.contextmanager
 def uploading(repo: str | None, private: bool) -> Iterator[Callable[[Path, Console], None]]:
     """A function that uploads a finished directory, once it is known that this user may; without `repo` it does not."""
-    from vqcompress import hub, show
+    from vqcompress import hub
 
     if private and repo is None:
         raise UsageError("--private needs --push-to-hub REPO")
-    if repo is not None and show.leads():
+    if repo is not None and leads():
         hub.check_upload(repo)
 
     def upload(folder: Path, console: Console) -> None:
-        if repo is not None and show.leads():
-            console.print(f"pushed  {hub.push(folder, repo, private)}", soft_wrap=True)
+        if repo is not None and leads():
+            console.print(f"pushed  {hub.push(folder, repo, private)}")
 
     yield upload
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import re
 import shlex
 import sys
 import time
@@ -20,20 +20,11 @@ from rich.table import Table
 from vqcompress.packaged import AS_STORED
 from vqcompress.page import protocol, quality
 from vqcompress.report import cache_line, shrunk, size
+from vqcompress.session import console
 from vqcompress.targets import kind
 
-
-def leads() -> bool:
-    """Whether this process speaks for all that `torchrun` started together."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def console(stderr: bool = False) -> Console:
-    """Where messages go; wide where there is no terminal, so that a log keeps whole lines."""
-    if not leads():
-        return Console(quiet=True)
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 160)
+# Letters of a name that a narrow table keeps in a line, if need be for a column less.
+LEAST_OF_A_NAME = 16
 
 
 def duration(seconds: float) -> str:
@@ -44,12 +35,27 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _table(*columns: str) -> Table:
-    """A table whose first column is on the left and wraps, all others on the right and whole."""
+def _table(to: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows with a name first. Where they do not fit titles break, then the last columns go, then names break."""
+    wide = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    narrow = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
+
+    def room(widths: list[int]) -> int:
+        # Between two columns are three places, and one at each end.
+        return to.width + 1 - sum(width + 3 for width in widths[1:]) - 3
+
+    widths = wide if room(wide) >= wide[0] else narrow
+    while len(widths) > 2 and room(widths) < min(widths[0], LEAST_OF_A_NAME):
+        widths = widths[:-1]
+    widths[0] = max(1, min(widths[0], room(widths)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    return table
+    for title, width in zip(titles, widths, strict=False):
+        table.add_column(title, width=width, justify="right" if table.columns else "left", overflow="fold")
+    for row in rows:
+        # After a dot of a name or a slash of a path where there is one.
+        lines = re.findall(rf".{{1,{widths[0]}}}$|.{{,{widths[0] - 1}}}[./]|.{{{widths[0]}}}", row[0])
+        table.add_row("\n".join(lines), *row[1 : len(widths)])
+    to.print(table)
 
 
 def _error(value: float | None) -> str:
@@ -97,9 +103,9 @@ def _experts(to: Console, facts: dict[str, Any], each: bool) -> None:
         if tokens["borrowed"]:
             which = ", ".join(map(str, tokens["borrowed"])) if each else f"{len(tokens['borrowed'])} of them"
             text += f"; too few, so with those of all of a layer: {which}"
-        to.print(f"experts {place}: {text}", soft_wrap=True)
+        to.print(f"experts {place}: {text}")
     if names := facts["uncalibrated"]:
-        to.print(f"warning no token of the calibration came to {', '.join(names)}", soft_wrap=True)
+        to.print(f"warning no token of the calibration came to {', '.join(names)}")
 
 
 def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]:
@@ -111,10 +117,8 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
     before, after = report["source_bytes"], report["artifact_bytes"]
     device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
     if report["target_bits"] is not None:
-        table = _table("setting", "targets", "weights")
-        for row in report["settings"]:
-            table.add_row(row["setting"], f"{row['targets']:,}", f"{row['weights']:,}")
-        to.print(table)
+        rows = [(row["setting"], f"{row['targets']:,}", f"{row['weights']:,}") for row in report["settings"]]
+        _table(to, ("setting", "targets", "weights"), rows)
     to.print(f"{out}: {_bits(report)}")
     to.print(f"size    {size(before)} → {size(after)}, {shrunk(before, after)}")
     _experts(to, report, each=False)
@@ -124,11 +128,10 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
         to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
     if report["kv_cache"]:
         turned_on = "; --kv-cache or vqcompress.load(…, kv_cache=True) turns it on"
-        to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}", soft_wrap=True)
+        to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}")
     to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
-    if report["kv_cache"] and not report["targets"]:
-        # Without it nothing would be measured.
+    if report["kv_cache"]:
         command += f" --kv-cache {AS_STORED}"
     to.print(f"next    {command}", soft_wrap=True)
 
@@ -143,7 +146,7 @@ def _bits(facts: dict[str, Any]) -> str:
 def _left(to: Console, left_dense: dict[str, str]) -> None:
     """What stays dense and why, a line for each kind of weight."""
     for (name, why), count in Counter((kind(name), kind(why)) for name, why in left_dense.items()).items():
-        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}", soft_wrap=True)
+        to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}")
 
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
@@ -153,11 +156,9 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
         shape = " × ".join(map(str, row["shape"]))
         bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
         counts[kind(row["name"]), shape, row["method"] or "by its errors", bits] += 1
-    table = _table("weight", "count", "shape", "method", "bits per weight")
-    for (name, shape, method, bits), count in counts.items():
-        table.add_row(name, f"{count:,}", shape, method, bits)
-    if counts:
-        to.print(table)
+    rows = [(name, f"{count:,}", *others) for (name, *others), count in counts.items()]
+    if rows:
+        _table(to, ("weight", "count", "shape", "method", "bits per weight"), rows)
     for name, bits in plan.get("candidates", {}).items():
         to.print(f"choice  {name}: {bits:.3f} bits per weight")
     before, after = plan["source_bytes"], plan["artifact_bytes"]
@@ -184,14 +185,15 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
 
 def inspected(to: Console, facts: dict[str, Any]) -> None:
     """An artifact: a row per target, the settings of its methods, totals."""
-    table = _table("weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens")
+    cells = []
     for row in facts["targets"]:
         tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
         errors = (_error(row["relative_error"]), _error(row["proxy_error"]))
         shape = " × ".join(map(str, row["shape"]))
-        table.add_row(row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens)
-    if facts["targets"]:
-        to.print(table)
+        cells.append((row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens))
+    if cells:
+        titles = "weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens"
+        _table(to, titles, cells)
     rows = [row for row in facts["targets"] if "runtime" in row]
     ways = Counter((kind(row["name"]), tuple(row["runtime"].items()), row.get("experts")) for row in rows)
     for (name, paths, experts), count in ways.items():
@@ -200,7 +202,7 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
             by_way.setdefault(way, []).append(number)
         told = "; ".join(f"{', '.join(numbers)} rows: {way}" for way, numbers in by_way.items())
         told += f"; experts {experts}" if experts else ""
-        to.print(f"{name} ({count} on {facts['device']}) {told}", soft_wrap=True)
+        to.print(f"{name} ({count} on {facts['device']}) {told}")
     settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
     for (method, knobs), count in settings.items():
         to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in knobs)}")
@@ -223,7 +225,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
         to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    to.print(f"protocol    {text}: {protocol(facts)}, float32", soft_wrap=True)
+    to.print(f"protocol    {text}: {protocol(facts)}, float32")
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
 
 
@@ -239,7 +241,7 @@ def speed(to: Console, facts: dict[str, Any]) -> None:
     to.print(f"measured             {shape}, on {facts['device']} in {facts['dtype']}")
     if other := facts.get("baseline"):
         ratios = (f"{kind} {facts[f'{kind}_relative_to_baseline']:.2f}" for kind in ("prefill", "decode"))
-        to.print(f"speed relative to {other['model']}: {', '.join(ratios)}", soft_wrap=True)
+        to.print(f"speed relative to {other['model']}: {', '.join(ratios)}")
         memory = size(other["peak_device_bytes"] or other["peak_rss_bytes"])
         theirs = f"peak memory {memory}, cache {size(other['cache_bytes'])}"
         to.print(f"  whose decode is {other['decode_tokens_per_second']:,.1f} tokens/s, {theirs}")
@@ -248,25 +250,26 @@ def speed(to: Console, facts: dict[str, Any]) -> None:
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:
     """What an export wrote, what it had to decode, and how far its reader's logits are from the artifact's."""
     written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
-    to.print(f"{out}: {facts['format']}, {written}", soft_wrap=True)
+    to.print(f"{out}: {facts['format']}, {written}")
     _left(to, facts["left_dense"])
     if "verified" in facts:
         read = facts["verified"]
         loss = f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact (at most {read['bound']:g})"
         what = f"{read['tokens']} tokens of {read['text']}, activations {read['activations']}"
-        to.print(f"verified: loads in {read['reader']}; {loss} over {what}", soft_wrap=True)
+        to.print(f"verified: loads in {read['reader']}; {loss} over {what}")
+    to.print(f"next    {facts['next']}", soft_wrap=True)
 
 
 def examined(to: Console, facts: dict[str, Any]) -> None:
     """The doctor's checks, and what is left as it is."""
     to.print(f"{facts['architecture']}: {'ok' if facts['ok'] else 'FAIL'}")
     for check in facts["checks"]:
-        to.print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}", soft_wrap=True)
+        to.print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}")
     to.print(f"{facts['targets']} targets hold {100 * facts['coverage']:.1f} % of the weights of the blocks")
     # The experts of a mixture in one line.
     kinds = (([kind(path) for path in f["input"].split(", ")], kind(f["producer"] or "")) for f in facts["folds"])
     for reads, producer in dict.fromkeys((", ".join(dict.fromkeys(paths)), producer) for paths, producer in kinds):
-        to.print(f"smooth  {reads}: {f'folds into {producer}' if producer else 'at run time'}", soft_wrap=True)
+        to.print(f"smooth  {reads}: {f'folds into {producer}' if producer else 'at run time'}")
     _left(to, facts["left_dense"])
 
 
@@ -276,22 +279,21 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     caches: models of dense weights whose cache alone is coded.
     """
     models = found["models"]
-    losses = [row["kl_divergence"]["mean"] if row["kl_divergence"] else row["perplexity"] for row in models]
-    measure = "mean KL" if found["baseline"] is not None else "perplexity"
-    table = _table("model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1")
-    for row in models:
-        table.add_row(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row))
-    to.print(table)
-    to.print(f"{measure} by bits per weight")
-    most = max((loss for loss in losses if math.isfinite(loss)), default=0) or 1
-    for row, loss in zip(models, losses, strict=True):
-        bar = "█" * round(40 * loss / most) or "▏" if math.isfinite(loss) else f"{loss}"
-        name = row["model"] if len(row["model"]) <= 20 else f"…{row['model'][-19:]}"
-        to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}", soft_wrap=True)
+    titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
+    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)) for row in models]
+    _table(to, titles, rows)
     if found["baseline"] is None:
-        to.print("note        no KL divergence: the artifacts name no original that is here; give --baseline")
+        to.print("note        no KL divergence: no original is among the models or named by all; give --baseline")
+    else:
+        to.print("mean KL by bits per weight")
+        losses = [row["kl_divergence"]["mean"] for row in models]
+        most = max((loss for loss in losses if math.isfinite(loss)), default=0) or 1
+        for row, loss in zip(models, losses, strict=True):
+            bar = "█" * round(40 * loss / most) or "▏" if math.isfinite(loss) else f"{loss}"
+            name = row["model"] if len(row["model"]) <= 20 else f"…{row['model'][-19:]}"
+            to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}")
     for model in caches:
         how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
-        to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it", soft_wrap=True)
-    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32", soft_wrap=True)
+        to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it")
+    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32")
     to.print(f"took        {duration(found['seconds'])}")

@@ -183,8 +183,11 @@ class Writer(Shards):
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         os.close(self._lock)
+        # The first record is of what lies outside of the blocks.
+        if isinstance(error, KeyboardInterrupt) and len(self.done) > 1:
+            error.args = ("the finished blocks are kept, the same command again continues after them",)
 
     def _continue_or_clear(self, overwrite: bool) -> None:
         """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""
@@ -211,6 +214,9 @@ class Writer(Shards):
         earlier = read_json(self.out / JOURNAL)
         try:
             differing = sorted(name for name, value in self.inputs.items() if earlier["inputs"].get(name) != value)
+            if "seed" in differing and "calibration" in differing:
+                # Rows are drawn by the seed, so those of the same text differ too.
+                differing.remove("calibration")
             if earlier["format_version"] != FORMAT_VERSION:
                 differing.append("format version")
             if not differing:
