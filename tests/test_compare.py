@@ -63,6 +63,18 @@ def test_each_model_has_the_figures_it_has_alone(
     assert original["bytes"] == (toy() / "model.safetensors").stat().st_size
 
 
+def test_the_one_model_that_is_no_artifact_is_the_original(artifacts: list[str], toy: Make, tmp_path: Path) -> None:
+    other, wide = str(toy("llama", seed=1)), tmp_path / "wide"
+    assert _original([*artifacts, other]) == other
+    # As today where that is not clear.
+    assert _original([*artifacts, other, str(toy())]) is None
+    assert _original([other]) is None
+    shutil.copytree(other, wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    assert _original([*artifacts, str(wide)]) is None
+
+
 def test_without_an_original_there_is_no_divergence(artifacts: list[str], text: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(artifacts[0], tmp_path / "copy")
     report = json.loads((copy / "report.json").read_text())
@@ -74,7 +86,9 @@ def test_without_an_original_there_is_no_divergence(artifacts: list[str], text: 
     assert found["baseline"] is None
     assert all(row["kl_divergence"] is row["ratio"] is row["top1_agreement"] is None for row in found["models"])
     assert "no KL divergence" in result.stdout
-    assert "perplexity by bits per weight" in result.stdout
+    # Bars from nothing would all be as long as each other.
+    assert "by bits per weight" not in result.stdout
+    assert "█" not in result.stdout
 
 
 def test_models_of_other_tokens_do_not_compare(artifacts: list[str], toy: Make, text: Path) -> None:

@@ -56,7 +56,7 @@ def perplexity(
         if report:
             told = documents.add_evaluation(model, result)
             kept = "" if "README.md" in told else "; README.md has been edited, and stays as it is"
-            console.print(f"report      added to {', '.join(told)} of {model}{kept}", soft_wrap=True)
+            console.print(f"report      added to {', '.join(told)} of {model}{kept}")
 
 
 @evaluation.command()
@@ -95,7 +95,9 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            "--baseline", metavar="MODEL", help="The original. Default: what all the artifacts were made from."
+            "--baseline",
+            metavar="MODEL",
+            help="The original. Default: the one MODEL that is no artifact, else what all artifacts were made from.",
         ),
     ] = None,
     seqlen: Window = None,
@@ -126,4 +128,4 @@ def compare(
         show.compared(console, result, only_caches(models))
         if page:
             page.write_text(comparison_page(result), encoding="utf-8")
-            console.print(f"pictures    {html_file}", soft_wrap=True)
+            console.print(f"pictures    {html_file}")

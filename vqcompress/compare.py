@@ -28,7 +28,7 @@ def compare(
 ) -> dict[str, Any]:
     """What each of several models costs and loses, JSON: bits per weight, bytes, and all that `perplexity` measures.
 
-    baseline: the original, a row of its own; if None that which the artifacts' reports name, if it is one and is there.
+    baseline: the original, a row of its own; if None see `_original`.
     Models go from the most bits to the fewest, the original first.
     """
     start = time.perf_counter()
@@ -58,7 +58,14 @@ def compare(
 
 
 def _original(models: list[str]) -> str | None:
-    """The model that all artifacts were made from, as their reports name it; None if it is not here."""
+    """The one model that is no artifact, if it has as large a vocabulary; else what the reports of all artifacts name.
+
+    None if that is not here.
+    """
+    plain = [model for model in models if not Artifact.is_one(resolve(model))]
+    vocabularies = {Checkpoint(resolve(model)).config.get("vocab_size") for model in models}
+    if len(plain) == len(vocabularies) == 1 < len(models):
+        return plain[0]
     found = [read_report(path).get("model") for path in map(resolve, models) if Artifact.is_one(path)]
     model: Any = found[0] if found and found.count(found[0]) == len(found) else None
     repo = hub.ID.fullmatch(model) if isinstance(model, str) else None
