@@ -244,7 +244,10 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(("format", "recipe"), [("compressed-tensors", FOLDED), ("aqlm", "vq-small")])
 def test_an_export_is_verified_by_its_own_reader(format: str, recipe: str, quantized: Make, tmp_path: Path) -> None:
-    found = export(str(quantized(recipe)), format, tmp_path / "out", verify=True)["verified"]
+    result = export(str(quantized(recipe)), format, tmp_path / "out", verify=True)
+    found = result["verified"]
+    dtype = ', dtype="float32"' if format == "aqlm" else ""
+    assert re.fullmatch(rf'AutoModel.*\("{tmp_path}/out"{dtype}\)  # needs pip install \'{format}.*', result["next"])
     assert found["reader"] == f"transformers with {format}"
     assert found["text"] == "the packaged text"
     assert found["mean_kl_divergence"] < (1e-2 if format == "compressed-tensors" else 1e-8)
@@ -260,6 +263,23 @@ def test_verification_finds_a_wrong_weight(quantized: Make, tmp_path: Path, monk
     monkeypatch.setattr(fp8, "tensors", tensors)
     with pytest.raises(VQCompressError, match=r"differs from .*: mean KL divergence"):
         export(str(quantized("fp8-tile", hidden=256)), "fp8", tmp_path / "out", verify=True)
+
+
+@pytest.mark.parametrize("where", ["vqcompress.writer.Shards.write_shard", "vqcompress.export.compare"])
+def test_an_interrupted_export_is_no_checkpoint_and_is_replaced(where: str, quantized: Make, tmp_path: Path) -> None:
+    def pressed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    out, words = tmp_path / "out", (str(quantized("vq-small")), "dense")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, pressed)
+        with pytest.raises(KeyboardInterrupt):
+            export(*words, out, verify=True)
+    assert out.is_dir()
+    assert not (out / "config.json").exists()
+    assert export(*words, out)["next"] == f'AutoModelForCausalLM.from_pretrained("{out}")'
+    with pytest.raises(VQCompressError, match="--overwrite"):
+        export(*words, out)
 
 
 def test_a_missing_reader_is_named() -> None:

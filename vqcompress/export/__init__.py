@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,8 +83,13 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     # Last, so that an export that was interrupted is no checkpoint.
     shards.write("config.json", json.dumps(made.config, indent=2).encode())
     result: dict[str, Any] = {"format": format, "files": count, "bytes": total, "left_dense": made.left_dense}
+    result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.unreadable else reader.line(out)
     if verify:
-        result["verified"] = compare(stream, source, out, reader, made.held)
+        try:
+            result["verified"] = compare(stream, source, out, reader, made.held)
+        except KeyboardInterrupt:
+            (out / "config.json").unlink(missing_ok=True)
+            raise
     return {**result, "seconds": round(time.perf_counter() - start, 3), "peak_rss_bytes": peak_rss_bytes()}
 
 
@@ -98,7 +104,8 @@ def _empty(out: Path, overwrite: bool) -> None:
         weights = [path for path in out.iterdir() if path.suffix in (".safetensors", ".bin")]
         if foreign := [path for path in weights if not OURS.fullmatch(path.name)]:
             raise VQCompressError(f"{foreign[0]} is of no export; choose another directory")
-        if not overwrite:
+        # One that was interrupted has no config, and gives way.
+        if not overwrite and (out / "config.json").exists():
             raise VQCompressError(f"{out} already holds an export; choose another directory or give --overwrite")
         clear(out, {"config.json", *map(str, metadata.get("beside", []))})
     out.mkdir(parents=True, exist_ok=True)

@@ -62,6 +62,12 @@ class Reader:
         """The package's name alone."""
         return self.package.partition(">")[0].partition("[")[0]
 
+    def line(self, out: Path) -> str:
+        """What to type in Python to load an export, with what it needs."""
+        dtype = ', dtype="float32"' if self.setup else ""
+        needs = f"  # needs pip install '{self.package}'" if self.package else ""
+        return f"AutoModelForCausalLM.from_pretrained({json.dumps(str(out))}{dtype}){needs}"
+
     def check_installed(self) -> None:
         """VQCompressError that says which package to install, if it is missing."""
         if self.package:
