@@ -471,6 +471,24 @@ def test_a_damaged_path_of_shared_parts_is_a_named_error(shared: Any, copy: Call
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"targets": {}}, "is damaged: it names no target"),
+        ({"targets": {"a": {}}}, "is damaged: it has no 'method'"),
+        ({"kv_cache": {"bits": 0}}, "is damaged: cache: bits=0 is not valid: Input should be 1, 2, 4 or 8"),
+        ({"kv_cache": {"bits": 8}}, "is damaged: cache bits=8: fp8 has 8 bits"),
+    ],
+)
+def test_damage_is_told_in_words(change: dict[str, Any], said: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(change))
+    with pytest.raises(VQCompressError) as raised:
+        Artifact(folder)
+    assert said in str(raised.value)
+    assert not re.search(r"Error|pydantic", str(raised.value))
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model_type", "nonsense"),

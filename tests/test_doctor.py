@@ -12,6 +12,7 @@ import pytest
 import transformers
 from processes import Processes
 
+from vqcompress import trust
 from vqcompress.doctor import examine
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import dry_run
@@ -131,9 +132,19 @@ def test_the_doctor_names_matrices_that_are_no_linear_layers(tmp_path: Path) -> 
 
 
 def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
-    with pytest.raises(VQCompressError, match="nonsense"):
-        examine(str(tmp_path))
+    for name, hint in (
+        ("nonsense", "a newer one may: pip install --upgrade transformers"),
+        ("lamma", "did you mean '"),
+    ):
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{name}"}}')
+        with pytest.raises(VQCompressError, match=f"transformers 5.* has no model_type '{name}'; {hint}"):
+            examine(str(tmp_path))
+
+
+def test_what_transformers_says_is_cut_between_words() -> None:
+    said = trust.reason(ValueError("pip install --upgrade\n transformers " * 20))
+    assert len(said) <= 300
+    assert set(said.split()) == {"pip", "install", "--upgrade", "transformers", "…"}
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,9 @@ def test_bits_per_byte_divide_by_the_bytes_of_what_was_predicted(toy: Make, text
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"seqlen": 10**6}, VQCompressError, "less than one window"),
+        ({"seqlen": 10**6}, VQCompressError, "less than one window of --seqlen 1000000; give .* a smaller --seqlen"),
         ({"seqlen": 1}, UsageError, "seqlen"),
-        ({"seqlen": 32, "stride": 33}, UsageError, "stride"),
+        ({"seqlen": 32, "stride": 33}, UsageError, "--stride 33 is more than --seqlen 32"),
         ({"seqlen": 32, "stride": 0}, UsageError, "stride"),
         ({"seqlen": 0}, UsageError, "seqlen"),
         ({"limit": 0}, UsageError, "windows"),
@@ -111,6 +111,11 @@ def test_wrong_arguments_are_named_errors(
     arguments = {"model": str(toy()), "text": str(text), "seqlen": 32, **change}
     with pytest.raises(error, match=said):
         perplexity(**arguments)
+
+
+def test_another_vocabulary_is_named_before_any_length(toy: Make, text: Path) -> None:
+    with pytest.raises(VQCompressError, match="have other tokens or vocabularies"):
+        perplexity(str(toy()), str(text), seqlen=10**6, baseline=str(toy("llama", vocab=300)))
 
 
 def test_vocabularies_of_different_sizes_cannot_be_compared(toy: Make, text: Path) -> None:

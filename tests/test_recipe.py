@@ -48,7 +48,8 @@ def test_every_packaged_recipe_is_valid_and_says_what_it_does(name: str) -> None
         (rules("3"), "rule 1.*'match' and 'method'"),
         (rules("{match: '*'}"), "rule 1.*'match' and 'method'"),
         (rules("{method: int8}"), "rule 1.*'match' and 'method'"),
-        (rules("{match: 3, method: int8}"), "rule 1.*'match' and 'method'"),
+        (rules("{match: 3, method: int8}"), "rule 1.*'match' and 'method', then the method's knobs$"),
+        (rules("{match: '*', metod: vq}"), "is 'metod' meant to be 'method'"),
         (rules("{match: '*', method: int8}", "{match: '*', method: in8}"), "rule 2.*'in8'.*Did you mean 'int8'"),
         (rules("{match: '*', method: int8, activation: per_token}"), "'activation'.*Did you mean 'activations'"),
         (rules("{match: '*', method: vq, bits: 17}"), "at most 16 bits"),
@@ -58,8 +59,11 @@ def test_every_packaged_recipe_is_valid_and_says_what_it_does(name: str) -> None
         (rules("{match: 're:(', method: int8}"), r"'re:\('.*regular expression"),
         (rules("{match: '*', method: int8, smoothing: 0.5}"), "smoothing.*mapping"),
         (rules("{match: '*', method: int8, smoothing: {alfa: 0.5}}"), "'alfa'.*Did you mean 'alpha'"),
-        (rules("{match: '*', method: int8, smoothing: {alpha: 2}}"), "alpha 2.* is not between 0 and 1"),
-        (rules("{match: '*', method: int8, smoothing: {alpha: some}}"), "alpha"),
+        (
+            rules("{match: '*', method: int8, smoothing: {alpha: 2}}"),
+            "rule 1: smoothing alpha=2: alpha 2.* is not between 0",
+        ),
+        (rules("{match: '*', method: int8, smoothing: {alpha: some}}"), "smoothing: alpha='some' is not valid"),
         (rules("{match: '*', method: int8, smoothing: {norm: folded}}"), "norm"),
         (rules("{match: '*', method: int8, smoothing: {grid: []}}"), "grid"),
         (

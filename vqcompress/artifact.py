@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from vqcompress import methods
 from vqcompress.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import VQCompressError, first_line
 from vqcompress.methods import Layout, Method, Parts, layout_bits
 from vqcompress.recipe import CacheKnobs
 from vqcompress.targets import Target
@@ -133,7 +134,7 @@ def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
                 raise ValueError(f"{entry.target.name}: another method shares the parts at {entry.shared!r}")
         return entries
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise VQCompressError(f"the quantization_config of {where} is damaged: {error!r}") from error
+        raise VQCompressError(f"the quantization_config of {where} is damaged: {first_line(error)}") from error
 
 
 def _entry(name: str, stored: dict[str, Any], settings: list[Method]) -> Entry:
@@ -170,9 +171,10 @@ def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
         # Of learned codebooks only, which mean nothing without it.
         layers = before if isinstance(before, list) and knobs.codebook == "learned" else [before]
         if not all(type(layer) is (bool if knobs.codebook == "learned" else type(None)) for layer in layers):
-            raise ValueError(f"before is {before!r}")
+            raise ValueError(f"before is {str(before)[:40]}")
     except (TypeError, AttributeError, ValueError) as error:
-        raise VQCompressError(f"the kv_cache of {where} is damaged: {' '.join(str(error).split())[:300]}") from error
+        why = methods.explain("cache", stored, error) if isinstance(error, ValidationError) else first_line(error)
+        raise VQCompressError(f"the kv_cache of {where} is damaged: {why}") from error
     return knobs.model_dump(mode="json") | ({} if before is None else {"before": before})
 
 

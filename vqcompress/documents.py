@@ -15,7 +15,7 @@ import yaml
 
 from vqcompress.artifact import SUMS, Artifact, read_sums
 from vqcompress.checkpoint import sha256
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import UsageError, VQCompressError, first_line
 from vqcompress.page import LOAD, evaluations, names_of, report_page
 from vqcompress.report import cache_line, calibration_line, mean, read_report, size
 from vqcompress.writer import Shards, refresh_sums, undisturbed
@@ -98,7 +98,9 @@ def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
         refresh_sums(path, told)
         return list(told)
     except (KeyError, TypeError, AttributeError) as error:
-        raise VQCompressError(f"{path / 'report.json'} is damaged or of another version: {error!r}") from error
+        raise VQCompressError(
+            f"{path / 'report.json'} is damaged or of another version: {first_line(error)}"
+        ) from error
     finally:
         os.close(lock)
 

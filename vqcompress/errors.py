@@ -19,8 +19,9 @@ class UsageError(VQCompressError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of a library says; its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an error of a library says; its kind if it says nothing. A KeyError says only the key."""
+    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return (said.strip().splitlines() or [type(error).__name__])[0]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

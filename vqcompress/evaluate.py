@@ -69,10 +69,13 @@ def _loaded_bytes(source: Checkpoint, dtype: torch.dtype) -> int:
 
 def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tensor:
     """Windows (N, L) of a text's tokens (n,), one every `stride`; the tail that fills none is dropped."""
-    if seqlen < 2 or not 1 <= stride <= seqlen or (limit is not None and limit < 1):
-        raise UsageError(f"--seqlen {seqlen} --stride {stride} --windows {limit}: need seqlen ≥ stride ≥ 1, seqlen ≥ 2")
+    if stride > seqlen:
+        raise UsageError(f"--stride {stride} is more than --seqlen {seqlen}: tokens in between would not count")
+    if seqlen < 2 or stride < 1 or (limit is not None and limit < 1):
+        raise UsageError(f"--seqlen {seqlen} --stride {stride} --windows {limit} must be at least 2, 1 and 1")
     if len(tokens) < seqlen:
-        raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
+        hint = "give a longer text or a smaller --seqlen"
+        raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}; {hint}")
     cut = tokens.unfold(0, seqlen, stride)
     return cut[:limit] if limit else cut
 
@@ -182,12 +185,13 @@ def score(
     length = seqlen if seqlen is not None else sources[0].default_seqlen
     step = stride if stride is not None else length
     tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
-    windows_NL = windows(tokenize(tokenizers[0], content), length, step, limit)
     starts = [tokenize(tokenizer, content[:SAMPLE]) for tokenizer in tokenizers]
-    for name, source, start in zip(names, sources, starts, strict=True):
-        source.check_length(length)
+    for name, start in zip(names, starts, strict=True):
         if not torch.equal(start, starts[0]):
             raise VQCompressError(f"{names[0]} and {name} have other tokens or vocabularies, so they do not compare")
+    windows_NL = windows(tokenize(tokenizers[0], content), length, step, limit)
+    for source in sources:
+        source.check_length(length)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     if kv_cache is not None:
         needed = _loaded_bytes(sources[0], streams[0].dtype)

@@ -57,6 +57,9 @@ def generate(
     tokenizer = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if context and ids_BL.shape[1] >= context:
+        length = f"--prompt has {ids_BL.shape[1]} tokens"
+        raise UsageError(f"{length}, and the model's context of {context} leaves no room to continue; shorten it")
     if context and ids_BL.shape[1] + max_new_tokens > context:
         length = f"{ids_BL.shape[1]} tokens of prompt and {max_new_tokens} new ones"
         raise UsageError(f"{length} are more than the model's context of {context}; lower --max-new-tokens")

@@ -25,6 +25,7 @@ MAX_BYTES = 16 * 2**20
 # Of matching one name: a regular expression may take longer than anybody lives.
 MATCH_SECONDS = 1.0
 KEEP = methods.make("keep", {})
+NAMES = {"match", "method"}
 
 
 class Tuning(BaseModel):
@@ -282,7 +283,10 @@ def _only(data: dict[str, Any], known: set[str], where: str) -> None:
 def _rule(data: object, number: int, recipe: str) -> Rule:
     where = f"recipe {recipe}, rule {number}"
     if not isinstance(data, dict) or not isinstance(data.get("match"), str) or not isinstance(data.get("method"), str):
-        raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's knobs")
+        keys = set(map(str, data)) if isinstance(data, dict) else set()
+        near = {name: nearest(name, keys - NAMES) for name in NAMES - keys}
+        hint = "".join(f"; is '{key}' meant to be '{name}'?" for name, key in near.items() if key)
+        raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's knobs{hint}")
     if data["match"].startswith("re:"):
         try:
             regex.compile(data["match"][3:])
@@ -313,5 +317,4 @@ def _knobs(kind: type[Knobs], data: object, where: str, key: str) -> Knobs | Non
     try:
         return kind(**data)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{where}: {key} {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UsageError(f"{where}: {methods.explain(key, data, error)}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from textwrap import shorten
 
 _TRUSTED = ContextVar("trusted", default=False)
 
@@ -29,4 +30,4 @@ def reason(error: Exception) -> str:
     words = " ".join(str(error).split())
     if "trust_remote_code" in words and not trusted():
         return "it needs Python code of its own; read that, and give --trust-remote-code if you trust it"
-    return words[:300]
+    return shorten(words, 300, break_on_hyphens=False, placeholder=" …")

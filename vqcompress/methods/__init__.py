@@ -13,7 +13,7 @@ from vqcompress.methods.keep import Keep
 from vqcompress.methods.method import Layout, Method, Parts, layout_bits
 from vqcompress.methods.vq import VQ
 
-__all__ = ["METHODS", "Layout", "Method", "Parts", "from_description", "layout_bits", "make"]
+__all__ = ["METHODS", "Layout", "Method", "Parts", "explain", "from_description", "layout_bits", "make"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Keep, INT8, FP8, VQ)}
 
@@ -30,7 +30,7 @@ def make(name: str, knobs: dict[str, Any]) -> Method:
     try:
         return method(**knobs)
     except ValidationError as error:
-        raise ValueError("; ".join(_line(name, knobs, detail) for detail in error.errors())) from None
+        raise ValueError(explain(name, knobs, error)) from None
 
 
 def from_description(description: dict[str, Any]) -> Method:
@@ -54,11 +54,16 @@ def _named(name: str) -> type[Method]:
     return METHODS[name]
 
 
+def explain(name: str, knobs: dict[str, Any], error: ValidationError) -> str:
+    """What pydantic found wrong with a group of knobs, as: name, knob, value, what is wrong."""
+    return "; ".join(dict.fromkeys(_line(name, knobs, detail) for detail in error.errors()))
+
+
 def _line(name: str, knobs: dict[str, Any], detail: Any) -> str:
-    """One of pydantic's errors as: method, knob, value, what is wrong."""
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         # A rule about several knobs together has no place of its own.
         return f"{' '.join([name, *(f'{knob}={value}' for knob, value in knobs.items())])}: {message}"
-    knob = ".".join(str(part) for part in detail["loc"])
+    # Of a knob that may be of several types pydantic adds which it tried.
+    knob = ".".join(str(part) for part in detail["loc"] if part in knobs or isinstance(part, int))
     return f"{name}: {knob}={detail['input']!r} is not valid: {message}"

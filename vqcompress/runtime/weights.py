@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,8 +26,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from vqcompress.checkpoint import TensorInfo
-from vqcompress.errors import VQCompressError
+from vqcompress.checkpoint import TensorInfo, read_json
+from vqcompress.errors import VQCompressError, nearest
 from vqcompress.runtime.experts import without_merges
 from vqcompress.runtime.modules import CompressedLinear, SharedParts
 from vqcompress.trust import reason, trusted
@@ -39,6 +39,14 @@ CAUSAL_ONLY = "only causal language models can be compressed, those that AutoMod
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
     """The transformers config of a directory; VQCompressError if it is of no causal language model."""
+    stated = read_json(path / "config.json")
+    name = stated.get("model_type") if isinstance(stated, dict) and "auto_map" not in stated else None
+    if isinstance(name, str) and name not in CONFIG_MAPPING:
+        near = nearest(name, CONFIG_MAPPING, 0.7)
+        hint = f"did you mean '{near}'?" if near else "a newer one may: pip install --upgrade transformers"
+        raise VQCompressError(
+            f"{path}: transformers {transformers.__version__} has no model_type '{name[:40]}'; {hint}"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # the validators of its configs have error types of their own
