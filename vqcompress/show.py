@@ -41,8 +41,8 @@ def _table(to: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) ->
     narrow = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
 
     def room(widths: list[int]) -> int:
-        # Between two columns are three places, and one at each end.
-        return to.width + 1 - sum(width + 3 for width in widths[1:]) - 3
+        # Three places between two columns, one at each end.
+        return to.width - 2 - sum(width + 3 for width in widths[1:])
 
     widths = wide if room(wide) >= wide[0] else narrow
     while len(widths) > 2 and room(widths) < min(widths[0], LEAST_OF_A_NAME):
