@@ -204,7 +204,7 @@ def test_examples_can_be_typed(example: str) -> None:
         ("quan", ["quantize"]),
         ("quantize de", ["demo"]),
         ("eval perplexity demo", ["demo"]),
-        ("doctor dex", []),
+        ("doctor /de", []),
     ],
 )
 def test_values_complete(words: str, expected: list[str]) -> None:

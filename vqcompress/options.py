@@ -58,9 +58,10 @@ def _complete_recipe(incomplete: str) -> list[str]:
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    # Where it is of no use the shell completes paths.
-    beside = [path.name for path in Path().glob(f"{incomplete}*/")]
-    return ["demo", *beside] if "demo".startswith(incomplete) else []
+    if not "demo".startswith(incomplete):
+        # The shell completes paths.
+        return []
+    return ["demo", *(path.name for path in Path().glob(f"{incomplete}*/"))]
 
 
 def _complete_cache(incomplete: str) -> list[str]:
