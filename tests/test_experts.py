@@ -496,11 +496,15 @@ def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
 @pytest.mark.parametrize(
     ("family", "recipe", "said"),
     [
-        ("mixtral", "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]", "experts calibrate: Input should"),
+        (
+            "mixtral",
+            "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]",
+            "experts: calibrate='al' is not valid",
+        ),
         (
             "mixtral",
             "experts: {min_tokens: 0}\nrules: [{match: '*', method: int8}]",
-            "experts min_tokens: Input should",
+            "experts: min_tokens=0 is not valid",
         ),
         ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "unknown key 'floor'"),
         ("mixtral", "experts: {calibrate: all}\nrules: [{match: '*', method: fp8}]", "its methods need no data"),
@@ -564,7 +568,7 @@ def test_experts_to_which_nothing_came_are_named(
     assert report["uncalibrated"] == [f"model.layers.{i}.mlp.experts.{e}.w2" for i in range(2) for e in range(4)]
     shown = console()
     with shown.capture() as seen:
-        quantized_words(shown, report, str(out), "toy", [str(text)], None)
+        quantized_words(shown, report, str(out), "toy", [str(text)])
     assert "no token of the calibration came to model.layers.0.mlp.experts.0.w2" in seen.get()
 
 
