@@ -25,12 +25,12 @@ from vqcompress.distributed import SharedWriter
 from vqcompress.errors import UsageError
 from vqcompress.gather import gather
 from vqcompress.methods import layout_bits
+from vqcompress.packaged import check_choice
 from vqcompress.plan import Plan, make_plan
 from vqcompress.recipe import Recipe
 from vqcompress.states import States
 
 Watch = Callable[[str, dict[str, Any]], None]
-LEAST, MOST = 1.5, 6.0
 CANDIDATES = "mixed"
 MEASURED_TOKENS = 2048
 
@@ -40,16 +40,13 @@ def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | N
 
     kv_cache: a recipe whose `cache` takes the place of that recipe's.
     """
-    if name is None and target_bits is None:
-        raise UsageError("--recipe is missing (see `vqcompress recipes`); or give --target-bits, such as 2.5")
+    check_choice(name, target_bits, kv_cache)
     recipe = recipes.load(name or CANDIDATES)
     recipe = replace(recipe, cache=recipes.cache_knobs(kv_cache)) if kv_cache else recipe
     if target_bits is None:
         if recipe.candidates:
             raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")
         return recipe
-    if not LEAST <= target_bits <= MOST:
-        raise UsageError(f"--target-bits {target_bits:g} must be from {LEAST:g} to {MOST:g}")
     if not recipe.candidates:
         hint = f"take a recipe with a list 'candidates', such as {CANDIDATES}, or leave --target-bits out"
         raise UsageError(f"recipe {recipe.name} has rules, so there is nothing to choose: {hint}")

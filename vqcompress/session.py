@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from vqcompress.errors import Fallback, UsageError, VQCompressError
-from vqcompress.hub import check_text
+from vqcompress.hub import check_text, check_upload, find, push
 from vqcompress.options import DEBUG
 from vqcompress.packaged import packaged, recipe_file
 
@@ -27,11 +29,22 @@ CONTINUES = "the finished blocks are kept, the same command again continues afte
 BEGINS = "the same command again starts from the beginning"
 
 
+def leads() -> bool:
+    """Whether this process speaks for all that `torchrun` started together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Commands(TyperGroup):
-    """Turns whatever a command raises into one line on stderr and an exit code."""
+    """Turns whatever a command raises into one line on stderr and an exit code.
+
+    began: when its process began, by time.perf_counter, if `main` says so; else when the command did.
+    """
+
+    began = 0.0
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the chosen command."""
+        Commands.began = ctx.obj or time.perf_counter()
         try:
             return super().invoke(ctx)
         except (typer.Abort, BrokenPipeError):
@@ -66,15 +79,34 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
 
+def check_free(out: Path, overwrite: bool) -> None:
+    """VQCompressError if OUT holds a finished artifact that is not to be replaced."""
+    config = out / "config.json"
+    unfinished = overwrite or not config.is_file() or (out / "journal.json").exists()
+    if not unfinished and '"quant_method": "vqcompress"' in config.read_text(errors="replace"):
+        raise VQCompressError(f"{out} already holds a finished artifact; choose another directory or give --overwrite")
+
+
+def took() -> float:
+    """Seconds since the command began, imports and all."""
+    return round(time.perf_counter() - Commands.began, 3)
+
+
 @contextlib.contextmanager
 def session(
-    json_file: str | None = None, recipes: Iterable[str | None] = (), texts: Iterable[str] | None = None
+    models: Iterable[str | None],
+    json_file: str | None = None,
+    recipes: Iterable[str | None] = (),
+    texts: Iterable[str] | None = None,
 ) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
     """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
 
-    With `--json -` everything else, a library's stray print included, goes to stderr. recipes, texts: what the command
-    will read; a name of nothing is an error before anything heavy is imported.
+    With `--json -` everything else, a library's stray print included, goes to stderr. models, recipes, texts: what the
+    command will read; a name of nothing is an error before anything heavy is imported.
     """
+    named = list(filter(None, models))
+    for model in named:
+        find(model)
     for recipe in filter(None, recipes):
         recipe_file(recipe, packaged())
     for text in texts or ():
@@ -88,11 +120,14 @@ def session(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", Fallback)
+        if leads():
+            # The imports take seconds.
+            print(f"reading {', '.join(named)}", file=sys.stderr, flush=True)
         _quiet()
         from vqcompress import show
 
         def write(result: dict[str, Any]) -> None:
-            if not show.leads():
+            if not leads():
                 return
             text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
             if json_file == "-":
@@ -100,22 +135,22 @@ def session(
             elif json_file is not None:
                 Path(json_file).expanduser().write_text(text, encoding="utf-8")
 
-        yield show.console(stderr=json_file == "-"), write
+        console = show.console(stderr=json_file == "-")
+        console.quiet = not leads()
+        yield console, write
 
 
 @contextlib.contextmanager
 def uploading(repo: str | None, private: bool) -> Iterator[Callable[[Path, Console], None]]:
     """A function that uploads a finished directory, once it is known that this user may; without `repo` it does not."""
-    from vqcompress import hub, show
-
     if private and repo is None:
         raise UsageError("--private needs --push-to-hub REPO")
-    if repo is not None and show.leads():
-        hub.check_upload(repo)
+    if repo is not None and leads():
+        check_upload(repo)
 
     def upload(folder: Path, console: Console) -> None:
-        if repo is not None and show.leads():
-            console.print(f"pushed  {hub.push(folder, repo, private)}", soft_wrap=True)
+        if repo is not None and leads():
+            console.print(f"pushed  {push(folder, repo, private)}", soft_wrap=True)
 
     yield upload
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -18,29 +17,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.page import protocol, quality
-from vqcompress.report import cache_line, shrunk, size
+from vqcompress.report import cache_line, duration, shrunk, size
 from vqcompress.targets import kind
-
-
-def leads() -> bool:
-    """Whether this process speaks for all that `torchrun` started together."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def console(stderr: bool = False) -> Console:
     """Where messages go; wide where there is no terminal, so that a log keeps whole lines."""
-    if not leads():
-        return Console(quiet=True)
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 160)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _table(*columns: str) -> Table:
@@ -126,7 +110,9 @@ def quantized(
     if report["kv_cache"]:
         turned_on = "; --kv-cache or vqcompress.load(…, kv_cache=True) turns it on"
         to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}", soft_wrap=True)
-    to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
+    before = report["seconds_before"]
+    run = f", {duration(report['seconds'] - before)} of them in this run" if before else ""
+    to.print(f"took    {duration(report['seconds'])}{run}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
     if report["kv_cache"] and cache and not report["targets"]:
         # Without it nothing would be measured.
