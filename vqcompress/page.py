@@ -366,11 +366,10 @@ def _costs(report: dict[str, Any], blocks: dict[str, int]) -> str:
         plots.append(figure(title, bars(title.capitalize(), title, values, "block", name, 1 + which)))
         head.append(f"peak {where}")
         rows = [[*row, size(peaks.get(n, 0))] for n, row in enumerate(rows)]
-    # What is no block is in parentheses.
-    rows += [
-        [b.strip("()"), f"{s:.2f}", *("-" for _ in head[2:])] for b, s in report["blocks"].items() if b not in blocks
-    ]
     note = "Peaks are those of the whole process until the end of the block; a run that was continued starts anew."
+    # What is no block is in parentheses.
+    others = ", ".join(f"{b.strip('()')} {duration(s)}" for b, s in report["blocks"].items() if b not in blocks)
+    note = f"Besides: {others}. {note}" if others else note
     content = side_by_side(plots) + paragraph(note)
     return content + folded("time and memory in numbers", table(head, rows)) if blocks else ""
 
