@@ -583,3 +583,8 @@ def test_the_time_left_goes_by_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     run.plan({"plan": plan, "done": []})
     run.done, now = 64, 28.0
     assert run.left() == "about 20 s left for the blocks"
+    run.after({"done": 0, "total": 4})
+    now = 38.0
+    run.after({"done": 2, "total": 4})
+    now = 42.0
+    assert run.left() == "about 6.0 s left"

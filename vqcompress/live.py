@@ -53,6 +53,7 @@ class _Run:
             self.weights, self.only = {}, ""
             self._begin(facts["total"])
         before, self.done = self.done, facts["done"]
+        self.mark = self.done, time.perf_counter()
         return not self.done or self.done * 8 // self.total > before * 8 // self.total
 
     def rate(self) -> float:
