@@ -1,9 +1,10 @@
-"""Compress a checkpoint with every packaged weight recipe; one table of bits, size, perplexity and time.
+"""Compress a checkpoint with every packaged weight recipe, the quick ones first; in the end one table of them all.
 
 Usage: python scripts/quickstart.py [MODEL] [--text FILE] [--calibration FILE] [--samples N] [--seqlen L] [--windows N]
                                     [--recipe NAME ...] [--keep DIR] [--json FILE]
 
-Without arguments it takes the bundled demo checkpoint and its held-out text.
+Without arguments it takes the bundled demo checkpoint and its held-out text. `--recipe fp8-tile --recipe
+smoothquant-int8` is enough for a first impression.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 from vqcompress import recipe as recipes
 from vqcompress.checkpoint import resolve
 from vqcompress.evaluate import perplexity
+from vqcompress.live import watching
 from vqcompress.quantize import quantize
 from vqcompress.report import size
 
@@ -40,16 +42,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def work(name: str) -> tuple[bool, bool, str]:
+    """What recipes are put in order by, the quick ones first: those that tune last, before them vector quantization."""
+    recipe = recipes.load(name)
+    return recipe.tuning is not None, any(rule.method.name == "vq" for rule in recipe.rules), name
+
+
 def main() -> None:
     """Compress, evaluate, print."""
     a = parse()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     text = a.text or str(resolve("demo") / "evaluation.txt")
     known = [name for name in recipes.packaged() if not name.startswith("kv-")]
     # Candidates need a budget, and measuring them takes as long as all the others.
-    names = a.recipe or [name for name in known if not recipes.load(name).candidates]
-    console = Console()
+    names = a.recipe or sorted((name for name in known if not recipes.load(name).candidates), key=work)
+    console = Console(highlight=False)
+    console.print(f"{a.model} as it is …", style="dim")
     original = perplexity(a.model, text, a.seqlen, None, a.windows)
+    console.print(f"perplexity {original['perplexity']:.3f}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -57,7 +68,8 @@ def main() -> None:
             console.print(f"{name} …", style="dim")
             start, cpu = time.perf_counter(), time.process_time()
             texts = [a.calibration] if a.calibration else []
-            report = quantize(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True)
+            with watching() as watch:
+                report = quantize(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True, watch=watch)
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             figure = perplexity(str(out), text, a.seqlen, None, a.windows)["perplexity"]
             rows.append(
@@ -70,6 +82,10 @@ def main() -> None:
                     "seconds": round(seconds, 1),
                     "cpu_seconds": round(cpu, 1),
                 }
+            )
+            bits, ratio = f"{report['bits_per_weight']:.3f} bits per weight", f"ratio {rows[-1]['ratio']:.4f}"
+            console.print(
+                f"{bits}, {size(report['artifact_bytes'])}, perplexity {figure:.3f}, {ratio}, {seconds:.1f} s"
             )
     table = Table("recipe", "bits", "artifact", "perplexity", "ratio", "seconds", "CPU s")
     for column in table.columns:

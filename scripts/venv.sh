@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv in the repository's root and installs vqcompress into it.
+# Sourced by the other scripts, or run: makes .venv in the repository's root and installs vqcompress into it.
 # Usage: source scripts/venv.sh EXTRA       EXTRA: "" or test
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,3 +32,4 @@ if ! cmp -s pyproject.toml "$stamp"; then
     python -m compileall -qq -j 0 .venv/lib || true
     cp pyproject.toml "$stamp"
 fi
+[ "${BASH_SOURCE[0]}" != "$0" ] || echo "next: source .venv/bin/activate"

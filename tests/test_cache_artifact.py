@@ -123,6 +123,9 @@ def test_commands_cope_with_an_artifact_that_compresses_no_weight(coded: Make, t
     assert (report["bits_per_weight"], report["weights_quantized"], report["targets"]) == (None, 0, [])
     files = [*coded().glob("model-*.safetensors"), coded() / KV_CACHE]
     assert report["artifact_bytes"] == sum(path.stat().st_size for path in files)
+    learned = report["blocks"]["(codebooks of keys and values)"]
+    assert report["seconds"] / 2 < learned < report["seconds"]
+    assert f", codebooks of keys and values {show.duration(learned)}. Peaks" in (coded() / "report.html").read_text()
     card = (coded() / "README.md").read_text()
     assert "transformers alone loads them right" in card
     assert "size mismatch" not in card

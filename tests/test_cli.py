@@ -119,7 +119,7 @@ def artifact(toy: Path, job: list[str], tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_help_recipes_and_typos_load_no_torch() -> None:
+def test_help_recipes_and_typos_load_no_torch(tmp_path: Path) -> None:
     calls = [["--help"], ["recipes"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)]
     calls += [["quantize", "demo", "-o", "out", "--recipe", "vq-2bt"], ["quantize", "demo", "-o", "demo"]]
     calls += [["plan", "demo", "--recipe", "fp8-tile", "--calibration", "no.txt"]]
@@ -128,6 +128,10 @@ def test_help_recipes_and_typos_load_no_torch() -> None:
         ["export", "out", "--format", "gguf", "-o", "x"],
     ]
     calls += [["eval", "perplexity", "demo", "--text", "no.txt"], ["compare", "demo", "--text", "no.txt"]]
+    job = ["quantize", "demo", "-o", "out"]
+    calls += [job, [*job, "--target-bits", "9"], [*job, "--recipe", "fp8-tile", "--private"], ["inspect", "./nowhere"]]
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "vqcompress"}}')
+    calls += [["quantize", "demo", "-o", str(tmp_path), "--recipe", "fp8-tile"]]
     script = f"""
 import sys, contextlib, io
 from vqcompress.cli import app
@@ -148,6 +152,25 @@ def test_help_answers_at_once() -> None:
         subprocess.run([sys.executable, "-m", "vqcompress", "--help"], capture_output=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "recipes"])
+def test_what_is_read_is_named_before_the_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise errors.VQCompressError("enough")
+
+    monkeypatch.setattr(session, "_quiet", stop)
+    needed = {"quantize": "-o x --recipe fp8-tile", "plan": "--recipe fp8-tile", "export": "--format fp8 -o x"}
+    needed |= dict.fromkeys(("eval perplexity", "compare"), f"--text {__file__}") | {"generate": "--prompt x"}
+    result = call(*name.split(), "demo", *needed.get(name, "").split())
+    assert result.stderr == "reading demo\nerror: enough\n"
+
+
+def test_a_command_takes_as_long_as_its_process(toy: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.perf_counter() - 1000
+    result = CliRunner().invoke(app, ["verify", str(artifact)], obj=began)
+    assert ", 16 min 4" in result.stdout
+    assert ", 16 min 4" not in call("verify", artifact).stdout
 
 
 def test_commands_and_options_are_frozen() -> None:
@@ -411,7 +434,7 @@ def test_verify(artifact: Path) -> None:
 def test_generate(artifact: Path, toy: Path) -> None:
     result = call("generate", artifact, "--prompt", "river stone", "--max-new-tokens", "9")
     assert result.exit_code == 0, result.stderr
-    assert re.fullmatch(r"\d tokens, [\d.]+ tokens/s\n", result.stderr)
+    assert re.fullmatch(r"reading .*\n\d tokens, [\d.]+ tokens/s\n", result.stderr)
     assert result.stdout == call("generate", artifact, "--prompt", "river stone", "--max-new-tokens", "9").stdout
     drawn = [
         call("generate", toy, "--prompt", "river", "--max-new-tokens", "9", "--temperature", "2", "--seed", seed).stdout
@@ -497,7 +520,7 @@ def test_doctor_fails(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     monkeypatch.setattr("vqcompress.doctor.examine", lambda model: facts)
     result = call("doctor", toy)
-    assert (result.exit_code, result.stderr) == (1, "")
+    assert (result.exit_code, result.stderr) == (1, f"reading {toy}\n")
     assert "FAIL  a check: no" in result.stdout
 
 
@@ -550,6 +573,7 @@ class TwoBlocks:
     )
 
     targets = (*blocks[0].targets, *blocks[1].targets)
+    goes_on = False
 
     def compressed(self, block: Block) -> tuple[Target, ...]:
         return block.targets
@@ -557,14 +581,12 @@ class TwoBlocks:
 
 def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
-    with live.watching("toy") as watch:
-        watch("read", {})
+    with live.watching() as watch:
         watch("plan", {"plan": TwoBlocks(), "done": ["layers.0"]})
         watch("done", {"index": 0, "count": 2, "name": "layers.0", "record": {"targets": [row, row], "seconds": 9}})
         watch("target", {"name": "layers.1.a"})
         watch("done", {"index": 1, "count": 2, "name": "layers.1", "record": {"targets": [row], "seconds": 1.25}})
     assert capsys.readouterr().err.splitlines() == [
-        "reading toy",
         "1 weight in 1 block to do, 1 block is done already",
         "block 1/2 layers.0: done by an earlier run",
         "block 2/2 layers.1: 1 weight, 2.00 bits, relative error 0.0711, 1.2 s",
@@ -572,13 +594,21 @@ def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_log_of_a_cache_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = SimpleNamespace(blocks=TwoBlocks.blocks, targets=(), compressed=lambda block: ())
-    with live.watching("toy") as watch:
+    plan = SimpleNamespace(blocks=TwoBlocks.blocks, targets=(), compressed=lambda block: (), goes_on=True)
+    with live.watching() as watch:
         watch("plan", {"plan": plan, "done": []})
         for n in range(2):
             record = {"targets": [], "seconds": 1}
             watch("done", {"index": n, "count": 2, "name": f"layers.{n}", "record": record})
-    assert capsys.readouterr().err.splitlines() == ["the weights stay as they are: 2 blocks to copy"]
+        for done in range(17):
+            watch("after", {"what": "gathering, batch", "done": done, "total": 16})
+        for done in range(3):
+            watch("after", {"what": "learning, layer", "done": done, "total": 2})
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "the weights stay as they are: 2 blocks to copy"
+    told = [f"gathering, batch {n}/16" for n in range(0, 17, 2)] + [f"learning, layer {n}/2" for n in range(3)]
+    assert [line.partition(",")[0] + "," + line.split(",")[1] for line in lines] == told
+    assert all(re.search(r", about [\d.]+ s left$", line) for line in (*lines[1:8], lines[10]))
 
 
 def run_for_a_moment(watch: Callable[[str, dict[str, Any]], None]) -> None:
@@ -592,7 +622,7 @@ def test_the_live_table_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
-    with contextlib.suppress(KeyboardInterrupt), live.watching("toy") as watch:
+    with contextlib.suppress(KeyboardInterrupt), live.watching() as watch:
         run_for_a_moment(watch)
         # Wait for the next refresh, ten of which come each second.
         time.sleep(0.3)
@@ -607,7 +637,7 @@ def test_the_live_table_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("columns", [30, 40, 80])
 def test_the_live_table_fits_into_a_narrow_terminal(columns: int) -> None:
-    screen, shown = live._Screen("toy"), io.StringIO()
+    screen, shown = live._Screen(), io.StringIO()
     run_for_a_moment(screen.draw)
     Console(file=shown, width=columns).print(screen)
     # Title, rule, row, blank line and bar: nothing is broken into two lines.
@@ -618,7 +648,7 @@ def test_the_live_table_fits_into_a_narrow_terminal(columns: int) -> None:
 
 
 def test_targets_may_come_while_the_table_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = live._Screen("toy")
+    screen = live._Screen()
     run_for_a_moment(screen.draw)
     monkeypatch.setattr(live.Table, "add_row", lambda table, *row: screen.recent.append(row))
     screen.__rich__()
@@ -644,8 +674,8 @@ def test_the_time_left_leaves_the_first_step_out(
 def test_the_time_left_goes_by_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("vqcompress.live.time.perf_counter", lambda: now)
-    run = live._Run()
-    run.plan({"plan": TwoBlocks(), "done": []})
+    run, plan = live._Run(), TwoBlocks()
+    run.plan({"plan": plan, "done": []})
     run.done, now = 64, 10.0
     # The weights of the first block: twice as many are left.
     assert run.left() == "about 20 s left"
@@ -653,4 +683,13 @@ def test_the_time_left_goes_by_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     run.mark = run.done, now
     assert run.left() == "about 8.0 s left"
     now = 18.0
+    assert run.left() == "about 6.0 s left"
+    plan.goes_on = True
+    run.plan({"plan": plan, "done": []})
+    run.done, now = 64, 28.0
+    assert run.left() == "about 20 s left for the blocks"
+    run.after({"done": 0, "total": 4})
+    now = 38.0
+    run.after({"done": 2, "total": 4})
+    now = 42.0
     assert run.left() == "about 6.0 s left"

@@ -26,6 +26,7 @@ import yaml
 from conftest import ROOT
 from processes import Processes
 from pydantic import BaseModel
+from quickstart import work
 from torch.distributed.run import get_args_parser
 from typer._click.exceptions import MissingParameter
 from typer.main import get_command
@@ -63,7 +64,7 @@ SMALLER = {
 }
 # Commands that are only parsed, or looked at, and why.
 NOT_RUN = {
-    r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh$": "takes minutes, makes a venv, or needs a GPU",
+    r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh": "takes minutes, makes a venv, or needs a GPU",
     r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
     r"vqcompress .*(ORG/NAME|--push-to-hub|--gpus|--install-completion)": "needs the hub or GPUs, or changes the shell",
@@ -159,6 +160,8 @@ def look_at(line: str, patch: pytest.MonkeyPatch) -> None:
         parse(words[3:])
     elif words[0] == "python" and words[1].startswith("scripts/"):
         parse_script(words[1:], patch)
+    elif words[:2] == ["bash", "scripts/quickstart.sh"]:
+        parse_script(["scripts/quickstart.py", *words[2:]], patch)
     elif words[0] == "bash":
         assert all((ROOT / word).is_file() for word in words[1:])
     elif words[0] == "pip":
@@ -303,6 +306,13 @@ def test_what_is_mentioned_can_be_typed(page: str, monkeypatch: pytest.MonkeyPat
         # A mention may leave arguments out.
         with monkeypatch.context() as patch, suppress(MissingParameter, typer.Exit):
             look_at(line, patch)
+
+
+def test_the_quickstart_begins_with_what_is_quick() -> None:
+    order = sorted((name for name in packaged() if not name.startswith("kv-")), key=work)
+    assert order[0] == "fp8-tile"
+    assert order[-1] == "vq-2bit-tuned"
+    assert order.index("smoothquant-int8") < order.index("vq-2bit")
 
 
 # Knobs: heading of docs/recipes.md → the model that the table below it is of.

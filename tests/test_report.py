@@ -22,7 +22,7 @@ from vqcompress.artifact import SUMS
 from vqcompress.cli import app
 from vqcompress.documents import add_evaluation, documents, model_card
 from vqcompress.page import report_page
-from vqcompress.report import calibration_line, shrunk, size
+from vqcompress.report import calibration_line, duration, shrunk, size
 from vqcompress.verify import verify
 
 Make = Callable[..., Path]
@@ -103,6 +103,8 @@ def test_headlines_are_those_of_the_report(quantized: Make) -> None:
     text = words(parsed((folder / "report.html").read_text()))
     assert f"{size(report['source_bytes'])} → {size(report['artifact_bytes'])}" in text
     assert f"bits per weight {report['bits_per_weight']:.3f}" in text
+    assert f"took {duration(report['seconds'])} peak" in text
+    assert f"vqcompress eval perplexity {folder.name} --text FILE --baseline {report['model']} " in text
     assert report["inputs"]["weights"] in text
     assert report["versions"]["torch"] in text
 
@@ -189,6 +191,9 @@ def test_a_page_of_sixty_layers_and_256_experts_is_small(quantized: Make) -> Non
     report["experts"] = {f"{n}.mlp": {"routed": routed, "counted": routed, "borrowed": [0]} for n in blocks}
     book = {"entries": 4096, "hottest": [0.2, 0.4, 0.6], "counts": [list(range(4096))] * 2}
     report["codebooks"] = {f"{n}.shared_parts.{k}": book for n in blocks for k in range(2)}
+    few = report | {"blocks": dict.fromkeys(blocks[:6], 12.5), "peaks": {}}
+    plot = next(e for e in sections(parsed(report_page(few, "out")))["time"].iter() if e.get("role") == "img")
+    assert "0 1 2 3 4 5 block" in words(plot)
     page = report_page(report, "out")
     assert len(page.encode()) < 10**6
     assert len(sections(parsed(page))) == len(ALWAYS) + 3
@@ -292,7 +297,10 @@ def test_a_report_that_cannot_be_added_to_is_refused_first(toy: Make, text: Path
     for model in (str(toy()), "someone/model", "demo"):
         result = CliRunner().invoke(app, ["eval", "perplexity", model, "--text", str(text), "--report"])
         assert result.exit_code == 2
-        assert result.stderr == f"error: --report: {model} is not the directory of an artifact; leave --report out\n"
+        assert result.stderr.splitlines() == [
+            f"reading {model}",
+            f"error: --report: {model} is not the directory of an artifact; leave --report out",
+        ]
 
 
 def test_a_damaged_report_is_a_named_error(evaluated: Callable[..., Any], tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vqcompress import artifact, writer
+from vqcompress import artifact, show, writer
 from vqcompress.artifact import Artifact
+from vqcompress.blocks import BlockStream
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import quantize
 
@@ -34,8 +37,9 @@ import json, os, signal, stat, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from vqcompress import artifact, writer
+from vqcompress import artifact, show, writer
 from vqcompress.artifact import Artifact
+from vqcompress.blocks import BlockStream
 from vqcompress.errors import VQCompressError
 from vqcompress.quantize import quantize
 model, recipe, text, folder, chain = sys.argv[1:]
@@ -281,6 +285,28 @@ def test_a_resumed_run_does_not_encode_again_what_is_done(
     encoded: list[str] = []
     job(unfinished, watch=lambda event, facts: encoded.append(facts["name"]) if event == "block" else None)
     assert encoded == ["model.layers.1"]
+
+
+def test_what_blocks_take_adds_up_and_runs_too(
+    unfinished: Path,
+    job: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    journal = json.loads((unfinished / artifact.JOURNAL).read_text())
+    assert journal["seconds"] >= sum(record["seconds"] for record in journal["blocks"].values()) > 0
+    (unfinished / artifact.JOURNAL).write_text(json.dumps(journal | {"seconds": 1000.0}))
+    advance = BlockStream.advance
+    monkeypatch.setattr(BlockStream, "advance", lambda *words: (time.sleep(0.2), advance(*words))[1])
+    whole, rest = job(tmp_path / "whole"), job(unfinished, began=time.perf_counter() - 300)
+    # To move on to the second block is its time too; what leads to the first one that a run makes is none's.
+    assert whole["blocks"]["model.layers.1"] >= 0.2
+    assert sum(whole["blocks"].values()) <= whole["seconds"] < sum(whole["blocks"].values()) + 5
+    assert (whole["seconds_before"], rest["seconds_before"]) == (0, 1000)
+    assert rest["blocks"]["model.layers.1"] < 100
+    show.quantized(show.console(), rest, "out", "demo", None, None)
+    assert re.search(r"^took    21 min \d+ s, 5 min \d+ s of them in this run, peak", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("what", ["seed", "recipe", "calibration", "checkpoint"])

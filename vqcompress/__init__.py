@@ -5,12 +5,15 @@ Importing it teaches `transformers.AutoModelForCausalLM.from_pretrained` to load
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vqcompress import _autoload
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
+# Of a command, when its process began: what it takes includes the imports.
+STARTED = time.perf_counter()
 
 _autoload.install()
 

@@ -25,12 +25,12 @@ from vqcompress.distributed import SharedWriter
 from vqcompress.errors import UsageError
 from vqcompress.gather import gather
 from vqcompress.methods import layout_bits
+from vqcompress.packaged import check_choice
 from vqcompress.plan import Plan, make_plan
 from vqcompress.recipe import Recipe
 from vqcompress.states import States
 
 Watch = Callable[[str, dict[str, Any]], None]
-LEAST, MOST = 1.5, 6.0
 CANDIDATES = "mixed"
 MEASURED_TOKENS = 2048
 
@@ -40,10 +40,8 @@ def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | N
 
     kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
     """
+    check_choice(name, target_bits, kv_cache)
     knobs = recipes.cache_knobs(kv_cache) if kv_cache else None
-    if name is None and target_bits is None:
-        or_else = f"--recipe {kv_cache} codes the cache alone" if kv_cache else "or give --target-bits, such as 2.5"
-        raise UsageError(f"--recipe is missing (see `vqcompress recipes`); {or_else}")
     recipe = recipes.load(name or CANDIDATES)
     if knobs and recipe.cache not in (None, knobs):
         raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")
@@ -52,8 +50,6 @@ def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | N
         if recipe.candidates:
             raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")
         return recipe
-    if not LEAST <= target_bits <= MOST:
-        raise UsageError(f"--target-bits {target_bits:g} must be from {LEAST:g} to {MOST:g}")
     if not recipe.candidates:
         hint = f"take a recipe with a list 'candidates', such as {CANDIDATES}, or leave --target-bits out"
         raise UsageError(f"recipe {recipe.name} has rules, so there is nothing to choose: {hint}")

@@ -8,6 +8,7 @@ head, G = D / d groups, E entries, d channels of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,15 +57,19 @@ def calibrate(
     gradients: bool = True,
     rounds: int = 12,
     team: Team = ALONE,
+    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer the codebooks (H, G, E, d) float16 of its keys and of its values.
 
     rotary: `find_rotary`; keys of a layer that has one are learned without their embedding. gradients: weigh errors by
     the squared gradient of the rows' loss (CQ, arXiv 2405.03917, section 3.3; KVQuant, arXiv 2401.18079, section 3.2);
-    else all errors weigh the same. rounds: of k-means. VQCompressError if the heads' channels are no multiple of d.
+    else all errors weigh the same. rounds: of k-means. tell: called with what is done, and how often of how many times,
+    before each and at the end. VQCompressError if the heads' channels are no multiple of d.
     """
-    found, samples = dict[int, tuple[Tensor, Tensor]](), _gather(model, rows_NL, d, rotary, gradients, team)
+    found, samples = dict[int, tuple[Tensor, Tensor]](), _gather(model, rows_NL, d, rotary, gradients, team, tell)
+    learning = "learning codebooks of keys and values, layer"
     for first in range(0, len(samples), team.size):
+        tell(learning, first, len(samples))
         own: list[list[Samples]] = []
         for rank, pair in enumerate(samples[first : first + team.size]):
             shares = [team.to_rank(rank, parts) for parts in pair]
@@ -73,16 +78,25 @@ def calibrate(
         draw = torch.Generator().manual_seed(seed)
         books = [kv.learn(*_joined(shares, model.device), d, rounds, draw).cpu() for shares in own]
         found |= {first + team.rank: (books[0], books[1])} if books else {}
+    tell(learning, len(samples), len(samples))
     every = {layer: books for each in team.everyones(found) for layer, books in each.items()}
     return [every[layer] for layer in range(len(samples))]
 
 
-def cache_books(model: PreTrainedModel, rows_NL: Tensor, knobs: CacheKnobs, seed: int, team: Team = ALONE) -> Books:
+def cache_books(
+    model: PreTrainedModel,
+    rows_NL: Tensor,
+    knobs: CacheKnobs,
+    seed: int,
+    team: Team,
+    tell: Callable[[str, int, int], None],
+) -> Books:
     """What an artifact holds of a calibrated cache; all processes of a team make it."""
     rotary = find_rotary(model)
     if knobs.keys == "after":
         rotary = [None] * len(rotary)
-    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, knobs.weights == "gradient", knobs.rounds, team)
+    gradients = knobs.weights == "gradient"
+    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, gradients, knobs.rounds, team, tell)
     named = {f"{n}.{kind}": book for n, pair in enumerate(books) for kind, book in zip(KINDS, pair, strict=True)}
     return named, [module is not None for module in rotary]
 
@@ -94,7 +108,13 @@ def _joined(shares: list[Samples], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _gather(
-    model: PreTrainedModel, rows_NL: Tensor, d: int, rotary: list[nn.Module | None], gradients: bool, team: Team
+    model: PreTrainedModel,
+    rows_NL: Tensor,
+    d: int,
+    rotary: list[nn.Module | None],
+    gradients: bool,
+    team: Team,
+    tell: Callable[[str, int, int], None],
 ) -> list[list[Samples]]:
     """Of every layer the samples of its keys and of its values in this process's share of the rows."""
     turns: dict[nn.Module | None, tuple[Tensor, Tensor]] = {}
@@ -107,7 +127,10 @@ def _gather(
     model.requires_grad_(False)
     embeddings = model.get_input_embeddings()
     try:
-        for number, batch in team.share(batches):
+        share = team.share(batches)
+        gathering = f"gathering keys and values for the codebooks of {len(rotary)} layers, batch"
+        for place, (number, batch) in enumerate(share):
+            tell(gathering, place, len(share))
             batch, cache = batch.to(model.device), _Seen(gradients)
             with torch.set_grad_enabled(gradients):
                 # No weight asks for a gradient, so that what enters must.

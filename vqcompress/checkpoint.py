@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqcompress import hub
-from vqcompress.errors import UsageError, VQCompressError, nearest
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods.method import is_finite
 
 INDEX = "model.safetensors.index.json"
@@ -83,36 +82,13 @@ def resolve(model: str, weights: bool = True) -> Path:
     A hub id may end in `@` and a revision: a branch, a tag or a commit.
     weights: False fetches only the config and the tokenizer of a hub id.
     """
-    if model == "demo":
-        return Path(__file__).parent / "demo"
-    # Unlike a Path's own, this leaves the ~ of a user that there is not as it is.
-    path = Path(os.path.expanduser(model))
-    if path.name == "config.json" and path.is_file():
-        path = path.parent
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise VQCompressError(f"{model} is a file; MODEL is a Hugging Face directory, a hub id, or 'demo'")
-    local, at, revision = model.rpartition("@")
-    if at and (local == "demo" or os.path.isdir(os.path.expanduser(local))):
-        raise UsageError(f"{local} is a local directory; only a hub id has revisions, such as '{revision}'")
-    near = _similar(path)
-    named = hub.ID.fullmatch(model)
-    if not named:
-        raise VQCompressError(f"no such directory: {model}{near}")
+    found = hub.find(model)
+    if isinstance(found, Path):
+        return found
     try:
-        return hub.fetch(named[1], named[2], weights)
+        return hub.fetch(*found, weights)
     except VQCompressError as error:
-        raise VQCompressError(f"no such directory: {model}{near}, and as a hub id: {error}") from error
-
-
-def _similar(path: Path) -> str:
-    """' (did you mean X?)' with the directory beside it whose name is most like a path's, if one is."""
-    names = {"demo"} if path.parent == Path() else set()
-    with contextlib.suppress(OSError):
-        names |= {other.name for other in path.parent.iterdir() if other.is_dir()}
-    near = nearest(path.name, sorted(names), 0.7)
-    return f" (did you mean {path.with_name(near)}?)" if near else ""
+        raise VQCompressError(f"no such directory: {model}{hub.similar(model)}, and as a hub id: {error}") from error
 
 
 def sha256(path: Path) -> str:

@@ -41,8 +41,8 @@ from vqcompress.options import (
     Where,
     pinned,
 )
-from vqcompress.packaged import description, packaged
-from vqcompress.session import Commands, console, session, uploading
+from vqcompress.packaged import check_choice, description, packaged
+from vqcompress.session import Commands, check_free, console, session, took, uploading
 
 app = typer.Typer(
     cls=Commands,
@@ -110,14 +110,17 @@ def quantize(
         raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
     if str(output) == "demo":
         raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
-    given = session(json_file, (recipe, kv_cache), calibration)
-    with given as (console, write), uploading(push_to_hub, private) as upload:
+    check_choice(recipe, target_bits, kv_cache)
+    check_free(output, overwrite)
+    given = session([model], json_file, (recipe, kv_cache), calibration)
+    with uploading(push_to_hub, private) as upload, given as (console, write):
         from vqcompress import show
         from vqcompress.live import watching
         from vqcompress.quantize import quantize as run
 
-        with watching(model) as watch:
-            report = run(model, output, texts=calibration, overwrite=overwrite, watch=watch, **job)
+        with watching() as watch:
+            how: dict[str, Any] = {"overwrite": overwrite, "watch": watch, "began": Commands.began, **job}
+            report = run(model, output, texts=calibration, **how)
         write(report)
         show.quantized(console, report, str(output), model, calibration)
         upload(output, console)
@@ -160,13 +163,14 @@ def plan(
     """
     if gpus and device == Device.cpu:
         raise UsageError(f"--gpus {gpus} --device cpu: a plan is for GPUs or for the CPU; leave one of them out")
-    with session(json_file, (recipe, kv_cache), calibration) as (console, write):
+    model = pinned(model, revision)
+    check_choice(recipe, target_bits, kv_cache)
+    with session([model], json_file, (recipe, kv_cache), calibration) as (console, write):
         from vqcompress import show
         from vqcompress.costs import Site
         from vqcompress.quantize import dry_run
 
         site = Site(gpus, tflops, encode_tflops, disk_gbps, states.value)
-        model = pinned(model, revision)
         summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, site, kv_cache)
         write(summary)
         show.planned(console, summary)
@@ -194,11 +198,11 @@ def export(
     """
     if format not in FORMATS:
         raise UsageError(f"no export format '{format}'.{did_you_mean(format, FORMATS)}")
-    with session(json_file) as (console, write), uploading(push_to_hub, private) as upload:
+    with uploading(push_to_hub, private) as upload, session([artifact], json_file) as (console, write):
         from vqcompress import show
         from vqcompress.export import export as run
 
-        result = run(artifact, format, output, verify, overwrite)
+        result = run(artifact, format, output, verify, overwrite) | {"seconds": took()}
         write(result)
         show.exported(console, result, str(output))
         upload(output, console)
@@ -218,7 +222,7 @@ def inspect(
 
     Example: vqcompress inspect out
     """
-    with session(json_file) as (console, write):
+    with session([artifact], json_file) as (console, write):
         from vqcompress import show
         from vqcompress.inspect import inspect as run
 
@@ -233,15 +237,15 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
 
     Example: vqcompress verify out
     """
-    with session(json_file) as (console, write):
-        from vqcompress.report import size
+    with session([artifact], json_file) as (console, write):
+        from vqcompress.report import duration, size
         from vqcompress.verify import verify as run
 
-        facts = run(artifact)
+        facts = run(artifact) | {"seconds": took()}
         write(facts)
         counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
         counts += "" if facts["checksums"] else ", no checksums"
-        console.print(f"{artifact}: ok ({counts}, {facts['seconds']:.1f} s)")
+        console.print(f"{artifact}: ok ({counts}, {duration(facts['seconds'])})")
 
 
 @app.command()
@@ -261,12 +265,13 @@ def generate(
 
     Example: vqcompress generate out --prompt "Once upon a time"
     """
-    with session(None, (kv_cache,)):
+    artifact = pinned(artifact, revision)
+    with session([artifact], None, (kv_cache,)):
         from vqcompress.generate import generate as run
 
         knobs = max_new_tokens, temperature, seed
         say = lambda text: print(text, end="", flush=True)  # noqa: E731
-        result = run(pinned(artifact, revision), prompt, *knobs, say, cpu_weights.value, kv_cache)
+        result = run(artifact, prompt, *knobs, say, cpu_weights.value, kv_cache)
         print(flush=True)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 
@@ -283,11 +288,12 @@ def doctor(
 
     Example: vqcompress doctor demo
     """
-    with session(json_file) as (console, write):
+    model = pinned(model, revision)
+    with session([model], json_file) as (console, write):
         from vqcompress import show
         from vqcompress.doctor import examine
 
-        facts = examine(pinned(model, revision))
+        facts = examine(model)
         write(facts)
         show.examined(console, facts)
         if not facts["ok"]:
@@ -320,4 +326,4 @@ def set_up_memory() -> None:
 def main() -> None:
     """The entry point of the `vqcompress` command."""
     set_up_memory()
-    app(prog_name="vqcompress")
+    app(prog_name="vqcompress", obj=vqcompress.STARTED)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vqcompress.options import CpuWeights, Debug, Device, Either, Json, KVCache, Revision, Trust, Weights, Where, pinned
-from vqcompress.session import output_file, session
+from vqcompress.session import output_file, session, took
 
 Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")]
 Window = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")]
@@ -43,14 +43,15 @@ def perplexity(
 
     Example: vqcompress eval perplexity out --text test.txt --baseline demo
     """
-    with session(json_file, (kv_cache,), [text]) as (console, write):
+    model = pinned(model, revision)
+    with session([model, baseline], json_file, (kv_cache,), [text]) as (console, write):
         from vqcompress import documents, evaluate, show
 
         if report:
             documents.check_writable(model)
-        model = pinned(model, revision)
         with show.counting(f"perplexity of {model}") as watch:
             result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
+        result["seconds"] = took()
         write(result)
         show.perplexity(console, result, text)
         if report:
@@ -80,11 +81,12 @@ def speed(
 
     Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
     """
-    with session(json_file, (kv_cache,)) as (console, write):
+    model = pinned(model, revision)
+    with session([model, baseline], json_file, (kv_cache,)) as (console, write):
         from vqcompress import evaluate, show
 
         sizes = prompt_tokens, new_tokens, batch
-        result = evaluate.speed(pinned(model, revision), *sizes, baseline, device.value, cpu_weights.value, kv_cache)
+        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value, kv_cache)
         write(result)
         show.speed(console, result)
 
@@ -116,7 +118,7 @@ def compare(
     Example: vqcompress compare out-2bit out-4bit --text test.txt --html compared.html
     """
     page = html_file and output_file("--html", html_file)
-    with session(json_file, texts=[text]) as (console, write):
+    with session([*models, baseline], json_file, texts=[text]) as (console, write):
         from vqcompress import show
         from vqcompress.compare import compare as run
         from vqcompress.compare import only_caches
@@ -124,6 +126,7 @@ def compare(
 
         with show.counting(f"comparing {len(models)} model{'s' * (len(models) > 1)}") as watch:
             result = run(models, text, seqlen, stride, windows, baseline, device.value, watch)
+        result["seconds"] = took()
         write(result)
         show.compared(console, result, only_caches(models))
         if page:

@@ -88,7 +88,6 @@ def compress_block(
     dense model, moved on to what it puts out; empty unless the plan compensates. tick: called with the name of every
     target that is done, and its row.
     """
-    start = time.perf_counter()
     block = plan.blocks[index]
     tensors, module, inputs, statistics = study(stream, plan, index, states, seed)
     stream.advance(module, index, truth)
@@ -111,12 +110,11 @@ def compress_block(
         entries = [plan.entry(block, t, block.local(t) in rewrites.runtime) for t in plan.compressed(block)]
         tuning_seed = seed_for(seed, block.name)
         changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
-    seconds = round(time.perf_counter() - start, 3)
     stored = stream.as_stored(tensors | changed, (target.name for target in plan.targets))
     mixtures = {f"{block.name}.{path}": tokens for path, tokens in coverage(inputs, statistics).items()}
     facts |= {"experts": mixtures} if mixtures else {}
     facts |= {"peaks": [peak_rss_bytes(), peak_device_bytes()]}
-    return stored, {"seconds": seconds, "smoothed": sorted(rewrites.runtime), **facts}
+    return stored, {"smoothed": sorted(rewrites.runtime), **facts}
 
 
 def study(

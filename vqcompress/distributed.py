@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,13 +128,21 @@ def add_up(team: Team, accumulator: Accumulator) -> None:
 class SharedWriter(Shards):
     """A `Writer` of the leader that all processes know the state of; the directory must be one that all of them see.
 
-    A context manager, like the writer. done, measured: as the leader's.
+    A context manager, like the writer. done, measured: as the leader's. What is committed took the time since `lap`.
     """
 
-    def __init__(self, team: Team, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
+    def __init__(
+        self,
+        team: Team,
+        out: Path,
+        inputs: dict[str, str],
+        source_of: Callable[[str], str],
+        overwrite: bool,
+        start: float,
+    ):
         super().__init__(out)
-        self.team = team
-        self.writer = Writer(out, inputs, source_of, overwrite) if team.leads else None
+        self.team, self.mark = team, start
+        self.writer = Writer(out, inputs, source_of, overwrite, start) if team.leads else None
         state = (self.writer.done, self.writer.measured) if self.writer else None
         self.done, self.measured = team.from_rank(0, state) or ({}, {})
 
@@ -144,11 +153,16 @@ class SharedWriter(Shards):
         if self.writer:
             self.writer.__exit__(kind, error, trace)
 
+    def lap(self) -> float:
+        """Seconds since this was asked last, or since the run began."""
+        before, self.mark = self.mark, time.perf_counter()
+        return round(self.mark - before, 3)
+
     @undisturbed()
     def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
         """`Writer.commit` of what all processes have."""
         facts = self.write_shard(number, count, tensors) | record if self.writer else None
-        self._journal(name, self.team.from_rank(0, facts))
+        self._journal(name, self.team.from_rank(0, facts), self.lap())
 
     @undisturbed()
     def commit_all(self, found: dict[str, tuple[int, int, Parts, dict[str, Any]]]) -> None:
@@ -159,10 +173,13 @@ class SharedWriter(Shards):
             for name, (number, count, tensors, record) in found.items()
             if name not in before
         }
-        for name, record in (item for each in self.team.everyones(facts) for item in each.items()):
-            self._journal(name, record)
+        every = [item for each in self.team.everyones(facts) for item in each.items()]
+        seconds = self.lap()
+        for name, record in every:
+            self._journal(name, record, seconds / len(every))
 
-    def _journal(self, name: str, record: dict[str, Any]) -> None:
+    def _journal(self, name: str, record: dict[str, Any], seconds: float) -> None:
+        record |= {"seconds": round(seconds, 3)}
         if self.writer:
             self.writer.journal(name, record)
         self.done[name] = record
@@ -177,7 +194,7 @@ class SharedWriter(Shards):
     def stage(self, tensors: Parts) -> None:
         """`Writer.stage` of what all processes have."""
         if self.writer:
-            self.writer.stage(tensors)
+            self.writer.stage(tensors, self.lap())
         self.done[STAGED] = self.team.from_rank(0, self.writer.done[STAGED] if self.writer else None)
 
     def settle(self) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 from vqcompress.artifact import SUMS, Artifact, read_sums
 from vqcompress.checkpoint import sha256
 from vqcompress.errors import UsageError, VQCompressError, first_line
-from vqcompress.page import LOAD, evaluations, names_of, report_page
+from vqcompress.page import LOAD, evaluations, names_of, report_page, shell
 from vqcompress.report import cache_line, calibration_line, mean, read_report, size
 from vqcompress.writer import Shards, refresh_sums, undisturbed
 
@@ -38,9 +37,7 @@ CARD = """---
 shell:
 
 ```
-vqcompress generate {path} --prompt "The first thing to know is"
-vqcompress eval perplexity {path} --text FILE --baseline {original}
-vqcompress verify {path}
+{shell}
 ```
 {tables}
 Calibration: {calibration}. Seed {seed}. `report.json` has a row per weight; `SHA256SUMS` has the checksums.
@@ -117,7 +114,6 @@ def model_card(report: dict[str, Any], here: str) -> str:
     return CARD.format(
         metadata=yaml.safe_dump(metadata | {"tags": tags}, sort_keys=False, allow_unicode=True),
         base=base,
-        original=shlex.quote(report["model"] if report["base_model"] else base),
         title=f"{Path(base).name} · {recipe}",
         version=report["versions"]["vqcompress"],
         recipe=recipe,
@@ -127,7 +123,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
         source=size(report["source_bytes"]),
         artifact=size(report["artifact_bytes"]),
         here=here,
-        path=shlex.quote(here),
+        shell=shell(report, here),
         load=LOAD.format(here=here),
         tables=_by_method(report["targets"]) + _table(evaluations(report.get("evaluations", []))),
         calibration=calibration_line(report["calibration"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-from vqcompress.errors import UsageError, VQCompressError, first_line
+from vqcompress.errors import UsageError, VQCompressError, first_line, nearest
 
 # ID or OWNER/ID, then perhaps @ and a branch, a tag or a commit.
 ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
@@ -29,6 +31,37 @@ LIGHT = [
 
 # The same weights once more, for other programs.
 COPIES = ["*/*.safetensors", "consolidated*.safetensors"]
+
+
+def find(model: str) -> Path | tuple[str, str | None]:
+    """The directory that MODEL names, else the hub id and its revision; an error for what can be neither."""
+    if model == "demo":
+        return Path(__file__).parent / "demo"
+    # Unlike a Path's own, this leaves the ~ of a user that there is not as it is.
+    path = Path(os.path.expanduser(model))
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise VQCompressError(f"{model} is a file; MODEL is a Hugging Face directory, a hub id, or 'demo'")
+    local, at, revision = model.rpartition("@")
+    if at and (local == "demo" or os.path.isdir(os.path.expanduser(local))):
+        raise UsageError(f"{local} is a local directory; only a hub id has revisions, such as '{revision}'")
+    named = ID.fullmatch(model)
+    if not named:
+        raise VQCompressError(f"no such directory: {model}{similar(model)}")
+    return named[1], named[2]
+
+
+def similar(model: str) -> str:
+    """' (did you mean X?)' with the directory beside it whose name is most like a path's, if one is."""
+    path = Path(os.path.expanduser(model))
+    names = {"demo"} if path.parent == Path() else set()
+    with contextlib.suppress(OSError):
+        names |= {other.name for other in path.parent.iterdir() if other.is_dir()}
+    near = nearest(path.name, sorted(names), 0.7)
+    return f" (did you mean {path.with_name(near)}?)" if near else ""
 
 
 def fetch(repo: str, revision: str | None = None, weights: bool = True, download: bool = True) -> Path:

@@ -15,9 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
-from vqcompress.report import mean
+from vqcompress.report import duration, mean
 from vqcompress.session import console, leads
-from vqcompress.show import duration
 
 Watch = Callable[[str, dict[str, Any]], None]
 # Rows of the table: the newest targets.
@@ -30,17 +29,31 @@ class _Run:
     def __init__(self) -> None:
         self.weights: dict[str, int] = {}
         self.earlier: set[str] = set()
-        self.done = self.total = 0
-        self.start = time.perf_counter()
+        # What is left besides.
+        self.only = ""
+        self._begin(0)
+
+    def _begin(self, total: int) -> None:
+        self.done, self.total, self.start = 0, total, time.perf_counter()
         # What was done at the end of the last block, and when.
         self.mark = (0, self.start)
 
     def plan(self, facts: dict[str, Any]) -> None:
         """Start counting; what an earlier run did costs little and is left out."""
-        self.earlier = set(facts["done"])
-        blocks = [block for block in facts["plan"].blocks if block.name not in self.earlier]
-        self.weights = {t.name: t.weights for block in blocks for t in facts["plan"].compressed(block)}
-        self.total, self.start = sum(self.weights.values()), time.perf_counter()
+        self.earlier, plan = set(facts["done"]), facts["plan"]
+        blocks = [block for block in plan.blocks if block.name not in self.earlier]
+        self.weights = {t.name: t.weights for block in blocks for t in plan.compressed(block)}
+        self.only = " for the blocks" if plan.goes_on else ""
+        self._begin(sum(self.weights.values()))
+
+    def after(self, facts: dict[str, Any]) -> bool:
+        """Count what comes after the blocks; whether a log tells it: the beginning, and each eighth."""
+        if not facts["done"]:
+            self.weights, self.only = {}, ""
+            self._begin(facts["total"])
+        before, self.done = self.done, facts["done"]
+        self.mark = self.done, time.perf_counter()
+        return not self.done or self.done * 8 // self.total > before * 8 // self.total
 
     def rate(self) -> float:
         """Weights per second so far."""
@@ -52,13 +65,13 @@ class _Run:
             return ""
         done, now = (self.done, time.perf_counter()) if not self.mark[0] else self.mark
         rest = (self.total - done) / done * (now - self.start) - (time.perf_counter() - now)
-        return f"about {duration(max(rest, 0.0))} left"
+        return f"about {duration(max(rest, 0.0))} left{self.only}"
 
 
 class _Screen:
     """The newest targets in a table, and below it a bar with what is done, the rate and the time left."""
 
-    def __init__(self, model: str):
+    def __init__(self) -> None:
         self.run, self.recent = _Run(), deque[tuple[str, ...]](maxlen=RECENT)
         # Target → number of its block, and its path there.
         self.places: dict[str, tuple[str, str]] = {}
@@ -68,12 +81,12 @@ class _Screen:
             for field, width in (("description", 11), ("fields[rest]", 0))
         ]
         self.bar = Progress(SpinnerColumn(), texts[0], BarColumn(20), texts[1])
-        self.task = self.bar.add_task(f"reading {model}", total=None, rest="")
+        self.task = self.bar.add_task("planning", total=None, rest="")
 
     def __rich__(self) -> RenderableType:
         """What is drawn ten times a second, so that the time left runs down."""
         if self.run.done:
-            rest = f"{self.run.left()}  {self.run.rate() / 1e6:.2f} M weights/s"
+            rest = f"{self.run.left()}  " + (f"{self.run.rate() / 1e6:.2f} M weights/s" if self.run.weights else "")
             self.bar.update(self.task, rest=rest.strip())
         rows = Table("block", "target", box=box.SIMPLE_HEAD, pad_edge=False)
         for title in ("bits", "error"):
@@ -107,34 +120,32 @@ class _Screen:
             self.bar.update(self.task, completed=self.run.done)
         elif event == "done":
             self.run.mark = self.run.done, time.perf_counter()
-        elif event == "cache":
-            self.bar.update(self.task, description="learning codebooks of keys and values", total=None)
-        elif event == "distill":
-            self.bar.update(self.task, description="distilling", total=facts["steps"], completed=facts["step"])
+        elif event == "after":
+            self.run.after(facts)
+            text = f"{facts['what']} {facts['done']}/{facts['total']}"
+            self.bar.update(self.task, description=text, total=facts["total"], completed=facts["done"], rest="")
 
 
 @contextmanager
-def watching(model: str) -> Iterator[Watch]:
+def watching() -> Iterator[Watch]:
     """A `watch` for quantize: a live table on a terminal, else a line per block on stderr."""
     if not leads():
         yield lambda event, facts: None
     elif sys.stderr.isatty():
-        screen = _Screen(model)
+        screen = _Screen()
         with Live(screen, console=console(stderr=True), transient=True, refresh_per_second=10):
             yield screen.draw
     else:
         run = _Run()
-        yield lambda event, facts: _log(run, model, event, facts)
+        yield lambda event, facts: _log(run, event, facts)
 
 
 def _blocks(count: int) -> str:
     return f"{count} block{'s' * (count != 1)}"
 
 
-def _log(run: _Run, model: str, event: str, facts: dict[str, Any]) -> None:
-    if event == "read":
-        text = f"reading {model}"
-    elif event == "measure":
+def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
+    if event == "measure":
         text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: measuring what each setting costs"
     elif event == "plan":
         run.plan(facts)
@@ -146,10 +157,8 @@ def _log(run: _Run, model: str, event: str, facts: dict[str, Any]) -> None:
     elif event == "target":
         run.done += run.weights[facts["name"]]
         return
-    elif event == "cache":
-        text = "all blocks are done; learning codebooks of keys and values"
-    elif event == "distill" and facts["step"] == 0:
-        text = f"all blocks are done; distilling in {facts['steps']} steps"
+    elif event == "after" and run.after(facts):
+        text = f"{facts['what']} {facts['done']}/{facts['total']}" + (f", {run.left()}" if run.left() else "")
     elif event == "done":
         run.mark = run.done, time.perf_counter()
         text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: "

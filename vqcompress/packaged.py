@@ -8,6 +8,8 @@ from vqcompress.errors import UsageError, did_you_mean, nearest
 
 # What --kv-cache calls the way of an artifact itself.
 AS_STORED = "artifact"
+# Bits per weight that can be asked for.
+LEAST, MOST = 1.5, 6.0
 
 
 def packaged() -> dict[str, Path]:
@@ -16,6 +18,15 @@ def packaged() -> dict[str, Path]:
     # In a checkout `configs/` lies beside the package; a wheel carries it inside.
     folder = installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def check_choice(name: str | None, target_bits: float | None, kv_cache: str | None) -> None:
+    """UsageError if neither a recipe nor a budget is given, or one that no recipe can keep to."""
+    if name is None and target_bits is None:
+        or_else = f"--recipe {kv_cache} codes the cache alone" if kv_cache else "or give --target-bits, such as 2.5"
+        raise UsageError(f"--recipe is missing (see `vqcompress recipes`); {or_else}")
+    if target_bits is not None and not LEAST <= target_bits <= MOST:
+        raise UsageError(f"--target-bits {target_bits:g} must be from {LEAST:g} to {MOST:g}")
 
 
 def recipe_file(name: str, known: dict[str, Path]) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vqcompress.report import calibration_line, mean, shrunk, size
+from vqcompress.report import calibration_line, duration, mean, shrunk, size
 from vqcompress.svg import BOTTOM, LEFT, LEVEL_NAMES, RIGHT, TOP, Axis, Point, bars, escape, mark, over, short, strip
 from vqcompress.targets import kind
 
@@ -108,11 +108,9 @@ def report_page(report: dict[str, Any], here: str) -> str:
     lead = f"<p><code>{escape(base)}</code> compressed by vqcompress {escape(report['versions']['vqcompress'])} "
     lead += f"with the recipe <code>{escape(recipe)}</code>.</p>{_tiles(report)}"
     snippet = f"<pre><code>{escape(LOAD.format(here=here))}</code></pre>"
-    name = shlex.quote(here)
-    shell = f'vqcompress generate {name} --prompt "The first thing to know is"\nvqcompress verify {name}'
     sections = {
         "Quality": _quality(report),
-        "Load it": snippet + f"<pre><code>{escape(shell)}</code></pre>",
+        "Load it": snippet + f"<pre><code>{escape(shell(report, here))}</code></pre>",
         "Error of each weight": _errors(report, blocks),
         "Outliers before and after smoothing": _outliers(report, blocks),
         "Codebooks": _codebooks(report, blocks),
@@ -125,13 +123,21 @@ def report_page(report: dict[str, Any], here: str) -> str:
     return page(f"{Path(base).name} · {recipe}", lead, sections)
 
 
+def shell(report: dict[str, Any], here: str) -> str:
+    """What to type to use an artifact, a command a line. here: the name of its directory."""
+    name, original = shlex.quote(here), shlex.quote(report["model"] if report["base_model"] else names_of(report)[0])
+    return f"""vqcompress generate {name} --prompt "The first thing to know is"
+vqcompress eval perplexity {name} --text FILE --baseline {original}
+vqcompress verify {name}"""
+
+
 def _tiles(report: dict[str, Any]) -> str:
     before, after = report["source_bytes"], report["artifact_bytes"]
     facts = {
         "size": (f"{size(before)} → {size(after)}", shrunk(before, after)),
         "bits per weight": (_bits(report), "of those compressed, all that is stored counted"),
         "weights compressed": (f"{report['weights_quantized']:,}", f"in {len(report['targets']):,} matrices"),
-        "took": (f"{report['seconds']:,.1f} s", f"peak memory {size(report['peak_rss_bytes'])}"),
+        "took": (duration(report["seconds"]), f"peak memory {size(report['peak_rss_bytes'])}"),
     }
     if cache := report["kv_cache"]:
         facts["keys and values"] = (f"{cache['bits']} bits", f"{cache['codebook']}, if --kv-cache is given")
@@ -362,6 +368,9 @@ def _costs(report: dict[str, Any], blocks: dict[str, int]) -> str:
         head.append(f"peak {where}")
         rows = [[*row, size(peaks.get(n, 0))] for n, row in enumerate(rows)]
     note = "Peaks are those of the whole process until the end of the block; a run that was continued starts anew."
+    # What is no block is in parentheses.
+    others = ", ".join(f"{b.strip('()')} {duration(s)}" for b, s in report["blocks"].items() if b not in blocks)
+    note = f"Besides: {others}. {note}" if others else note
     content = side_by_side(plots) + paragraph(note)
     return content + folded("time and memory in numbers", table(head, rows)) if blocks else ""
 

@@ -74,7 +74,17 @@ class Plan:
     @property
     def reads_text(self) -> bool:
         """Whether rows are needed, for weights or for the codebooks of a cache."""
-        return self.calibrated or (self.recipe.cache is not None and self.recipe.cache.codebook == "learned")
+        return self.calibrated or self.learns_cache
+
+    @property
+    def learns_cache(self) -> bool:
+        """Whether codebooks of keys and values come after the blocks."""
+        return self.recipe.cache is not None and self.recipe.cache.codebook == "learned"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether more work comes after the blocks."""
+        return self.learns_cache or bool(self.recipe.tuning and self.recipe.tuning.distill_epochs)
 
     def ahead(self, device: torch.device) -> int:
         """How many blocks are made while another is written, at most: more than none only where nothing is in between.

@@ -113,16 +113,17 @@ def quantize(
     watch: Watch = lambda event, facts: None,
     states: str = "memory",
     kv_cache: str | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Compress MODEL into the directory `out`; returns the report. Arguments as the command line's.
 
     A directory that holds an unfinished run of the same inputs is continued, and ends in the same bytes. watch: called
-    with "read", "measure", "plan", "block", "target", "done", "distill" and "cache", and what is known about each.
-    states: "memory" or "disk", where the hidden states of the calibration rows are kept; the bytes are the same.
+    with "measure", "plan", "block", "target", "done" and "after" (the blocks), and what is known about each. states:
+    "memory" or "disk", where the hidden states of the calibration rows are kept; the bytes are the same. began: by
+    time.perf_counter, from when on the seconds count, if not from now.
     """
-    start = time.perf_counter()
+    start = time.perf_counter() if began is None else began
     wanted, chosen = choose_recipe(recipe, target_bits, kv_cache), choose_device(device)
-    watch("read", {})
     stream, (plan, *others) = _prepare(model, out, wanted, target_bits, chosen, seed, states)
     source, team = stream.source, stream.team
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.reads_text else None
@@ -136,13 +137,15 @@ def quantize(
         return source.digest(stream.rest if name == REST else stream.names.under(name))
 
     inputs = _inputs(source, plan, rows, seed, stream)
-    with SharedWriter(team, out, inputs, source_of, overwrite) as writer, ThreadPoolExecutor(1) as aside:
+    with SharedWriter(team, out, inputs, source_of, overwrite, start) as writer, ThreadPoolExecutor(1) as aside:
         if plan.target_bits is not None and rows is not None:
             plan = allocate(stream, [plan, *others], rows, writer, seed, watch)
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
-        blocks, tick = plan.blocks, partial(watch, "target")
+        blocks, tick, after = plan.blocks, partial(watch, "target"), partial(_tell, watch)
         if REST not in writer.done:
             _commit_rest(writer, stream, plan, source_of(REST))
+        # What it takes to come to the first block, and to the first that is not done, is no block's.
+        writer.lap()
         hidden: States = first_states(stream, rows) if rows is not None and plan.calibrated else []
         # A second stream, of the dense model, where the difference is made good.
         truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
@@ -177,17 +180,14 @@ def quantize(
                 # The block has no name here, so that it is gone before the next one comes.
                 stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, hidden)
             give_back()
+            if i not in todo:
+                writer.lap()
             watch("done", {"index": i, "count": len(blocks), "name": block.name, "record": record})
-        tuning = plan.recipe.tuning
-        if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
-            hidden.clear()
-            truth.clear()
-            files = [record["file"] for record in writer.done.values()]
-            student = assemble(stream.config, entries, out, files, torch.float32, chosen)
-            teacher = load_any(model, device).float()
-            writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, partial(_tell, watch)))
-        books = _cache_books(plan, stream, team, writer, entries, rows, seed, watch)
-        finish = partial(_finish, model, plan, stream, entries=entries, rows=rows, seed=seed, start=start)
+        hidden.clear()
+        truth.clear()
+        _distill(plan, stream, model, writer, entries, rows, seed, partial(after, "distilling, step"))
+        books = _cache_books(plan, stream, team, writer, entries, rows, seed, after)
+        finish = partial(_finish, model, plan, stream, entries=entries, rows=rows, seed=seed, learned=writer.lap())
         return team.from_rank(0, finish(writer.writer, texts=texts or [], books=books) if writer.writer else None)
 
 
@@ -226,6 +226,25 @@ def _check_memory(plan: Plan, stream: BlockStream, rows: Tensor | None) -> None:
         check_fits(needed, stream.device, "to learn the codebooks of a cache", instead)
 
 
+def _distill(
+    plan: Plan,
+    stream: BlockStream,
+    model: str,
+    writer: SharedWriter,
+    entries: list[Entry],
+    rows: Tensor | None,
+    seed: int,
+    tell: Callable[[int, int], None],
+) -> None:
+    """Stage what a recipe that distills changes in the model as it is stored, unless an earlier run has done so."""
+    tuning = plan.recipe.tuning
+    if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
+        files = [record["file"] for record in writer.done.values()]
+        student = assemble(stream.config, entries, writer.out, files, torch.float32, stream.device)
+        teacher = load_any(model, stream.device.type).float()
+        writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, tell))
+
+
 def _cache_books(
     plan: Plan,
     stream: BlockStream,
@@ -234,18 +253,17 @@ def _cache_books(
     entries: list[Entry],
     rows: Tensor | None,
     seed: int,
-    watch: Watch,
+    tell: Callable[[str, int, int], None],
 ) -> Books | None:
     """The codebooks of a cache that is to be calibrated, learned by all processes from the model as it is stored."""
     knobs = plan.recipe.cache
-    if knobs is None or knobs.codebook != "learned" or rows is None:
+    if knobs is None or rows is None or not plan.learns_cache:
         return None
-    watch("cache", {})
     writer.settle()
     files = [record["file"] for name, record in writer.done.items() if name != STAGED]
     network = assemble(stream.config, entries, writer.out, files, stream.dtype, stream.device)
     decode_layers(network)
-    return cache_books(network, rows, knobs, seed, team)
+    return cache_books(network, rows, knobs, seed, team, tell)
 
 
 def _finish(
@@ -258,9 +276,9 @@ def _finish(
     texts: list[str],
     books: Books | None,
     seed: int,
-    start: float,
+    learned: float,
 ) -> dict[str, Any]:
-    """Make what was committed an artifact; returns the report of the run that began at `start`."""
+    """Make what was committed an artifact; returns the report. learned: the seconds that the books took."""
     writer.settle()
     source, settings = stream.source, quantization_config(entries, vqcompress.__version__)
     if (knobs := plan.recipe.cache) is not None:
@@ -269,7 +287,7 @@ def _finish(
         named, settings["kv_cache"]["before"] = books
         writer.write_beside(KV_CACHE, named)
     config = {**source.config, "quantization_config": settings}
-    report = run_report(model, plan, source, writer, rows, texts, seed, time.perf_counter() - start)
+    report = run_report(model, plan, source, writer, rows, texts, seed, learned if books is not None else None)
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""
     writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
     return report
@@ -294,8 +312,8 @@ def _ahead(make: Callable[[int], T], places: list[int], ahead: int) -> Iterator[
     torch.set_num_threads(threads)
 
 
-def _tell(watch: Watch, step: int, steps: int) -> None:
-    watch("distill", {"step": step, "steps": steps})
+def _tell(watch: Watch, what: str, done: int, total: int) -> None:
+    watch("after", {"what": what, "done": done, "total": total})
 
 
 def _inputs(source: Checkpoint, plan: Plan, rows: Tensor | None, seed: int, stream: BlockStream) -> dict[str, str]:

@@ -82,6 +82,14 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def shrunk(before: float, after: float) -> str:
     """How a size has changed, for people: 3.03 times smaller."""
     larger = after > before
@@ -110,10 +118,11 @@ def run_report(
     rows: Tensor | None,
     texts: list[str],
     seed: int,
-    seconds: float,
+    learned: float | None,
 ) -> dict[str, Any]:
     """The report of a run, JSON; docs/artifact.md lists every key.
 
+    learned: the seconds that codebooks of keys and values took, if any were learned.
     bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights; None of none.
     """
     shards = {name: record for name, record in writer.done.items() if name != STAGED}
@@ -123,6 +132,8 @@ def run_report(
     chosen: dict[str, list[int]] = {}
     for target in plan.targets:
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
+    after = {"(distillation)": writer.done[STAGED]["seconds"]} if STAGED in writer.done else {}
+    after |= {"(codebooks of keys and values)": learned} if learned is not None else {}
     sources = [record["source"] for record in shards.values()]
     files = [record["file"] for record in shards.values()] + list(writer.beside)
     return {
@@ -137,7 +148,8 @@ def run_report(
         "weights_quantized": weights,
         "source_bytes": source.bytes,
         "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),
-        "seconds": round(seconds, 3),
+        "seconds": writer.seconds,
+        "seconds_before": writer.before,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
         "calibration": None
@@ -155,7 +167,7 @@ def run_report(
         "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},
         "experts": {place: tokens for r in shards.values() for place, tokens in r.get("experts", {}).items()},
         "uncalibrated": [row["name"] for row in targets if asked[row["name"]] and not row["tokens"] | row["borrowed"]],
-        "blocks": {name: record["seconds"] for name, record in shards.items()},
+        "blocks": {name: record["seconds"] for name, record in shards.items()} | after,
         "peaks": {name: record["peaks"] for name, record in shards.items() if "peaks" in record},
         "targets": targets,
     }

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from vqcompress.errors import Fallback, UsageError, VQCompressError
-from vqcompress.hub import check_text
+from vqcompress.hub import check_text, check_upload, find, push
 from vqcompress.options import DEBUG
 from vqcompress.packaged import AS_STORED, packaged, recipe_file
 
@@ -44,10 +45,16 @@ def console(stderr: bool = False, everyone: bool = False) -> Console:
 
 
 class Commands(TyperGroup):
-    """Turns whatever a command raises into one line on stderr and an exit code."""
+    """Turns whatever a command raises into one line on stderr and an exit code.
+
+    began: when its process began, by time.perf_counter, if `main` says so; else when the command did.
+    """
+
+    began = 0.0
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the chosen command."""
+        Commands.began = ctx.obj or time.perf_counter()
         try:
             return super().invoke(ctx)
         except (typer.Abort, BrokenPipeError):
@@ -94,15 +101,34 @@ def output_file(option: str, name: str | Path) -> Path:
     return path
 
 
+def check_free(out: Path, overwrite: bool) -> None:
+    """VQCompressError if OUT holds a finished artifact that is not to be replaced."""
+    config = out / "config.json"
+    unfinished = overwrite or not config.is_file() or (out / "journal.json").exists()
+    if not unfinished and '"quant_method": "vqcompress"' in config.read_text(errors="replace"):
+        raise VQCompressError(f"{out} already holds a finished artifact; choose another directory or give --overwrite")
+
+
+def took() -> float:
+    """Seconds since the command began, imports and all."""
+    return round(time.perf_counter() - Commands.began, 3)
+
+
 @contextlib.contextmanager
 def session(
-    json_file: str | None = None, recipes: Iterable[str | None] = (), texts: Iterable[str] | None = None
+    models: Iterable[str | None],
+    json_file: str | None = None,
+    recipes: Iterable[str | None] = (),
+    texts: Iterable[str] | None = None,
 ) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
     """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
 
-    With `--json -` everything else, a library's stray print included, goes to stderr. recipes, texts: what the command
-    will read; a name of nothing is an error before anything heavy is imported.
+    With `--json -` everything else, a library's stray print included, goes to stderr. models, recipes, texts: what the
+    command will read; a name of nothing is an error before anything heavy is imported.
     """
+    named = list(filter(None, models))
+    for model in named:
+        find(model)
     for recipe in filter(None, recipes):
         if recipe != AS_STORED:
             recipe_file(recipe, packaged())
@@ -116,6 +142,9 @@ def session(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", Fallback)
+        if leads():
+            # The imports take seconds.
+            print(f"reading {', '.join(named)}", file=sys.stderr, flush=True)
         _quiet()
 
         def write(result: dict[str, Any]) -> None:
@@ -133,16 +162,14 @@ def session(
 @contextlib.contextmanager
 def uploading(repo: str | None, private: bool) -> Iterator[Callable[[Path, Console], None]]:
     """A function that uploads a finished directory, once it is known that this user may; without `repo` it does not."""
-    from vqcompress import hub
-
     if private and repo is None:
         raise UsageError("--private needs --push-to-hub REPO")
     if repo is not None and leads():
-        hub.check_upload(repo)
+        check_upload(repo)
 
     def upload(folder: Path, console: Console) -> None:
         if repo is not None and leads():
-            console.print(f"pushed  {hub.push(folder, repo, private)}")
+            console.print(f"pushed  {push(folder, repo, private)}")
 
     yield upload
 

@@ -19,20 +19,12 @@ from rich.table import Table
 
 from vqcompress.packaged import AS_STORED
 from vqcompress.page import protocol, quality
-from vqcompress.report import cache_line, shrunk, size
+from vqcompress.report import cache_line, duration, shrunk, size
 from vqcompress.session import console
 from vqcompress.targets import kind
 
 # Letters of a name that a narrow table keeps in a line, if need be for a column less.
 LEAST_OF_A_NAME = 16
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _table(to: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -129,7 +121,9 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
     if report["kv_cache"]:
         turned_on = "; --kv-cache or vqcompress.load(…, kv_cache=True) turns it on"
         to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}")
-    to.print(f"took    {duration(report['seconds'])}, peak memory {size(report['peak_rss_bytes'])}{device}")
+    before = report["seconds_before"]
+    run = f", {duration(report['seconds'] - before)} of them in this run" if before else ""
+    to.print(f"took    {duration(report['seconds'])}{run}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
     if report["kv_cache"]:
         command += f" --kv-cache {AS_STORED}"

@@ -110,7 +110,7 @@ def _frame(x: Axis, y: Axis, x_label: str, y_label: str, whole: bool = False) ->
         at = y.at(value)
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 5}" y="{at + 4:g}">{short(value)}</text>')
-    for value in x.ticks():
+    for value in x.ticks(12 if whole else 5):
         if not whole or value == int(value):
             parts.append(f'<text class="mid" x="{x.at(value)}" y="{BOTTOM + 15}">{short(value)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>')

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -143,12 +144,16 @@ class Writer(Shards):
 
     inputs: names → fingerprints of all that determines the bytes, but for the weights: source_of gives that of a block.
     A directory with a journal of the same inputs is continued: `done` then holds the records of the blocks that are on
-    disk, `measured` what was noted. Weights of blocks that are not done yet may have been mended meanwhile. A context
-    manager: the directory is locked against other processes until it is left.
+    disk, `measured` what was noted, `before` the seconds that it took. Weights of blocks that are not done yet may have
+    been mended meanwhile. A context manager: the directory is locked against other processes until it is left. start:
+    of this run, by time.perf_counter.
     """
 
-    def __init__(self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool):
+    def __init__(
+        self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool, start: float
+    ):
         super().__init__(out)
+        self.start, self.before = start, 0.0
         self.inputs, self.source_of = inputs, source_of
         # Files that are no shards, by name: their checksums.
         self.beside: dict[str, str] = {}
@@ -239,6 +244,7 @@ class Writer(Shards):
                     self.done, self.measured = {}, {}
                     return [f"checkpoint: {name} has changed"]
                 self.done[name] = record
+            self.before = float(earlier.get("seconds", 0.0)) if not differing else 0.0
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
         return differing
@@ -247,9 +253,16 @@ class Writer(Shards):
         file = self.out / Path(record["file"]).name
         return file.is_file() and sha256(file) == record["sha256"]
 
+    @property
+    def seconds(self) -> float:
+        """What this run has taken, and those before that it continues."""
+        return round(self.before + time.perf_counter() - self.start, 3)
+
     def _write_journal(self) -> None:
         journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
-        self.write(JOURNAL, json.dumps(journal | {"measured": self.measured}, indent=1).encode())
+        self.write(
+            JOURNAL, json.dumps(journal | {"measured": self.measured, "seconds": self.seconds}, indent=1).encode()
+        )
 
     def note(self, name: str, record: dict[str, list[float]]) -> None:
         """Keep what was measured of a block, so that a run that is cut off need not measure it again."""
@@ -265,9 +278,9 @@ class Writer(Shards):
         self.done[name] = record
         self._write_journal()
 
-    def stage(self, tensors: Parts) -> None:
+    def stage(self, tensors: Parts, seconds: float) -> None:
         """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
-        self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": 0.0})
+        self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": seconds})
 
     def write_beside(self, name: str, tensors: Parts) -> None:
         """Write tensors that belong to no shard; `finish` lists them. Nothing is kept of it in the journal."""
@@ -291,7 +304,7 @@ class Writer(Shards):
                 )
         # The record stays: it says that nothing is to be distilled again.
         file = self.out / self.done[STAGED]["file"]
-        self.done[STAGED] = {"targets": [], "seconds": 0.0}
+        self.done[STAGED] = {"targets": [], "seconds": self.done[STAGED]["seconds"]}
         self._write_journal()
         file.unlink()
 
