@@ -50,7 +50,7 @@ FLOORS: list[set[str]] = [
 # The package itself only sets up what happens when transformers is imported; it may be imported by all from floor 2 up.
 ENTRANCES = {"__init__", "__main__", "_autoload"}
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 16600, 450, 90
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 16750, 450, 90
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -302,10 +302,10 @@ def test_what_blocks_take_adds_up_and_runs_too(
     whole, rest = job(tmp_path / "whole"), job(unfinished, began=time.perf_counter() - 300)
     # To move on to the second block is its time too; what leads to the first one that a run makes is none's.
     assert whole["blocks"]["model.layers.1"] >= 0.2
-    assert sum(whole["blocks"].values()) <= whole["seconds"] < sum(whole["blocks"].values()) + 5
+    assert sum(whole["blocks"].values()) <= whole["seconds"] < sum(whole["blocks"].values()) + 60
     assert (whole["seconds_before"], rest["seconds_before"]) == (0, 1000)
     assert rest["blocks"]["model.layers.1"] < 100
-    show.quantized(show.console(), rest, "out", "demo", None, None)
+    show.quantized(show.console(), rest, "out", "demo", None)
     assert re.search(r"^took    21 min \d+ s, 5 min \d+ s of them in this run, peak", capsys.readouterr().out, re.M)
 
 

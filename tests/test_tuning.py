@@ -193,7 +193,7 @@ def test_same_bytes_whatever_the_threads(toy: Make, text: Path, tmp_path: Path) 
     [
         ("tuning: 3", "'tuning' is a mapping such as {block_epochs: 4}"),
         ("tuning: {epochs: 3}", "unknown key 'epochs'"),
-        ("tuning: {block_rate: -1}", "tuning block_rate"),
+        ("tuning: {block_rate: -1}", "tuning: block_rate"),
         ("tuning: {block_epochs: 0}", "with no epochs of either kind"),
     ],
 )
