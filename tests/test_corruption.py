@@ -600,6 +600,14 @@ def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:
         Artifact(tmp_path)
 
 
+def test_architectures_are_names(toy: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(toy(), tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"architectures": [3]}))
+    with pytest.raises(VQCompressError, match=r"architectures \[3\] are no names"):
+        load_config(tmp_path / "copy")
+
+
 def test_a_generation_config_says_what_can_be(tmp_path: Path) -> None:
     wrong = [("eos_token_id", value) for value in ({"a": 1}, "2", [1, "2"], 2**70)]
     for name, value in (*wrong, ("output_hidden_states", {"a": "b"}), ("do_sample", "yes"), ("use_cache", 7)):

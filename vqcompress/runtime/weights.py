@@ -49,6 +49,8 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
+        if not all(isinstance(name, str) for name in config.architectures or []):
+            raise ValueError(f"architectures {str(config.architectures)[:40]} are no names")
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
     if not _is_causal(config):
