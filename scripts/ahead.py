@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import create_function_from_signature
 
-from vqcompress.kernels.launch import Call, Facts
+from vqcompress.methods.triton.launch import Call, Facts
 
 # Those that the table of resources is made for.
 ARCHS: list[int | str] = [80, 90, 100, "gfx942"]

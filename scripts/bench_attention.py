@@ -20,8 +20,8 @@ from bench_kernels import Figures, error, parse
 from gpu_clock import LEAST, ROUND, copies, seconds
 from kernel_cases import CACHES, TINY_CACHES, Cache
 
-from vqcompress.codebooks import kv as reference
-from vqcompress.kernels import kv
+from vqcompress.kv_cache import codes as reference
+from vqcompress.kv_cache import kernel as kv
 
 
 class Bench(Figures):

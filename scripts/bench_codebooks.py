@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vqcompress.codebooks import lattice, trellis, universal
-from vqcompress.codebooks.learned import nearest
-from vqcompress.methods.vq import VQ
-from vqcompress.statistics import Statistics
+from vqcompress.methods.statistics import Statistics
+from vqcompress.methods.vq import lattice, trellis, universal
+from vqcompress.methods.vq.learned import nearest
+from vqcompress.methods.vq.method import VQ
 
 # The scalar quantizer with the least error on the unit Gaussian (Max 1960), by bits.
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}

@@ -15,9 +15,9 @@ import time
 import torch
 import transformers
 
-from vqcompress.checkpoint import resolve
-from vqcompress.runtime.cache import keep_coded
+from vqcompress.kv_cache.cache import keep_coded
 from vqcompress.runtime.load import kept_as, load_any
+from vqcompress.storage.checkpoint import resolve
 
 
 def load_way(way: str) -> transformers.PreTrainedModel:

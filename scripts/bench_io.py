@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_llama
 
-from vqcompress.cli import set_up_memory
-from vqcompress.quantize import quantize
+from vqcompress.cli.main import set_up_memory
+from vqcompress.pipeline.quantize import quantize
 
 # As the command line does, before torch takes memory.
 set_up_memory()

@@ -37,9 +37,9 @@ from kernel_cases import (
     reference,
 )
 
-from vqcompress.kernels import launch
 from vqcompress.methods import Parts
-from vqcompress.ops import by_expert
+from vqcompress.methods.ops import by_expert
+from vqcompress.methods.triton import launch
 
 # Root mean square of the error of a right result, relative: operands are rounded to the type of x, as is the result.
 TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 1e-4}

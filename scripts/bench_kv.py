@@ -24,17 +24,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from vqcompress.cache_calibration import calibrate
-from vqcompress.checkpoint import resolve
-from vqcompress.codebooks import kv
-from vqcompress.evaluate import open_model
-from vqcompress.quantize import calibration
-from vqcompress.runtime.attention import CACHE, decoding, find_rotary
-from vqcompress.runtime.cache import KVCache
-from vqcompress.runtime.coders import FP8, Coder, Learned, Universal
-from vqcompress.runtime.decode import nbytes
+from vqcompress.evaluate.decode import nbytes
+from vqcompress.evaluate.perplexity import open_model
+from vqcompress.kv_cache import codes as kv
+from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
+from vqcompress.kv_cache.cache import KVCache
+from vqcompress.kv_cache.calibrate import calibrate
+from vqcompress.kv_cache.coders import FP8, Coder, Learned, Universal
+from vqcompress.model.tokenizer import load_tokenizer, tokenize
+from vqcompress.pipeline.quantize import calibration
 from vqcompress.runtime.load import load_any
-from vqcompress.runtime.tokens import load_tokenizer, tokenize
+from vqcompress.storage.checkpoint import resolve
 
 CONTEXT = 32768
 GROUP = 64

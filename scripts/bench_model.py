@@ -21,10 +21,10 @@ import torch
 import transformers
 
 import vqcompress
-from vqcompress.evaluate import speed
-from vqcompress.kernels import launch
-from vqcompress.quantize import quantize
-from vqcompress.runtime.device import choose_device
+from vqcompress.evaluate.perplexity import speed
+from vqcompress.methods.triton import launch
+from vqcompress.model.device import choose_device
+from vqcompress.pipeline.quantize import quantize
 
 DEMO = Path(vqcompress.__file__).parent / "demo"
 

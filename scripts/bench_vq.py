@@ -27,11 +27,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from vqcompress.evaluate import perplexity
+from vqcompress.evaluate.perplexity import perplexity
+from vqcompress.evaluate.report import size
 from vqcompress.methods import make
-from vqcompress.quantize import quantize
-from vqcompress.report import size
-from vqcompress.statistics import Statistics
+from vqcompress.methods.statistics import Statistics
+from vqcompress.pipeline.quantize import quantize
 
 YARDSTICK = "scalar GPTQ"
 # By name the knobs of `vq`, as in a recipe.

@@ -13,10 +13,16 @@ from unittest import mock
 
 import triton
 
-from vqcompress.hadamard import block_size
-from vqcompress.kernels import fp8, int8, kv, launch, rotate, viterbi, words
-from vqcompress.kernels.format import Format
-from vqcompress.kernels.launch import Facts, Settings
+from vqcompress.kv_cache import kernel as kv
+from vqcompress.methods.fp8 import kernel as fp8
+from vqcompress.methods.hadamard import block_size
+from vqcompress.methods.int8 import kernel as int8
+from vqcompress.methods.triton import launch
+from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.vq import kernel_rotate as rotate
+from vqcompress.methods.vq import kernel_words as words
+from vqcompress.methods.vq import viterbi_kernel as viterbi
+from vqcompress.methods.vq.format import Format
 
 
 @contextmanager

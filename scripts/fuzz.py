@@ -35,16 +35,16 @@ import torch
 import transformers
 
 import vqcompress
-from vqcompress import recipe as recipes
-from vqcompress.artifact import KV_CACHE, SUMS, Artifact, checksum_lines
-from vqcompress.blocks import BlockStream
-from vqcompress.checkpoint import INDEX, sha256
 from vqcompress.errors import VQCompressError
-from vqcompress.inspect import inspect
-from vqcompress.packaged import packaged
-from vqcompress.runtime.tokens import load_tokenizer
-from vqcompress.targets import Block, Target
-from vqcompress.verify import verify
+from vqcompress.evaluate.inspect import inspect
+from vqcompress.evaluate.verify import verify
+from vqcompress.model.stream import BlockStream
+from vqcompress.model.tokenizer import load_tokenizer
+from vqcompress.storage import recipe as recipes
+from vqcompress.storage.artifact import KV_CACHE, SUMS, Artifact, checksum_lines
+from vqcompress.storage.checkpoint import INDEX, sha256
+from vqcompress.storage.recipe_files import packaged
+from vqcompress.storage.targets import Block, Target
 
 LIMIT = 20.0
 MEMORY = 16 << 30
@@ -450,7 +450,7 @@ KINDS: list[tuple[str, Callable[..., str]]] = [
 
 def demos(folder: Path) -> list[Path]:
     """Three artifacts of the demo checkpoint."""
-    from vqcompress.quantize import quantize
+    from vqcompress.pipeline.quantize import quantize
 
     text = str(Path(vqcompress.__file__).parent / "demo" / "calibration.txt")
     for name in ("smoothquant-int8", "fp8-tile", "vq-2bit"):

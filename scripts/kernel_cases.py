@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress import ops
-from vqcompress.codebooks import kv, product
-from vqcompress.methods import Method, Parts, make
+from vqcompress.kv_cache import codes as kv
+from vqcompress.methods import Method, Parts, make, ops
+from vqcompress.methods.vq import reference as product
 
 Shape = tuple[int, int]
 # (O, I) of the linear layers of models that people run.
@@ -101,7 +101,8 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Ten
 
     way: see `product.on_gpu`.
     """
-    from vqcompress.kernels import fp8, int8
+    from vqcompress.methods.fp8 import kernel as fp8
+    from vqcompress.methods.int8 import kernel as int8
 
     method: Any = case.method
     if method.name == "int8":
@@ -115,7 +116,8 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Ten
 
 def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, Parts], Tensor]:
     """x (S, I) sorted by expert, the ends of their rows (E,), parts of all experts → (S, O) by the kernels."""
-    from vqcompress.kernels import fp8, int8
+    from vqcompress.methods.fp8 import kernel as fp8
+    from vqcompress.methods.int8 import kernel as int8
 
     method: Any = case.method
     if method.name == "int8":

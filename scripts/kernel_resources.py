@@ -19,7 +19,13 @@ import ahead
 import torch
 from kernel_cases import CACHES, CASES, by_kernel, random_rows
 
-from vqcompress.kernels import fp8, int8, kv, launch, nearest, viterbi, words
+from vqcompress.kv_cache import kernel as kv
+from vqcompress.methods.fp8 import kernel as fp8
+from vqcompress.methods.int8 import kernel as int8
+from vqcompress.methods.triton import launch
+from vqcompress.methods.vq import kernel_nearest as nearest
+from vqcompress.methods.vq import kernel_words as words
+from vqcompress.methods.vq import viterbi_kernel as viterbi
 
 META, SHAPE = torch.device("meta"), (4096, 4096)
 

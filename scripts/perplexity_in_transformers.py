@@ -16,10 +16,10 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from vqcompress.calibration import read_text
-from vqcompress.evaluate import windows
+from vqcompress.evaluate.perplexity import windows
 from vqcompress.export.aqlm import REFERENCE
-from vqcompress.runtime.tokens import load_tokenizer, tokenize
+from vqcompress.model.tokenizer import load_tokenizer, tokenize
+from vqcompress.storage.text import read_text
 
 
 @torch.inference_mode()

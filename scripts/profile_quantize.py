@@ -20,10 +20,10 @@ from synthetic import write_llama
 RUN = """
 import cProfile, json, pstats, resource, sys, time
 from pathlib import Path
-from vqcompress import cli
+from vqcompress.cli import main as cli
 getattr(cli, "set_up_memory", lambda: None)()
-from vqcompress.quantize import quantize
-import vqcompress.compress
+from vqcompress.pipeline.quantize import quantize
+import vqcompress.pipeline.block
 before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
 profile = cProfile.Profile()
 if {top}:

@@ -19,12 +19,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from vqcompress import recipe as recipes
-from vqcompress.checkpoint import resolve
-from vqcompress.evaluate import perplexity
-from vqcompress.live import watching
-from vqcompress.quantize import quantize
-from vqcompress.report import size
+from vqcompress.cli.progress import watching
+from vqcompress.evaluate.perplexity import perplexity
+from vqcompress.evaluate.report import size
+from vqcompress.pipeline.quantize import quantize
+from vqcompress.storage import recipe as recipes
+from vqcompress.storage.checkpoint import resolve
 
 
 def parse() -> argparse.Namespace:

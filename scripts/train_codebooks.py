@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from vqcompress.codebooks import universal
-from vqcompress.codebooks.learned import means, nearest, seed_entries
+from vqcompress.methods.vq import universal
+from vqcompress.methods.vq.learned import means, nearest, seed_entries
 
 
 def train(d: int, bits: int, samples: int, rounds: int) -> torch.Tensor:

@@ -46,8 +46,15 @@ from kernel_cases import (
     random_rows,
 )
 
-from vqcompress.kernels import fp8, int8, kv, launch, nearest, rotate, viterbi, words
-from vqcompress.kernels.launch import Call, Facts, Settings
+from vqcompress.kv_cache import kernel as kv
+from vqcompress.methods.fp8 import kernel as fp8
+from vqcompress.methods.int8 import kernel as int8
+from vqcompress.methods.triton import launch
+from vqcompress.methods.triton.launch import Call, Facts, Settings
+from vqcompress.methods.vq import kernel_nearest as nearest
+from vqcompress.methods.vq import kernel_rotate as rotate
+from vqcompress.methods.vq import kernel_words as words
+from vqcompress.methods.vq import viterbi_kernel as viterbi
 
 # Settings of one kernel that are tried at one place.
 MOST = 24

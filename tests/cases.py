@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqcompress.methods import Method, Parts, make
-from vqcompress.statistics import NAMES, Accumulator, Statistics
+from vqcompress.methods.statistics import NAMES, Accumulator, Statistics
 
 Shape = tuple[int, int]
 

@@ -119,7 +119,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 @pytest.fixture(scope="session")
 def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """quantized(recipe, family, seed=0, **of toy_checkpoint) → an artifact, made once; do not write into it."""
-    from vqcompress.quantize import quantize
+    from vqcompress.pipeline.quantize import quantize
 
     made: dict[str, Path] = {}
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from vqcompress import blocks, cache_calibration
-from vqcompress.quantize import quantize
+from vqcompress.kv_cache import calibrate as cache_calibration
+from vqcompress.model import stream as blocks
+from vqcompress.pipeline.quantize import quantize
 
 # So that a few rows are several batches.
 BATCH_TOKENS = 512

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from toys import toy_checkpoint, toy_text
 
 import vqcompress
-from vqcompress.artifact import FORMAT_VERSION, REPORTS
-from vqcompress.quantize import quantize
-from vqcompress.writer import refresh_sums
+from vqcompress.pipeline.quantize import quantize
+from vqcompress.storage.artifact import FORMAT_VERSION, REPORTS
+from vqcompress.storage.writer import refresh_sums
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = """

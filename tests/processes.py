@@ -43,7 +43,7 @@ for line in sys.stdin:
         os._exit(status)
 """
 # What `python -m vqcompress` runs.
-VQCOMPRESS = "from vqcompress.cli import main; main()"
+VQCOMPRESS = "from vqcompress.cli.main import main; main()"
 
 
 class Processes:

@@ -32,14 +32,14 @@ from typer._click.exceptions import MissingParameter
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vqcompress import recipe
-from vqcompress.cli import app
+from vqcompress.cli.main import app
+from vqcompress.cli.options import FORMATS
 from vqcompress.export import verify
 from vqcompress.methods import METHODS
-from vqcompress.options import FORMATS
-from vqcompress.packaged import AS_STORED, packaged
-from vqcompress.recipe import CacheKnobs, ExpertCalibration, Tuning
-from vqcompress.transforms import Smoothing
+from vqcompress.methods.smoothing import Smoothing
+from vqcompress.storage import recipe
+from vqcompress.storage.recipe import CacheKnobs, ExpertCalibration, Tuning
+from vqcompress.storage.recipe_files import AS_STORED, packaged
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT_OF = {page.name: page.read_text(encoding="utf-8") for page in PAGES}

@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from vqcompress import _autoload
+from vqcompress.runtime import autoload
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 # Of a command, when its process began: what it takes includes the imports.
 STARTED = time.perf_counter()
 
-_autoload.install()
+autoload.install()
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """The command line, and one line where Ctrl-C comes before it is there."""
     try:
-        from vqcompress.cli import main as run
+        from vqcompress.cli.main import main as run
 
         run()
     except KeyboardInterrupt:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from vqcompress.artifact import OURS, Artifact
-from vqcompress.blocks import BlockStream
-from vqcompress.checkpoint import INDEX, read_json, resolve
 from vqcompress.errors import UsageError, VQCompressError, did_you_mean
 from vqcompress.export import aqlm, compressed_tensors, dense, fp8
 from vqcompress.export.rewrite import Export
 from vqcompress.export.verify import Reader, compare
-from vqcompress.runtime.device import peak_rss_bytes
-from vqcompress.writer import Shards, clear
+from vqcompress.model.device import peak_rss_bytes
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.artifact import OURS, Artifact
+from vqcompress.storage.checkpoint import INDEX, read_json, resolve
+from vqcompress.storage.writer import Shards, clear
 
 # Stands in the index, with the names of files beside the weights: --overwrite deletes those and no others.
 WRITER = "vqcompress export"

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqcompress.artifact import Artifact, Entry
-from vqcompress.blocks import BlockStream
 from vqcompress.export.fp8 import misfit
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, tensors
 from vqcompress.methods import Parts
-from vqcompress.methods.vq import VQ
-from vqcompress.packing import unpack
+from vqcompress.methods.vq.method import VQ
+from vqcompress.methods.vq.packing import unpack
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.artifact import Artifact, Entry
 
 # Its product on a CPU adds to one vector from several threads at once, which now and then loses a summand.
 REFERENCE = """

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from vqcompress.artifact import Artifact, Entry
-from vqcompress.blocks import BlockStream
 from vqcompress.export.fp8 import misfit, ragged
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, settle, tensors
 from vqcompress.methods import Method, Parts
-from vqcompress.methods.fp8 import FP8
-from vqcompress.methods.int8 import INT8
-from vqcompress.ops import TILE
+from vqcompress.methods.fp8.method import FP8
+from vqcompress.methods.int8.method import INT8
+from vqcompress.methods.ops import TILE
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.artifact import Artifact, Entry
 
 NO_EXPERTS = (
     "transformers cannot load experts in compressed-tensors; the file is for vLLM, so leave --verify away"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vqcompress.artifact import Artifact
-from vqcompress.blocks import BlockStream
 from vqcompress.export.rewrite import Export, tensors
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.artifact import Artifact
 
 
 def export(stream: BlockStream, artifact: Artifact) -> Export:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vqcompress.artifact import Artifact, Entry
-from vqcompress.blocks import BlockStream
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, refuse, settle, tensors
-from vqcompress.methods.fp8 import FP8
-from vqcompress.ops import TILE
-from vqcompress.targets import Target
+from vqcompress.methods.fp8.method import FP8
+from vqcompress.methods.ops import TILE
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.artifact import Artifact, Entry
+from vqcompress.storage.targets import Target
 
 
 def export(stream: BlockStream, artifact: Artifact) -> Export:

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vqcompress.artifact import HINT, Artifact, Entry
-from vqcompress.blocks import BlockStream
-from vqcompress.checkpoint import stored_dtype
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Parts
-from vqcompress.runtime.experts import Experts
-from vqcompress.runtime.fused import plain_name
-from vqcompress.runtime.modules import CompressedLinear
-from vqcompress.targets import Target
+from vqcompress.model.expert_layout import plain_name
+from vqcompress.model.experts import Experts
+from vqcompress.model.linear import CompressedLinear
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.artifact import HINT, Artifact, Entry
+from vqcompress.storage.checkpoint import stored_dtype
+from vqcompress.storage.targets import Target
 
 # The tensors of a weight in a format, by what follows the module's name and its dot.
 Write = Callable[[Entry, Parts], dict[str, Tensor]]

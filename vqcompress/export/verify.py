@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqcompress.artifact import Artifact
-from vqcompress.blocks import BlockStream
-from vqcompress.calibration import read_text
-from vqcompress.checkpoint import resolve, stored_dtype
 from vqcompress.errors import VQCompressError
-from vqcompress.runtime.modules import CompressedLinear, decode_layers
-from vqcompress.runtime.tokens import load_tokenizer, tokenize
-from vqcompress.trust import trusted
+from vqcompress.model.linear import CompressedLinear, decode_layers
+from vqcompress.model.stream import BlockStream
+from vqcompress.model.tokenizer import load_tokenizer, tokenize
+from vqcompress.storage.artifact import Artifact
+from vqcompress.storage.checkpoint import resolve, stored_dtype
+from vqcompress.storage.text import read_text
+from vqcompress.storage.trust import trusted
 
 TOKENS = 256
 READ = """

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from vqcompress.errors import did_you_mean
-from vqcompress.methods.fp8 import FP8
-from vqcompress.methods.int8 import INT8
+from vqcompress.methods.base import Layout, Method, Parts, layout_bits
+from vqcompress.methods.fp8.method import FP8
+from vqcompress.methods.int8.method import INT8
 from vqcompress.methods.keep import Keep
-from vqcompress.methods.method import Layout, Method, Parts, layout_bits
-from vqcompress.methods.vq import VQ
+from vqcompress.methods.vq.method import VQ
 
 __all__ = ["METHODS", "Layout", "Method", "Parts", "explain", "from_description", "layout_bits", "make"]
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vqcompress.methods.method import Layout, Method, Parts, Shape
-from vqcompress.statistics import Statistics
+from vqcompress.methods.base import Layout, Method, Parts, Shape
+from vqcompress.methods.statistics import Statistics
 
 
 class Keep(Method):

@@ -1,1 +1,1 @@
-"""Compressed models that run: loading, the modules, the adapter for transformers."""
+"""An artifact that runs."""

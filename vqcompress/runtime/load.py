@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from vqcompress.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
-from vqcompress.checkpoint import Checkpoint, resolve
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.packaged import AS_STORED
-from vqcompress.recipe import cache_knobs
-from vqcompress.runtime.adapter import attach
-from vqcompress.runtime.cache import Kept, keep_coded, kept
-from vqcompress.runtime.device import choose_device, model_dtype
-from vqcompress.runtime.modules import keep_packed, swap
-from vqcompress.runtime.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
-from vqcompress.trust import trusted, trusting
+from vqcompress.kv_cache.cache import Kept, keep_coded, kept
+from vqcompress.model.device import choose_device, model_dtype
+from vqcompress.model.linear import keep_packed, swap
+from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
+from vqcompress.runtime.hf_quantizer import attach
+from vqcompress.storage.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
+from vqcompress.storage.checkpoint import Checkpoint, resolve
+from vqcompress.storage.recipe import cache_knobs
+from vqcompress.storage.recipe_files import AS_STORED
+from vqcompress.storage.trust import trusted, trusting
 
 
 def load(

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
 
-from vqcompress.artifact import HINT, QUANT_METHOD, Entry, parse_entries, part_name
 from vqcompress.errors import VQCompressError
-from vqcompress.runtime.modules import CompressedLinear, SharedParts
+from vqcompress.model.linear import CompressedLinear, SharedParts
+from vqcompress.storage.artifact import HINT, QUANT_METHOD, Entry, parse_entries, part_name
 
 # The places of vLLM's shard ids in a merged layer; others are numbers already.
 PLACES = {"q": 0, "k": 1, "v": 2}

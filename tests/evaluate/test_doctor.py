@@ -1,0 +1,248 @@
+"""The doctor proves an architecture on a toy of it, and plans and diagnoses need no weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from processes import Processes
+
+from vqcompress.errors import VQCompressError
+from vqcompress.evaluate.doctor import examine
+from vqcompress.pipeline.quantize import dry_run
+from vqcompress.runtime.load import load_any
+from vqcompress.storage import trust
+
+Make = Callable[..., Path]
+Alone = Callable[..., dict[str, Any]]
+LLAMA_70B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+DEEPSEEK_671B: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "dtype": "bfloat16",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+}
+# In a process of its own: its peak memory is its own (ru_maxrss would count the process that started it), and no test
+# fills its uninitialized memory with NaN. In CPU seconds, since others may share the machine.
+ALONE = """
+import json, sys, time
+from pathlib import Path
+start = time.process_time()
+from vqcompress.evaluate.doctor import examine
+from vqcompress.pipeline.quantize import dry_run
+found = examine(sys.argv[2]) if sys.argv[1] == "doctor" else dry_run(sys.argv[2], sys.argv[3])
+peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps({"found": found, "seconds": time.process_time() - start, "peak": peak}))
+"""
+
+
+@pytest.fixture
+def alone(tmp_path: Path, processes: Processes) -> Alone:
+    def run(config: dict[str, Any], *arguments: str) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        done = processes.python(ALONE, arguments[0], tmp_path, *arguments[1:])
+        assert done.returncode == 0, done.stderr[-2000:]
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["seconds"] < 20
+        assert result["peak"] < 3e9
+        return result["found"]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma", "opt", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v3"]
+)
+def test_the_doctor_finds_common_architectures_sound(family: str, toy: Make) -> None:
+    found = examine(str(toy(family)))
+    assert found["ok"], found["checks"]
+    # All but the routers of mixtures.
+    assert found["coverage"] == 1 if "experts" not in str(found["folds"]) else found["coverage"] > 0.99
+    assert found["blocks"] == 2
+    assert not any("experts" in why for why in found["left_dense"].values())
+
+
+def test_the_doctor_works_from_a_config_alone(toy: Make, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((toy() / "config.json").read_bytes())
+    assert examine(str(tmp_path))["ok"]
+
+
+def test_the_doctor_tells_where_smoothing_costs_nothing(toy: Make) -> None:
+    folds = {fold["input"]: fold["producer"] for fold in examine(str(toy()))["folds"]}
+    assert folds["self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"] == "input_layernorm"
+    assert folds["mlp.down_proj"] == "mlp.up_proj"
+
+
+def test_the_doctor_names_the_experts_that_stay_dense(tmp_path: Path) -> None:
+    """Aria stores its experts in one tensor under a name that transformers changes."""
+    fields = {"hidden_size": 64, "intermediate_size": 64, "moe_num_experts": 4, "vocab_size": 384, "moe_topk": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    transformers.AriaTextConfig(**fields).save_pretrained(tmp_path)
+    found = examine(str(tmp_path))
+    assert found["ok"], found["checks"]
+    assert found["coverage"] < 0.5
+    assert any("experts" in f"{name} {why}" for name, why in found["left_dense"].items())
+
+
+def test_the_doctor_names_matrices_that_are_no_linear_layers(tmp_path: Path) -> None:
+    """GPT-2 stores its matrices transposed, in modules of its own."""
+    transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=384).save_pretrained(tmp_path)
+    found = examine(str(tmp_path))
+    assert not found["ok"]
+    assert found["coverage"] == 0
+    for name in ("attn.c_attn.weight", "mlp.c_fc.weight"):
+        assert any(path.endswith(name) for path in found["left_dense"])
+
+
+def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
+    for name, hint in (
+        ("nonsense", "a newer one may: pip install --upgrade transformers"),
+        ("lamma", "did you mean '"),
+    ):
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{name}"}}')
+        with pytest.raises(VQCompressError, match=f"transformers 5.* has no model_type '{name}'; {hint}"):
+            examine(str(tmp_path))
+
+
+def test_what_transformers_says_is_cut_between_words() -> None:
+    said = trust.reason(ValueError("pip install --upgrade\n transformers " * 20))
+    assert len(said) <= 300
+    assert set(said.split()) == {"pip", "install", "--upgrade", "transformers", "…"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "words"),
+    [
+        ("ViT", "ViTForImageClassification", "a vit model"),
+        ("Bert", "BertForMaskedLM", "a bert model without a head that predicts the next token"),
+        ("Llama", "LlamaForSequenceClassification", "a llama model without a head that predicts the next token"),
+        ("T5", "T5ForConditionalGeneration", "an encoder-decoder"),
+        ("Bart", "BartForConditionalGeneration", "an encoder-decoder"),
+        ("Whisper", "WhisperForConditionalGeneration", "an encoder-decoder"),
+        ("CLIP", "CLIPModel", "a multimodal model"),
+        ("Llava", "LlavaForConditionalGeneration", r"a multimodal model \(save its llama part by itself"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_name(
+    kind: str, architecture: str, words: str, tmp_path: Path
+) -> None:
+    """Of some of them transformers could build one, with random weights in the places of those that are not there."""
+    config = getattr(transformers, f"{kind}Config")()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    for job in (examine, lambda model: dry_run(model, "fp8-tile"), load_any):
+        with pytest.raises(VQCompressError, match=f"{architecture} is {words}.*; only causal language models can be"):
+            job(str(tmp_path))
+
+
+def test_a_decoder_without_a_head_is_whole_where_its_head_is_the_embedding(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for tied in (True, False):
+        config = transformers.LlamaConfig(**sizes, vocab_size=384, tie_word_embeddings=tied)
+        config.architectures = ["LlamaModel"]
+        config.save_pretrained(tmp_path)
+        if tied:
+            assert examine(str(tmp_path))["ok"]
+        else:
+            with pytest.raises(VQCompressError, match="LlamaModel is"):
+                examine(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("model_index.json", "diffusion pipeline"), ("adapter_config.json", "merge_and_unload")]
+)
+def test_other_directories_are_told_apart(file: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(VQCompressError, match=f"has no config.json: it is an? .*{words}"):
+        examine(str(tmp_path))
+
+
+def test_the_text_part_of_a_multimodal_model_that_transformers_loads(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 384, "sliding_window": 32}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 16})
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    found = examine(str(tmp_path))
+    assert (found["ok"], found["targets"]) == (True, 14)
+
+
+def test_the_doctor_takes_a_config_that_computes_its_types_of_layers(tmp_path: Path) -> None:
+    transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=384).save_pretrained(tmp_path)
+    assert examine(str(tmp_path))["ok"]
+
+
+def test_the_doctor_looks_at_a_large_model_in_seconds(alone: Alone) -> None:
+    found = alone(LLAMA_70B, "doctor")
+    assert found["ok"], found["checks"]
+    assert (found["blocks"], found["targets"], found["coverage"]) == (80, 560, 1)
+
+
+def test_the_doctor_looks_at_671_billion_weights_in_seconds(alone: Alone) -> None:
+    found = alone(DEEPSEEK_671B, "doctor")
+    assert found["ok"], found["checks"]
+    assert found["targets"] == 61 * 5 + 3 * 3 + 58 * 3 * 257
+    assert found["coverage"] > 0.999
+
+
+def test_671_billion_weights_are_planned_from_a_config_in_seconds(alone: Alone) -> None:
+    found = alone(DEEPSEEK_671B, "plan", "vq-2bit")
+    assert found["source_bytes"] == pytest.approx(2 * 671e9, rel=0.01)
+    assert found["bits_per_weight"] < 2.1
+    assert found["weights_quantized"] == pytest.approx(671e9, rel=0.01)
+    assert found["artifact_bytes"] < 0.14 * found["source_bytes"]
+
+
+def test_a_plan_agrees_with_what_is_done(quantized: Make, toy: Make, text: Path) -> None:
+    planned = dry_run(str(toy()), "vq-2bit", [str(text)], samples=8, seqlen=64)
+    done = json.loads((quantized("vq-2bit") / "report.json").read_text())
+    for key in ("bits_per_weight", "weights_quantized", "source_bytes", "left_dense"):
+        assert planned[key] == pytest.approx(done[key]) if key != "left_dense" else planned[key] == done[key]
+    # Beside the parts there is the marker.
+    assert planned["artifact_bytes"] == pytest.approx(done["artifact_bytes"], rel=0.05)
+    assert [t["name"] for t in planned["targets"]] == [t["name"] for t in done["targets"]]
+
+
+def test_a_plan_writes_nothing(toy: Make, text: Path) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir())
+    start = time.perf_counter()
+    dry_run(str(toy()), "fp8-tile")
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir()) == before
+    assert time.perf_counter() - start < 20

@@ -1,0 +1,312 @@
+"""What a run tells people: report.html and README.md agree with report.json, and evaluations are added to all three."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from vqcompress.cli.main import app
+from vqcompress.evaluate.model_card import add_evaluation, documents, model_card
+from vqcompress.evaluate.report import calibration_line, duration, shrunk, size
+from vqcompress.evaluate.report_html import report_page
+from vqcompress.evaluate.verify import verify
+from vqcompress.storage.artifact import SUMS
+
+Make = Callable[..., Path]
+ALWAYS = {"load", "error", "time", "settings", "dense", "inputs"}
+
+
+def parsed(page: str) -> ElementTree.Element:
+    """A page as a browser would read it, if it is well-formed and asks for nothing from elsewhere."""
+    root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
+    for element in root.iter():
+        name = element.tag.rpartition("}")[2]
+        assert name not in {"script", "iframe", "img", "object", "embed", "base"}
+        assert not [key for key in element.attrib if key.startswith("on") or key == "src"]
+        assert element.get("href", "data:,") == "data:,"
+        if name == "svg" and element.get("role") == "img":
+            titles = [child.tag.rpartition("}")[2] for child in element][:2]
+            assert titles == ["title", "desc"]
+            assert all(child.text for child in list(element)[:2])
+    assert "url(" not in page
+    assert "@import" not in page
+    return root
+
+
+def words(element: ElementTree.Element) -> str:
+    return " ".join(" ".join(element.itertext()).split())
+
+
+def sections(root: ElementTree.Element) -> dict[str, ElementTree.Element]:
+    return {e.attrib["id"]: e for e in root.iter() if e.tag.endswith("}section")}
+
+
+def cells(element: ElementTree.Element) -> list[list[str]]:
+    """The rows of all tables in an element."""
+    rows = [e for e in element.iter() if e.tag.endswith("}tr")]
+    return [[words(cell) for cell in row] for row in rows]
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "more"),
+    [
+        ("smoothquant-int8", "llama", {"outliers"}),
+        ("fp8-tile", "llama", set()),
+        ("vq-small", "llama", {"codebooks"}),
+        ("smoothquant-int8", "mixtral", {"outliers", "experts"}),
+        ("mixed", "opt", {"codebooks", "outliers"}),
+    ],
+)
+def test_the_page_has_what_there_is_to_say(
+    recipe: str, family: str, more: set[str], quantized: Make, recipe_file: Callable[[str], str]
+) -> None:
+    if (recipe, family) == ("mixed", "opt"):
+        recipe = "rules:\n  - {match: '*.fc1', method: keep}\n  - {match: '*.fc2', method: vq, d: 2, bits: 4, "
+        recipe += "iterations: 2, refits: 0}\n  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
+    folder = quantized(recipe, family)
+    found, report = sections(parsed((folder / "report.html").read_text())), report_of(folder)
+    assert found.keys() == ALWAYS | more
+    by_kind = {row[0]: row for row in cells(found["error"]) if len(row) == 9}
+    for row in report["targets"]:
+        local = re.sub(r"\.\d+\.", ".*.", row["name"].split(".", 3 if family != "opt" else 4)[-1])
+        assert row["method"] in by_kind[local][1].split(", ")
+    worst = max(report["targets"], key=lambda row: row["relative_error"])
+    assert worst["name"] in [row[8] for row in by_kind.values()]
+    counts = [int(row[3].replace(",", "")) for row in by_kind.values() if row[0] != "weight"]
+    assert sum(counts) == report["weights_quantized"]
+    assert dict(row for row in cells(found["dense"]) if row[0] != "weight") == report["left_dense"]
+    for place, tokens in report["experts"].items():
+        line = next(row for row in cells(found["experts"]) if row[0] == place)
+        assert (int(line[2]), int(line[4])) == (min(tokens["routed"]), max(tokens["routed"]))
+
+
+def test_headlines_are_those_of_the_report(quantized: Make) -> None:
+    folder = quantized("smoothquant-int8")
+    report = report_of(folder)
+    text = words(parsed((folder / "report.html").read_text()))
+    assert f"{size(report['source_bytes'])} → {size(report['artifact_bytes'])}" in text
+    assert f"bits per weight {report['bits_per_weight']:.3f}" in text
+    assert f"took {duration(report['seconds'])} peak" in text
+    assert f"vqcompress eval perplexity {folder.name} --text FILE --baseline {report['model']} " in text
+    assert report["inputs"]["weights"] in text
+    assert report["versions"]["torch"] in text
+
+
+def test_the_calibration_text_is_named(quantized: Make, text: Path) -> None:
+    folder = quantized("smoothquant-int8")
+    report = report_of(folder)
+    assert report["calibration"]["texts"] == [text.name]
+    page, card = words(parsed((folder / "report.html").read_text())), (folder / "README.md").read_text()
+    said = f"{report['calibration']['samples']} rows of {report['calibration']['seqlen']} tokens of {text.name}"
+    assert said in page
+    assert f"Calibration: {said}." in card
+    assert "target bits" not in page
+    assert calibration_line({"samples": 8, "seqlen": 32, "texts": []}).endswith("of the built-in text")
+    assert calibration_line({"samples": 8, "seqlen": 32}).endswith("32 tokens")
+
+
+def test_a_size_that_grew_is_not_called_smaller() -> None:
+    assert (shrunk(4.6e6, 1.5e6), shrunk(4.6e6, 5.0e6)) == ("3.07 times smaller", "1.09 times larger")
+
+
+def test_smoothing_says_how_far_the_largest_channel_stands_out(quantized: Make) -> None:
+    notes = [row["smoothing"] for row in report_of(quantized("smoothquant-int8"))["targets"] if row["smoothing"]]
+    assert notes
+    for note in notes:
+        before, after = note["outlier"]
+        assert before >= 1
+        assert after >= 1
+        assert (before == after) == (note["alpha"] is None)
+
+
+def test_peaks_are_known_of_every_block(quantized: Make) -> None:
+    report = report_of(quantized("vq-small"))
+    assert list(report["peaks"]) == list(report["blocks"])[1:]
+    assert all(0 < rss <= 1.01 * report["peak_rss_bytes"] and not gpu for rss, gpu in report["peaks"].values())
+
+
+def test_what_the_recipe_keeps_is_listed(quantized: Make) -> None:
+    left = report_of(quantized("mixed"))["left_dense"]
+    assert left["model.layers.*.self_attn.o_proj.weight"] == "the recipe keeps 2 of 2"
+
+
+def test_a_hostile_name_is_only_words(quantized: Make) -> None:
+    hostile = "</title><script>alert('1')</script>\"&\x00\ud800"
+    report = report_of(quantized("vq-small"))
+    report |= {"base_model": hostile, "recipe": hostile, "left_dense": {hostile: hostile}}
+    report["targets"][0] |= {"name": f"model.layers.0.{hostile}"}
+    report["codebooks"] = {hostile: next(iter(report["codebooks"].values()))}
+    report["versions"][hostile] = hostile
+    told = documents(report, hostile)
+    root = parsed(told["report.html"].decode())
+    assert yaml.safe_load(told["README.md"].decode().split("---\n")[1])["tags"][:2] == ["vqcompress", "quantized"]
+    assert "</title><script>alert('1')</script>\"&�" in words(sections(root)["dense"])
+
+
+def test_a_run_without_a_compressed_weight_has_a_page(quantized: Make) -> None:
+    report = report_of(quantized("int8-plain"))
+    cache = {"bits": 4, "codebook": "learned", "window": 32, "sinks": 4}
+    nothing = {"targets": [], "settings": [], "weights_quantized": 0, "bits_per_weight": None, "codebooks": {}}
+    report |= nothing | {"kv_cache": cache}
+    root = parsed(report_page(report, "out"))
+    assert sections(root).keys() == ALWAYS - {"error"}
+    assert "keys and values 4 bits" in words(root)
+    assert "| method |" not in model_card(report, "out")
+
+
+def test_a_page_of_sixty_layers_and_256_experts_is_small(quantized: Make) -> None:
+    report = report_of(quantized("smoothquant-int8", "mixtral"))
+    like = {row["name"].rpartition(".")[2]: row for row in report["targets"]}
+    report["targets"], experts = [], 256
+    for block in range(61):
+        place = f"model.layers.{block}"
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            report["targets"].append(like[leaf] | {"name": f"{place}.self_attn.{leaf}"})
+        for e in range(experts):
+            for leaf in ("w1", "w2", "w3"):
+                note = {"alpha": 0.5, "folded_into": f"mlp.experts.{e}.w3", "outlier": [1.5 + e * block, 1.1]}
+                row = like[leaf] | {"relative_error": 1e-4 * (e + 1), "smoothing": note if leaf == "w2" else None}
+                report["targets"].append(row | {"name": f"{place}.mlp.experts.{e}.{leaf}"})
+    routed = [(e * 7919) % 1000 for e in range(experts)]
+    blocks = [f"model.layers.{block}" for block in range(61)]
+    report["blocks"] = {"(outside of the blocks)": 0.0} | dict.fromkeys(blocks, 12.5)
+    report["peaks"] = {name: [8 * 10**9, 20 * 10**9] for name in blocks}
+    report["experts"] = {f"{n}.mlp": {"routed": routed, "counted": routed, "borrowed": [0]} for n in blocks}
+    book = {"entries": 4096, "hottest": [0.2, 0.4, 0.6], "counts": [list(range(4096))] * 2}
+    report["codebooks"] = {f"{n}.shared_parts.{k}": book for n in blocks for k in range(2)}
+    few = report | {"blocks": dict.fromkeys(blocks[:6], 12.5), "peaks": {}}
+    plot = next(e for e in sections(parsed(report_page(few, "out")))["time"].iter() if e.get("role") == "img")
+    assert "0 1 2 3 4 5 block" in words(plot)
+    page = report_page(report, "out")
+    assert len(page.encode()) < 10**6
+    assert len(sections(parsed(page))) == len(ALWAYS) + 3
+
+
+def test_the_card_has_metadata_that_the_hub_takes(quantized: Make) -> None:
+    folder = quantized("smoothquant-int8")
+    data = ModelCard.load(folder / "README.md").data.to_dict()
+    assert data == {
+        "library_name": "vqcompress",
+        "pipeline_tag": "text-generation",
+        "tags": ["vqcompress", "quantized", "smoothquant-int8"],
+    }
+    report = report_of(folder) | {"base_model": "someone/model", "recipe": "/a/b: [c].yaml"}
+    front = yaml.safe_load(model_card(report, "out").split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("someone/model", "quantized")
+    assert front["tags"][2] == "b: [c].yaml"
+
+
+def test_the_card_and_the_page_show_what_works(
+    quantized: Make, toy: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(quantized("int8-plain"), tmp_path / """it's "a" model"""))
+    told = documents(report_of(folder), folder.name)
+    card = told["README.md"].decode()
+    python = card.split("```python\n")[1].split("```")[0]
+    shell = card.split("shell:\n\n```\n")[1].split("```")[0]
+    assert python.strip() in "".join(parsed(told["report.html"].decode()).itertext())
+    done = subprocess.run([sys.executable, "-c", python], cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The first thing to know is")
+    monkeypatch.chdir(folder.parent)
+    model = str(toy())
+    assert report_of(folder)["model"] == Path(model).name
+    for line in shell.strip().splitlines():
+        # The card names the model without its directory, and leaves the text to the reader.
+        line = line.replace("FILE", f"{text} --seqlen 32 --windows 1").replace(Path(model).name, model)
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, (line, result.output)
+
+
+@pytest.fixture
+def evaluated(quantized: Make, toy: Make, text: Path, tmp_path: Path) -> Callable[..., Any]:
+    """evaluated(*options) → the result of `eval perplexity --report` on a copy of an artifact."""
+    copy = shutil.copytree(quantized("int8-plain"), tmp_path / "copy")
+
+    def run(*options: str) -> Any:
+        words = ["eval", "perplexity", str(copy), "--text", str(text), "--seqlen", "32", *options, "--report"]
+        return CliRunner().invoke(app, words)
+
+    return run
+
+
+def test_evaluations_are_kept_side_by_side(evaluated: Callable[..., Any], toy: Make, tmp_path: Path) -> None:
+    folder, baseline = tmp_path / "copy", ["--baseline", str(toy())]
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert evaluated("--windows", "2", *baseline).exit_code == 0
+    assert evaluated("--windows", "3").exit_code == 0
+    # The same once more, and what was known of the baseline stays.
+    assert evaluated("--windows", "2").exit_code == 0
+    report = report_of(folder)
+    first, second = report["evaluations"]
+    assert (first["windows"], second["windows"]) == (2, 3)
+    assert first["text"] == "text.txt"
+    assert first["baseline"]["model"] == toy().name
+    assert "ratio" not in second
+    card, page = (folder / "README.md").read_text(), parsed((folder / "report.html").read_text())
+    rows = [row for row in cells(sections(page)["quality"]) if row[0] == "text.txt"]
+    assert rows[0][1:6] == [
+        f"{first['perplexity']:.3f}", f"{first['ratio']:.4f}", f"{first['kl_divergence']['mean']:.5f}",
+        f"{100 * first['top1_agreement']:.2f} %", f"{first['baseline']['perplexity']:.3f}",
+    ]  # fmt: skip
+    assert rows[1][1:6] == [f"{second['perplexity']:.3f}", "-", "-", "-", "-"]
+    assert all(f"| {' | '.join(row)} |" in card for row in rows)
+    assert documents(report, "copy") == {n: (folder / n).read_bytes() for n in documents(report, "copy")}
+    changed = {p.name for p in folder.iterdir() if p.read_bytes() != before.get(p.name)}
+    assert changed - {SUMS} == {"report.json", "report.html", "README.md"}
+    verify(str(folder))
+    assert add_evaluation(str(folder), first | {"device": "cuda"}) == ["report.json", "report.html", "README.md"]
+    assert [each["device"] for each in report_of(folder)["evaluations"]] == ["cpu", "cpu", "cuda"]
+    # One figure is enough for a glance: of a plain cache if there is one, else it says of which.
+    coded = first | {"kv_cache": "kv-fp8", "perplexity": 1.25}
+    for found, tile in (([coded, second], f"{second['perplexity']:.3f} text.txt"), ([coded], ", cache kv-fp8")):
+        root = parsed(documents(report | {"evaluations": found}, "copy")["report.html"].decode())
+        assert words(next(e for e in root.iter() if e.get("class") == "tiles")).endswith(tile)
+
+
+def test_a_card_that_was_edited_stays(evaluated: Callable[..., Any], tmp_path: Path) -> None:
+    card = tmp_path / "copy" / "README.md"
+    card.write_text("Mine.")
+    for _ in range(2):
+        assert "README.md has been edited, and stays as it is" in evaluated("--windows", "1").stdout
+        assert card.read_text() == "Mine."
+    card.unlink()
+    assert "added to report.json, report.html, README.md of" in evaluated("--windows", "1").stdout
+    assert len(report_of(card.parent)["evaluations"]) == 1
+    verify(str(card.parent))
+
+
+def test_a_report_that_cannot_be_added_to_is_refused_first(toy: Make, text: Path, tmp_path: Path) -> None:
+    for model in (str(toy()), "someone/model", "demo"):
+        result = CliRunner().invoke(app, ["eval", "perplexity", model, "--text", str(text), "--report"])
+        assert result.exit_code == 2
+        assert result.stderr.splitlines() == [
+            f"reading {model}",
+            f"error: --report: {model} is not the directory of an artifact; leave --report out",
+        ]
+
+
+def test_a_damaged_report_is_a_named_error(evaluated: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "copy" / "report.json").write_text('{"targets": []}')
+    result = evaluated("--windows", "1")
+    assert result.exit_code == 1
+    assert "report.json is damaged or of another version" in result.stderr.splitlines()[-1]
+    (tmp_path / "copy" / "report.json").unlink()
+    assert "has no report.json to add to" in evaluated("--windows", "1").stderr

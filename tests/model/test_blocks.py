@@ -1,0 +1,178 @@
+"""A model run block by block gives what its own forward gives, for architectures that nobody wrote a table for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toys import toy_checkpoint, toy_config
+
+from vqcompress.errors import VQCompressError
+from vqcompress.model.stream import BlockStream
+from vqcompress.storage.checkpoint import INDEX, SINGLE, Checkpoint
+
+CPU = torch.device("cpu")
+COMMON: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Architectures beside those of `toys`: name → config class and its fields.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8, "layer_types": None}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": False, "multi_query": True, "alibi": False}),
+    "falcon_alibi": ("FalconConfig", {"alibi": True}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+}
+FAMILIES = ["llama", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3", "gemma", "opt", "gpt_neox", *OTHERS]
+
+
+def save(path: Path, family: str, shard: str = "1GB") -> Path:
+    """A random checkpoint whose norms and biases are not the ones and zeros they start as."""
+    torch.manual_seed(0)
+    if family in OTHERS:
+        name, fields = OTHERS[family]
+        config = getattr(transformers, name.removesuffix("_alibi"))(**{**COMMON, **fields})
+    else:
+        config = toy_config(family, layers=3, hidden=64)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+def streamed(stream: BlockStream, batches: list[Tensor]) -> list[Tensor]:
+    """Logits of every batch, block by block."""
+    states = [stream.begin(batch) for batch in batches]
+    for i in range(len(stream.blocks)):
+        stream.advance(stream.load_block(i), i, states)
+    return [stream.finish(batch, state) for batch, state in zip(batches, states, strict=True)]
+
+
+def batches() -> list[Tensor]:
+    """Two full batches of one shape, and a smaller last one."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 384, (rows, 24), generator=generator) for rows in (2, 2, 1)]
+
+
+@torch.inference_mode()
+def assert_equals_forward(path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = streamed(BlockStream(Checkpoint(path), CPU, torch.float32), batches())
+    for batch, logits in zip(batches(), found, strict=True):
+        expected = model(batch, use_cache=False).logits
+        assert expected.std() > 0.01
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_equals_forward(family: str, tmp_path: Path) -> None:
+    assert_equals_forward(save(tmp_path, family))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_checkpoint_in_several_files_reads_like_one(family: str, tmp_path: Path) -> None:
+    save(tmp_path, family, shard="150kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_equals_forward(tmp_path)
+
+
+def test_a_checkpoint_without_the_prefix_of_its_model_reads_like_one_with_it(tmp_path: Path) -> None:
+    """As GPT-2 and many older checkpoints are stored: `layers.0…` for what the model calls `model.layers.0…`."""
+    save(tmp_path, "llama")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(tmp_path / SINGLE).items()}
+    save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
+    assert_equals_forward(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    tensors = load_file(tmp_path / SINGLE)
+    del tensors[name]
+    save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(VQCompressError, match=name):
+        streamed(BlockStream(Checkpoint(tmp_path), CPU, torch.float32), batches())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    save(tmp_path, "llama", shard="150kB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(VQCompressError, match=gone.name):
+        Checkpoint(tmp_path)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    tensors = load_file(tmp_path / SINGLE)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(128, 65)
+    save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(VQCompressError, match=r"layers.1.mlp.up_proj.weight.*128, 65.*128, 64"):
+        streamed(BlockStream(Checkpoint(tmp_path), CPU, torch.float32), batches())
+
+
+def test_a_file_outside_of_the_directory_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "llama", shard="150kB")
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(VQCompressError, match="outside of its directory"):
+        Checkpoint(tmp_path)
+
+
+def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    tensors = load_file(tmp_path / SINGLE)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(VQCompressError, match=r"model.layers.1 puts out NaN or Inf"):
+        streamed(BlockStream(Checkpoint(tmp_path), CPU, torch.float32), batches())
+
+
+@pytest.fixture
+def blocks_read_the_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama whose blocks are also given each token's embedding, as some architectures do."""
+    forward = transformers.LlamaModel.forward
+
+    def with_embeddings(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        # What it is given beyond its own arguments, the model hands on to every layer.
+        return forward(self, input_ids, token_embeddings=self.embed_tokens(input_ids), **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", with_embeddings)
+
+
+def test_blocks_that_read_the_tokens_are_refused(blocks_read_the_embeddings: None, toy: Callable[..., Path]) -> None:
+    stream = BlockStream(Checkpoint(toy()), CPU, torch.float32)
+    with pytest.raises(VQCompressError, match=r"model.layers.0 .*depends on the tokens"):
+        streamed(stream, batches())
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    from vqcompress.storage.targets import blocks_of
+
+    with pytest.raises(VQCompressError, match="no list of layers"):
+        blocks_of(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_the_same_toy_for_the_same_seed(tmp_path: Path) -> None:
+    first, second = (load_file(toy_checkpoint(tmp_path / n, hidden=64) / SINGLE) for n in "ab")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -1,0 +1,64 @@
+"""Hidden states in a file behave like a list of them, and change no byte of an artifact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import contents
+
+from vqcompress.errors import VQCompressError
+from vqcompress.pipeline.quantize import quantize
+from vqcompress.storage.hidden_states import OnDisk, keep
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_on_disk_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    states = [torch.randn(2, 3, 8).to(dtype), torch.randn(1, 3, 8).to(dtype)]
+    kept = keep(states, tmp_path)
+    assert len(kept) == 2
+    assert all(torch.equal(a, b) for a, b in zip(kept, states, strict=True))
+    earlier = kept[1]
+    kept[1] = states[1] + 1
+    assert torch.equal(earlier, states[1])
+    assert torch.equal(kept[1], states[1] + 1)
+    assert torch.equal(kept[0], states[0])
+    # A file without a name: nothing is left behind, however the process ends.
+    assert not list(tmp_path.iterdir())
+    kept.clear()
+    assert not kept
+    assert keep(states, None) == states
+
+
+def test_what_does_not_fit_its_place_is_refused(tmp_path: Path) -> None:
+    kept = keep([torch.zeros(1, 2, 4)], tmp_path)
+    with pytest.raises(ValueError, match="place 0 holds"):
+        kept[0] = torch.zeros(1, 2, 5)
+    with pytest.raises(IndexError):
+        kept[1]
+
+
+def test_a_full_disk_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(VQCompressError, match=r"No space left on device; a batch needs 32 bytes and .* are free"):
+        OnDisk([torch.zeros(1, 2, 4)], tmp_path)
+
+
+# With a second stream, of the dense model, that what closes a block is tuned by.
+TUNED = "rules: [{match: '*', method: vq, codebook: universal, d: 4, bits: 8}]\ntuning: {block_epochs: 1}\n"
+
+
+@pytest.mark.parametrize("recipe", ["mixed", TUNED], ids=["mixed", "tuned"])
+def test_states_on_disk_make_the_same_artifact(
+    recipe: str, toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path, tmp_path: Path
+) -> None:
+    for states in ("memory", "disk"):
+        out = tmp_path / states
+        quantize(str(toy()), out, recipe_file(recipe), [str(text)], samples=4, seqlen=32, states=states)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")

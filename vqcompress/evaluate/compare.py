@@ -1,0 +1,96 @@
+"""Several models on one text: what each costs in bits and bytes, and what it loses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.evaluate.perplexity import score
+from vqcompress.evaluate.report import named, read_report
+from vqcompress.storage import hub
+from vqcompress.storage.artifact import Artifact, stored_bits
+from vqcompress.storage.checkpoint import Checkpoint, resolve
+
+
+def compare(
+    models: list[str],
+    text: str,
+    seqlen: int | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    baseline: str | None = None,
+    device: str = "auto",
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """What each of several models costs and loses, JSON: bits per weight, bytes, and all that `perplexity` measures.
+
+    baseline: the original, a row of its own; if None see `_original`.
+    Models go from the most bits to the fewest, the original first.
+    """
+    start = time.perf_counter()
+    baseline = baseline if baseline is not None else _original(models)
+    if baseline is not None:
+        models = [model for model in models if resolve(model) != resolve(baseline)]
+    if not models:
+        raise UsageError(f"{baseline} is the original; name models to compare with it")
+    found, protocol = score(models, text, seqlen, stride, limit, baseline, device, watch)
+    nothing = {"ratio": None, "kl_divergence": None, "top1_agreement": None}
+    rows = [
+        {"model": model, **_footprint(model), "perplexity": scores.perplexity}
+        | (scores.against_baseline(baseline) if baseline is not None else nothing)
+        for model, scores in zip(models, found, strict=True)
+    ]
+    rows.sort(key=lambda row: -row["bits_per_weight"])
+    if baseline is not None:
+        same = {"ratio": 1.0, "kl_divergence": dict.fromkeys(("mean", "p99", "max"), 0.0), "top1_agreement": 1.0}
+        rows.insert(0, {"model": baseline, **_footprint(baseline), **rows[0]["baseline"], **same})
+    return {
+        "text": named(text),
+        "protocol": protocol,
+        "baseline": baseline,
+        "seconds": round(time.perf_counter() - start, 3),
+        "models": [{key: value for key, value in row.items() if key != "baseline"} for row in rows],
+    }
+
+
+def _original(models: list[str]) -> str | None:
+    """The one model that is no artifact, if it has as large a vocabulary; else what the reports of all artifacts name.
+
+    None if that is not here.
+    """
+    plain = [model for model in models if not Artifact.is_one(resolve(model))]
+    vocabularies = {Checkpoint(resolve(model)).config.get("vocab_size") for model in models}
+    if len(plain) == len(vocabularies) == 1 < len(models):
+        return plain[0]
+    found = [read_report(path).get("model") for path in map(resolve, models) if Artifact.is_one(path)]
+    model: Any = found[0] if found and found.count(found[0]) == len(found) else None
+    repo = hub.ID.fullmatch(model) if isinstance(model, str) else None
+    try:
+        if repo and model != "demo" and not (Path(model) / "config.json").is_file():
+            # A report may come from anybody: nothing is downloaded because one says so.
+            hub.fetch(repo[1], repo[2], download=False)
+        return model if repo and not Artifact.is_one(resolve(model)) else None
+    except (VQCompressError, OSError):
+        return None
+
+
+def only_caches(models: list[str]) -> list[str]:
+    """Those whose weights are dense and whose cache is coded, which `compare` does not measure."""
+    found = [(model, Artifact(path)) for model in models if Artifact.is_one(path := resolve(model))]
+    return [model for model, artifact in found if artifact.cache and not artifact.entries]
+
+
+def _footprint(model: str) -> dict[str, Any]:
+    """Bits per weight, of those that are compressed if any are, else of all; and the bytes of the files of weights."""
+    path = resolve(model)
+    source = Artifact(path) if Artifact.is_one(path) else Checkpoint(path)
+    entries = source.entries.values() if isinstance(source, Artifact) else ()
+    weights = sum(entry.target.weights for entry in entries)
+    bits, numbers = sum(stored_bits(entries).values()), weights
+    if not weights:
+        bits, numbers = 8 * source.bytes, sum(math.prod(info.shape) for info in source.tensors.values())
+    return {"bits_per_weight": bits / numbers, "bytes": sum(file.stat().st_size for file in source.files)}

@@ -1,0 +1,185 @@
+"""What a run did, as JSON: the content of report.json, and of what is written for people from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import vqcompress
+from vqcompress.errors import VQCompressError
+from vqcompress.methods import Parts
+from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
+from vqcompress.pipeline.plan import Plan
+from vqcompress.storage.artifact import STAGED, Entry
+from vqcompress.storage.checkpoint import Checkpoint, read_json
+from vqcompress.storage.recipe import setting
+from vqcompress.storage.targets import Block, kind
+from vqcompress.storage.writer import Writer
+
+
+def cache_line(settings: dict[str, Any]) -> str:
+    """How keys and values are kept, for people."""
+    kept = f"the newest {settings['window']} and the first {settings['sinks']} tokens as they are"
+    return f"keys and values in {settings['bits']} bits, {settings['codebook']}, {kept}"
+
+
+def calibration_line(rows: dict[str, Any] | None) -> str:
+    """What a recipe was calibrated on, for people."""
+    if rows is None:
+        return "none"
+    # Reports of earlier versions do not name the texts.
+    texts = f" of {', '.join(rows['texts']) or 'the built-in text'}" if "texts" in rows else ""
+    return f"{rows['samples']} rows of {rows['seqlen']} tokens{texts}"
+
+
+class Uses:
+    """How often the entries of codebooks are used by the weights of a block, each codebook in its place.
+
+    Places: the path of shared parts, a target with its own, or the settings whose table ships with the package.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.sums: dict[tuple[str, bool], Tensor] = {}
+
+    def add(self, entry: Entry, parts: Parts, common: Parts) -> None:
+        """Count the codes of a target. parts: its own; common: those that it shares."""
+        own, uses_RK = "codebook" in parts, entry.method.counts(parts | common, entry.target.shape)
+        place = entry.target.name if own else entry.shared or f"{self.block.name}: {setting(entry.method)}"
+        if uses_RK is not None:
+            self.sums[place, own] = self.sums.get((place, own), 0) + uses_RK
+
+    def report(self) -> dict[str, Any]:
+        """JSON by place: entries, the share of uses that the first 1/8, 1/4 and 1/2 take; counts unless a target's."""
+        found = {}
+        for (place, own), uses_RK in self.sums.items():
+            count = uses_RK.shape[1]
+            firsts = [uses_RK[:, : -(-count // part)].sum().item() / uses_RK.sum().item() for part in (8, 4, 2)]
+            every = {} if own else {"counts": uses_RK.tolist()}
+            found[place] = {"entries": count, "hottest": [round(share, 4) for share in firsts], **every}
+        return found
+
+
+def named(place: str) -> str:
+    """A text or a model for a report: of a local file or directory the name, for others do not have its place."""
+    path = Path(os.path.expanduser(place))
+    return path.absolute().name if path.exists() else place
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shrunk(before: float, after: float) -> str:
+    """How a size has changed, for people: 3.03 times smaller."""
+    larger = after > before
+    return f"{max(before, after) / max(min(before, after), 1):.2f} times {'larger' if larger else 'smaller'}"
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The mean of a figure of some targets, each by its number of weights; None if it is not known of all."""
+    counts, values = [row["shape"][0] * row["shape"][1] for row in rows], [row[key] for row in rows]
+    return None if None in values else sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+
+
+def _kept(plan: Plan) -> dict[str, str]:
+    """The weights that the recipe keeps → that it does; names of blocks and experts have a * for their number."""
+    compressed = {target.name for target in plan.targets}
+    every = Counter(kind(target.name) for block in plan.blocks for target in block.targets)
+    some = Counter(kind(t.name) for block in plan.blocks for t in block.targets if t.name not in compressed)
+    return {f"{name}.weight": f"the recipe keeps {count} of {every[name]}" for name, count in some.items()}
+
+
+def run_report(
+    model: str,
+    plan: Plan,
+    source: Checkpoint,
+    writer: Writer,
+    rows: Tensor | None,
+    texts: list[str],
+    seed: int,
+    learned: float | None,
+) -> dict[str, Any]:
+    """The report of a run, JSON; docs/artifact.md lists every key.
+
+    learned: the seconds that codebooks of keys and values took, if any were learned.
+    bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights; None of none.
+    """
+    shards = {name: record for name, record in writer.done.items() if name != STAGED}
+    targets = [row for record in shards.values() for row in record["targets"]]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
+    asked = {target.name: plan.rules[target.name].needs for target in plan.targets}
+    chosen: dict[str, list[int]] = {}
+    for target in plan.targets:
+        chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
+    after = {"(distillation)": writer.done[STAGED]["seconds"]} if STAGED in writer.done else {}
+    after |= {"(codebooks of keys and values)": learned} if learned is not None else {}
+    sources = [record["source"] for record in shards.values()]
+    files = [record["file"] for record in shards.values()] + list(writer.beside)
+    return {
+        "recipe": named(plan.recipe.name),
+        "rotation": plan.recipe.rotation,
+        "model": named(model),
+        "base_model": None if model == "demo" or os.path.exists(os.path.expanduser(model)) else model.partition("@")[0],
+        "revision": source.revision,
+        "seed": seed,
+        "target_bits": plan.target_bits,
+        "bits_per_weight": mean(targets, "bits_per_weight") if targets else None,
+        "weights_quantized": weights,
+        "source_bytes": source.bytes,
+        "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),
+        "seconds": writer.seconds,
+        "seconds_before": writer.before,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
+        "calibration": None
+        if rows is None
+        else {"samples": rows.shape[0], "seqlen": rows.shape[1], "texts": [named(text) for text in texts]},
+        "inputs": writer.inputs | {"weights": hashlib.sha256("".join(sources).encode()).hexdigest()},
+        "versions": {
+            "vqcompress": vqcompress.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "kv_cache": plan.recipe.cache.model_dump(mode="json") if plan.recipe.cache else None,
+        "left_dense": plan.left_dense | _kept(plan),
+        "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
+        "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},
+        "experts": {place: tokens for r in shards.values() for place, tokens in r.get("experts", {}).items()},
+        "uncalibrated": [row["name"] for row in targets if asked[row["name"]] and not row["tokens"] | row["borrowed"]],
+        "blocks": {name: record["seconds"] for name, record in shards.items()} | after,
+        "peaks": {name: record["peaks"] for name, record in shards.items() if "peaks" in record},
+        "targets": targets,
+    }
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report in a directory, empty if there is none; VQCompressError if the file is something else."""
+    file = folder / "report.json"
+    if not file.is_file():
+        return {}
+    report = read_json(file)
+    rows = report.get("targets", []) if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
+        raise VQCompressError(f"{file} is not a report of vqcompress; delete it to go on without it")
+    return dict(report)

@@ -1,0 +1,70 @@
+"""Is an artifact what was written? Checksums, shapes against layouts, ranges of codes, finiteness."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqcompress.errors import VQCompressError
+from vqcompress.model.stream import BlockStream
+from vqcompress.runtime.load import generation_config
+from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
+from vqcompress.storage.checkpoint import check_finite, resolve
+
+
+def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
+    """Codes in range, numbers finite; VQCompressError naming the weight and the part."""
+    own = dict(parts)
+    smoothing = own.pop(SMOOTHING, None)
+    try:
+        if smoothing is not None and not (torch.isfinite(smoothing).all() and (smoothing > 0).all()):
+            raise ValueError(f"{SMOOTHING} is not finite and positive")
+        entry.method.check(own, entry.target.shape)
+    except ValueError as error:
+        raise VQCompressError(f"{entry.target.name}: {error}") from error
+
+
+def check_books(artifact: Artifact) -> None:
+    """Of a cache: for each layer one for keys and one for values, of 256 finite entries for 8 / bits channels."""
+    settings = artifact.cache
+    if not settings or settings["codebook"] != "learned":
+        return
+    books, tail = tensors_of(artifact.path / KV_CACHE), (256, 8 // settings["bits"])
+    wanted = {f"{n}.{kind}" for n in range(len(settings["before"])) for kind in ("keys", "values")}
+    for name in sorted(wanted | books.keys()):
+        book = books.get(name)
+        right = name in wanted and book is not None and book.dim() == 4 and book.shape[2:] == tail
+        if book is None or not right or book.dtype != torch.float16 or not book.isfinite().all():
+            raise VQCompressError(f"{artifact.path / KV_CACHE}: the codebook {name} is missing or damaged")
+
+
+def verify(path: str) -> dict[str, Any]:
+    """Check an artifact whole; returns what was looked at, or raises VQCompressError naming the first thing wrong."""
+    start = time.perf_counter()
+    artifact = Artifact(resolve(path))
+    sealed = artifact.check_files(reports=True)
+    # Looks at the layouts, too.
+    stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
+    generation_config(artifact.path)
+    entries = list(artifact.entries.values())
+    check_books(artifact)
+    check_finite(stream.source.read(stream.rest))
+    # Loading names what is missing of the dense tensors, or has another shape.
+    stream.load_rest()
+    for i, block in enumerate(stream.blocks):
+        tensors = stream.source.read(stream.names.under(block.name))
+        check_finite(tensors)
+        stream.load_block(i, tensors)
+        for entry in entries:
+            if entry.target in block.targets:
+                check_values(entry, {part: tensors[name] for part, name in stream.stored_parts(entry).items()})
+    return {
+        "files": len(artifact.files),
+        "targets": len(entries),
+        "checksums": sealed,
+        "bytes": sum(file.stat().st_size for file in artifact.files),
+        "seconds": round(time.perf_counter() - start, 3),
+    }

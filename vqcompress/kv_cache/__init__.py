@@ -1,0 +1,1 @@
+"""Keys and values in few bits: the cache, its calibration and its kernels."""

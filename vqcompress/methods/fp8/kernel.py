@@ -1,0 +1,242 @@
+"""FP8 matrix products on a GPU in DeepSeek-V3's tiles: the contracts of `ops.fp8_quantize` and `ops.fp8_linear`.
+
+`_quantize` rounds to E4M3 with integers, so its bytes are those of the contract on every device. `_multiply` goes
+through the inputs in slices of 128, the width of a tile: tensor cores add up the products of one slice, starting from
+zero, and what comes out is scaled and added in float32 by the ordinary units. So the few bits that Hopper's tensor
+cores keep of a sum of FP8 products (DeepSeek-V3, arXiv 2412.19437, section 3.3.2) bound the error of 128 terms only.
+The scale of a slice is that of x times that of the weight: one number for a row of a tile, since no tile of y is wider
+than one of the weight.
+
+Few rows and experts are as in `kernels.int8`; the float32 sums of a split are added in a fixed order, so that y is
+always the same. Where tensor cores have no E4M3, x is rounded all the same, but both operands are multiplied as
+float16, which holds every E4M3 number: the products are exact there too.
+Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, E experts, P = ceil(O / 128) and
+J = ceil(I / 128) tiles. Within a kernel T, O and I are also the sides of a program's tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqcompress.methods.int8.kernel import ALIGNED, FINISHED, aligned, largest, most_stages, place, split_for, wide
+from vqcompress.methods.triton import launch
+from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.tiles import rows_of, tiles_of
+
+# The side of a tile, here and in kernels.
+SIDE = 128
+TILE = tl.constexpr(SIDE)
+SCALE_MIN = tl.constexpr(2.0**-126)
+E4M3_MAX = tl.constexpr(448.0)
+# The bits of float32 448, infinity, and the least normal number of E4M3, 2⁻⁶.
+MOST, INFINITY, NORMAL = tl.constexpr(0x43E00000), tl.constexpr(0x7F800000), tl.constexpr(0x3C800000)
+# A float32 of the size 2¹⁴ has the step of the subnormal numbers of E4M3, 2⁻⁹.
+TO_SUBNORMAL = tl.constexpr(16384.0)
+# The difference of the exponents' biases, 127 − 7, in place in float32.
+BIAS = tl.constexpr(120 << 23)
+
+
+@triton.jit
+def _e4m3(ratio):  # type: ignore[no-untyped-def]
+    """The nearest E4M3 byte, ties to even, saturating at ±448; NaN only for NaN."""
+    bits = ratio.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    held = tl.minimum(size, MOST)
+    # Three bits of the mantissa stay. Half of the last one, less if it is even, carries where it has to.
+    normal = (held - BIAS + 0x7FFFF + ((held >> 20) & 1)) >> 20
+    subnormal = (held.to(tl.float32, bitcast=True) + TO_SUBNORMAL).to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(held < NORMAL, subnormal, normal)
+    code = tl.where(size > INFINITY, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _half(code):  # type: ignore[no-untyped-def]
+    """The value of an E4M3 byte, given as int8, as float16; NaN gives 480."""
+    # With the bits in place, and the copy of the sign below it removed, the exponent's bias is 15 instead of 7;
+    # subnormal numbers are right as well.
+    return ((code.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def _quantize(  # type: ignore[no-untyped-def]
+    x_TI, codes_TI, scale_TJ, inputs, tiles_J, TILES: tl.constexpr, POWER_OF_TWO: tl.constexpr
+):
+    """Codes and scales of TILES tiles of a row. codes_TI: of bytes, or of float16 for the values of the codes."""
+    t = tl.program_id(0).to(tl.int64)
+    j_J = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    i_JC = j_J[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    x_JC = tl.load(x_TI + t * inputs + i_JC, mask=i_JC < inputs, other=0.0).to(tl.float32)
+    scale_J = tl.div_rn(largest(x_JC, 1), E4M3_MAX)
+    scale_J = tl.where(scale_J < SCALE_MIN, SCALE_MIN, scale_J)
+    if POWER_OF_TWO:
+        # As `ops.power_of_two_ceil`.
+        scale_J = ((scale_J.to(tl.int32, bitcast=True) + 0x7FFFFF) & INFINITY).to(tl.float32, bitcast=True)
+    tl.store(scale_TJ + t * tiles_J + j_J, scale_J, mask=j_J < tiles_J)
+    code_JC = _e4m3(tl.div_rn(x_JC, scale_J[:, None]))
+    if codes_TI.dtype.element_ty == tl.float16:
+        value_JC = _half(code_JC.to(tl.int8, bitcast=True))
+        value_JC = tl.where((code_JC & 0x7F) == 0x7F, float("nan"), value_JC)
+        tl.store(codes_TI + t * inputs + i_JC, value_JC.to(tl.float16), mask=i_JC < inputs)
+    else:
+        tl.store(codes_TI + t * inputs + i_JC, code_JC, mask=i_JC < inputs)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles_T"])
+def _multiply(  # type: ignore[no-untyped-def]
+    codes_TI,
+    scale_TJ,
+    codes_EOI,
+    scale_EPJ,
+    ends_E,
+    out,
+    tokens,
+    outputs,
+    inputs,
+    experts,
+    tiles_T,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """One tile of y, or of the s-th of SPLIT float32 sums. out: y (T, O) or the sums (SPLIT, T, O).
+
+    codes: both E4M3; or those of x as float16 and those of the weight as int8, which has the same bytes.
+    """
+    tile_T, tile_O = place(tiles_T, tl.cdiv(outputs, BLOCK_O), GROUP)
+    expert, first, last = rows_of(tile_T, ends_E, experts, tokens, BLOCK_T, EXPERTS)
+    if first >= last:
+        return
+    s = tl.program_id(1)
+    tiles_J = tl.cdiv(inputs, TILE)
+    share = tl.cdiv(tiles_J, SPLIT)
+    t_T = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o_O = tile_O * BLOCK_O + tl.arange(0, BLOCK_O)
+    i_I = s * share * TILE + tl.arange(0, TILE)
+    row_O = tl.cast(expert, tl.int64) * outputs + o_O
+    x_TI = codes_TI + t_T[:, None] * inputs + i_I[None, :]
+    w_IO = codes_EOI + row_O[None, :] * inputs + i_I[:, None]
+    scale_T = scale_TJ + t_T * tiles_J
+    scale_J = scale_EPJ + (tl.cast(expert, tl.int64) * tl.cdiv(outputs, TILE) + tile_O * BLOCK_O // TILE) * tiles_J
+    has_T, has_O = t_T < last, o_O < outputs
+    acc_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    for j in range(s * share, tl.minimum((s + 1) * share, tiles_J)):
+        has_I = tl.arange(0, TILE) < inputs - j * TILE
+        x = tl.load(x_TI, mask=has_T[:, None] & has_I[None, :], other=0.0)
+        w = tl.load(w_IO, mask=has_O[None, :] & has_I[:, None], other=0.0)
+        scale = tl.load(scale_T + j, mask=has_T, other=0.0) * tl.load(scale_J + j)
+        if w.dtype == tl.int8:
+            w = _half(w)
+        acc_TO += tl.dot(x, w) * scale[:, None]
+        x_TI += TILE
+        w_IO += TILE
+    out_TO = out + (s.to(tl.int64) * tokens + t_T)[:, None] * outputs + o_O[None, :]
+    tl.store(out_TO, acc_TO.to(out.dtype.element_ty), mask=has_T[:, None] & has_O[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _finish(sums, y_TO, tokens, outputs, BLOCK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A part of a row of y from SPLIT sums (SPLIT, T, O), added in their order."""
+    t = tl.program_id(0).to(tl.int64)
+    o_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc_B = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLIT):
+        acc_B += tl.load(sums + (s * tokens.to(tl.int64) + t) * outputs + o_B, mask=o_B < outputs, other=0.0)
+    tl.store(y_TO + t * outputs + o_B, acc_B.to(y_TO.dtype.element_ty), mask=o_B < outputs)
+
+
+def quantize(x_TI: Tensor, power_of_two: bool = False, half: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes float8_e4m3fn (T, I) and scales float32 (T, J): `ops.fp8_quantize`, exactly.
+
+    half: the values of the codes as float16 instead, for devices whose matrix products do not read E4M3.
+    """
+    tokens, inputs = x_TI.shape
+    tiles = triton.cdiv(inputs, SIDE)
+    codes_TI = x_TI.new_empty((tokens, inputs), dtype=torch.float16 if half else torch.float8_e4m3fn)
+    scale_TJ = x_TI.new_empty((tokens, tiles), dtype=torch.float32)
+    # 8 numbers for a thread: one load of 16 bytes.
+    of_a_program = min(8, triton.next_power_of_2(tiles))
+    arguments = (x_TI.contiguous(), codes_TI if half else codes_TI.view(torch.uint8), scale_TJ, inputs, tiles)
+    constants = {"TILES": of_a_program, "POWER_OF_TWO": power_of_two, "enable_fp_fusion": False}
+    launch.run(_quantize, (tokens, triton.cdiv(tiles, of_a_program)), *arguments, **constants)
+    return codes_TI, scale_TJ
+
+
+def linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
+    """x Wᵀ, (T, O) in the type of x: `ops.fp8_linear`; the same every time. codes_OI: float8_e4m3fn.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
+    """
+    return _product("fp8.linear", x_TI, None, codes_OI, scale_PJ, power_of_two)
+
+
+def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
+    """(S, O) in the type of x: of each expert's rows what `linear` makes of them, up to the order of additions.
+
+    x_SI: rows sorted by expert. ends_E: int32, the row after the last of each expert; the last of them is S, and equal
+    neighbours mean an expert without rows. It is read on the device only. E: about a thousand at most.
+    """
+    return _product("fp8.grouped", x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)
+
+
+def _product(
+    name: str, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, power_of_two: bool
+) -> Tensor:
+    tokens, outputs = len(x_TI), codes.shape[-2]
+    y_TO = x_TI.new_empty((tokens, outputs))
+    if not tokens:
+        return y_TO
+    experts = 0 if ends_E is None else len(ends_E)
+    # An expert has so many rows on average.
+    rows = triton.cdiv(tokens, max(1, experts))
+    x_TI, codes = aligned(x_TI, codes, rows)
+    shape = (outputs, inputs := x_TI.shape[1])
+    of_all = (experts, *shape) if experts else shape
+    settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
+    if experts:
+        settings["SPLIT"] = 1
+    split, tiles_T = settings["SPLIT"], tiles_of(tokens, settings["BLOCK_T"], experts)
+    half = not launch.facts(x_TI.device).has_fp8
+    codes_TI, scale_TJ = quantize(x_TI, power_of_two, half)
+    codes = codes.contiguous().view(torch.int8) if half else codes.contiguous()
+    out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=torch.float32)
+    tensors = (codes_TI, scale_TJ, codes, scale.contiguous(), ends_E, out)
+    grid = (tiles_T * triton.cdiv(outputs, settings["BLOCK_O"]), split)
+    settings["EXPERTS"] = experts and triton.next_power_of_2(experts)
+    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **settings)
+    if split > 1:
+        grid = (tokens, triton.cdiv(outputs, FINISHED))
+        constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
+        launch.run(_finish, grid, out, y_TO, tokens, outputs, **constants)
+    return y_TO
+
+
+def sized(block_T: int, block_O: int, split: int, warps: int, stages: int) -> Settings:
+    """Settings of `_multiply` with such blocks."""
+    blocks = {"BLOCK_T": block_T, "BLOCK_O": block_O, "GROUP": 16, "SPLIT": split}
+    # Scaling and adding are one operation; the contract leaves that open.
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def fitting_stages(facts: Facts, block_T: int, block_O: int) -> int:
+    """`most_stages` of such blocks."""
+    return most_stages(facts, SIDE * (block_T + block_O if facts.has_fp8 else 2 * block_T + block_O))
+
+
+def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
+    """Settings of `_multiply` for x (rows, inputs) times a weight (outputs, inputs), where none were measured."""
+    # Not higher: the sum and that of a slice lie in registers, and while one program scales, another multiplies.
+    block_T = 16 if rows <= 16 else 64
+    tiles_T = triton.cdiv(rows, block_T)
+    block_O = 128 if block_T == 64 and tiles_T * triton.cdiv(outputs, 128) >= facts.processors else 64
+    split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, SIDE)
+    most = 2 if facts.warp == 64 else 3 if block_T == 64 else 5
+    stages = min(most, fitting_stages(facts, block_T, block_O))
+    # Loads of single bytes take the registers of twice as many threads.
+    narrow = inputs % ALIGNED == 0 and (block_T * block_O < 8192 or wide(facts))
+    return sized(block_T, block_O, split, 4 if narrow else 8, stages)

@@ -1,0 +1,294 @@
+"""INT8 matrix products on a GPU: the contracts of `ops.int8_quantize` and `ops.int8_linear`, to the last bit.
+
+Two steps. `_quantize` reads a row of x once, keeps it in registers while its largest magnitude is found, and writes
+codes and the row's scale. `_multiply` is a matrix product of codes by tensor cores, which add up in int32 and are
+therefore exact in any order; so how the work is divided is free:
+
+- Many rows: a program makes one tile of y. Programs that run at the same time make neighbouring tiles, GROUP tiles of
+  rows high, so that what they read is still in the L2 cache when the next one wants it.
+- Few rows: reading the weight is all the time there is, and y has fewer tiles than the device has processors. Each
+  tile's inputs are split over SPLIT programs, and `_finish` adds their int32 sums and scales them.
+- Experts (`grouped`): rows come sorted by expert. How many tiles each has is only known on the device, so as many
+  programs start as there could ever be, and each looks for its expert; those that find none return at once.
+
+A tensor's offset may exceed 2³¹, so offsets of rows are 64 bits wide; nothing else is.
+Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, E experts. Within a kernel T, O and I
+are also the sides of a program's tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vqcompress.methods.triton import launch
+from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.tiles import rows_of, tiles_of
+
+# Columns of a row that a program holds in registers; longer rows are read twice.
+HELD = 16384
+# Outputs of a row that a program of `_finish` writes.
+FINISHED = 512
+# Inputs must be a multiple of this for loads of 16 bytes, since a row of codes begins where the last one ends. If they
+# are not, up to so many rows of x are multiplied by what is loaded byte by byte; for more, codes are copied with zeros.
+ALIGNED, FEW = 16, 16
+INT8_MAX = tl.constexpr(127.0)
+SCALE_MIN = tl.constexpr(2.0**-126)
+# The bits of infinity; those of NaN without its sign are greater.
+INFINITY = tl.constexpr(0x7F800000)
+# 1.5 · 2²³. A float32 of that size has a step of 1, so adding it rounds a small number to an integer, half to even, and
+# leaves it in the lowest bits.
+TO_INTEGER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest magnitude along an axis of float32 numbers; NaN if one is."""
+    # Magnitudes are in the order of their bits with NaN on top, whereas a maximum of floats would drop NaN.
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _code(x, scale):  # type: ignore[no-untyped-def]
+    """round(x / scale) within ±127, int8."""
+    rounded = tl.clamp(tl.div_rn(x, scale), -INT8_MAX, INT8_MAX) + TO_INTEGER
+    return rounded.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _quantize(  # type: ignore[no-untyped-def]
+    x_TI, input_scale, codes_TI, scale_T, inputs, BLOCK: tl.constexpr, STATIC: tl.constexpr, ONCE: tl.constexpr
+):
+    """Codes and the scale of one row. STATIC: with the scale given. ONCE: all of the row is one block."""
+    t = tl.program_id(0).to(tl.int64)
+    x_I, codes_I = x_TI + t * inputs, codes_TI + t * inputs
+    i_B = tl.arange(0, BLOCK)
+    if ONCE:
+        x_B = tl.load(x_I + i_B, mask=i_B < inputs, other=0.0).to(tl.float32)
+        amax = largest(x_B, 0)
+    else:
+        most_B = tl.zeros((BLOCK,), tl.int32)
+        for i in range(0, inputs, BLOCK):
+            x_B = tl.load(x_I + i + i_B, mask=i + i_B < inputs, other=0.0).to(tl.float32)
+            most_B = tl.maximum(most_B, x_B.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        amax = tl.max(most_B, 0).to(tl.float32, bitcast=True)
+    if STATIC:
+        # A row with NaN shows in its scale, since no code can.
+        scale = tl.where(amax == amax, tl.load(input_scale), amax)
+    else:
+        scale = tl.div_rn(amax, INT8_MAX)
+        scale = tl.where(scale < SCALE_MIN, SCALE_MIN, scale)
+    tl.store(scale_T + t, scale)
+    if ONCE:
+        tl.store(codes_I + i_B, _code(x_B, scale), mask=i_B < inputs)
+    else:
+        for i in range(0, inputs, BLOCK):
+            x_B = tl.load(x_I + i + i_B, mask=i + i_B < inputs, other=0.0).to(tl.float32)
+            tl.store(codes_I + i + i_B, _code(x_B, scale), mask=i + i_B < inputs)
+
+
+@triton.jit
+def place(tiles_T, tiles_O, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which tile of rows and which of columns this program makes: down GROUP tiles of rows, then the next column."""
+    of_a_group = GROUP * tiles_O
+    first = tl.program_id(0) // of_a_group * GROUP
+    height = tl.minimum(tiles_T - first, GROUP)
+    inside = tl.program_id(0) % of_a_group
+    return first + inside % height, inside // height
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles_T"])
+def _multiply(  # type: ignore[no-untyped-def]
+    codes_TI,
+    scale_T,
+    codes_EOI,
+    scale_EO,
+    ends_E,
+    out,
+    tokens,
+    outputs,
+    inputs,
+    experts,
+    tiles_T,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """One tile of y, or of the s-th of SPLIT int32 sums. out: y (T, O) or the sums (SPLIT, T, O)."""
+    tile_T, tile_O = place(tiles_T, tl.cdiv(outputs, BLOCK_O), GROUP)
+    expert, first, last = rows_of(tile_T, ends_E, experts, tokens, BLOCK_T, EXPERTS)
+    if first >= last:
+        return
+    s = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(inputs, BLOCK_I), SPLIT) * BLOCK_I
+    t_T, o_O, i_I = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
+    # A tile's rows count from its first ones, so that no thread carries offsets of 64 bits through the loop.
+    row = tl.cast(expert, tl.int64) * outputs + tile_O * BLOCK_O
+    x_TI = codes_TI + first.to(tl.int64) * inputs + s * share + t_T[:, None] * inputs + i_I[None, :]
+    w_IO = codes_EOI + row * inputs + s * share + o_O[None, :] * inputs + i_I[:, None]
+    has_T, has_O = t_T < last - first, o_O < outputs - tile_O * BLOCK_O
+    acc_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.int32)
+    for i in range(s * share, tl.minimum((s + 1) * share, inputs), BLOCK_I):
+        has_I = tl.arange(0, BLOCK_I) < inputs - i
+        x = tl.load(x_TI, mask=has_T[:, None] & has_I[None, :], other=0)
+        w = tl.load(w_IO, mask=has_O[None, :] & has_I[:, None], other=0)
+        acc_TO = tl.dot(x, w, acc_TO, out_dtype=tl.int32)
+        x_TI += BLOCK_I
+        w_IO += BLOCK_I
+    out += (s.to(tl.int64) * tokens + first) * outputs + tile_O * BLOCK_O
+    out_TO = out + t_T[:, None] * outputs + o_O[None, :]
+    has_TO = has_T[:, None] & has_O[None, :]
+    if SPLIT > 1:
+        tl.store(out_TO, acc_TO, mask=has_TO)
+    else:
+        scale_TO = (
+            tl.load(scale_T + first + t_T, mask=has_T)[:, None] * tl.load(scale_EO + row + o_O, mask=has_O)[None, :]
+        )
+        tl.store(out_TO, (acc_TO.to(tl.float32) * scale_TO).to(out.dtype.element_ty), mask=has_TO)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _finish(sums, scale_T, scale_O, y_TO, tokens, outputs, BLOCK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A part of a row of y from SPLIT sums (SPLIT, T, O)."""
+    t = tl.program_id(0).to(tl.int64)
+    o_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    has_B = o_B < outputs
+    acc_B = tl.zeros((BLOCK,), tl.int32)
+    for s in tl.static_range(SPLIT):
+        acc_B += tl.load(sums + (s * tokens.to(tl.int64) + t) * outputs + o_B, mask=has_B, other=0)
+    y_B = acc_B.to(tl.float32) * (tl.load(scale_T + t) * tl.load(scale_O + o_B, mask=has_B, other=0.0))
+    tl.store(y_TO + t * outputs + o_B, y_B.to(y_TO.dtype.element_ty), mask=has_B)
+
+
+def quantize(x_TI: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 (T, I) and scales float32 (T, 1): `ops.int8_quantize`, exactly.
+
+    input_scale: one float32 scale () for all rows instead; it is repeated in the scales, except that a row with NaN
+    gets NaN.
+    """
+    tokens, inputs = x_TI.shape
+    codes_TI = x_TI.new_empty((tokens, inputs), dtype=torch.int8)
+    scale_T1 = x_TI.new_empty((tokens, 1), dtype=torch.float32)
+    block = min(HELD, triton.next_power_of_2(inputs))
+    constants = {"BLOCK": block, "STATIC": input_scale is not None, "ONCE": inputs <= block}
+    # 16 numbers for a thread, and twice as many for the longest rows.
+    options = {"num_warps": max(1, min(16, block // 512)), "enable_fp_fusion": False}
+    arguments = (x_TI.contiguous(), input_scale, codes_TI, scale_T1, inputs)
+    launch.run(_quantize, (tokens,), *arguments, **constants, **options)
+    return codes_TI, scale_T1
+
+
+def linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None = None) -> Tensor:
+    """x Wᵀ, (T, O) in the type of x: `ops.int8_linear`, exactly. codes_OI: int8. input_scale: float32 () or None.
+
+    Source: SmoothQuant, arXiv 2211.10438, section 4.
+    """
+    return _product("int8.linear", x_TI, None, codes_OI, scale_O, input_scale)
+
+
+def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
+    """(S, O) in the type of x: of each expert's rows what `linear` makes of them, exactly.
+
+    x_SI: rows sorted by expert. ends_E: int32, the row after the last of each expert; the last of them is S, and equal
+    neighbours mean an expert without rows. It is read on the device only. E: about a thousand at most.
+    """
+    return _product("int8.grouped", x_SI, ends_E, codes_EOI, scale_EO, None)
+
+
+def _product(
+    name: str, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, input_scale: Tensor | None
+) -> Tensor:
+    tokens, outputs = len(x_TI), codes.shape[-2]
+    y_TO = x_TI.new_empty((tokens, outputs))
+    if not tokens:
+        return y_TO
+    experts = 0 if ends_E is None else len(ends_E)
+    # An expert has so many rows on average.
+    rows = triton.cdiv(tokens, max(1, experts))
+    x_TI, codes = aligned(x_TI, codes, rows)
+    shape = (outputs, inputs := x_TI.shape[1])
+    of_all = (experts, *shape) if experts else shape
+    settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
+    if experts:
+        settings["SPLIT"] = 1
+    split, tiles_T = settings["SPLIT"], tiles_of(tokens, settings["BLOCK_T"], experts)
+    codes_TI, scale_T1 = quantize(x_TI, input_scale)
+    out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=torch.int32)
+    tensors = (codes_TI, scale_T1, codes.contiguous(), scale.contiguous(), ends_E, out)
+    grid = (tiles_T * triton.cdiv(outputs, settings["BLOCK_O"]), split)
+    settings["EXPERTS"] = experts and triton.next_power_of_2(experts)
+    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **settings)
+    if split > 1:
+        grid = (tokens, triton.cdiv(outputs, FINISHED))
+        constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
+        launch.run(_finish, grid, out, scale_T1, scale, y_TO, tokens, outputs, **constants)
+    return y_TO
+
+
+def aligned(x_TI: Tensor, codes: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """x and the codes of a weight; for many rows with inputs of zeros, so that each row is loaded 16 bytes at once.
+
+    Addresses of single bytes for tiles of many rows would not fit the registers; a copy takes two more passes over the
+    weight, too much for few rows.
+    """
+    if rows <= FEW or x_TI.shape[1] % ALIGNED == 0:
+        return x_TI, codes
+    more = (0, -x_TI.shape[1] % ALIGNED)
+    # Zero is the byte 0 in INT8 and in E4M3, which not every torch can pad.
+    return pad(x_TI, more), pad(codes.view(torch.int8), more).view(codes.dtype)
+
+
+def split_for(facts: Facts, tiles: int, rows: int, inputs: int, block_I: int) -> int:
+    """Over how many programs the inputs of each of `tiles` tiles are split, for two programs on each processor.
+
+    As long as each has two blocks, and the sums that are written and read again, 8 bytes a row, are not more than half
+    of the weight's bytes.
+    """
+    blocks = triton.cdiv(inputs, block_I)
+    most = min(triton.cdiv(2 * facts.processors, tiles), inputs // (16 * rows), blocks // 2)
+    # Fewer, if that leaves the longest share as it is: then none is empty.
+    return triton.cdiv(blocks, triton.cdiv(blocks, max(1, most)))
+
+
+def wide(facts: Facts) -> bool:
+    """Whether the accumulators of a product may take half of a thread's registers.
+
+    From Hopper on operands come from shared memory, and AMD's threads have twice the registers.
+    """
+    return not isinstance(facts.arch, int) or facts.arch >= 90
+
+
+def most_stages(facts: Facts, bytes_of_a_block: int) -> int:
+    """Stages of the loop whose blocks of loads fit the shared memory; on AMD one more lies in registers."""
+    return facts.shared // bytes_of_a_block + (facts.warp == 64)
+
+
+def sized(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Settings:
+    """Settings of `_multiply` with such blocks."""
+    blocks = {"BLOCK_T": block_T, "BLOCK_O": block_O, "BLOCK_I": block_I, "GROUP": 8, "SPLIT": split}
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+
+
+def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
+    """Settings of `_multiply` for x (rows, inputs) times a weight (outputs, inputs), where none were measured."""
+    block_T = min(128, max(16, triton.next_power_of_2(rows)))
+    block_O, block_I = (64, 256) if block_T < 64 else (128, 128)
+    tiles_T = triton.cdiv(rows, block_T)
+    if block_T == 128 and facts.arch in (90, "gfx942") and tiles_T * triton.cdiv(outputs, 256) >= facts.processors:
+        # Three quarters of the reads that square tiles take. Not on Blackwell, whose own product of integers is not in
+        # every Triton, and whose older one spills registers then.
+        block_O = 256
+    elif tiles_T * triton.cdiv(outputs, block_O) < facts.processors:
+        block_O = 64
+    if inputs % ALIGNED:
+        # Each byte is a load of its own: half as many at once.
+        block_O = 32
+    split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, block_I)
+    stages = min(4 if facts.warp == 32 else 2, most_stages(facts, (block_T + block_O) * block_I))
+    return sized(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)

@@ -1,0 +1,106 @@
+"""W8A8: INT8 weights per output row times INT8 activations (SmoothQuant, arXiv 2211.10438, without the smoothing).
+
+Smoothing changes the weight and the statistics before `encode`; this method sees only the result.
+Shape legend: T tokens, O output rows, I input columns.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vqcompress.methods import ops
+from vqcompress.methods.base import Layout, Method, Parts, Shape
+from vqcompress.methods.statistics import Statistics
+
+
+class INT8(Method):
+    """ŵ = code · scale with scale = max(row absmax / 127, 2⁻¹²⁶) and code = round(w / scale), so |w − ŵ| ≤ scale / 2.
+
+    Parts: `codes` int8 (O, I) in ±127; `scale` float32 (O,); with `per_tensor` also `input_scale` float32 ().
+    activations: "per_token" scales every row of x by itself at run time (SmoothQuant's O1, table 2); "per_tensor" uses
+    one scale for all of x, max absmax / 127 over the calibration tokens (O3), and clips what lies beyond.
+    """
+
+    name: ClassVar[str] = "int8"
+    activations: Literal["per_token", "per_tensor"] = "per_token"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """`absmax` for a static activation scale."""
+        return frozenset({"absmax"}) if self.activations == "per_tensor" else frozenset()
+
+    def layout(self, shape: Shape) -> Layout:
+        """Codes, scale and, with per_tensor, input_scale."""
+        layout: Layout = {"codes": (torch.int8, shape), "scale": (torch.float32, (shape[0],))}
+        if self.activations == "per_tensor":
+            layout["input_scale"] = (torch.float32, ())
+        return layout
+
+    def encode(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
+    ) -> Parts:
+        """The parts of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration token to go by."""
+        super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
+        codes_OI, scale_O1 = ops.int8_quantize(weight_OI)
+        parts = {"codes": codes_OI, "scale": scale_O1.flatten()}
+        if self.activations == "per_tensor":
+            parts["input_scale"] = self._input_scale(statistics).to(weight_OI.device)
+        return parts
+
+    def _input_scale(self, statistics: Statistics) -> Tensor:
+        if statistics.absmax_I is None or statistics.tokens == 0:
+            raise ValueError(
+                "int8 with activations='per_tensor' needs absmax over at least one calibration token; "
+                "calibrate with more text or use activations='per_token'"
+            )
+        super().check({"statistics.absmax": statistics.absmax_I}, (1, len(statistics.absmax_I)))
+        return (statistics.absmax_I.float().max() / ops.INT8_MAX).clamp_min(ops.SCALE_MIN)
+
+    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+        """Code · scale of its row, float32 (O, I)."""
+        return parts["codes"].float() * parts["scale"][:, None]
+
+    def check(self, parts: Parts, shape: Shape) -> None:
+        """Raise ValueError for a code of −128 and for scales that are not positive and finite."""
+        super().check(parts, shape)
+        if (parts["codes"] == -128).any():
+            raise ValueError("codes holds -128; INT8 codes are in ±127")
+        for name in parts.keys() & {"scale", "input_scale"}:
+            if not (parts[name] > 0).all():
+                raise ValueError(f"{name} holds a value that is not positive")
+
+    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+        """The parts; on a CPU that multiplies floats faster than bytes, with `codes` as float32 made once."""
+        if packed or ops.BYTE_PRODUCTS or parts["codes"].device.type != "cpu":
+            return dict(parts)
+        return {**parts, "codes": parts["codes"].float()}
+
+    def has_kernel(self, shape: Shape) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def ungrouped(self) -> str:
+        """Scales of activations that are stored differ from expert to expert."""
+        return "static scales of activations" if self.activations == "per_tensor" else ""
+
+    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
+        """The kernel, or a CPU's instructions; on a CPU without them a product of the codes as floats."""
+        if device.type != "cpu" or ops.BYTE_PRODUCTS:
+            return "W8A8 product of codes"
+        return f"codes as float32{' at every call' if packed else ''}, then a dense product"
+
+    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """x Wᵀ of `ops.int8_linear`, the activation per token or with the stored scale."""
+        y_TO: Tensor = ops.int8_linear(x_TI, prepared["codes"], prepared["scale"], prepared.get("input_scale"))
+        return y_TO
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+        """`linear` of the rows of every expert; of `ops.int8_grouped` unless scales of activations are stored."""
+        if "input_scale" in prepared:
+            return super().grouped(x_SI, ends_E, prepared, shape)
+        y_SO: Tensor = ops.int8_grouped(x_SI, ends_E, prepared["codes"], prepared["scale"])
+        return y_SO

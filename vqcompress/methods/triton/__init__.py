@@ -1,0 +1,1 @@
+"""How Triton kernels of all methods are launched."""

@@ -1,0 +1,1 @@
+"""A transformers model: run block by block, its folds, experts and compressed layers."""

@@ -1,0 +1,87 @@
+"""Where a model runs and in which type, and how much memory that took."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.storage.checkpoint import stored_dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda` (`auto` takes a GPU if there is one); UsageError if it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {name}: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The type to compute in: float32 on a CPU, the checkpoint's own 16-bit type on a GPU."""
+    return torch.float32 if device.type == "cpu" else stored_dtype(config)
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would also count what the parent held when it forked.
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system: glibc keeps pieces for the threads that had them, and peaks add up."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def forget_peaks() -> None:
+    """Let the peaks of memory start anew, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def available_bytes() -> int:
+    """About how much more memory this process may take: what the machine has free, or its own limit if that is less."""
+    limits = [sys.maxsize]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        limits.append(int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        # "max" where there is no limit.
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if soft != resource.RLIM_INFINITY and statm.exists():
+        limits.append(soft - int(statm.read_text().split()[0]) * resource.getpagesize())
+    return min(limits)
+
+
+def check_fits(needed: int, device: torch.device, what: str, instead: str) -> None:
+    """VQCompressError if so many bytes are more than a device has free. what: takes them. instead: what to do."""
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
+    if needed > free:
+        raise VQCompressError(
+            f"{what} takes the whole model in memory, about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free;"
+            f" {instead}"
+        )
+
+
+def peak_device_bytes() -> int:
+    """The most memory that torch has held on a GPU, 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

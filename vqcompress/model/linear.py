@@ -1,0 +1,202 @@
+"""The modules that stand in for linear layers in a compressed model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vqcompress.errors import Fallback, UsageError, VQCompressError
+from vqcompress.methods import Parts
+from vqcompress.model.device import available_bytes
+from vqcompress.model.experts import unfuse
+from vqcompress.storage.artifact import SMOOTHING, Entry, part_name
+
+# The share of free memory that decoded weights may take on a CPU.
+SPARE = 0.8
+
+
+class _Stored(nn.Module):
+    """A module whose buffers are stored parts: they move between devices but never change their type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stored:
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, part in stored.items():
+            moved = self._buffers[name]
+            # `model.to(torch.bfloat16)` means the arithmetic; a rounded scale would be another weight.
+            if part is not None and moved is not None and moved.dtype != part.dtype:
+                self._buffers[name] = part.to(moved.device)
+        return self
+
+
+class SharedParts(_Stored):
+    """Parts that several targets of a block read, as buffers under the parts' own names."""
+
+    def __init__(self, entry: Entry):
+        super().__init__()
+        for name, (dtype, shape) in entry.method.shared_layout().items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+class CompressedLinear(_Stored):
+    """y = method.linear(x / smoothing) + bias, from the stored parts.
+
+    The parts are buffers `weight_PART`, as they lie on disk, and stay untouched; what the method's `linear` reads is
+    prepared from them at the first call on a device. packed: on a CPU nothing is, and every call decodes.
+    """
+
+    def __init__(self, entry: Entry, bias_dtype: torch.dtype, shared: SharedParts | None, packed: bool = False):
+        super().__init__()
+        self.packed = packed
+        self.entry = entry
+        self.out_features, self.in_features = entry.target.shape
+        for name, (dtype, shape) in entry.layout().items():
+            self.register_buffer(part_name("weight", name), torch.empty(shape, dtype=dtype, device="meta"))
+        empty = torch.empty(self.out_features, dtype=bias_dtype, device="meta")
+        self.bias = nn.Parameter(empty, requires_grad=False) if entry.target.bias else None
+        # Behind a tuple, so that the block's parts are not listed once more under every layer.
+        self._shared = (shared,)
+        self._prepared: Parts | None = None
+        self._prepared_for = bias_dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        # What was prepared is for another device or type.
+        self._prepared = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # What was prepared is of other weights.
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, for code that reads a layer's `weight`."""
+        return self.decoded().to(self._prepared_for)
+
+    def keeps_parts(self, device: torch.device) -> bool:
+        """Whether a product on a device reads the stored parts, not a weight that was decoded once."""
+        return self.packed if device.type == "cpu" else self.entry.method.has_kernel(self.entry.target.shape)
+
+    def view_part(self, name: str, part: Tensor) -> None:
+        """Let a stored part be this tensor, which holds the same."""
+        self._prepared = None
+        if (buffer := part_name("weight", name)) in self._buffers:
+            self._buffers[buffer] = part
+
+    def parts(self) -> Parts:
+        """The stored parts by name, shared ones included."""
+        own = {name: self.get_buffer(part_name("weight", name)) for name in self.entry.layout()}
+        shared = dict(self._shared[0].named_buffers()) if self._shared[0] is not None else {}
+        return own | shared
+
+    def decoded(self) -> Tensor:
+        """The float32 (O, I) weight that this layer stands for, smoothing undone."""
+        return self.entry.decode(self.parts())
+
+    def prepare(self, dtype: torch.dtype) -> Parts:
+        """What `linear` will read for inputs of a type, made once."""
+        if self._prepared is None or self._prepared_for != dtype:
+            # The first call may be inside of `generate`; what is made there could never meet autograd.
+            with torch.inference_mode(False), torch.no_grad():
+                parts = self.parts()
+                smoothing = parts.pop(SMOOTHING, None)
+                prepared = self.entry.method.prepare(parts, self.entry.target.shape, dtype, self.packed)
+                if smoothing is not None:
+                    prepared[SMOOTHING] = smoothing.to(dtype)
+            self._prepared, self._prepared_for = prepared, dtype
+        return self._prepared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, I) → (…, O), in the type of x."""
+        prepared = self.prepare(x.dtype)
+        x_TI = x.reshape(-1, self.in_features)
+        if SMOOTHING in prepared:
+            x_TI = x_TI / prepared[SMOOTHING]
+        y_TO = self.entry.method.linear(x_TI, prepared, self.entry.target.shape)
+        if self.bias is not None:
+            y_TO = y_TO + self.bias
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, {self.entry.method!r}"
+
+
+def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
+    """Take the experts of a model apart if entries name any of their matrices."""
+    if isinstance(root, PreTrainedModel):
+        layers = {name for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+        if any(entry.target.name not in layers for entry in entries):
+            unfuse(root)
+
+
+def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) -> bool:
+    """Whether layers on a CPU decode at every call: `packed`, or `auto` where the decoded weights would not fit."""
+    if cpu_weights not in ("auto", "dense", "packed"):
+        raise UsageError(f"--cpu-weights {cpu_weights}: choose auto, dense or packed")
+    # Some methods decode to float32 whatever is computed in.
+    decoded = sum(entry.target.weights for entry in entries) * max(dtype.itemsize, 4)
+    if cpu_weights == "auto" and decoded > SPARE * available_bytes():
+        warnings.warn(
+            f"{decoded:,} bytes of decoded weights do not fit into memory: every call decodes, which is slow",
+            Fallback,
+            stacklevel=2,
+        )
+        return True
+    return cpu_weights == "packed"
+
+
+def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False) -> None:
+    """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
+
+    root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
+    dtype: of the biases. packed: see CompressedLinear.
+    VQCompressError for an entry that is no linear layer of the model.
+    """
+    entries = list(entries)
+    unfuse_for(root, entries)
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+    for entry in entries:
+        layer = layers.get(entry.target.name.removeprefix(prefix))
+        found = layer and ((layer.out_features, layer.in_features), layer.bias is not None)
+        if found != (entry.target.shape, entry.target.bias):
+            raise VQCompressError(f"{entry.target} is not a linear layer of the model that config.json describes")
+        shared = None
+        if entry.shared is not None:
+            shared = _shared_module(root, entry.shared.removeprefix(prefix), entry)
+        parent, _, name = entry.target.name.removeprefix(prefix).rpartition(".")
+        setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared, packed))
+
+
+def decode_layers(model: nn.Module, weight: Callable[[CompressedLinear], Tensor] = lambda layer: layer.weight) -> None:
+    """Put plain layers of the decoded weights in the place of compressed ones: for gradients, which codes and rounded
+    activations have none of. weight: what such a layer gets."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight(layer), requires_grad=False)
+            plain.register_parameter("bias", layer.bias)
+            model.set_submodule(path, plain)
+
+
+def _shared_module(root: nn.Module, path: str, entry: Entry) -> SharedParts:
+    """The SharedParts at `BLOCK.shared_parts.K`, made if the block has none yet."""
+    holder_path, _, key = path.rpartition(".")
+    block_path, _, holder_name = holder_path.rpartition(".")
+    block = root.get_submodule(block_path)
+    if holder_name not in block._modules:
+        block.add_module(holder_name, nn.ModuleDict())
+    holder = block.get_submodule(holder_name)
+    assert isinstance(holder, nn.ModuleDict)
+    if key not in holder:
+        holder[key] = SharedParts(entry)
+    shared = holder[key]
+    assert isinstance(shared, SharedParts)
+    return shared

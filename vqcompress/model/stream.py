@@ -1,0 +1,277 @@
+"""A model run block by block, with one block in memory at a time.
+
+The calls to the blocks are learned by running the model's own `forward` once with every block replaced by a recorder,
+so no architecture needs a table. Shape legend: B rows, L tokens of a row, H hidden channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqcompress.errors import VQCompressError
+from vqcompress.methods.base import is_finite
+from vqcompress.model.expert_layout import Layout, TakenApart, take_apart
+from vqcompress.model.experts import Experts, unfuse
+from vqcompress.model.linear import swap, unfuse_for
+from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
+from vqcompress.storage.artifact import Artifact, Entry, part_name
+from vqcompress.storage.checkpoint import Checkpoint
+from vqcompress.storage.distributed import ALONE, Team
+from vqcompress.storage.hidden_states import States
+from vqcompress.storage.targets import blocks_of, find_blocks
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+BATCH_TOKENS = 4096
+
+
+class _Reached(Exception):
+    """The forward pass has come to the end of the blocks; what follows is not wanted."""
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: notes how it is called, and answers with its input or with `reply`."""
+
+    def __init__(self, block: nn.Module, last: bool):
+        super().__init__()
+        # Not as a submodule: the model's state then names no tensor of a block that is not in memory.
+        self.__dict__.update(block=block, last=last, seen=None, call=None, reply=None, tuples=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Record the call; the last block's recorder ends the pass unless it has a reply."""
+        state = self.__dict__
+        answer = state["reply"]
+        if answer is None:
+            answer, rest, kwargs = _split(args, kwargs)
+            state["seen"], state["call"] = answer, (rest, kwargs)
+            if state["last"]:
+                raise _Reached
+        return (answer,) if state["tuples"] else answer
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _plain(value: Any) -> Any:
+    """The same in float32, with tensors that autograd may save, which those made in inference mode are not."""
+    if isinstance(value, Tensor):
+        return value.float().clone() if value.is_floating_point() else value.clone()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+
+
+class BlockStream:
+    """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
+
+    blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
+    model's. fused_because: why the experts of a mixture are no targets, or nothing. team: the processes that share the
+    rows. scratch: where hidden states are kept, if not in memory. Tensors are read when needed.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        team: Team = ALONE,
+        scratch: Path | None = None,
+    ):
+        self.source, self.team, self.scratch = source, team, scratch
+        self.device, self.dtype = device, dtype
+        config = load_config(self.source.path)
+        if self.source.config.get("tie_word_embeddings") is False:
+            # A rotated checkpoint has embeddings and head of its own, whatever the file says.
+            config.tie_word_embeddings = False
+        self.config = config
+        self.model = skeleton(config, dtype)
+        self.fused_because = ""
+        if isinstance(source, Artifact):
+            unfuse_for(self.model, source.entries.values())
+        else:
+            names = Names(self.model, source.tensors)
+            self.fused_because = unfuse(self.model, Counter(names.parameter.values()) or None)
+            fused = [(names.spelled(path), layout) for path, layout in self._fused_layouts()]
+            if any(f"{prefix}.{name}" in source.tensors for prefix, layout in fused for name in layout.parameters):
+                self.source = TakenApart(source, fused)
+        self.blocks = blocks_of(self.model)
+        if isinstance(source, Artifact):
+            swap(self.model, "", source.entries.values(), dtype)
+        self.names = Names(self.model, self.source.tensors)
+        check_parts(self.model, self.names, self.source.tensors)
+        # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
+        self.mixtures = {path: (self.names.spelled(path), layout) for path, layout in self._fused_layouts()}
+        _, self._layers = find_blocks(self.model)
+        self.skeletons = list(self._layers)
+        self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
+        for i, recorder in enumerate(self._recorders):
+            self._layers[i] = recorder
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._rest_loaded = False
+
+    def _fused_layouts(self) -> list[tuple[str, Layout]]:
+        mixtures = [(path, m.layout) for path, m in self.model.named_modules() if isinstance(m, Experts)]
+        return [(path, layout) for path, layout in mixtures if layout.fused]
+
+    def as_stored(self, tensors: dict[str, Tensor], compressed: Iterable[str] = ()) -> dict[str, Tensor]:
+        """Tensors with experts fused where a plain checkpoint has them so, unless any of those names is an expert's."""
+        if {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys():
+            return tensors
+        found = dict(tensors)
+        for prefix, layout in self.mixtures.values():
+            below = {n.removeprefix(f"{prefix}."): found.pop(n) for n in tensors if n.startswith(f"{prefix}.")}
+            if below:
+                found |= {f"{prefix}.{name}": layout.join(name, below) for name in layout.parameters}
+        return found
+
+    @property
+    def rest(self) -> list[str]:
+        """The checkpoint names of what lies outside of the blocks."""
+        inside = {name for block in self.blocks for name in self.names.under(block.name)}
+        return [name for name in self.source.tensors if name not in inside]
+
+    def layout(self, target: str) -> Layout | None:
+        """Of the mixture that a target is in, if its experts are fused on disk."""
+        return self.mixtures.get(target.rsplit(".", 2)[0], ("", None))[1]
+
+    def stored_parts(self, entry: Entry) -> dict[str, str]:
+        """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
+        wanted = {part: part_name(f"{entry.target.name}.weight", part) for part in entry.layout()}
+        if entry.shared is not None:
+            wanted |= {part: f"{entry.shared}.{part}" for part in entry.method.shared_layout()}
+        for part, name in wanted.items():
+            if name not in self.names.tensor:
+                raise VQCompressError(f"{self.source.path} has no tensor {name}")
+            wanted[part] = self.names.tensor[name]
+        return wanted
+
+    def load_rest(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Load embeddings, final norm and head; begin and finish need them. tensors: instead of reading the source."""
+        if not self._rest_loaded:
+            assign(self.model, self.source.read(self.rest) if tensors is None else tensors, self.dtype)
+            self.model.tie_weights()
+            finish_loading(self.model, self.model, "", self.device)
+            self._rest_loaded = True
+
+    def load_block(self, i: int, tensors: dict[str, Tensor] | None = None, entries: Iterable[Entry] = ()) -> nn.Module:
+        """Block i, filled, on the device. Its memory is freed when the caller lets go of it.
+
+        tensors: what to fill it with, by checkpoint name, instead of reading the source. entries: of targets that
+        those tensors hold compressed.
+        """
+        block = copy.deepcopy(self.skeletons[i])
+        swap(block, self.blocks[i].name + ".", entries, self.dtype)
+        if tensors is None:
+            tensors = self.source.read(self.names.under(self.blocks[i].name))
+        tensors = take_apart(tensors, self.mixtures.values())
+        self._layers[i] = block
+        try:
+            assign(self.model, tensors, self.dtype)
+        finally:
+            self._layers[i] = self._recorders[i]
+        finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
+        return block
+
+    def check_block(self, i: int) -> None:
+        """VQCompressError naming a parameter of block i that is missing on disk, or has another shape there.
+
+        Reads headers only. What several tensors are merged into is not looked at.
+        """
+        merged = set(self.names.parameter.values()) - self.names.tensor.keys()
+        for path, parameter in self.skeletons[i].named_parameters():
+            name = f"{self.blocks[i].name}.{path}"
+            if name in merged:
+                continue
+            if name not in self.names.tensor:
+                raise VQCompressError(f"the checkpoint has no tensor for {name}")
+            stored, asked = self.source.tensors[self.names.tensor[name]].shape, tuple(parameter.shape)
+            if stored != asked:
+                raise VQCompressError(f"{name} has the shape {stored} on disk, the config asks for {asked}")
+
+    @torch.inference_mode()
+    def begin(self, ids_BL: Tensor) -> Tensor:
+        """The hidden states (B, L, H) that enter the first block; also learns how blocks are called at this shape."""
+        self.load_rest()
+        with contextlib.suppress(_Reached):
+            self.model(ids_BL.to(self.device), use_cache=False)
+        first, *others = [recorder.__dict__ for recorder in self._recorders]
+        if others and not first["tuples"] and others[0]["seen"].shape != first["seen"].shape:
+            # The model took the first item of what the first block gave, so its blocks return tuples.
+            for state in (first, *others):
+                state["tuples"] = True
+            return self.begin(ids_BL)
+        calls = [recorder.__dict__["call"] for recorder in self._recorders]
+        shape = (ids_BL.shape[0], ids_BL.shape[1])
+        if shape in self._calls:
+            self._compare(self._calls[shape], calls)
+        self._calls[shape] = calls
+        return self._recorders[0].__dict__["seen"]
+
+    def _compare(self, earlier: list[Call], calls: list[Call]) -> None:
+        for block, a, b in zip(self.blocks, earlier, calls, strict=True):
+            for x, y in zip(_tensors(a), _tensors(b), strict=False):
+                if x.shape != y.shape or not torch.equal(x, y):
+                    raise VQCompressError(
+                        f"{block.name} is called with a tensor that depends on the tokens (beside the hidden states);"
+                        f" {type(self.model).__name__} cannot be run block by block"
+                    )
+
+    @torch.inference_mode()
+    def run(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
+        """The output (B, L, H) of a block loaded for place i; `begin` must have seen rows of this shape."""
+        args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
+        return _first(block(hidden_BLH, *args, **kwargs))
+
+    def call(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
+        """The same of a block in float32, for gradients."""
+        args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
+        return _first(block(_plain(hidden_BLH), *_plain(args), **_plain(kwargs)))
+
+    def advance(self, block: nn.Module, i: int, states: States) -> None:
+        """Replace each batch of hidden states by the block's output, in place."""
+        for k in range(len(states)):
+            out = self.run(block, i, states[k])
+            if not is_finite(out):
+                raise VQCompressError(f"{self.blocks[i].name} puts out NaN or Inf")
+            states[k] = out
+
+    @torch.inference_mode()
+    def finish(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
+        """The logits (B, L, V) that follow from the last block's output."""
+        self._recorders[-1].__dict__["reply"] = hidden_BLH
+        try:
+            return self.model(ids_BL.to(self.device), use_cache=False).logits
+        finally:
+            self._recorders[-1].__dict__["reply"] = None
+
+    def batches(self, rows_NL: Tensor) -> list[Tensor]:
+        """Rows cut into batches of about 4,096 tokens; the same whatever the machine, since sums depend on it."""
+        return list(rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1])))

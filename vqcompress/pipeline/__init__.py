@@ -1,0 +1,1 @@
+"""One run of `quantize`, from a checkpoint to an artifact."""

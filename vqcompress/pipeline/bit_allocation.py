@@ -1,0 +1,199 @@
+"""Mixed precision: which setting each target gets, so that a budget of bits does the least measured damage.
+
+Damage is what a stored weight does to the output of its block: with that one replaced in the dense block, the mean over
+tokens of |Δ output|² / |output|². It sees what attention and gates make of an error, and how large the residual stream
+is that the error meets, so it adds up across targets; tr((W−Ŵ)H(W−Ŵ)ᵀ) / tr(WHWᵀ) does neither. Shape legend: N rows,
+B of them in a batch, L tokens of a row, H hidden channels, T targets, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vqcompress.errors import UsageError
+from vqcompress.methods import layout_bits
+from vqcompress.model.stream import BlockStream
+from vqcompress.pipeline.block import Rewrites, encode, first_states, probe_of, study
+from vqcompress.pipeline.estimate import Site, summary
+from vqcompress.pipeline.plan import Plan, make_plan
+from vqcompress.pipeline.statistics import gather
+from vqcompress.storage import recipe as recipes
+from vqcompress.storage.artifact import stored_bits
+from vqcompress.storage.distributed import SharedWriter
+from vqcompress.storage.hidden_states import States
+from vqcompress.storage.recipe import Recipe
+from vqcompress.storage.recipe_files import check_choice
+
+Watch = Callable[[str, dict[str, Any]], None]
+CANDIDATES = "mixed"
+MEASURED_TOKENS = 2048
+
+
+def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | None = None) -> Recipe:
+    """The recipe of a name, or without one that of a budget; UsageError if recipe and budget do not fit together.
+
+    kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
+    """
+    check_choice(name, target_bits, kv_cache)
+    knobs = recipes.cache_knobs(kv_cache) if kv_cache else None
+    recipe = recipes.load(name or CANDIDATES)
+    if knobs and recipe.cache not in (None, knobs):
+        raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")
+    recipe = replace(recipe, cache=knobs or recipe.cache)
+    if target_bits is None:
+        if recipe.candidates:
+            raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")
+        return recipe
+    if not recipe.candidates:
+        hint = f"take a recipe with a list 'candidates', such as {CANDIDATES}, or leave --target-bits out"
+        raise UsageError(f"recipe {recipe.name} has rules, so there is nothing to choose: {hint}")
+    return recipe
+
+
+def make_plans(stream: BlockStream, recipe: Recipe, target_bits: float | None) -> list[Plan]:
+    """The plan of a recipe; with a budget, for each candidate the plan that gives it to every target.
+
+    UsageError if nothing is within the budget.
+    """
+    if target_bits is None:
+        return [make_plan(stream, recipe)]
+    plans = [make_plan(stream, replace(recipe, rules=(rule,))) for rule in recipe.candidates]
+    least = _bits(plans).min(1).sum() / plans[0].weights
+    if target_bits < least:
+        raise UsageError(f"--target-bits {target_bits:g} is too little: recipe {recipe.name} needs {least:.3f} here")
+    return [replace(plan, target_bits=float(target_bits)) for plan in plans]
+
+
+def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, site: Site) -> dict[str, Any]:
+    """`costs.summary`; with a budget that of the dearest candidate and the bits of all: choosing takes measurements."""
+    each = [summary(plan, stream, rows, seqlen, site) for plan in plans]
+    facts, budget = max(each, key=lambda s: s["bits_per_weight"]), plans[0].target_bits
+    if budget is None:
+        return facts
+    bits = {recipes.setting(p.methods[0]): s["bits_per_weight"] for p, s in zip(plans, each, strict=True)}
+    spent = min(budget, facts["bits_per_weight"])
+    return {
+        **facts,
+        "target_bits": budget,
+        "candidates": bits,
+        "bits_per_weight": spent,
+        "artifact_bytes": facts["artifact_bytes"] - int((facts["bits_per_weight"] - spent) * plans[0].weights / 8),
+        "seconds": facts["seconds"] + sum(s["seconds"] for s in each),
+        **{
+            key: {k: v + sum(s[key][k] for s in each) for k, v in facts[key].items()} for key in ("flops", "seconds_by")
+        },
+        "disk_read_bytes": facts["disk_read_bytes"] + facts["source_bytes"],
+        "targets": [row | {"method": None, "bits_per_weight": None} for row in facts["targets"]],
+    }
+
+
+def allocate(
+    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
+) -> Plan:
+    """The plan of the least summed damage whose stored bits are within the budget, as a recipe with a rule per target.
+
+    plans: of `make_plans`. What the writer knows as measured is not measured again.
+    """
+    recipe, targets, target_bits = plans[0].recipe, plans[0].targets, plans[0].target_bits
+    assert target_bits is not None
+    if any(block.name not in writer.measured for block in plans[0].blocks):
+        _measure(stream, plans, rows_NL, writer, seed, watch)
+    damage = {name: row for block in writer.measured.values() for name, row in block.items()}
+    budget = target_bits * plans[0].weights
+    picks = choose(_bits(plans), np.array([damage[target.name] for target in targets]), budget)
+    rules = tuple(replace(recipe.candidates[k], match=t.name) for t, k in zip(targets, picks, strict=True))
+    words = f"{recipe.name} at --target-bits {target_bits:g}: what was chosen for each weight"
+    plan = make_plan(stream, replace(recipe, description=words, rules=rules, candidates=()))
+    assert sum(stored_bits(plan.entries).values()) <= budget
+    return replace(plan, target_bits=target_bits)
+
+
+def choose(bits_TK: np.ndarray, error_TK: np.ndarray, budget: float) -> list[int]:
+    """For every target the number of a candidate, so that the sum of errors is small and the bits are within budget.
+
+    Lagrangian relaxation of the multiple-choice knapsack (Sinha and Zoltners 1979): from the cheapest, steps along the
+    convex hull of each target's errors over bits, the steepest first, ties in the order of targets. From every stop
+    one exchange uses what is left. Stops and exchanges do not depend on the budget, so a larger one is never worse.
+    """
+    all_T = np.arange(len(bits_TK))
+    picks_T = np.lexsort((error_TK, bits_TK))[:, 0]
+    steps = [(-np.inf, 0, 0.0, picks_T[0])]
+    for t, (bits_K, error_K) in enumerate(zip(bits_TK, error_TK, strict=True)):
+        at = picks_T[t]
+        while better := [
+            ((error_K[k] - error_K[at]) / (bits_K[k] - bits_K[at]), t, bits_K[k], k)
+            for k in np.flatnonzero((bits_K > bits_K[at]) & (error_K < error_K[at]))
+        ]:
+            steps.append(min(better))
+            at = steps[-1][-1]
+    least, found_T = np.inf, picks_T
+    for _, t, _, k in sorted(steps):
+        picks_T[t] = k
+        more_TK = bits_TK - bits_TK[all_T, picks_T][:, None]
+        left = budget - bits_TK[all_T, picks_T].sum()
+        if left < 0:
+            break
+        gain_TK = np.where(more_TK <= left, error_TK - error_TK[all_T, picks_T][:, None], np.inf)
+        exchanged, to = np.unravel_index(gain_TK.argmin(), gain_TK.shape)
+        if (total := error_TK[all_T, picks_T].sum() + gain_TK[exchanged, to]) < least:
+            least, found_T = total, picks_T.copy()
+            found_T[exchanged] = to
+    return [int(k) for k in found_T]
+
+
+def _bits(plans: list[Plan]) -> np.ndarray:
+    """Bits (T, K), as if each target paid alone for what it may share: who else will choose the same is not known."""
+    each = [[layout_bits(e.layout()) + layout_bits(e.method.shared_layout()) for e in plan.entries] for plan in plans]
+    return np.array(each, dtype=np.float64).T
+
+
+def _measure(
+    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
+) -> None:
+    """Note the damage of every candidate to every target, block by block, in one pass of the dense model."""
+    few = max(1, MEASURED_TOKENS // rows_NL.shape[1])
+    # So that it is also known how blocks are called with these rows alone.
+    stream.begin(rows_NL[:few])
+    states = first_states(stream, rows_NL)
+    for i, block in enumerate(plans[0].blocks):
+        watch("measure", {"index": i, "count": len(plans[0].blocks), "name": block.name})
+        if block.name in writer.measured:
+            module = stream.load_block(i)
+        else:
+            module, damage = _measure_block(stream, plans, i, states, probe_of(stream, states, few, None), seed)
+            writer.note(block.name, damage)
+        stream.advance(module, i, states)
+        # Gone before the next one comes.
+        del module
+
+
+def _measure_block(
+    stream: BlockStream, plans: list[Plan], index: int, states: States, probe_BLH: Tensor, seed: int
+) -> tuple[nn.Module, dict[str, list[float]]]:
+    """The dense block, and for each target the damage of every candidate."""
+    block = plans[0].blocks[index]
+    tensors, module, inputs, statistics = study(stream, plans[0], index, states, seed)
+    gathered = {plans[0].methods[0].needs: statistics}
+    clean_BLH = stream.run(module, index, probe_BLH).float()
+    damage: dict[str, list[float]] = {target.name: [] for target in plans[0].compressed(block)}
+    for plan in plans:
+        needs, encoded = plan.methods[0].needs, dict(tensors)
+        if needs not in gathered:
+            gathered[needs] = gather(stream, plan, index, module, states, inputs, seed)
+        encode(stream, plan, block, encoded, gathered[needs], Rewrites(), seed)
+        stored = stream.load_block(index, encoded, [e for e in plan.entries if e.target.name in damage])
+        for target in plan.compressed(block):
+            path = block.local(target)
+            original = module.get_submodule(path)
+            module.set_submodule(path, stored.get_submodule(path))
+            changed_BLH = stream.run(module, index, probe_BLH).float() - clean_BLH
+            module.set_submodule(path, original)
+            share_BL = changed_BLH.square().sum(-1) / clean_BLH.square().sum(-1).clamp(min=1e-30)
+            damage[target.name].append(share_BL.mean(dtype=torch.float64).item())
+    return module, damage

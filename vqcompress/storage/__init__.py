@@ -1,0 +1,1 @@
+"""Files: checkpoints, artifacts, recipes, texts, and the processes that share them."""

@@ -1,0 +1,272 @@
+"""The compressed artifact: a directory in Hugging Face layout, written so that a kill at any moment loses nothing.
+
+    config.json                        the model's own, with a `quantization_config` that names every compressed weight
+    model-00001-of-0000N.safetensors   what lies outside of the blocks, then one shard per block
+    model.safetensors.index.json       tensor → shard
+    SHA256SUMS                         of every other file (`sha256sum -c` reads it)
+    report.json, .html, README.md      what was done, and how to load it
+    kv_cache.safetensors               codebooks of keys and values, if they were calibrated
+    recipe.yaml                        if the settings were chosen for a budget of bits: the choice, as a recipe
+    journal.json                       only while a run is unfinished: its inputs, what was measured to choose
+                                       settings by, and the blocks that are on disk
+
+A compressed weight `X.weight` is stored as `X.weight_PART`; parts that the targets of a block share lie under
+`BLOCK.shared_parts.K.PART`. `config.json` is written last: a directory without it is no artifact.
+The first compressed weight also has a marker under its own name, text in a shape that no weight has: transformers,
+if it was not told of the format, would skip what it does not know and load a model with random weights. A wrong shape
+stops it, and a tensor whose name says what to do stands in the report that it prints. An artifact of dense weights,
+whose recipe codes only the cache, has neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from vqcompress import methods
+from vqcompress.errors import VQCompressError, first_line
+from vqcompress.methods import Layout, Method, Parts, layout_bits
+from vqcompress.storage.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
+from vqcompress.storage.recipe import CacheKnobs
+from vqcompress.storage.targets import Target
+
+QUANT_METHOD = "vqcompress"
+FORMAT_VERSION = 1
+JOURNAL = "journal.json"
+SUMS = "SHA256SUMS"
+RECIPE = "recipe.yaml"
+# What a run says of itself, to people and machines; whoever rewrites one calls `writer.refresh_sums`.
+REPORTS = ("report.json", "report.html", "README.md")
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
+SMOOTHING = "smoothing"
+STAGED = "(staged)"
+KV_CACHE = "kv_cache.safetensors"
+# Files of tensors, whole or half; the last is what safetensors writes before it gives a file its name.
+OURS = re.compile(r"(model-\d{5}-of-\d{5}|kv_cache)\.safetensors(\.partial)?|\.tmp\w{6}")
+# What a loader of models or tokenizers may read beside `COMPANIONS`; other files of a user are no concern of ours.
+READ = re.compile(r"[^.].*\.(safetensors|json|py|jinja|model)|additional_chat_templates")
+HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
+# Stands in the list of unexpected tensors that transformers then prints.
+HINT = "import_vqcompress_before_loading_this_model"
+MARKER = torch.tensor(list(f"vqcompress: {HOW_TO_LOAD}".encode()), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one target is stored. smoothed: the input is divided by a stored vector at run time.
+
+    shared: the path under which the parts lie that it shares with other targets of its block, or None.
+    """
+
+    target: Target
+    method: Method
+    smoothed: bool = False
+    shared: str | None = None
+
+    def layout(self) -> Layout:
+        """Type and shape of the parts that are the target's own, the smoothing vector included."""
+        layout = dict(self.method.layout(self.target.shape))
+        if self.smoothed:
+            layout[SMOOTHING] = (torch.float32, (self.target.shape[1],))
+        return layout
+
+    def decode(self, parts: Parts) -> Tensor:
+        """The float32 (O, I) weight that the parts stand for, smoothing undone. `parts` includes the shared ones."""
+        own = dict(parts)
+        smoothing = own.pop(SMOOTHING, None)
+        weight = self.method.decode(own, self.target.shape)
+        return weight if smoothing is None else weight / smoothing
+
+
+def part_name(weight_name: str, part: str) -> str:
+    """The stored name of a part of the weight with that name in the checkpoint."""
+    return f"{weight_name}_{part}"
+
+
+def quantization_config(entries: list[Entry], version: str) -> dict[str, Any]:
+    """The JSON that tells a loader, without the recipe, how every target is stored."""
+    described = [entry.method.describe() for entry in entries]
+    distinct = [d for i, d in enumerate(described) if d not in described[:i]]
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "vqcompress_version": version,
+        "how_to_load": HOW_TO_LOAD,
+        "methods": distinct,
+        "targets": {
+            entry.target.name: {
+                "method": distinct.index(entry.method.describe()),
+                "shape": list(entry.target.shape),
+                "bias": entry.target.bias,
+                "smoothed": entry.smoothed,
+                "shared": entry.shared,
+            }
+            for entry in entries
+        },
+    }
+
+
+def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
+    """The entries of a `quantization_config`; VQCompressError naming what is wrong."""
+    if config.get("quant_method") != QUANT_METHOD:
+        raise VQCompressError(f"{where} is no vqcompress artifact (quant_method: {config.get('quant_method')!r})")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise VQCompressError(
+            f"{where} has format version {config.get('format_version')!r}; this vqcompress reads {FORMAT_VERSION}"
+        )
+    try:
+        settings = [methods.from_description(d) for d in config["methods"]]
+        entries = [_entry(name, stored, settings) for name, stored in config["targets"].items()]
+        if not entries and not config.get("kv_cache"):
+            raise ValueError("it names no target")
+        sharing: dict[str, Method] = {}
+        for entry in entries:
+            # Codes of one method would be looked up in the codebook of another.
+            if entry.shared and sharing.setdefault(entry.shared, entry.method) != entry.method:
+                raise ValueError(f"{entry.target.name}: another method shares the parts at {entry.shared!r}")
+        return entries
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise VQCompressError(f"the quantization_config of {where} is damaged: {first_line(error)}") from error
+
+
+def _entry(name: str, stored: dict[str, Any], settings: list[Method]) -> Entry:
+    """The entry of a target; KeyError, TypeError or ValueError if its JSON is not what `quantization_config` writes."""
+    number, shared = stored["method"], stored["shared"]
+    if type(number) is not int or not 0 <= number < len(settings):
+        raise ValueError(f"{name}: method {number!r} is not one of the {len(settings)}")
+    if (shared is None) == bool(settings[number].shared_layout()):
+        raise ValueError(f"{name}: shared is {shared!r}, which {settings[number].name} does not store")
+    if shared is not None:
+        block = re.fullmatch(r"(.+)\.shared_parts\.\d+", shared)
+        if not block or not name.startswith(block[1] + "."):
+            raise ValueError(f"{name}: shared parts at {shared!r} do not belong to its block")
+    if not all(type(stored[key]) is bool for key in ("bias", "smoothed")):
+        raise ValueError(f"{name}: bias and smoothed are not true or false")
+    return Entry(Target(name, _shape(stored["shape"]), stored["bias"]), settings[number], stored["smoothed"], shared)
+
+
+def _shape(value: object) -> tuple[int, int]:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**31 for n in value)):
+        raise ValueError(f"shape {value!r} is not two positive numbers")
+    return value[0], value[1]
+
+
+def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """How an artifact keeps keys and values, by its config.json: knobs and `before`; VQCompressError if damaged."""
+    outer = config.get("quantization_config")
+    stored = outer.get("kv_cache") if isinstance(outer, dict) else None
+    if stored is None:
+        return None
+    try:
+        before = stored.get("before")
+        knobs = CacheKnobs(**{key: value for key, value in stored.items() if key != "before"})
+        # Of learned codebooks only, which mean nothing without it.
+        layers = before if isinstance(before, list) and knobs.codebook == "learned" else [before]
+        if not all(type(layer) is (bool if knobs.codebook == "learned" else type(None)) for layer in layers):
+            raise ValueError(f"before is {str(before)[:40]}")
+    except (TypeError, AttributeError, ValueError) as error:
+        why = methods.explain("cache", stored, error) if isinstance(error, ValidationError) else first_line(error)
+        raise VQCompressError(f"the kv_cache of {where} is damaged: {why}") from error
+    return knobs.model_dump(mode="json") | ({} if before is None else {"before": before})
+
+
+def stored_bits(entries: Iterable[Entry]) -> dict[str, float]:
+    """Target → bits stored in its place, its share (by weights) of its block's shared parts included."""
+    entries = list(entries)
+    sharing: Counter[str] = Counter()
+    for entry in entries:
+        sharing[entry.shared or ""] += entry.target.weights
+    return {
+        entry.target.name: layout_bits(entry.layout())
+        + layout_bits(entry.method.shared_layout()) * entry.target.weights / sharing[entry.shared or ""]
+        for entry in entries
+    }
+
+
+def checksum_lines(sums: dict[str, str]) -> str:
+    """File name → digest as the text that `sha256sum -c` reads, sorted by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File name → digest of a directory's SHA256SUMS; VQCompressError unless it is as `checksum_lines` writes it."""
+    try:
+        text = (path / SUMS).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VQCompressError(f"{path / SUMS} is missing or damaged") from error
+    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})\n", text)}
+    if text != checksum_lines(listed):
+        raise VQCompressError(f"{path / SUMS} is damaged")
+    return listed
+
+
+class Artifact(Checkpoint):
+    """A finished artifact on disk: a checkpoint, and how its targets are stored. entries: by target name."""
+
+    def __init__(self, path: Path):
+        if not (path / "config.json").is_file() and (path / JOURNAL).is_file():
+            raise VQCompressError(f"{path} holds an unfinished run; give its quantize command again to finish it")
+        super().__init__(path)
+        config = self.config.get("quantization_config")
+        if not isinstance(config, dict):
+            raise VQCompressError(f"{path} is a plain checkpoint, not an artifact (no quantization_config)")
+        self.entries = {entry.target.name: entry for entry in parse_entries(config, str(path))}
+        self.cache = cache_settings(self.config, str(path))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of its tensors, and of the codebooks of a cache."""
+        return [*super().files, *self.path.glob(KV_CACHE)]
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether the directory says of itself that it is an artifact, finished or not."""
+        if not (path / "config.json").is_file():
+            return (path / JOURNAL).is_file()
+        config = read_json(path / "config.json")
+        config = config.get("quantization_config") if isinstance(config, dict) else None
+        return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+
+    def check_files(self, reports: bool = False) -> bool:
+        """Compare files with SHA256SUMS; VQCompressError naming the first that differs or is missing.
+
+        reports: also those that only people read, and a file that a loader may read but that is not listed is named.
+        Returns whether there are checksums: what transformers' `save_pretrained` wrote has neither them nor a report,
+        and nothing to compare with.
+        """
+        if not any((self.path / name).exists() for name in (SUMS, "report.json", "report.html")):
+            return False
+        listed = read_sums(self.path)
+        for name, digest in listed.items():
+            if name in REPORTS and not reports:
+                continue
+            if not (self.path / name).is_file():
+                raise VQCompressError(f"{self.path / name} is missing")
+            if sha256(self.path / name) != digest:
+                raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
+        needed = {"config.json", INDEX, *(info.file for info in self.tensors.values())}
+        if self.cache and self.cache["codebook"] == "learned":
+            needed.add(KV_CACHE)
+        if reports:
+            read = {p.name for p in self.path.iterdir() if READ.fullmatch(p.name) or COMPANIONS.fullmatch(p.name)}
+            needed |= read | {name for name in (*REPORTS, RECIPE) if (self.path / name).exists()}
+        if missing := sorted(needed - listed.keys()):
+            raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}; if it is yours, move it elsewhere")
+        return True
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file; VQCompressError naming it if it is damaged."""
+    from safetensors.torch import load_file
+
+    # Looks at the header first, and has words for what is wrong with it.
+    Checkpoint.header(path)
+    return load_file(path)
