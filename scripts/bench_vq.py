@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vqcompress.evaluate.perplexity import perplexity
-from vqcompress.evaluate.report import size
+from vqcompress.evaluate.read_report import size
 from vqcompress.methods import make
 from vqcompress.methods.statistics import Statistics
 from vqcompress.pipeline.quantize import quantize

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from vqcompress.cli.progress import watching
 from vqcompress.evaluate.perplexity import perplexity
-from vqcompress.evaluate.report import size
+from vqcompress.evaluate.read_report import size
 from vqcompress.pipeline.quantize import quantize
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.checkpoint import resolve

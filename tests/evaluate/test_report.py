@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from vqcompress.cli.main import app
 from vqcompress.evaluate.model_card import add_evaluation, documents, model_card
-from vqcompress.evaluate.report import calibration_line, duration, shrunk, size
+from vqcompress.evaluate.read_report import calibration_line, duration, shrunk, size
 from vqcompress.evaluate.report_html import report_page
 from vqcompress.evaluate.verify import verify
 from vqcompress.storage.artifact import SUMS

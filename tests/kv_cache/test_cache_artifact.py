@@ -31,10 +31,10 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import quantize as running
 from vqcompress.pipeline.bit_allocation import make_plans
 from vqcompress.pipeline.estimate import Site
-from vqcompress.pipeline.quantize import dry_run, open_checkpoint, quantize
+from vqcompress.pipeline.quantize import dry_run, quantize
 from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import distributed
-from vqcompress.storage.artifact import HINT, KV_CACHE
+from vqcompress.storage.artifact import HINT, KV_CACHE, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.recipe import load as load_recipe
 from vqcompress.storage.writer import refresh_sums

@@ -32,6 +32,7 @@ from vqcompress.export import export
 from vqcompress.methods import ops
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.methods.triton import launch
+from vqcompress.model.coverage import dense_weights
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.folds import find_inputs
 from vqcompress.model.linear import CompressedLinear
@@ -39,7 +40,7 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.model.weights import skeleton
 from vqcompress.pipeline.bit_allocation import make_plans
 from vqcompress.pipeline.block import first_states, smooth, study
-from vqcompress.pipeline.plan import dense_weights, make_plan
+from vqcompress.pipeline.plan import make_plan
 from vqcompress.pipeline.quantize import dry_run, quantize
 from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.runtime.load import load, load_any

@@ -16,7 +16,8 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import estimate as costs
 from vqcompress.pipeline.bit_allocation import make_plans, outlook
 from vqcompress.pipeline.estimate import Site
-from vqcompress.pipeline.quantize import dry_run, open_checkpoint
+from vqcompress.pipeline.quantize import dry_run
+from vqcompress.storage.artifact import open_checkpoint
 from vqcompress.storage.recipe import load
 
 COMMON = {"torch_dtype": "bfloat16", "tie_word_embeddings": False}

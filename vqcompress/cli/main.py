@@ -238,7 +238,7 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
     Example: vqcompress verify out
     """
     with session([artifact], json_file) as (console, write):
-        from vqcompress.evaluate.report import duration, size
+        from vqcompress.evaluate.read_report import duration, size
         from vqcompress.evaluate.verify import verify as run
 
         facts = run(artifact) | {"seconds": took()}

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.cli.console import console
-from vqcompress.evaluate.report import cache_line, duration, shrunk, size
+from vqcompress.evaluate.read_report import cache_line, duration, shrunk, size
 from vqcompress.evaluate.report_html import protocol, quality
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind

@@ -10,7 +10,7 @@ from typing import Any
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.perplexity import score
-from vqcompress.evaluate.report import named, read_report
+from vqcompress.evaluate.read_report import named, read_report
 from vqcompress.storage import hub
 from vqcompress.storage.artifact import Artifact, stored_bits
 from vqcompress.storage.checkpoint import Checkpoint, resolve

@@ -13,11 +13,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from vqcompress.errors import VQCompressError
+from vqcompress.model.coverage import dense_weights
 from vqcompress.model.folds import find_inputs
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.weights import load_config
-from vqcompress.pipeline.plan import dense_weights
-from vqcompress.pipeline.quantize import open_checkpoint
+from vqcompress.storage.artifact import open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.trust import trusted
 

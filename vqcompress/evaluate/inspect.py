@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vqcompress.evaluate.report import read_report
+from vqcompress.evaluate.read_report import read_report
 from vqcompress.methods.triton import launch
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.experts import Experts

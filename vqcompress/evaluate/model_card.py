@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vqcompress.errors import UsageError, VQCompressError, first_line
-from vqcompress.evaluate.report import cache_line, calibration_line, mean, read_report, size
+from vqcompress.evaluate.read_report import cache_line, calibration_line, mean, read_report, size
 from vqcompress.evaluate.report_html import LOAD, evaluations, names_of, report_page, shell
 from vqcompress.storage.artifact import SUMS, Artifact, read_sums
 from vqcompress.storage.checkpoint import sha256

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.decode import Decoder
-from vqcompress.evaluate.report import named
+from vqcompress.evaluate.read_report import named
 from vqcompress.kv_cache.attention import CACHE, asks_readers, decoding, replaceable
 from vqcompress.model.device import (
     check_fits,

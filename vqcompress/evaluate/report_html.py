@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vqcompress.evaluate.report import calibration_line, duration, mean, shrunk, size
+from vqcompress.evaluate.read_report import calibration_line, duration, mean, shrunk, size
 from vqcompress.evaluate.svg import (
     BOTTOM,
     LEFT,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate.report import Uses
 from vqcompress.methods import Parts
 from vqcompress.methods.smoothing import fit_smoothing
 from vqcompress.methods.statistics import Statistics
@@ -27,6 +26,7 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.correction import Compensation, closing_layer
 from vqcompress.pipeline.distill import tune_block
 from vqcompress.pipeline.plan import Plan
+from vqcompress.pipeline.report import Uses
 from vqcompress.pipeline.statistics import coverage, gather, seed_for
 from vqcompress.storage.artifact import MARKER, SMOOTHING, Entry, part_name, stored_bits
 from vqcompress.storage.checkpoint import check_finite

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from vqcompress.errors import UsageError
 from vqcompress.methods import Method
+from vqcompress.model.coverage import dense_weights
 from vqcompress.model.experts import Experts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Entry
 from vqcompress.storage.recipe import Recipe, Rule
-from vqcompress.storage.targets import Block, Target, gates
+from vqcompress.storage.targets import Block, Target
 
 # See `Plan.ahead`.
 AHEAD = 2
@@ -115,30 +115,3 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     if recipe.experts and not plan.calibrated:
         raise UsageError(f"recipe {recipe.name}: 'experts' calibrates nothing: its methods need no data")
     return plan
-
-
-def dense_weights(stream: BlockStream) -> dict[str, str]:
-    """The large weights that no recipe reaches → why; names of blocks have a * for their number."""
-    found: dict[str, str] = {}
-    for module, role in (
-        (stream.model.get_input_embeddings(), "read by lookup"),
-        (stream.model.get_output_embeddings(), "the output head stays dense"),
-    ):
-        name = next((name for name, m in stream.model.named_modules() if m is module), None)
-        if name is not None:
-            found[f"{name}.weight"] = role
-    counts: Counter[str] = Counter()
-    for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
-        known = {f"{block.local(target)}.weight" for target in block.targets}
-        deciding = gates(layer)
-        for path, tensor in layer.named_parameters():
-            if tensor.dim() > 1 and path not in known:
-                name = f"{block.name.rpartition('.')[0]}.*.{path}"
-                counts[name] += tensor.numel()
-                why = stream.fused_because or "their structure is another than gate, up and down"
-                fused = f"the experts of a mixture are one parameter: {why}"
-                module = path.rpartition(".")[0]
-                plain = "routes or gates" if module in deciding else "not an nn.Linear"
-                one = sum(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False)) == 2
-                found[name] = f"{fused if one else plain} ({counts[name]:,} weights)"
-    return found

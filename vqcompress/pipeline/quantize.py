@@ -16,9 +16,8 @@ import transformers
 from torch import Tensor
 
 import vqcompress
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import UsageError
 from vqcompress.evaluate.model_card import documents
-from vqcompress.evaluate.report import run_report
 from vqcompress.kv_cache.calibrate import Books, cache_books
 from vqcompress.methods import Parts
 from vqcompress.model.device import check_fits, choose_device, give_back, model_dtype
@@ -32,10 +31,20 @@ from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import Site
 from vqcompress.pipeline.estimate_cache import CacheCosts
 from vqcompress.pipeline.plan import Plan
+from vqcompress.pipeline.report import run_report
 from vqcompress.runtime.load import assemble, load_any
 from vqcompress.storage import recipe as recipes
-from vqcompress.storage.artifact import HINT, KV_CACHE, MARKER, STAGED, Artifact, Entry, quantization_config, tensors_of
-from vqcompress.storage.checkpoint import Checkpoint, check_finite, resolve
+from vqcompress.storage.artifact import (
+    HINT,
+    KV_CACHE,
+    MARKER,
+    STAGED,
+    Entry,
+    open_checkpoint,
+    quantization_config,
+    tensors_of,
+)
+from vqcompress.storage.checkpoint import Checkpoint, check_finite
 from vqcompress.storage.distributed import ALONE, SharedWriter, Team, join
 from vqcompress.storage.hidden_states import States, keep
 from vqcompress.storage.recipe import Recipe
@@ -47,20 +56,6 @@ REST = "(outside of the blocks)"
 # Number and count of a shard, its tensors, its record.
 Made = tuple[int, int, Parts, dict[str, Any]]
 T = TypeVar("T")
-
-
-def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
-    """The dense checkpoint that MODEL names; VQCompressError if it is compressed already or has no weights."""
-    path = resolve(model, weights)
-    if Artifact.is_one(path):
-        raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
-    source = Checkpoint(path)
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method")
-        raise VQCompressError(f"{model} is quantized already ({method}); start from its dense weights")
-    if weights and not source.tensors:
-        raise VQCompressError(f"{path} has no safetensors weights; `vqcompress plan` works from the config alone")
-    return source
 
 
 def calibration(source: Checkpoint, texts: list[str], samples: int | None, seqlen: int | None, seed: int) -> Tensor:

@@ -34,7 +34,7 @@ from torch import Tensor
 from vqcompress import methods
 from vqcompress.errors import VQCompressError, first_line
 from vqcompress.methods import Layout, Method, Parts, layout_bits
-from vqcompress.storage.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, sha256
+from vqcompress.storage.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, resolve, sha256
 from vqcompress.storage.recipe import CacheKnobs
 from vqcompress.storage.targets import Target
 
@@ -270,3 +270,17 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     # Looks at the header first, and has words for what is wrong with it.
     Checkpoint.header(path)
     return load_file(path)
+
+
+def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
+    """The dense checkpoint that MODEL names; VQCompressError if it is compressed already or has no weights."""
+    path = resolve(model, weights)
+    if Artifact.is_one(path):
+        raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
+    source = Checkpoint(path)
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method")
+        raise VQCompressError(f"{model} is quantized already ({method}); start from its dense weights")
+    if weights and not source.tensors:
+        raise VQCompressError(f"{path} has no safetensors weights; `vqcompress plan` works from the config alone")
+    return source

@@ -1,11 +1,10 @@
-"""What a run did, as JSON: the content of report.json, and of what is written for people from it."""
+"""What a run did, as JSON: the content of report.json."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,30 +12,15 @@ import transformers
 from torch import Tensor
 
 import vqcompress
-from vqcompress.errors import VQCompressError
+from vqcompress.evaluate.read_report import mean, named
 from vqcompress.methods import Parts
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.pipeline.plan import Plan
 from vqcompress.storage.artifact import STAGED, Entry
-from vqcompress.storage.checkpoint import Checkpoint, read_json
+from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.recipe import setting
 from vqcompress.storage.targets import Block, kind
 from vqcompress.storage.writer import Writer
-
-
-def cache_line(settings: dict[str, Any]) -> str:
-    """How keys and values are kept, for people."""
-    kept = f"the newest {settings['window']} and the first {settings['sinks']} tokens as they are"
-    return f"keys and values in {settings['bits']} bits, {settings['codebook']}, {kept}"
-
-
-def calibration_line(rows: dict[str, Any] | None) -> str:
-    """What a recipe was calibrated on, for people."""
-    if rows is None:
-        return "none"
-    # Reports of earlier versions do not name the texts.
-    texts = f" of {', '.join(rows['texts']) or 'the built-in text'}" if "texts" in rows else ""
-    return f"{rows['samples']} rows of {rows['seqlen']} tokens{texts}"
 
 
 class Uses:
@@ -65,41 +49,6 @@ class Uses:
             every = {} if own else {"counts": uses_RK.tolist()}
             found[place] = {"entries": count, "hottest": [round(share, 4) for share in firsts], **every}
         return found
-
-
-def named(place: str) -> str:
-    """A text or a model for a report: of a local file or directory the name, for others do not have its place."""
-    path = Path(os.path.expanduser(place))
-    return path.absolute().name if path.exists() else place
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: 1.5 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def shrunk(before: float, after: float) -> str:
-    """How a size has changed, for people: 3.03 times smaller."""
-    larger = after > before
-    return f"{max(before, after) / max(min(before, after), 1):.2f} times {'larger' if larger else 'smaller'}"
-
-
-def mean(rows: list[dict[str, Any]], key: str) -> float | None:
-    """The mean of a figure of some targets, each by its number of weights; None if it is not known of all."""
-    counts, values = [row["shape"][0] * row["shape"][1] for row in rows], [row[key] for row in rows]
-    return None if None in values else sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
 
 
 def _kept(plan: Plan) -> dict[str, str]:
@@ -171,15 +120,3 @@ def run_report(
         "peaks": {name: record["peaks"] for name, record in shards.items() if "peaks" in record},
         "targets": targets,
     }
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report in a directory, empty if there is none; VQCompressError if the file is something else."""
-    file = folder / "report.json"
-    if not file.is_file():
-        return {}
-    report = read_json(file)
-    rows = report.get("targets", []) if isinstance(report, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
-        raise VQCompressError(f"{file} is not a report of vqcompress; delete it to go on without it")
-    return dict(report)
