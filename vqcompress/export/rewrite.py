@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vqcompress.errors import VQCompressError
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.model.expert_layout import plain_name
 from vqcompress.model.experts import Experts
 from vqcompress.model.linear import CompressedLinear
@@ -20,7 +20,7 @@ from vqcompress.storage.checkpoint import stored_dtype
 from vqcompress.storage.targets import Target
 
 # The tensors of a weight in a format, by what follows the module's name and its dot.
-Write = Callable[[Entry, Parts], dict[str, Tensor]]
+Write = Callable[[Entry, PackedTensors], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.methods.smoothing import fit_smoothing
 from vqcompress.methods.statistics import Statistics
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
@@ -258,7 +258,7 @@ def encode(
         tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
     uses = Uses(block)
 
-    def one(path: str) -> tuple[Parts, dict[str, Any]]:
+    def one(path: str) -> tuple[PackedTensors, dict[str, Any]]:
         """The parts of a target, and its row of the report."""
         start, target = time.perf_counter(), targets[path]
         entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
@@ -280,8 +280,8 @@ def encode(
         }
         return {name: part.cpu() for name, part in parts.items()}, row
 
-    def put(path: str, parts: Parts, row: dict[str, Any]) -> None:
-        """Parts in the place of the weight."""
+    def put(path: str, parts: PackedTensors, row: dict[str, Any]) -> None:
+        """Packed tensors in the place of the weight."""
         entry, common = entries[path], {name: part.cpu() for name, part in shared[entries[path].shared].items()}
         uses.add(entry, parts, common)
         if entry.smoothed:
@@ -317,9 +317,9 @@ def _fit_shared(
     statistics: dict[str, Statistics],
     rewrites: Rewrites,
     seed: int,
-) -> dict[str | None, Parts]:
+) -> dict[str | None, PackedTensors]:
     """By place, the parts that targets share; None has none."""
-    shared: dict[str | None, Parts] = {None: {}}
+    shared: dict[str | None, PackedTensors] = {None: {}}
     for place in dict.fromkeys(entry.shared for entry in entries.values() if entry.shared):
         members = [path for path, entry in entries.items() if entry.shared == place]
         with _naming(place):
@@ -362,7 +362,12 @@ def _rescaled(weight: Tensor, path: str, rewrites: Rewrites, back: bool = False)
 
 
 def _errors(
-    entry: Entry, parts: Parts, original: Tensor, weight: Tensor, facts: Statistics, rescaled: Callable[..., Tensor]
+    entry: Entry,
+    parts: PackedTensors,
+    original: Tensor,
+    weight: Tensor,
+    facts: Statistics,
+    rescaled: Callable[..., Tensor],
 ) -> dict[str, float | None]:
     """What a weight lost, and what that costs its output. weight: the original as smoothing left it."""
     shape = entry.target.shape

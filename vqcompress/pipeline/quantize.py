@@ -19,7 +19,7 @@ import vqcompress
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.model_card import documents
 from vqcompress.kv_cache.calibrate import Books, cache_books
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.model.device import check_fits, choose_device, give_back, model_dtype
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import Rotated
@@ -54,7 +54,7 @@ from vqcompress.storage.writer import Writer
 Watch = Callable[[str, dict[str, Any]], None]
 REST = "(outside of the blocks)"
 # Number and count of a shard, its tensors, its record.
-Made = tuple[int, int, Parts, dict[str, Any]]
+Made = tuple[int, int, PackedTensors, dict[str, Any]]
 T = TypeVar("T")
 
 
