@@ -43,7 +43,7 @@ class Method(BaseModel):
 
     @property
     def tunable(self) -> tuple[str, ...]:
-        """Packed tensors that may be tuned by gradient once the others are fixed; `decode` is differentiable in them."""
+        """Packed tensors that gradient descent may tune after `encode`; `decode` is differentiable in them."""
         return ()
 
     @property
