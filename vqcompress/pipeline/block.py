@@ -290,9 +290,8 @@ def encode(
         del tensors[names[path]]
         tensors.update({part_name(names[path], part): tensor for part, tensor in parts.items()})
         if targets[path] == plan.targets[0]:
-            tensors[fused_weight_name(names[path].removesuffix(".weight"), stream.fused_layout(targets[path].name))] = (
-                MARKER
-            )
+            layout = stream.fused_layout(targets[path].name)
+            tensors[fused_weight_name(names[path].removesuffix(".weight"), layout)] = MARKER
         rows[path] = row
         tick({"name": targets[path].name, "row": row})
 

@@ -200,9 +200,8 @@ def _prepare(
     stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
     plans = make_plans(stream, recipe, target_bits)
     if recipe.rotation:
-        stream = BlockStream(
-            RotatedCheckpoint(stream, partial(generator_for, seed)), device, stream.dtype, team, scratch
-        )
+        rotated = RotatedCheckpoint(stream, partial(generator_for, seed))
+        stream = BlockStream(rotated, device, stream.dtype, team, scratch)
     return stream, plans
 
 
