@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
-from vqcompress.model.expert_layout import plain_name
+from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.experts import Experts
 from vqcompress.model.linear import CompressedLinear
 from vqcompress.model.stream import BlockStream
@@ -123,8 +123,8 @@ def tensors(
     """What lies outside of the blocks, then block by block: held targets as `write` has them, others decoded."""
     weights = {name: _weight(stream, entry) for name, entry in artifact.entries.items()}
     # One has the marker, which lies outside of the blocks if its name has a prefix that no parameter is known by.
-    marked = {plain_name(w.removesuffix(".weight"), stream.layout(name)) for name, w in weights.items()}
-    yield stream.source.read(name for name in stream.rest if name not in marked | {HINT})
+    marked = {fused_weight_name(w.removesuffix(".weight"), stream.fused_layout(name)) for name, w in weights.items()}
+    yield stream.source.read(name for name in stream.non_block_weights if name not in marked | {HINT})
     dtype = stored_dtype(artifact.config)
     for block in stream.blocks:
         found = stream.source.read(stream.names.under(block.name))

@@ -153,7 +153,9 @@ def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) 
     return cpu_weights == "packed"
 
 
-def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False) -> None:
+def replace_linears(
+    root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False
+) -> None:
     """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
 
     root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
