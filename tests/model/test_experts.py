@@ -29,7 +29,8 @@ from vqcompress.evaluate.inspect import inspect
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
 from vqcompress.export import export
-from vqcompress.methods import ops
+from vqcompress.methods.fp8 import reference as fp8_ref
+from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.methods.triton import launch
 from vqcompress.model.coverage import dense_weights
@@ -713,7 +714,7 @@ def test_inspect_says_how_experts_run(
 ) -> None:
     folder = quantized(recipe, "mixtral", **({"hidden": 48} if recipe == RAGGED else {}))
     # As on any CPU, whatever this one's instructions are.
-    monkeypatch.setattr(ops, "BYTE_PRODUCTS", False)
+    monkeypatch.setattr(int8_ref, "BYTE_PRODUCTS", False)
     rows = runtime(folder, device, cpu_weights, monkeypatch)
     assert all(("experts" in row) == (".experts." in name) for name, row in rows.items())
     assert {row["experts"] for name, row in rows.items() if "experts" in row} == {said}
@@ -777,9 +778,9 @@ def run_mixture(folder: Path, device: str) -> tuple[Tensor, Tensor]:
 
 def run_mixture_by_kernels(folder: Path) -> tuple[Tensor, Tensor]:
     """The same in a process with the interpreter, where what a GPU runs is behind the operators on a CPU too."""
-    from vqcompress.methods import ops
     from vqcompress.methods.fp8 import kernel as fp8
     from vqcompress.methods.int8 import kernel as int8
+    from vqcompress.methods.int8 import reference as int8_ref
     from vqcompress.methods.vq import reference as product
 
     calls = []
@@ -793,10 +794,10 @@ def run_mixture_by_kernels(folder: Path) -> tuple[Tensor, Tensor]:
         return run
 
     for operator, kernel in (
-        (ops.int8_linear, by(int8.linear)),
-        (ops.int8_grouped, by(int8.grouped)),
-        (ops.fp8_linear, by(fp8.linear)),
-        (ops.fp8_grouped, by(fp8.grouped)),
+        (int8_ref.int8_linear, by(int8.linear)),
+        (int8_ref.int8_grouped, by(int8.grouped)),
+        (fp8_ref.fp8_linear, by(fp8.linear)),
+        (fp8_ref.fp8_grouped, by(fp8.grouped)),
         (product.vq_linear, by(product.on_gpu, 5)),
         (product.vq_grouped, by(product.grouped_on_gpu, 6)),
     ):

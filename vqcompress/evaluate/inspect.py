@@ -62,7 +62,11 @@ def inspect(path: str, device: str | None = None, cpu_weights: str = "auto") -> 
         "codebooks": report.get("codebooks", {}),
         "experts": report.get("experts", {}),
         "uncalibrated": report.get("uncalibrated", []),
-        **({"device": launch.facts(chosen).name if chosen.type == "cuda" else chosen.type} if chosen else {}),
+        **(
+            {"device": launch.device_properties(chosen).name if chosen.type == "cuda" else chosen.type}
+            if chosen
+            else {}
+        ),
         "targets": rows,
     }
 
