@@ -37,7 +37,7 @@ from kernel_cases import (
     reference,
 )
 
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.methods.base import by_expert
 from vqcompress.methods.triton import launch
 
@@ -178,7 +178,7 @@ class Bench(Figures):
         def one_by_one(x_TI: torch.Tensor, e: int) -> torch.Tensor:
             return reference(case, x_TI, {name: part[e] for name, part in stacked.items()}, shape)
 
-        def run(parts: Parts) -> torch.Tensor:
+        def run(parts: PackedTensors) -> torch.Tensor:
             return grouped(x_SI, ends_E, parts)
 
         expected = by_expert(x_SI.float(), ends_E, shape[0], one_by_one)

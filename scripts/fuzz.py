@@ -178,10 +178,10 @@ def generate(folder: Path) -> None:
 def stream(folder: Path) -> None:
     """Block by block, as `eval` does."""
     blocks = BlockStream(Artifact(folder), torch.device("cpu"), torch.float32)
-    states = [blocks.begin(IDS)]
+    states = [blocks.embed(IDS)]
     for i in range(len(blocks.blocks)):
-        blocks.advance(blocks.load_block(i), i, states)
-    if not close(blocks.finish(IDS, states[0]).float(), logits(vqcompress.load(folder))):
+        blocks.forward(blocks.load_block(i), i, states)
+    if not close(blocks.logits(IDS, states[0]).float(), logits(vqcompress.load(folder))):
         raise Wrong("eval computes something else than load")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqcompress.kv_cache import codes as kv
-from vqcompress.methods import Method, Parts, make
+from vqcompress.methods import Method, PackedTensors, make
 from vqcompress.methods.fp8 import reference as fp8_ref
 from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.vq import reference as product
@@ -44,14 +44,14 @@ class Case:
     name: str
     method: Method
 
-    def parts(self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Parts:
+    def parts(self, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PackedTensors:
         """What `linear` reads, with random codes."""
         draw = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
         layout = self.method.layout(shape) | self.method.shared_layout()
         parts = {name: _random(name, *facts, device, draw) for name, facts in layout.items()}
         return self.method.prepare(parts, shape, dtype, packed=True)
 
-    def stacked(self, experts: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> Parts:
+    def stacked(self, experts: int, shape: Shape, device: torch.device, dtype: torch.dtype) -> PackedTensors:
         """The parts of so many experts behind one another; they repeat after four, in copies of their own."""
         four = [self.parts(shape, device, dtype, seed) for seed in range(min(experts, 4))]
         return {name: torch.stack([four[e % 4][name] for e in range(experts)]) for name in four[0]}
@@ -98,7 +98,7 @@ def random_rows(rows: int, columns: int, device: torch.device, dtype: torch.dtyp
     return torch.randn((rows, columns), device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
 
 
-def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Tensor]:
+def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, PackedTensors, Shape], Tensor]:
     """x (T, I), parts, (O, I) → (T, O) by the kernels, also where operators would run their reference.
 
     way: see `product.on_gpu`.
@@ -116,7 +116,7 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, Parts, Shape], Ten
     )
 
 
-def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, Parts], Tensor]:
+def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, PackedTensors], Tensor]:
     """x (S, I) sorted by expert, the ends of their rows (E,), parts of all experts → (S, O) by the kernels."""
     from vqcompress.methods.fp8 import kernel as fp8
     from vqcompress.methods.int8 import kernel as int8
@@ -131,7 +131,7 @@ def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, Parts], Tensor]:
     )
 
 
-def reference(case: Case, x_TI: Tensor, parts: Parts, shape: Shape) -> Tensor:
+def reference(case: Case, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> Tensor:
     """x Wᵀ in float32 by plain torch on the device of x, from the decoded weight and, of int8 and fp8, x as rounded."""
     method: Any = case.method
     x = x_TI.float()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqcompress.methods import Method, Parts, make
+from vqcompress.methods import Method, PackedTensors, make
 from vqcompress.methods.statistics import NAMES, Accumulator, Statistics
 
 Shape = tuple[int, int]
@@ -91,9 +91,9 @@ METHOD_CASES: list[tuple[str, Method]] = [
 ]
 
 
-def encoded(method: Method, weight_OI: Tensor, seed: int = 0) -> tuple[Parts, Parts]:
+def encoded(method: Method, weight_OI: Tensor, seed: int = 0) -> tuple[PackedTensors, PackedTensors]:
     """What `encode` stores, and all parts that `decode` wants: those and the shared ones."""
-    shared: Parts = {}
+    shared: PackedTensors = {}
     known = statistics(weight_OI.shape[1])
     if method.shared_layout():
         shared = method.fit_shared([weight_OI], [known], generator(seed))
@@ -113,29 +113,29 @@ def e4m3(value: Tensor) -> Tensor:
     return ((value / step).round() * step).clamp(-448, 448)
 
 
-def _keep_bound(method: Method, weight_OI: Tensor, parts: Parts) -> Tensor:
+def _keep_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tensor:
     return (weight_OI.to(parts["weight"].dtype).double() - weight_OI.double()).abs()
 
 
-def _int8_bound(method: Method, weight_OI: Tensor, parts: Parts) -> Tensor:
+def _int8_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tensor:
     # Half a step, and the float32 rounding of w / scale and of code · scale.
     return parts["scale"].double()[:, None] * 0.5 + weight_OI.double().abs() * 2.0**-22
 
 
-def _fp8_bound(method: Method, weight_OI: Tensor, parts: Parts) -> Tensor:
+def _fp8_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tensor:
     scale_OI = tiles(parts["scale"], (weight_OI.shape[0], weight_OI.shape[1])).double()
     return torch.maximum(weight_OI.double().abs() * 2.0**-4, scale_OI * 2.0**-10) * (1 + 2.0**-18)
 
 
 # |w − ŵ| per element, float64, that the method's docstring promises.
-ERROR_BOUNDS: dict[str, Callable[[Method, Tensor, Parts], Tensor]] = {
+ERROR_BOUNDS: dict[str, Callable[[Method, Tensor, PackedTensors], Tensor]] = {
     "keep": _keep_bound,
     "int8": _int8_bound,
     "fp8": _fp8_bound,
 }
 
 
-def _int8_linear(method: Method, x_TI: Tensor, parts: Parts) -> Tensor:
+def _int8_linear(method: Method, x_TI: Tensor, parts: PackedTensors) -> Tensor:
     x_TI = x_TI.float()
     if "input_scale" in parts:
         scale_x = parts["input_scale"]
@@ -146,7 +146,7 @@ def _int8_linear(method: Method, x_TI: Tensor, parts: Parts) -> Tensor:
     return (codes_TI * scale_x.double()) @ (parts["codes"].double() * parts["scale"].double()[:, None]).T
 
 
-def _fp8_linear(method: Method, x_TI: Tensor, parts: Parts) -> Tensor:
+def _fp8_linear(method: Method, x_TI: Tensor, parts: PackedTensors) -> Tensor:
     x_TI = x_TI.float()
     rows, columns = parts["codes"].shape
     weight_OI = parts["codes"].double() * tiles(parts["scale"], (rows, columns)).double()
@@ -167,4 +167,7 @@ def power_of_two_exponent(scale: float) -> int:
 
 
 # x Wᵀ in float64 with the activation rounded as the method rounds it; a method without an entry does not round it.
-LINEAR_REFERENCES: dict[str, Callable[[Method, Tensor, Parts], Tensor]] = {"int8": _int8_linear, "fp8": _fp8_linear}
+LINEAR_REFERENCES: dict[str, Callable[[Method, Tensor, PackedTensors], Tensor]] = {
+    "int8": _int8_linear,
+    "fp8": _fp8_linear,
+}

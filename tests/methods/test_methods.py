@@ -25,14 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqcompress.methods import METHODS, Layout, Method, Parts, from_description, layout_bits, make
+from vqcompress.methods import METHODS, Layout, Method, PackedTensors, from_description, layout_bits, make
 from vqcompress.methods.statistics import Statistics
 
 every_method = pytest.mark.parametrize("method", [m for _, m in METHOD_CASES], ids=[name for name, _ in METHOD_CASES])
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=[f"{o}x{i}" for o, i in SHAPES])
 
 
-def layout_of(parts: Parts) -> Layout:
+def layout_of(parts: PackedTensors) -> Layout:
     return {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
 
 
@@ -40,8 +40,8 @@ def shape_of(weight_OI: Tensor) -> Shape:
     return weight_OI.shape[0], weight_OI.shape[1]
 
 
-def same_bytes(first: Parts, second: Parts) -> bool:
-    def raw(parts: Parts) -> dict[str, bytes]:
+def same_bytes(first: PackedTensors, second: PackedTensors) -> bool:
+    def raw(parts: PackedTensors) -> dict[str, bytes]:
         return {name: bytes(part.reshape(-1).view(torch.uint8).tolist()) for name, part in parts.items()}
 
     return raw(first) == raw(second)
@@ -121,7 +121,7 @@ def test_check_refuses_floats_that_are_not_finite(method: Method) -> None:
                 method.check({**parts, name: broken.to(part.dtype).view(part.shape)}, (64, 128))
 
 
-def linear_reference(method: Method, x_TI: Tensor, parts: Parts, shape: Shape) -> Tensor:
+def linear_reference(method: Method, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> Tensor:
     if method.name in LINEAR_REFERENCES:
         return LINEAR_REFERENCES[method.name](method, x_TI, parts)
     return x_TI.double() @ method.decode(parts, shape).double().T

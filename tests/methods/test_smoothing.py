@@ -18,13 +18,14 @@ from vqcompress.methods.smoothing import Smoothing, fit_smoothing, output_error,
 from vqcompress.methods.statistics import Accumulator, Statistics
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.targets import linear_targets
 from vqcompress.pipeline import quantize as quantizing
 from vqcompress.pipeline.block import first_states, gather, smooth
 from vqcompress.pipeline.plan import make_plan
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import SINGLE, Checkpoint
 from vqcompress.storage.recipe import parse
-from vqcompress.storage.targets import Block, linear_targets
+from vqcompress.storage.targets import Block
 
 CPU = torch.device("cpu")
 ROWS = torch.randint(3, 384, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -148,7 +149,7 @@ FOLDS: dict[str, dict[str, str | None]] = {
 @pytest.mark.parametrize("family", FOLDS)
 def test_folds_go_where_they_are_exact_and_nowhere_else(family: str, tmp_path: Path) -> None:
     _, _, _, rewrites, inputs, _ = smoothed_block(lively(tmp_path, family), recipe(EVERYWHERE))
-    found = {i.consumers[0]: i.producer.path if i.producer else None for i in inputs}
+    found = {i.consumers[0]: i.producer.module if i.producer else None for i in inputs}
     assert found == FOLDS[family]
     assert rewrites.runtime == {path for path, producer in found.items() if producer is None}
 
@@ -253,7 +254,7 @@ def test_each_place_is_smoothed_as_the_recipe_says(
     smoothing: str, runtime: set[str], folded: set[str], tmp_path: Path
 ) -> None:
     _, _, _, rewrites, inputs, _ = smoothed_block(lively(tmp_path, "llama"), recipe(smoothing))
-    place = {path: entrance.place for entrance in inputs for path in entrance.consumers}
+    place = {path: entrance.role for entrance in inputs for path in entrance.consumers}
     assert {place[path] for path in rewrites.runtime} == runtime
     assert {place[path] for path in rewrites.columns.keys() - rewrites.runtime} == folded
 
@@ -266,10 +267,10 @@ def test_runtime_smoothing_round_trips_through_an_artifact(family: str, quantize
     vectors = [name for name, _ in model.named_buffers() if name.endswith("weight_smoothing")]
     assert len(vectors) == sum(hasattr(m, "entry") for m in model.modules())
     stream = BlockStream(quantizing.Artifact(folder), CPU, torch.float32)
-    states = [stream.begin(ROWS)]
+    states = [stream.embed(ROWS)]
     for i in range(len(stream.blocks)):
-        stream.advance(stream.load_block(i), i, states)
-    torch.testing.assert_close(stream.finish(ROWS, states[0]), model(ROWS).logits, atol=1e-4, rtol=1e-4)
+        stream.forward(stream.load_block(i), i, states)
+    torch.testing.assert_close(stream.logits(ROWS, states[0]), model(ROWS).logits, atol=1e-4, rtol=1e-4)
 
 
 def inject_outliers(path: Path, target: Path, layers: int) -> Path:

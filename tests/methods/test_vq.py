@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqcompress.methods import make
-from vqcompress.methods.base import Parts, layout_bits
+from vqcompress.methods.base import PackedTensors, layout_bits
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.ldlq import Metric, error_feedback, measure, pose
 from vqcompress.methods.vq.learned import Book, nearest, sum_entries
@@ -49,7 +49,7 @@ def correlated(columns: int) -> Statistics:
     return hessian_of(gaussian(4 * columns, columns, 6) @ mix_II)
 
 
-def encode(method: VQ, weight_OI: Tensor, statistics: Statistics, seed: int = 0) -> Parts:
+def encode(method: VQ, weight_OI: Tensor, statistics: Statistics, seed: int = 0) -> PackedTensors:
     """All parts, checked against the layouts."""
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     shared = method.fit_shared([weight_OI], [statistics], seeded(seed))
@@ -64,7 +64,7 @@ def relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
     return float((weight_OI - decoded_OI).square().sum() / weight_OI.square().sum())
 
 
-def decode(method: VQ, parts: Parts, weight_OI: Tensor) -> Tensor:
+def decode(method: VQ, parts: PackedTensors, weight_OI: Tensor) -> Tensor:
     decoded_OI = method.decode(parts, (weight_OI.shape[0], weight_OI.shape[1]))
     assert decoded_OI.dtype == torch.float32
     assert decoded_OI.shape == weight_OI.shape

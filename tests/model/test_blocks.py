@@ -59,10 +59,10 @@ def save(path: Path, family: str, shard: str = "1GB") -> Path:
 
 def streamed(stream: BlockStream, batches: list[Tensor]) -> list[Tensor]:
     """Logits of every batch, block by block."""
-    states = [stream.begin(batch) for batch in batches]
+    states = [stream.embed(batch) for batch in batches]
     for i in range(len(stream.blocks)):
-        stream.advance(stream.load_block(i), i, states)
-    return [stream.finish(batch, state) for batch, state in zip(batches, states, strict=True)]
+        stream.forward(stream.load_block(i), i, states)
+    return [stream.logits(batch, state) for batch, state in zip(batches, states, strict=True)]
 
 
 def batches() -> list[Tensor]:
@@ -167,7 +167,7 @@ def test_blocks_that_read_the_tokens_are_refused(blocks_read_the_embeddings: Non
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
-    from vqcompress.storage.targets import blocks_of
+    from vqcompress.model.targets import blocks_of
 
     with pytest.raises(VQCompressError, match="no list of layers"):
         blocks_of(torch.nn.Sequential(torch.nn.Linear(2, 2)))

@@ -38,6 +38,7 @@ from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.folds import find_inputs
 from vqcompress.model.linear import CompressedLinear
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.targets import blocks_of, find_blocks
 from vqcompress.model.weights import skeleton
 from vqcompress.pipeline.bit_allocation import make_plans
 from vqcompress.pipeline.block import first_states, smooth, study
@@ -51,7 +52,6 @@ from vqcompress.storage.checkpoint import SINGLE, Checkpoint
 from vqcompress.storage.recipe import dump, parse
 from vqcompress.storage.recipe import load as load_recipe
 from vqcompress.storage.recipe_files import packaged
-from vqcompress.storage.targets import blocks_of, find_blocks
 
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -420,7 +420,7 @@ def studied(source: Path, knobs: str, rows: Tensor = ROWS) -> tuple[Any, Experts
     rules = "rules:\n  - {match: '*', method: vq, d: 2, bits: 4}\n"
     plan = make_plan(stream, parse(f"experts: {knobs}\n{rules}", "test"))
     states = first_states(stream, rows)
-    stream.advance(stream.load_block(0), 0, states)
+    stream.forward(stream.load_block(0), 0, states)
     module = stream.load_block(1)
     inputs = find_inputs(module, plan.blocks[1], lambda m: stream.run(m, 1, states[0]))
     (experts,) = (m for m in module.modules() if isinstance(m, Experts))
@@ -595,8 +595,8 @@ def test_what_is_borrowed_is_what_one_accumulator_of_all_would_have_seen() -> No
 @every_family
 def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(family: str, toy: Make) -> None:
     stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
-    states = [stream.begin(ROWS)]
-    stream.advance(stream.load_block(0), 0, states)
+    states = [stream.embed(ROWS)]
+    stream.forward(stream.load_block(0), 0, states)
     block = stream.load_block(1)
     inputs = find_inputs(block, stream.blocks[1], lambda m: stream.run(m, 1, states[0]))
     gate, up, down = LEAVES[family]
@@ -605,8 +605,8 @@ def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(fami
     (shared,) = (i for i in inputs if f"{path}.experts.0.{gate}" in i.consumers)
     assert {f"{path}.{router}", *heads} <= set(shared.consumers)
     assert shared.producer is not None
-    assert shared.producer.path == "post_attention_layernorm"
-    folds = {i.consumers: i.producer.path for i in inputs if i.pool and i.producer}
+    assert shared.producer.module == "post_attention_layernorm"
+    folds = {i.consumers: i.producer.module for i in inputs if i.mixture and i.producer}
     # That of gpt-oss adds one to what the up projection makes, and clamps it.
     known = {(f"{path}.experts.{e}.{down}",): f"{path}.experts.{e}.{up}" for e in range(4)}
     assert folds == ({} if family == "gpt_oss" else known)
@@ -859,7 +859,7 @@ def test_routing_does_not_change_by_a_bit_when_smoothing_is_folded(family: str, 
     rules = f"rules:\n  - {{match: '*.{mixture(family)}.*', method: int8, smoothing: {{alpha: 0.5, mlp: fold}}}}\n"
     plan = make_plan(stream, parse(rules, "test"))
     states = first_states(stream, ROWS)
-    stream.advance(stream.load_block(0), 0, states)
+    stream.forward(stream.load_block(0), 0, states)
     _, module, inputs, statistics = study(stream, plan, 1, states, 0)
     experts = next(m for m in module.modules() if isinstance(m, Experts))
     calls: list[tuple[Tensor, ...]] = []

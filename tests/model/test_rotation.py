@@ -19,7 +19,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.verify import verify
 from vqcompress.export import export
 from vqcompress.methods.hadamard import block_size
-from vqcompress.model.rotation import Rotated, _watch
+from vqcompress.model.rotation import RotatedCheckpoint, _watch
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.block import generator_for
 from vqcompress.pipeline.quantize import dry_run, quantize
@@ -79,8 +79,8 @@ def fold(recipe_file: Callable[[str], str], text: Path, tmp_path: Path) -> Calla
     return run
 
 
-def rotated(model: Path, seed: int = 0) -> Rotated:
-    return Rotated(BlockStream(Checkpoint(model), CPU, torch.float32), partial(generator_for, seed))
+def rotated(model: Path, seed: int = 0) -> RotatedCheckpoint:
+    return RotatedCheckpoint(BlockStream(Checkpoint(model), CPU, torch.float32), partial(generator_for, seed))
 
 
 @torch.inference_mode()
@@ -101,10 +101,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_rotated_model_is_the_same_function(family: str, extra: dict[str, Any], lively: Make) -> None:
     model = lively(family, **extra)
     stream = BlockStream(rotated(model), CPU, torch.float32)
-    states = [stream.begin(IDS)]
+    states = [stream.embed(IDS)]
     for i in range(len(stream.blocks)):
-        stream.advance(stream.load_block(i), i, states)
-    assert error(stream.finish(IDS, states[0]), logits(model)) < 1e-5
+        stream.forward(stream.load_block(i), i, states)
+    assert error(stream.logits(IDS, states[0]), logits(model)) < 1e-5
 
 
 @every_family

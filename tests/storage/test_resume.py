@@ -301,8 +301,8 @@ def test_what_blocks_take_adds_up_and_runs_too(
     # But for what rounding adds.
     assert journal["seconds"] + 0.01 >= sum(record["seconds"] for record in journal["blocks"].values()) > 0
     (unfinished / artifact.JOURNAL).write_text(json.dumps(journal | {"seconds": 1000.0}))
-    advance = BlockStream.advance
-    monkeypatch.setattr(BlockStream, "advance", lambda *words: (time.sleep(0.2), advance(*words))[1])
+    forward = BlockStream.forward
+    monkeypatch.setattr(BlockStream, "forward", lambda *words: (time.sleep(0.2), forward(*words))[1])
     whole, rest = job(tmp_path / "whole"), job(unfinished, began=time.perf_counter() - 300)
     # To move on to the second block is its time too; what leads to the first one that a run makes is none's.
     assert whole["blocks"]["model.layers.1"] >= 0.2

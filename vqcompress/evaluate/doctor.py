@@ -148,13 +148,13 @@ def _compare(toy: transformers.PreTrainedModel, stream: BlockStream) -> tuple[fl
     vocabulary = toy.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(vocabulary, (2, TOKENS), generator=generator) for _ in range(2)]
-    states = [stream.begin(batch) for batch in batches]
+    states = [stream.embed(batch) for batch in batches]
     for i in range(len(stream.blocks)):
-        stream.advance(stream.load_block(i), i, states)
+        stream.forward(stream.load_block(i), i, states)
     difference = scale = 0.0
     for batch, state in zip(batches, states, strict=True):
         direct = toy(batch, use_cache=False).logits
-        difference = max(difference, (stream.finish(batch, state) - direct).abs().max().item())
+        difference = max(difference, (stream.logits(batch, state) - direct).abs().max().item())
         scale = max(scale, direct.abs().max().item())
     return difference, scale
 
@@ -163,12 +163,12 @@ def _folds(stream: BlockStream) -> list[dict[str, str | None]]:
     """Every input of the last toy block with the producer that smoothing folds into, None for run time."""
     vocabulary = stream.model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-    states = [stream.begin(ids)]
+    states = [stream.embed(ids)]
     last = len(stream.blocks) - 1
     for i in range(last):
-        stream.advance(stream.load_block(i), i, states)
+        stream.forward(stream.load_block(i), i, states)
     inputs = find_inputs(stream.load_block(last), stream.blocks[last], lambda m: stream.run(m, last, states[0]))
     return [
-        {"input": ", ".join(entrance.consumers), "producer": entrance.producer.path if entrance.producer else None}
+        {"input": ", ".join(entrance.consumers), "producer": entrance.producer.module if entrance.producer else None}
         for entrance in inputs
     ]

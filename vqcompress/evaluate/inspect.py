@@ -10,7 +10,7 @@ from vqcompress.evaluate.read_report import read_report
 from vqcompress.methods.triton import launch
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.experts import Experts
-from vqcompress.model.linear import CompressedLinear, keep_packed, swap
+from vqcompress.model.linear import CompressedLinear, keep_packed, replace_linears
 from vqcompress.model.weights import load_config, skeleton
 from vqcompress.storage.artifact import Artifact, stored_bits
 from vqcompress.storage.checkpoint import resolve
@@ -79,7 +79,7 @@ def _runtime(artifact: Artifact, device: torch.device, cpu_weights: str) -> dict
     dtype, entries = model_dtype(artifact.config, device), artifact.entries
     packed = device.type == "cpu" and keep_packed(cpu_weights, entries.values(), dtype)
     model = skeleton(load_config(artifact.path), dtype)
-    swap(model, "", entries.values(), dtype, packed)
+    replace_linears(model, "", entries.values(), dtype, packed)
     told: dict[str, str] = {}
     for module in model.modules():
         if isinstance(module, Experts):

@@ -25,10 +25,10 @@ from vqcompress.kv_cache.attention import CACHE, asks_readers, decoding, replace
 from vqcompress.model.device import (
     check_fits,
     choose_device,
-    forget_peaks,
     model_dtype,
     peak_device_bytes,
     peak_rss_bytes,
+    reset_peak_memory,
 )
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
@@ -90,16 +90,16 @@ class Pass:
 
     def __init__(self, stream: BlockStream, windows_NL: Tensor, step: Callable[[float], None]):
         self.stream = stream
-        states = [stream.begin(batch) for batch in stream.batches(windows_NL)]
+        states = [stream.embed(batch) for batch in stream.batches(windows_NL)]
         for i, block in enumerate(stream.blocks):
-            stream.advance(stream.load_block(i), i, states)
+            stream.forward(stream.load_block(i), i, states)
             step(sum(target.weights for target in block.targets))
         self.windows_NL = windows_NL
         self.rows = [row for state in states for row in state.split(1)]
 
     def logits(self, number: int, first: int) -> Tensor:
         """The logits (P, V) that predict the tokens after position `first` of a window."""
-        return self.stream.finish(self.windows_NL[number : number + 1], self.rows[number])[0, first:-1]
+        return self.stream.logits(self.windows_NL[number : number + 1], self.rows[number])[0, first:-1]
 
 
 class CodedPass:
@@ -305,7 +305,7 @@ def _speed(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    forget_peaks()
+    reset_peak_memory()
     network = load_any(model, device, cpu_weights)
     vocabulary = network.config.get_text_config().vocab_size
     prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))

@@ -51,9 +51,9 @@ def verify(path: str) -> dict[str, Any]:
     generation_config(artifact.path)
     entries = list(artifact.entries.values())
     check_books(artifact)
-    check_finite(stream.source.read(stream.rest))
+    check_finite(stream.source.read(stream.non_block_weights))
     # Loading names what is missing of the dense tensors, or has another shape.
-    stream.load_rest()
+    stream.load_non_block_weights()
     for i, block in enumerate(stream.blocks):
         tensors = stream.source.read(stream.names.under(block.name))
         check_finite(tensors)

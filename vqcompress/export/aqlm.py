@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqcompress.export.fp8 import misfit
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, tensors
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.methods.vq.method import VQ
 from vqcompress.methods.vq.packing import unpack
 from vqcompress.model.stream import BlockStream
@@ -69,7 +69,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
     return Export({**artifact.config, "quantization_config": config}, held, {}, found)
 
 
-def _write(entry: Entry, parts: Parts) -> dict[str, Tensor]:
+def _write(entry: Entry, parts: PackedTensors) -> dict[str, Tensor]:
     method, (rows, columns) = entry.method, entry.target.shape
     assert isinstance(method, VQ)
     codes_OGR = unpack(parts["codes"], method.bits, columns // method.d * method.stages)

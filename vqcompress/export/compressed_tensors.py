@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqcompress.export.fp8 import misfit, ragged
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, settle, tensors
-from vqcompress.methods import Method, Parts
+from vqcompress.methods import Method, PackedTensors
 from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.fp8.reference import TILE
 from vqcompress.methods.int8.method import INT8
@@ -73,7 +73,7 @@ def _scheme(method: Method) -> dict[str, Any]:
     return {"weights": {**kind, **weights}, "input_activations": {**kind, **activations}}
 
 
-def _write(entry: Entry, parts: Parts) -> dict[str, Tensor]:
+def _write(entry: Entry, parts: PackedTensors) -> dict[str, Tensor]:
     scale = parts["scale"] if isinstance(entry.method, FP8) else parts["scale"][:, None]
     found = {"weight": parts["codes"], "weight_scale": scale}
     return found | ({"input_scale": parts["input_scale"][None]} if "input_scale" in parts else {})

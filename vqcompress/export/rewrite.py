@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vqcompress.errors import VQCompressError
-from vqcompress.methods import Parts
-from vqcompress.model.expert_layout import plain_name
+from vqcompress.methods import PackedTensors
+from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.experts import Experts
 from vqcompress.model.linear import CompressedLinear
 from vqcompress.model.stream import BlockStream
@@ -20,7 +20,7 @@ from vqcompress.storage.checkpoint import stored_dtype
 from vqcompress.storage.targets import Target
 
 # The tensors of a weight in a format, by what follows the module's name and its dot.
-Write = Callable[[Entry, Parts], dict[str, Tensor]]
+Write = Callable[[Entry, PackedTensors], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def tensors(
     """What lies outside of the blocks, then block by block: held targets as `write` has them, others decoded."""
     weights = {name: _weight(stream, entry) for name, entry in artifact.entries.items()}
     # One has the marker, which lies outside of the blocks if its name has a prefix that no parameter is known by.
-    marked = {plain_name(w.removesuffix(".weight"), stream.layout(name)) for name, w in weights.items()}
-    yield stream.source.read(name for name in stream.rest if name not in marked | {HINT})
+    marked = {fused_weight_name(w.removesuffix(".weight"), stream.fused_layout(name)) for name, w in weights.items()}
+    yield stream.source.read(name for name in stream.non_block_weights if name not in marked | {HINT})
     dtype = stored_dtype(artifact.config)
     for block in stream.blocks:
         found = stream.source.read(stream.names.under(block.name))

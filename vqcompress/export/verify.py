@@ -87,7 +87,7 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
     activations the artifact runs as ever, else with its decoded weights.
     """
     ids_BL, text = _tokens(stream, source)
-    states, dtype = [stream.begin(ids_BL)], stored_dtype(source.config)
+    states, dtype = [stream.embed(ids_BL)], stored_dtype(source.config)
 
     def weight(layer: CompressedLinear) -> Tensor:
         return layer.weight if layer.entry.target.name in held else layer.weight.to(dtype).float()
@@ -96,8 +96,8 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
         block = stream.load_block(i)
         if not reader.rounds:
             decode_layers(block, weight)
-        stream.advance(block, i, states)
-    ours = stream.finish(ids_BL, states[0]).double().log_softmax(-1)
+        stream.forward(block, i, states)
+    ours = stream.logits(ids_BL, states[0]).double().log_softmax(-1)
     logits_file = out / "logits.partial"
     command = [
         sys.executable,

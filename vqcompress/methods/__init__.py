@@ -7,13 +7,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from vqcompress.errors import did_you_mean
-from vqcompress.methods.base import Layout, Method, Parts, layout_bits
+from vqcompress.methods.base import Layout, Method, PackedTensors, layout_bits
 from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.int8.method import INT8
 from vqcompress.methods.keep import Keep
 from vqcompress.methods.vq.method import VQ
 
-__all__ = ["METHODS", "Layout", "Method", "Parts", "explain", "from_description", "layout_bits", "make"]
+__all__ = ["METHODS", "Layout", "Method", "PackedTensors", "explain", "from_description", "layout_bits", "make"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Keep, INT8, FP8, VQ)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqcompress.methods.statistics import Statistics
 
-Parts = dict[str, Tensor]
+PackedTensors = dict[str, Tensor]
 Shape = tuple[int, int]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -42,7 +42,7 @@ class Method(BaseModel):
 
     @property
     def tunable(self) -> tuple[str, ...]:
-        """Parts that may be tuned by gradient once the others are fixed; `decode` is differentiable in them."""
+        """Packed tensors that gradient descent may tune after `encode`; `decode` is differentiable in them."""
         return ()
 
     @property
@@ -58,43 +58,47 @@ class Method(BaseModel):
         """Type and shape of the parts that all targets of a block with these knobs share; usually none."""
         return {}
 
-    def fit_shared(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> Parts:
+    def fit_shared(
+        self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator
+    ) -> PackedTensors:
         """The shared parts of a block, fitted on its (O, I) float32 weights; called if `shared_layout` names any."""
         return {}
 
     def encode(
-        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
-    ) -> Parts:
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
+    ) -> PackedTensors:
         """The parts to store for a finite float32 weight. Deterministic in its arguments and `generator`."""
         raise TypeError(f"{type(self).__name__} does not define encode")
 
-    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that was stored, by definition. `parts` includes the shared ones."""
         raise TypeError(f"{type(self).__name__} does not define decode")
 
-    def decode_rows(self, parts: Parts, shape: Shape) -> Iterator[Tensor]:
+    def decode_rows(self, parts: PackedTensors, shape: Shape) -> Iterator[Tensor]:
         """What `decode` gives, some rows after the other where that is faster."""
         yield self.decode(parts, shape)
 
-    def check(self, parts: Parts, shape: Shape) -> None:
+    def check(self, parts: PackedTensors, shape: Shape) -> None:
         """Raise ValueError naming the part if a stored value is out of its range or not finite."""
         for name, part in parts.items():
             if not is_finite(part):
                 raise ValueError(f"{name} holds NaN or Inf")
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+    def prepare(
+        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> PackedTensors:
         """What `linear` reads for inputs of a type, made once and never stored. Default: the decoded weight.
 
         packed: nothing larger than what is stored; a CPU then decodes at every call, a GPU has kernels for that anyway.
         """
         return dict(parts) if packed else {"weight": self.decode(parts, shape).to(dtype)}
 
-    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ, (T, O) in the type of x, from the prepared parts."""
         weight_OI = prepared["weight"] if "weight" in prepared else self.decode(prepared, shape).to(x_TI.dtype)
         return x_TI @ weight_OI.T
 
-    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """`linear` of the rows of every expert, (S, O), from the prepared parts of all experts, stacked (E, …).
 
         x_SI: sorted by expert. ends_E: int32, where the rows of each one end. What rows behind the last get is not
@@ -119,7 +123,7 @@ class Method(BaseModel):
         """How `linear` or `grouped` multiplies so many rows on a device, for people to read. packed: see `prepare`."""
         return f"decoded {'at every call' if packed else 'once'}, then a dense product"
 
-    def counts(self, parts: Parts, shape: Shape) -> Tensor | None:
+    def counts(self, parts: PackedTensors, shape: Shape) -> Tensor | None:
         """How often each entry of a codebook is used by a weight, int64 (stages, entries); None without a table.
 
         The table is the part `codebook`, shared or the target's own; without such a part it ships with the package.

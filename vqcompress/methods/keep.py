@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vqcompress.methods.base import Layout, Method, Parts, Shape
+from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
 from vqcompress.methods.statistics import Statistics
 
 
@@ -25,13 +25,13 @@ class Keep(Method):
         return {"weight": (torch.float32, shape)}
 
     def encode(
-        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
-    ) -> Parts:
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
+    ) -> PackedTensors:
         """A copy of the weight. ValueError if it holds NaN or Inf."""
         parts = {"weight": weight_OI.float().clone()}
         self.check(parts, (weight_OI.shape[0], weight_OI.shape[1]))
         return parts
 
-    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
         """The weight, float32 (O, I)."""
         return parts["weight"].float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.targets import gates
+from vqcompress.model.targets import routing_modules
 
 
 def dense_weights(stream: BlockStream) -> dict[str, str]:
@@ -21,12 +21,12 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}
-        deciding = gates(layer)
+        deciding = routing_modules(layer)
         for path, tensor in layer.named_parameters():
             if tensor.dim() > 1 and path not in known:
                 name = f"{block.name.rpartition('.')[0]}.*.{path}"
                 counts[name] += tensor.numel()
-                why = stream.fused_because or "their structure is another than gate, up and down"
+                why = stream.fused_reason or "their structure is another than gate, up and down"
                 fused = f"the experts of a mixture are one parameter: {why}"
                 module = path.rpartition(".")[0]
                 plain = "routes or gates" if module in deciding else "not an nn.Linear"

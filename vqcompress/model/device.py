@@ -39,13 +39,13 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Hand freed memory back to the system: glibc keeps pieces for the threads that had them, and peaks add up."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def forget_peaks() -> None:
+def reset_peak_memory() -> None:
     """Let the peaks of memory start anew, where the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

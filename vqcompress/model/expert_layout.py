@@ -69,14 +69,14 @@ def candidates(module: nn.Module) -> Iterator[Layout]:
             yield Layout(len(up), first, "down_proj", parameters, transposed, interleaved, True)
 
 
-def plain_name(target: str, layout: Layout | None) -> str:
+def fused_weight_name(target: str, layout: Layout | None) -> str:
     """A target's weight as a process that takes no experts apart knows it. layout: of its mixture, if it is in one."""
     if layout is None or not layout.fused:
         return f"{target}.weight"
     return f"{target.rsplit('.', 2)[0]}.{next(iter(layout.parameters))}"
 
 
-def take_apart(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layout]]) -> dict[str, Tensor]:
+def unfuse_tensors(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layout]]) -> dict[str, Tensor]:
     """Tensors by name with the matrices of experts in place of fused parameters. mixtures: (path on disk, layout)."""
     found = dict(tensors)
     for prefix, layout in mixtures:
@@ -88,7 +88,7 @@ def take_apart(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layo
     return found
 
 
-class TakenApart(Checkpoint):
+class UnfusedCheckpoint(Checkpoint):
     """A checkpoint that stores experts fused, as if it stored every matrix under a name of its own."""
 
     def __init__(self, source: Checkpoint, mixtures: list[tuple[str, Layout]]):
@@ -113,6 +113,6 @@ class TakenApart(Checkpoint):
         wanted = set(names)
         found = self._source.read(wanted - self._holder.keys())
         for holder in dict.fromkeys(self._holder[name] for name in wanted if name in self._holder):
-            parts = take_apart(self._source.read([holder]), self._mixtures)
+            parts = unfuse_tensors(self._source.read([holder]), self._mixtures)
             found |= {name: tensor for name, tensor in parts.items() if name in wanted}
         return found

@@ -29,7 +29,7 @@ class Producer:
     kind: `norm` multiplies by its weight, `norm_plus_one` by 1 + weight (Gemma), `rows` is a linear layer.
     """
 
-    path: str
+    module: str
     kind: Kind
     rows_I: Tensor
 
@@ -38,17 +38,17 @@ class Producer:
 class Input:
     """An activation that targets read. consumers: paths inside the block of all that reads it. channels: I.
 
-    reader: the module that is called with all of it. pool: the experts' module, if only the tokens of one expert come
-    by; then those of the others can stand in for them.
-    place: what the input comes from, as the knobs of smoothing name it. producer: what a fold can go into, or None.
+    reader: the module that is called with all of it. mixture: the experts' module, if only the tokens of one expert
+    come by; then those of the others can stand in for them.
+    role: what the input comes from, as the knobs of smoothing name it. producer: what a fold can go into, or None.
     """
 
     consumers: tuple[str, ...]
     channels: int
     reader: str
-    place: Literal["norm", "attention", "mlp"]
+    role: Literal["norm", "attention", "mlp"]
     producer: Producer | None
-    pool: str | None = None
+    mixture: str | None = None
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ def scale_producer(block: nn.Module, producer: Producer, s_R: Tensor, dtype: tor
     dtype: what the norm's weight will be stored in. Its rounding then counts as part of the factor, so that the fold
     stays exact; a weight of zero keeps a factor of 1.
     """
-    module = block.get_submodule(producer.path)
+    module = block.get_submodule(producer.module)
     weight = module.get_parameter("weight")
     s_R = s_R.to(weight.device, torch.float32)
     if producer.kind == "rows":
@@ -123,8 +123,8 @@ def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tens
         norm, consumers, channels = norms.get(_storage(read.x)), tuple(read.consumers), read.x.shape[-1]
         candidates = _norm_candidates(norm, channels) if norm else row_candidates(block, earlier, channels)
         attention = any("attn" in path or "attention" in path for path in consumers)
-        place: Literal["norm", "attention", "mlp"] = "norm" if norm else "attention" if attention else "mlp"
-        inputs.append(Input(consumers, channels, read.reader, place, first(candidates, consumers)))
+        role: Literal["norm", "attention", "mlp"] = "norm" if norm else "attention" if attention else "mlp"
+        inputs.append(Input(consumers, channels, read.reader, role, first(candidates, consumers)))
         # What feeds an expert's last layer is its own first ones, found below.
         earlier += [path for path in consumers if path in local and not _within(path, mixtures)]
     for path, mixture in mixtures.items():
@@ -133,9 +133,9 @@ def find_inputs(block: nn.Module, layout: Block, run: Callable[[nn.Module], Tens
         channels = int(block.get_submodule(last).get_parameter("weight").shape[1])
         fold = first(row_candidates(block, heads, channels), (last,))
         # All experts run the same code, so what holds for the one that most tokens of the probe went to holds for all.
-        number = heads.index(fold.path) if fold else 0
+        number = heads.index(fold.module) if fold else 0
         for heads, last in experts:
-            producer = replace(fold, path=heads[number]) if fold else None
+            producer = replace(fold, module=heads[number]) if fold else None
             inputs.append(Input((last,), channels, last, "mlp", producer, path))
     return inputs
 
@@ -233,7 +233,7 @@ def _is_exact(
     Measured on the block's output with random powers of two, which cost no rounding. A consumer that was overlooked
     would see a changed input, and the output would move by as much as it matters.
     """
-    touched = [block.get_submodule(path) for path in (producer.path, *consumers)]
+    touched = [block.get_submodule(path) for path in (producer.module, *consumers)]
     saved = [(parameter, parameter.data) for module in touched for parameter in module.parameters(recurse=False)]
     rows = int(producer.rows_I.max()) + 1
     s_R = torch.randint(-1, 2, (rows,), generator=torch.Generator().manual_seed(0)).float().exp2()

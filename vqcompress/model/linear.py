@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vqcompress.errors import Fallback, UsageError, VQCompressError
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.model.device import available_bytes
 from vqcompress.model.experts import unfuse
 from vqcompress.storage.artifact import SMOOTHING, Entry, part_name
@@ -35,7 +35,7 @@ class _Stored(nn.Module):
 
 
 class SharedParts(_Stored):
-    """Parts that several targets of a block read, as buffers under the parts' own names."""
+    """Packed tensors that several targets of a block read, as buffers under the parts' own names."""
 
     def __init__(self, entry: Entry):
         super().__init__()
@@ -61,7 +61,7 @@ class CompressedLinear(_Stored):
         self.bias = nn.Parameter(empty, requires_grad=False) if entry.target.bias else None
         # Behind a tuple, so that the block's parts are not listed once more under every layer.
         self._shared = (shared,)
-        self._prepared: Parts | None = None
+        self._prepared: PackedTensors | None = None
         self._prepared_for = bias_dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
@@ -90,7 +90,7 @@ class CompressedLinear(_Stored):
         if (buffer := part_name("weight", name)) in self._buffers:
             self._buffers[buffer] = part
 
-    def parts(self) -> Parts:
+    def parts(self) -> PackedTensors:
         """The stored parts by name, shared ones included."""
         own = {name: self.get_buffer(part_name("weight", name)) for name in self.entry.layout()}
         shared = dict(self._shared[0].named_buffers()) if self._shared[0] is not None else {}
@@ -100,7 +100,7 @@ class CompressedLinear(_Stored):
         """The float32 (O, I) weight that this layer stands for, smoothing undone."""
         return self.entry.decode(self.parts())
 
-    def prepare(self, dtype: torch.dtype) -> Parts:
+    def prepare(self, dtype: torch.dtype) -> PackedTensors:
         """What `linear` will read for inputs of a type, made once."""
         if self._prepared is None or self._prepared_for != dtype:
             # The first call may be inside of `generate`; what is made there could never meet autograd.
@@ -153,7 +153,9 @@ def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) 
     return cpu_weights == "packed"
 
 
-def swap(root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False) -> None:
+def replace_linears(
+    root: nn.Module, prefix: str, entries: Iterable[Entry], dtype: torch.dtype, packed: bool = False
+) -> None:
     """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
 
     root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.

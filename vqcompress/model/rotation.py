@@ -80,7 +80,7 @@ def _refuse(where: str, why: str) -> NoReturn:
     )
 
 
-class Rotated(Checkpoint):
+class RotatedCheckpoint(Checkpoint):
     """The rotated form of a stream's checkpoint, with a head of its own; VQCompressError if it cannot be rotated.
 
     Blocks are read in float32, what lies outside of them in its stored type. draw: name → random state. Everything
@@ -132,7 +132,7 @@ class Rotated(Checkpoint):
 
     def _raw_rest(self) -> dict[str, Tensor]:
         """What lies outside of the blocks as it was, tied embeddings twice."""
-        names = {name: self._original.get(name, name) for name in self._stream.rest}
+        names = {name: self._original.get(name, name) for name in self._stream.non_block_weights}
         raw = self._source.read(set(names.values()))
         check_finite(raw)
         return {name: raw[original] for name, original in names.items()}
@@ -156,19 +156,19 @@ class Rotated(Checkpoint):
         """Prove what lies outside of the blocks; the hidden states (1, L, H) of the probe tokens."""
         stream = self._stream
         model: nn.Module = stream.model
-        stream.load_rest(self._raw_rest())
+        stream.load_non_block_weights(self._raw_rest())
         vocabulary = stream.model.config.get_text_config().vocab_size
         ids_BL = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        x_BLH = stream.begin(ids_BL)
-        norms, logits = _watch(model, lambda: stream.finish(ids_BL, x_BLH))
+        x_BLH = stream.embed(ids_BL)
+        norms, logits = _watch(model, lambda: stream.logits(ids_BL, x_BLH))
         norm = norms[head]
         if norm is not None:
             self._norm, self._offset = stream.names.tensor[f"{norm}.weight"], _offset(model.get_submodule(norm), x_BLH)
         for name, tensor in self._turned_rest().items():
             model.get_parameter(stream.names.parameter[name]).data = tensor
-        if not _close(stream.finish(ids_BL, self._turn(x_BLH)), logits):
+        if not _close(stream.logits(ids_BL, self._turn(x_BLH)), logits):
             _refuse("the model", _reason(model, set(norms.values())))
-        if not _close(stream.begin(ids_BL), self._turn(x_BLH)):
+        if not _close(stream.embed(ids_BL), self._turn(x_BLH)):
             _refuse("the model", "more than the embeddings enters the first block")
         # Blocks need only how they are called, which is known now.
         model.to("meta")
@@ -222,9 +222,9 @@ class Rotated(Checkpoint):
         if not isinstance(size, int) or weight.shape[1] % size:
             return
         for producer in row_candidates(module, earlier, weight.shape[1]):
-            parameters = [weight, *module.get_submodule(producer.path).parameters(recurse=False)]
+            parameters = [weight, *module.get_submodule(producer.module).parameters(recurse=False)]
             saved = [parameter.data for parameter in parameters]
-            draw = self._draw(f"{self._stream.blocks[i].name}.{producer.path}")
+            draw = self._draw(f"{self._stream.blocks[i].name}.{producer.module}")
             signs_R = random_signs(len(saved[1]), draw).to(weight.device)
             weight.data = hadamard((weight * signs_R[producer.rows_I]).unflatten(1, (-1, size))).flatten(1)
             for parameter in parameters[1:]:

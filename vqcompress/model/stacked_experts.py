@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 
 
 class Stack:
@@ -24,7 +24,7 @@ class Stack:
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype):
         self.entry, self.layers = layers[0].entry, list(layers)
         prepared = [layer.prepare(dtype) for layer in layers]
-        self.parts: Parts = {}
+        self.parts: PackedTensors = {}
         for name, first in prepared[0].items():
             parts = [own[name] for own in prepared]
             if all(part.data_ptr() == first.data_ptr() for part in parts):

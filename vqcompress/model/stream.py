@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.base import is_finite
-from vqcompress.model.expert_layout import Layout, TakenApart, take_apart
+from vqcompress.model.expert_layout import Layout, UnfusedCheckpoint, unfuse_tensors
 from vqcompress.model.experts import Experts, unfuse
-from vqcompress.model.linear import swap, unfuse_for
+from vqcompress.model.linear import replace_linears, unfuse_for
+from vqcompress.model.targets import blocks_of, find_blocks
 from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
 from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.distributed import ALONE, Team
 from vqcompress.storage.hidden_states import States
-from vqcompress.storage.targets import blocks_of, find_blocks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 BATCH_TOKENS = 4096
@@ -93,7 +93,7 @@ class BlockStream:
     """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
-    model's. fused_because: why the experts of a mixture are no targets, or nothing. team: the processes that share the
+    model's. fused_reason: why the experts of a mixture are no targets, or nothing. team: the processes that share the
     rows. scratch: where hidden states are kept, if not in memory. Tensors are read when needed.
     """
 
@@ -113,22 +113,22 @@ class BlockStream:
             config.tie_word_embeddings = False
         self.config = config
         self.model = skeleton(config, dtype)
-        self.fused_because = ""
+        self.fused_reason = ""
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
         else:
             names = Names(self.model, source.tensors)
-            self.fused_because = unfuse(self.model, Counter(names.parameter.values()) or None)
-            fused = [(names.spelled(path), layout) for path, layout in self._fused_layouts()]
+            self.fused_reason = unfuse(self.model, Counter(names.parameter.values()) or None)
+            fused = [(names.stored_prefix(path), layout) for path, layout in self._fused_layouts()]
             if any(f"{prefix}.{name}" in source.tensors for prefix, layout in fused for name in layout.parameters):
-                self.source = TakenApart(source, fused)
+                self.source = UnfusedCheckpoint(source, fused)
         self.blocks = blocks_of(self.model)
         if isinstance(source, Artifact):
-            swap(self.model, "", source.entries.values(), dtype)
+            replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
         check_parts(self.model, self.names, self.source.tensors)
         # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
-        self.mixtures = {path: (self.names.spelled(path), layout) for path, layout in self._fused_layouts()}
+        self.mixtures = {path: (self.names.stored_prefix(path), layout) for path, layout in self._fused_layouts()}
         _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
         self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
@@ -153,12 +153,12 @@ class BlockStream:
         return found
 
     @property
-    def rest(self) -> list[str]:
+    def non_block_weights(self) -> list[str]:
         """The checkpoint names of what lies outside of the blocks."""
         inside = {name for block in self.blocks for name in self.names.under(block.name)}
         return [name for name in self.source.tensors if name not in inside]
 
-    def layout(self, target: str) -> Layout | None:
+    def fused_layout(self, target: str) -> Layout | None:
         """Of the mixture that a target is in, if its experts are fused on disk."""
         return self.mixtures.get(target.rsplit(".", 2)[0], ("", None))[1]
 
@@ -173,10 +173,10 @@ class BlockStream:
             wanted[part] = self.names.tensor[name]
         return wanted
 
-    def load_rest(self, tensors: dict[str, Tensor] | None = None) -> None:
-        """Load embeddings, final norm and head; begin and finish need them. tensors: instead of reading the source."""
+    def load_non_block_weights(self, tensors: dict[str, Tensor] | None = None) -> None:
+        """Load embeddings, final norm and head; embed and logits need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
-            assign(self.model, self.source.read(self.rest) if tensors is None else tensors, self.dtype)
+            assign(self.model, self.source.read(self.non_block_weights) if tensors is None else tensors, self.dtype)
             self.model.tie_weights()
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True
@@ -188,10 +188,10 @@ class BlockStream:
         those tensors hold compressed.
         """
         block = copy.deepcopy(self.skeletons[i])
-        swap(block, self.blocks[i].name + ".", entries, self.dtype)
+        replace_linears(block, self.blocks[i].name + ".", entries, self.dtype)
         if tensors is None:
             tensors = self.source.read(self.names.under(self.blocks[i].name))
-        tensors = take_apart(tensors, self.mixtures.values())
+        tensors = unfuse_tensors(tensors, self.mixtures.values())
         self._layers[i] = block
         try:
             assign(self.model, tensors, self.dtype)
@@ -217,9 +217,9 @@ class BlockStream:
                 raise VQCompressError(f"{name} has the shape {stored} on disk, the config asks for {asked}")
 
     @torch.inference_mode()
-    def begin(self, ids_BL: Tensor) -> Tensor:
+    def embed(self, ids_BL: Tensor) -> Tensor:
         """The hidden states (B, L, H) that enter the first block; also learns how blocks are called at this shape."""
-        self.load_rest()
+        self.load_non_block_weights()
         with contextlib.suppress(_Reached):
             self.model(ids_BL.to(self.device), use_cache=False)
         first, *others = [recorder.__dict__ for recorder in self._recorders]
@@ -227,7 +227,7 @@ class BlockStream:
             # The model took the first item of what the first block gave, so its blocks return tuples.
             for state in (first, *others):
                 state["tuples"] = True
-            return self.begin(ids_BL)
+            return self.embed(ids_BL)
         calls = [recorder.__dict__["call"] for recorder in self._recorders]
         shape = (ids_BL.shape[0], ids_BL.shape[1])
         if shape in self._calls:
@@ -246,16 +246,16 @@ class BlockStream:
 
     @torch.inference_mode()
     def run(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
-        """The output (B, L, H) of a block loaded for place i; `begin` must have seen rows of this shape."""
+        """The output (B, L, H) of a block loaded for place i; `embed` must have seen rows of this shape."""
         args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
         return _first(block(hidden_BLH, *args, **kwargs))
 
-    def call(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
+    def run_float32(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
         """The same of a block in float32, for gradients."""
         args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
         return _first(block(_plain(hidden_BLH), *_plain(args), **_plain(kwargs)))
 
-    def advance(self, block: nn.Module, i: int, states: States) -> None:
+    def forward(self, block: nn.Module, i: int, states: States) -> None:
         """Replace each batch of hidden states by the block's output, in place."""
         for k in range(len(states)):
             out = self.run(block, i, states[k])
@@ -264,7 +264,7 @@ class BlockStream:
             states[k] = out
 
     @torch.inference_mode()
-    def finish(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
+    def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """The logits (B, L, V) that follow from the last block's output."""
         self._recorders[-1].__dict__["reply"] = hidden_BLH
         try:

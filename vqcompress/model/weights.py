@@ -155,10 +155,10 @@ class Names:
         if part := re.fullmatch(r"(.+\.weight)_(\w+)", name):
             return f"{self.tensor[part[1]]}_{part[2]}"
         if shared := re.fullmatch(r"(.+)(\.shared_parts\..+)", name):
-            return self.spelled(shared[1]) + shared[2]
+            return self.stored_prefix(shared[1]) + shared[2]
         return self.tensor[name]
 
-    def spelled(self, prefix: str) -> str:
+    def stored_prefix(self, prefix: str) -> str:
         """A module's path as the checkpoint spells it, which may lack the model's prefix."""
         for parameter, name in self.tensor.items():
             below = parameter.removeprefix(prefix)

@@ -159,7 +159,7 @@ def _measure(
     """Note the damage of every candidate to every target, block by block, in one pass of the dense model."""
     few = max(1, MEASURED_TOKENS // rows_NL.shape[1])
     # So that it is also known how blocks are called with these rows alone.
-    stream.begin(rows_NL[:few])
+    stream.embed(rows_NL[:few])
     states = first_states(stream, rows_NL)
     for i, block in enumerate(plans[0].blocks):
         watch("measure", {"index": i, "count": len(plans[0].blocks), "name": block.name})
@@ -168,7 +168,7 @@ def _measure(
         else:
             module, damage = _measure_block(stream, plans, i, states, probe_of(stream, states, few, None), seed)
             writer.note(block.name, damage)
-        stream.advance(module, i, states)
+        stream.forward(module, i, states)
         # Gone before the next one comes.
         del module
 

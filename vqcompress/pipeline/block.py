@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.methods.smoothing import fit_smoothing
 from vqcompress.methods.statistics import Statistics
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
-from vqcompress.model.expert_layout import plain_name
+from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.folds import Input, find_inputs, scale_consumers, scale_producer
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.correction import Compensation, closing_layer
@@ -59,13 +59,13 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 def first_states(stream: BlockStream, rows_NL: Tensor) -> States:
     """The hidden states that enter the first block, by batch; of several processes each has some of the batches."""
     # Also learns how blocks are called with the few tokens that folds are proven on.
-    stream.begin(rows_NL[:1, :PROBE_TOKENS])
+    stream.embed(rows_NL[:1, :PROBE_TOKENS])
     batches, team = stream.batches(rows_NL), stream.team
     if len(batches) < team.size:
         raise UsageError(
             f"{len(batches)} batches of calibration rows are too few for {team.size} processes; start fewer"
         )
-    return keep((stream.begin(batch) for batch in team.share(batches)), stream.scratch)
+    return keep((stream.embed(batch) for batch in team.share(batches)), stream.scratch)
 
 
 def probe_of(stream: BlockStream, states: States, rows: int = 1, tokens: int | None = PROBE_TOKENS) -> Tensor:
@@ -90,7 +90,7 @@ def compress_block(
     """
     block = plan.blocks[index]
     tensors, module, inputs, statistics = study(stream, plan, index, states, seed)
-    stream.advance(module, index, truth)
+    stream.forward(module, index, truth)
     last = None
     if plan.compensating(block) and truth:
         last = closing_layer(stream, index, module, inputs, probe_of(stream, states))
@@ -165,7 +165,7 @@ def smooth(
         readers = [path for path in entrance.consumers if path in targets]
         wishes = {path: plan.rules[targets[path].name].smoothing for path in readers}
         wish = next((w for w in wishes.values() if w is not None), None)
-        place = getattr(wish, entrance.place) if wish else "none"
+        place = getattr(wish, entrance.role) if wish else "none"
         if wish is None or place == "none":
             continue
         producer = entrance.producer if place == "fold" else None
@@ -178,7 +178,7 @@ def smooth(
         readers = [path for path in readers if path in smoothed]
         rows_I = producer.rows_I if producer else torch.arange(entrance.channels)
         short = producer is not None and (
-            len(readers) < len(smoothed) or (producer.kind == "rows" and producer.path not in targets)
+            len(readers) < len(smoothed) or (producer.kind == "rows" and producer.module not in targets)
         )
         s_R, alpha = fit_smoothing(
             wish,
@@ -190,11 +190,11 @@ def smooth(
             seed,
         )
         if producer:
-            dtype = stream.source.tensors[stream.names.tensor[f"{block.name}.{producer.path}.weight"]].dtype
+            dtype = stream.source.tensors[stream.names.tensor[f"{block.name}.{producer.module}.weight"]].dtype
             s_R = scale_producer(module, producer, s_R, dtype)
-            if producer.kind == "rows" and producer.path in targets:
-                rewrites.rows[producer.path] = 1 / s_R[:, None]
-            rewrites.dense |= {producer.path} | (set(smoothed) - set(targets))
+            if producer.kind == "rows" and producer.module in targets:
+                rewrites.rows[producer.module] = 1 / s_R[:, None]
+            rewrites.dense |= {producer.module} | (set(smoothed) - set(targets))
         else:
             rewrites.runtime.update(smoothed)
         s_I = s_R[rows_I]
@@ -204,7 +204,7 @@ def smooth(
         seen = statistics[readers[0]]
         note = {
             "alpha": None if alpha != alpha else alpha,
-            "folded_into": producer.path if producer else None,
+            "folded_into": producer.module if producer else None,
             "outlier": [seen.outlier, divided[id(seen)].outlier],
         }
         for path in smoothed:
@@ -254,11 +254,11 @@ def encode(
 
     shared = _fit_shared(entries, weight_of, statistics, rewrites, seed)
     for place in filter(None, shared):
-        prefix = stream.names.spelled(block.name) + place.removeprefix(block.name)
+        prefix = stream.names.stored_prefix(block.name) + place.removeprefix(block.name)
         tensors |= {f"{prefix}.{part}": tensor.cpu() for part, tensor in shared[place].items()}
     uses = Uses(block)
 
-    def one(path: str) -> tuple[Parts, dict[str, Any]]:
+    def one(path: str) -> tuple[PackedTensors, dict[str, Any]]:
         """The parts of a target, and its row of the report."""
         start, target = time.perf_counter(), targets[path]
         entry, common, facts = entries[path], shared[entries[path].shared], statistics.get(path, Statistics())
@@ -280,8 +280,8 @@ def encode(
         }
         return {name: part.cpu() for name, part in parts.items()}, row
 
-    def put(path: str, parts: Parts, row: dict[str, Any]) -> None:
-        """Parts in the place of the weight."""
+    def put(path: str, parts: PackedTensors, row: dict[str, Any]) -> None:
+        """Packed tensors in the place of the weight."""
         entry, common = entries[path], {name: part.cpu() for name, part in shared[entries[path].shared].items()}
         uses.add(entry, parts, common)
         if entry.smoothed:
@@ -290,7 +290,8 @@ def encode(
         del tensors[names[path]]
         tensors.update({part_name(names[path], part): tensor for part, tensor in parts.items()})
         if targets[path] == plan.targets[0]:
-            tensors[plain_name(names[path].removesuffix(".weight"), stream.layout(targets[path].name))] = MARKER
+            layout = stream.fused_layout(targets[path].name)
+            tensors[fused_weight_name(names[path].removesuffix(".weight"), layout)] = MARKER
         rows[path] = row
         tick({"name": targets[path].name, "row": row})
 
@@ -317,9 +318,9 @@ def _fit_shared(
     statistics: dict[str, Statistics],
     rewrites: Rewrites,
     seed: int,
-) -> dict[str | None, Parts]:
+) -> dict[str | None, PackedTensors]:
     """By place, the parts that targets share; None has none."""
-    shared: dict[str | None, Parts] = {None: {}}
+    shared: dict[str | None, PackedTensors] = {None: {}}
     for place in dict.fromkeys(entry.shared for entry in entries.values() if entry.shared):
         members = [path for path, entry in entries.items() if entry.shared == place]
         with _naming(place):
@@ -362,7 +363,12 @@ def _rescaled(weight: Tensor, path: str, rewrites: Rewrites, back: bool = False)
 
 
 def _errors(
-    entry: Entry, parts: Parts, original: Tensor, weight: Tensor, facts: Statistics, rescaled: Callable[..., Tensor]
+    entry: Entry,
+    parts: PackedTensors,
+    original: Tensor,
+    weight: Tensor,
+    facts: Statistics,
+    rescaled: Callable[..., Tensor],
 ) -> dict[str, float | None]:
     """What a weight lost, and what that costs its output. weight: the original as smoothing left it."""
     shape = entry.target.shape

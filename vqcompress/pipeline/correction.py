@@ -31,7 +31,7 @@ def closing_layer(stream: BlockStream, index: int, module: nn.Module, inputs: li
 
     Proven by running: another weight must change the block's output by exactly what it makes of the layer's input.
     """
-    alone = [entrance.consumers[0] for entrance in inputs if len(entrance.consumers) == 1 and entrance.pool is None]
+    alone = [entrance.consumers[0] for entrance in inputs if len(entrance.consumers) == 1 and entrance.mixture is None]
     layer = module.get_submodule(alone[-1]) if alone else None
     if not isinstance(layer, nn.Linear) or layer.out_features != probe.shape[-1]:
         return None

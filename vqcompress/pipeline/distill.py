@@ -170,7 +170,7 @@ def tune_block(
         if not before <= k < before + len(states):
             return None
         wanted = truth[k - before].clone().float()
-        gap = stream.call(block, index, states[k - before]) - wanted
+        gap = stream.run_float32(block, index, states[k - before]) - wanted
         return gap.square().sum() / wanted.square().sum()
 
     _fit(masters, tuning.block_epochs, tuning.block_rate, sum(counts), seed, loss_of, stream.team)

@@ -223,7 +223,7 @@ class _Job:
         found = []
         for block, layer, size in zip(self.plan.blocks, self.stream.skeletons, self.sizes, strict=True):
             idle = sum(t.weights * (1 - self.routed.get(t.name, (1, 1))[0]) for t in block.targets)
-            if self.stream.fused_because:
+            if self.stream.fused_reason:
                 idle += sum(p.numel() * (1 - self._chosen(len(p))) for p in layer.parameters() if p.dim() == 3)
             found.append(2 * (size - idle) + attention)
         return found

@@ -110,7 +110,7 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     if not plan.targets and (recipe.cache is None or recipe.candidates):
         raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
     if recipe.experts and not any(isinstance(m, Experts) for layer in stream.skeletons for m in layer.modules()):
-        why = stream.fused_because or "the model has no mixture of experts"
+        why = stream.fused_reason or "the model has no mixture of experts"
         raise UsageError(f"recipe {recipe.name}: 'experts' speaks of nothing here: {why}")
     if recipe.experts and not plan.calibrated:
         raise UsageError(f"recipe {recipe.name}: 'experts' calibrates nothing: its methods need no data")

@@ -19,10 +19,10 @@ import vqcompress
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.model_card import documents
 from vqcompress.kv_cache.calibrate import Books, cache_books
-from vqcompress.methods import Parts
-from vqcompress.model.device import check_fits, choose_device, give_back, model_dtype
+from vqcompress.methods import PackedTensors
+from vqcompress.model.device import check_fits, choose_device, model_dtype, release_freed_memory
 from vqcompress.model.linear import decode_layers
-from vqcompress.model.rotation import Rotated
+from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans, outlook
@@ -32,7 +32,7 @@ from vqcompress.pipeline.estimate import Site
 from vqcompress.pipeline.estimate_cache import CacheCosts
 from vqcompress.pipeline.plan import Plan
 from vqcompress.pipeline.report import run_report
-from vqcompress.runtime.load import assemble, load_any
+from vqcompress.runtime.load import build_model, load_any
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import (
     HINT,
@@ -54,7 +54,7 @@ from vqcompress.storage.writer import Writer
 Watch = Callable[[str, dict[str, Any]], None]
 REST = "(outside of the blocks)"
 # Number and count of a shard, its tensors, its record.
-Made = tuple[int, int, Parts, dict[str, Any]]
+Made = tuple[int, int, PackedTensors, dict[str, Any]]
 T = TypeVar("T")
 
 
@@ -129,7 +129,7 @@ def quantize(
 
     def source_of(name: str) -> str:
         """The fingerprint of a block's weights."""
-        return source.digest(stream.rest if name == REST else stream.names.under(name))
+        return source.digest(stream.non_block_weights if name == REST else stream.names.under(name))
 
     inputs = _inputs(source, plan, rows, seed, stream)
     with SharedWriter(team, out, inputs, source_of, overwrite, start) as writer, ThreadPoolExecutor(1) as aside:
@@ -166,15 +166,15 @@ def quantize(
                 # Nothing that was made of this block is held while the next one is.
                 writer.commit_all(dict(islice(making, 1)))
             elif truth and i + 1 < len(blocks):
-                stream.advance(stream.load_block(i), i, truth)
+                stream.forward(stream.load_block(i), i, truth)
             record = writer.done[block.name]
             stored = entries_of(plan, block, record)
             entries += stored
             if hidden and i + 1 < len(blocks):
                 # What the next block sees is what was stored: its errors are made up for where they can still be.
                 # The block has no name here, so that it is gone before the next one comes.
-                stream.advance(stream.load_block(i, tensors_of(out / record["file"]), stored), i, hidden)
-            give_back()
+                stream.forward(stream.load_block(i, tensors_of(out / record["file"]), stored), i, hidden)
+            release_freed_memory()
             if i not in todo:
                 writer.lap()
             watch("done", {"index": i, "count": len(blocks), "name": block.name, "record": record})
@@ -200,13 +200,14 @@ def _prepare(
     stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
     plans = make_plans(stream, recipe, target_bits)
     if recipe.rotation:
-        stream = BlockStream(Rotated(stream, partial(generator_for, seed)), device, stream.dtype, team, scratch)
+        rotated = RotatedCheckpoint(stream, partial(generator_for, seed))
+        stream = BlockStream(rotated, device, stream.dtype, team, scratch)
     return stream, plans
 
 
 def _commit_rest(writer: SharedWriter, stream: BlockStream, plan: Plan, digest: str) -> None:
     """Write what lies outside of the blocks, and what stops a loader that does not know the format."""
-    rest = stream.source.read(stream.rest) if writer.writer else {}
+    rest = stream.source.read(stream.non_block_weights) if writer.writer else {}
     check_finite(rest)
     # A model of dense weights loads right without the import, too.
     marked = rest | ({HINT: MARKER} if plan.targets else {})
@@ -235,7 +236,7 @@ def _distill(
     tuning = plan.recipe.tuning
     if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
         files = [record["file"] for record in writer.done.values()]
-        student = assemble(stream.config, entries, writer.out, files, torch.float32, stream.device)
+        student = build_model(stream.config, entries, writer.out, files, torch.float32, stream.device)
         teacher = load_any(model, stream.device.type).float()
         writer.stage(distill(student, teacher, stream, entries, rows, tuning, seed, tell))
 
@@ -256,7 +257,7 @@ def _cache_books(
         return None
     writer.settle()
     files = [record["file"] for name, record in writer.done.items() if name != STAGED]
-    network = assemble(stream.config, entries, writer.out, files, stream.dtype, stream.device)
+    network = build_model(stream.config, entries, writer.out, files, stream.dtype, stream.device)
     decode_layers(network)
     return cache_books(network, rows, knobs, seed, team, tell)
 

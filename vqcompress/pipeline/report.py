@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vqcompress
 from vqcompress.evaluate.read_report import mean, named
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.pipeline.plan import Plan
 from vqcompress.storage.artifact import STAGED, Entry
@@ -33,7 +33,7 @@ class Uses:
         self.block = block
         self.sums: dict[tuple[str, bool], Tensor] = {}
 
-    def add(self, entry: Entry, parts: Parts, common: Parts) -> None:
+    def add(self, entry: Entry, parts: PackedTensors, common: PackedTensors) -> None:
         """Count the codes of a target. parts: its own; common: those that it shares."""
         own, uses_RK = "codebook" in parts, entry.method.counts(parts | common, entry.target.shape)
         place = entry.target.name if own else entry.shared or f"{self.block.name}: {setting(entry.method)}"

@@ -82,16 +82,16 @@ def gather(
     for entrance in inputs:
         members: dict[str | None, list[str]] = defaultdict(list)
         for path in entrance.consumers:
-            members[entrance.pool or next((m for m in apart if path.startswith(f"{m}.")), None)].append(path)
+            members[entrance.mixture or next((m for m in apart if path.startswith(f"{m}.")), None)].append(path)
         for place, paths in members.items():
             needs = frozenset().union(*(rules[path].needs for path in paths if path in rules))
-            if not needs and not entrance.pool:
+            if not needs and not entrance.mixture:
                 continue
             # Which tokens come to an expert nobody knows before.
             accumulator = Accumulator(needs, entrance.channels, total, stream.device, None if place else before)
             groups.append((entrance, tuple(paths), accumulator))
-            if entrance.pool:
-                mixture = mixtures[entrance.pool]
+            if entrance.mixture:
+                mixture = mixtures[entrance.mixture]
                 mixture.lasts.append(accumulator)
                 if options.calibrate == "all":
                     continue
@@ -113,7 +113,7 @@ def gather(
         add_up(stream.team, accumulator)
         totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
         found |= dict.fromkeys(consumers, totals)
-    pooled = [(entrance, accumulator) for entrance, _, accumulator in groups if entrance.pool]
+    pooled = [(entrance, accumulator) for entrance, _, accumulator in groups if entrance.mixture]
     return found | _borrowed(pooled, found, total, stream.device, options.min_tokens)
 
 
@@ -133,8 +133,8 @@ def _borrowed(
     floor: as many as their input has channels unless given.
     """
     found: dict[str, Statistics] = {}
-    for pool in dict.fromkeys(entrance.pool for entrance, _ in pooled):
-        members = [(entrance, a) for entrance, a in pooled if entrance.pool == pool]
+    for pool in dict.fromkeys(entrance.mixture for entrance, _ in pooled):
+        members = [(entrance, a) for entrance, a in pooled if entrance.mixture == pool]
         short = [(entrance, a) for entrance, a in members if a.tokens < (floor or entrance.channels)]
         if short and any(a.tokens for _, a in members):
             needs = frozenset().union(*(a.needs for _, a in members))
@@ -153,8 +153,8 @@ def coverage(inputs: list[Input], statistics: dict[str, Statistics]) -> dict[str
     found: dict[str, dict[str, list[int]]] = {}
     for entrance in inputs:
         facts = statistics.get(entrance.consumers[0])
-        if entrance.pool and facts:
-            place = found.setdefault(entrance.pool, {"routed": [], "counted": [], "borrowed": []})
+        if entrance.mixture and facts:
+            place = found.setdefault(entrance.mixture, {"routed": [], "counted": [], "borrowed": []})
             if facts.own_tokens is not None:
                 place["borrowed"].append(len(place["routed"]))
             place["routed"].append(facts.routed)

@@ -47,14 +47,14 @@ class VQCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from vqcompress.model.expert_layout import plain_name
-        from vqcompress.model.linear import keep_packed, swap
+        from vqcompress.model.expert_layout import fused_weight_name
+        from vqcompress.model.linear import keep_packed, replace_linears
         from vqcompress.model.weights import Names, check_parts
 
         self._filled = model
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
-            swap(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
+            replace_linears(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
         stored = {n: info for file in checkpoint_files or () for n, info in Checkpoint.header(Path(file)).items()}
         check_parts(model, Names(model, stored), stored)
         if not entries:
@@ -65,7 +65,7 @@ class VQCompressQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = known | {
             # A checkpoint may spell names with a prefix of its own.
             rf"(^|\.){re.escape(t)}$"
-            for t in (HINT, plain_name(first, layout))
+            for t in (HINT, fused_weight_name(first, layout))
         }
 
     def update_weight_conversions(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import Kept, keep_coded, kept
 from vqcompress.model.device import choose_device, model_dtype
-from vqcompress.model.linear import keep_packed, swap
+from vqcompress.model.linear import keep_packed, replace_linears
 from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
 from vqcompress.runtime.hf_quantizer import attach
 from vqcompress.storage.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
@@ -48,7 +48,7 @@ def load(
     files, entries = sorted({info.file for info in artifact.tensors.values()}), artifact.entries.values()
     packed = chosen.type == "cpu" and keep_packed(cpu_weights, entries, dtype)
     with trusting(trust_remote_code):
-        model = assemble(load_config(artifact.path), entries, artifact.path, files, dtype, chosen, packed)
+        model = build_model(load_config(artifact.path), entries, artifact.path, files, dtype, chosen, packed)
     model.generation_config = generation_config(artifact.path) or model.generation_config
     if entries:
         attach(model, artifact.config["quantization_config"])
@@ -80,7 +80,7 @@ def kept_as(model: PreTrainedModel, path: Path, recipe: str) -> Kept:
     return kept(model, {**wanted, "before": stored.get("before")}, tensors_of(path / KV_CACHE))
 
 
-def assemble(
+def build_model(
     config: PretrainedConfig,
     entries: Iterable[Entry],
     folder: Path,
@@ -92,7 +92,7 @@ def assemble(
     """The model of a config, its targets stored as the entries say, filled from the shards of a directory."""
     entries = list(entries)
     model = skeleton(config, dtype)
-    swap(model, "", entries, dtype, packed)
+    replace_linears(model, "", entries, dtype, packed)
     stored = {name: info for file in files for name, info in Checkpoint.header(folder / file).items()}
     check_parts(model, Names(model, stored), stored)
     for file in files:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from vqcompress import methods
 from vqcompress.errors import VQCompressError, first_line
-from vqcompress.methods import Layout, Method, Parts, layout_bits
+from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
 from vqcompress.storage.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, resolve, sha256
 from vqcompress.storage.recipe import CacheKnobs
 from vqcompress.storage.targets import Target
@@ -78,7 +78,7 @@ class Entry:
             layout[SMOOTHING] = (torch.float32, (self.target.shape[1],))
         return layout
 
-    def decode(self, parts: Parts) -> Tensor:
+    def decode(self, parts: PackedTensors) -> Tensor:
         """The float32 (O, I) weight that the parts stand for, smoothing undone. `parts` includes the shared ones."""
         own = dict(parts)
         smoothing = own.pop(SMOOTHING, None)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqcompress.errors import VQCompressError
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.storage.artifact import STAGED
 from vqcompress.storage.writer import Shards, Writer, undisturbed
@@ -159,13 +159,13 @@ class SharedWriter(Shards):
         return round(self.mark - before, 3)
 
     @undisturbed()
-    def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
+    def commit(self, name: str, number: int, count: int, tensors: PackedTensors, record: dict[str, Any]) -> None:
         """`Writer.commit` of what all processes have."""
         facts = self.write_shard(number, count, tensors) | record if self.writer else None
         self._journal(name, self.team.from_rank(0, facts), self.lap())
 
     @undisturbed()
-    def commit_all(self, found: dict[str, tuple[int, int, Parts, dict[str, Any]]]) -> None:
+    def commit_all(self, found: dict[str, tuple[int, int, PackedTensors, dict[str, Any]]]) -> None:
         """`Writer.commit` of the blocks, by name, that any process has; of one that several have the first one's."""
         before = [name for names in self.team.everyones(list(found))[: self.team.rank] for name in names]
         facts = {
@@ -191,7 +191,7 @@ class SharedWriter(Shards):
         self.measured[name] = record
 
     @undisturbed()
-    def stage(self, tensors: Parts) -> None:
+    def stage(self, tensors: PackedTensors) -> None:
         """`Writer.stage` of what all processes have."""
         if self.writer:
             self.writer.stage(tensors, self.lap())

@@ -115,7 +115,7 @@ class Rule:
 class Recipe:
     """name: what the user called it. rules: in order; a target that none matches is kept as it is.
 
-    rotation: `fold` rotates the whole model first, see `rotation.Rotated`.
+    rotation: `fold` rotates the whole model first, see `rotation.RotatedCheckpoint`.
     tuning: of scales, codebooks and norms, once the codes are fixed.
     candidates: instead of rules, those for all targets that `allocate` chooses from.
     experts: how those of a mixture are calibrated, if not by default. cache: how keys and values are kept, if coded.

@@ -1,13 +1,9 @@
-"""The weights that can be compressed: which modules of a model are blocks, and which linear layers they hold."""
+"""Names and shapes of the weights that can be compressed, without the model that they belong to."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from torch import nn
-
-from vqcompress.errors import VQCompressError
 
 
 def kind(name: str) -> str:
@@ -39,71 +35,3 @@ class Block:
     def local(self, target: Target) -> str:
         """The target's path inside the block."""
         return target.name.removeprefix(self.name + ".")
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of a model's decoder layers: the ModuleList that holds the most parameters."""
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    if not sizes or not max(sizes.values()):
-        raise VQCompressError(
-            f"{type(model).__name__} has no list of layers, so it cannot be compressed block by block"
-        )
-    # An outer list holds all that its inner lists hold, so with equal sizes the shorter path is the outer one.
-    path = min(sizes, key=lambda name: (-sizes[name], len(name)))
-    layers = model.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)
-    return path, layers
-
-
-def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
-    """Every nn.Linear of a block, in the order of the module tree, but those that decide about experts.
-
-    A subclass with a forward of its own does more than multiply.
-    """
-    kept = gates(block)
-    return tuple(
-        Target(f"{name}.{path}", (module.out_features, module.in_features), module.bias is not None)
-        for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and path not in kept
-    )
-
-
-def gates(block: nn.Module) -> set[str]:
-    """Paths of the modules beside experts that decide about them: routers and gates of shared experts.
-
-    Such a module has a weight with a row for each expert, perhaps with one for none of them, or with a single row. A
-    shared expert may have as many inner channels, but it leads back to as many channels as it reads.
-    """
-    found = set()
-    for path, parent in block.named_modules():
-        children = dict(parent.named_children())
-        mixtures = {name: m for name, m in children.items() if name == "experts" or _holds_experts(m)}
-        rows = {r for m in mixtures.values() for r in _gate_rows(m)}
-        for name, module in children.items() if rows else ():
-            weights = [p for p in module.parameters() if p.dim() == 2]
-            leads_back = any(len(weight) == weights[0].shape[1] for weight in weights[1:])
-            if name not in mixtures and not leads_back and rows & {len(weight) for weight in weights}:
-                found |= {f"{path}.{name}.{below}".strip(".") for below, _ in module.named_modules()}
-    return found
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether matrices of experts are one parameter of the module."""
-    return not isinstance(module, nn.Conv1d) and any(p.dim() == 3 for p in module.parameters(recurse=False))
-
-
-def _gate_rows(mixture: nn.Module) -> tuple[int, int, int]:
-    """Rows that a gate may have: of E experts, matrices in a parameter, else what it says (DBRX), or its children."""
-    said = getattr(mixture, "num_experts", len(list(mixture.children())))
-    experts = next((len(p) for p in mixture.parameters() if p.dim() == 3), said)
-    return 1, experts, experts + 1
-
-
-def blocks_of(model: nn.Module) -> list[Block]:
-    """Every block of a model with its targets."""
-    path, layers = find_blocks(model)
-    return [Block(f"{path}.{i}", linear_targets(layer, f"{path}.{i}")) for i, layer in enumerate(layers)]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 
 from vqcompress.errors import VQCompressError
-from vqcompress.methods import Parts
+from vqcompress.methods import PackedTensors
 from vqcompress.storage.artifact import (
     FORMAT_VERSION,
     JOURNAL,
@@ -62,7 +62,7 @@ class Shards:
     def __init__(self, out: Path):
         self.out = out
 
-    def write_shard(self, number: int, count: int, tensors: Parts) -> dict[str, Any]:
+    def write_shard(self, number: int, count: int, tensors: PackedTensors) -> dict[str, Any]:
         """Write shard `number` of `count`; returns its `file` and `sha256`."""
         file = SHARD.format(number, count)
         partial = self.out / f"{file}.partial"
@@ -269,7 +269,7 @@ class Writer(Shards):
         self.measured[name] = record
         self._write_journal()
 
-    def commit(self, name: str, number: int, count: int, tensors: Parts, record: dict[str, Any]) -> None:
+    def commit(self, name: str, number: int, count: int, tensors: PackedTensors, record: dict[str, Any]) -> None:
         """Write a shard, then journal it. name: the block's. number of count: the shard's place. record: JSON kept."""
         self.journal(name, self.write_shard(number, count, tensors) | record)
 
@@ -278,11 +278,11 @@ class Writer(Shards):
         self.done[name] = record
         self._write_journal()
 
-    def stage(self, tensors: Parts, seconds: float) -> None:
+    def stage(self, tensors: PackedTensors, seconds: float) -> None:
         """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
         self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": seconds})
 
-    def write_beside(self, name: str, tensors: Parts) -> None:
+    def write_beside(self, name: str, tensors: PackedTensors) -> None:
         """Write tensors that belong to no shard; `finish` lists them. Nothing is kept of it in the journal."""
         self.write(name, save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
         self.beside[name] = sha256(self.out / name)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqcompress.methods.base import Layout, Method, Parts, Shape, is_finite
+from vqcompress.methods.base import Layout, Method, PackedTensors, Shape, is_finite
 from vqcompress.methods.fp8 import reference
 from vqcompress.methods.statistics import Statistics
 
@@ -71,7 +71,8 @@ def _strips(matrix: Tensor) -> Iterator[slice]:
 class FP8(Method):
     """ŵ = code · scale of its tile; |w − ŵ| ≤ max(|w| · 2⁻⁴, scale · 2⁻¹⁰).
 
-    Parts: `codes` float8_e4m3fn (O, I); `scale` float32 (P, J), a multiplier (`weight_scale_inv` in a checkpoint).
+    Packed tensors: `codes` float8_e4m3fn (O, I); `scale` float32 (P, J), a multiplier (`weight_scale_inv` in
+    a checkpoint).
     power_of_two_scales: round the scales of weights and activations up to powers of two (UE8M0), which some GPUs need.
     """
 
@@ -85,8 +86,8 @@ class FP8(Method):
         return {"codes": (torch.float8_e4m3fn, shape), "scale": (torch.float32, tiles)}
 
     def encode(
-        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
-    ) -> Parts:
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
+    ) -> PackedTensors:
         """The parts of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
         codes_OI, scale_PJ = quantize_tiles(weight_OI, self.power_of_two_scales)
         return {"codes": codes_OI, "scale": scale_PJ}
@@ -95,7 +96,7 @@ class FP8(Method):
         """The codes, the decoded weight, and some strips."""
         return 5 * shape[0] * shape[1] + 40 * STRIP
 
-    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
         weight_OI, at = parts["scale"].new_empty(shape), 0
         for rows in self.decode_rows(parts, shape):
@@ -103,14 +104,14 @@ class FP8(Method):
             at += len(rows)
         return weight_OI
 
-    def decode_rows(self, parts: Parts, shape: Shape) -> Iterator[Tensor]:
+    def decode_rows(self, parts: PackedTensors, shape: Shape) -> Iterator[Tensor]:
         """What `decode` gives, strip by strip."""
         for strip in _strips(parts["codes"]):
             codes, tiles = parts["codes"][strip], slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE))
             scale = expand_tiles(parts["scale"][tiles], (len(codes), shape[1]))
             yield _e4m3_to_half(codes).float().mul_(256).mul_(scale)
 
-    def check(self, parts: Parts, shape: Shape) -> None:
+    def check(self, parts: PackedTensors, shape: Shape) -> None:
         """Raise ValueError for NaN codes and for scales that are not positive, finite and, if asked, powers of two."""
         super().check(parts, shape)
         scale_PJ = parts["scale"]
@@ -119,7 +120,9 @@ class FP8(Method):
         if self.power_of_two_scales and not (torch.frexp(scale_PJ).mantissa == 0.5).all():
             raise ValueError("scale holds a value that is not a power of two, but power_of_two_scales is on")
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+    def prepare(
+        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> PackedTensors:
         """The parts; on a CPU, which has no FP8 product, the float32 weight that they stand for."""
         on_cpu = parts["codes"].device.type == "cpu"
         return {"weight": self.decode(parts, shape)} if on_cpu and not packed else dict(parts)
@@ -132,14 +135,14 @@ class FP8(Method):
         """The kernel; on a CPU a product of the codes as floats."""
         return super().path(shape, rows, device, packed) if device.type == "cpu" else "tile-wise FP8 product of codes"
 
-    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ of `reference.fp8_linear`, the activation in 1×128 tiles; a decoded weight times x rounded as there."""
         if "weight" in prepared:
             return (reference.fp8_rounded(x_TI, self.power_of_two_scales) @ prepared["weight"].T).to(x_TI.dtype)
         y_TO: Tensor = reference.fp8_linear(x_TI, prepared["codes"], prepared["scale"], self.power_of_two_scales)
         return y_TO
 
-    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """`linear` of the rows of every expert, of `reference.fp8_grouped`."""
         if "weight" in prepared:
             return super().grouped(x_SI, ends_E, prepared, shape)

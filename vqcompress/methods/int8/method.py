@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vqcompress.methods.base import Layout, Method, Parts, Shape
+from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
 from vqcompress.methods.int8 import reference
 from vqcompress.methods.statistics import Statistics
 
@@ -19,7 +19,8 @@ from vqcompress.methods.statistics import Statistics
 class INT8(Method):
     """ŵ = code · scale with scale = max(row absmax / 127, 2⁻¹²⁶) and code = round(w / scale), so |w − ŵ| ≤ scale / 2.
 
-    Parts: `codes` int8 (O, I) in ±127; `scale` float32 (O,); with `per_tensor` also `input_scale` float32 ().
+    Packed tensors: `codes` int8 (O, I) in ±127; `scale` float32 (O,); with `per_tensor` also `input_scale`
+    float32 ().
     activations: "per_token" scales every row of x by itself at run time (SmoothQuant's O1, table 2); "per_tensor" uses
     one scale for all of x, max absmax / 127 over the calibration tokens (O3), and clips what lies beyond.
     """
@@ -40,8 +41,8 @@ class INT8(Method):
         return layout
 
     def encode(
-        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
-    ) -> Parts:
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
+    ) -> PackedTensors:
         """The parts of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration token to go by."""
         super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
         codes_OI, scale_O1 = reference.int8_quantize(weight_OI)
@@ -59,11 +60,11 @@ class INT8(Method):
         super().check({"statistics.absmax": statistics.absmax_I}, (1, len(statistics.absmax_I)))
         return (statistics.absmax_I.float().max() / reference.INT8_MAX).clamp_min(reference.SCALE_MIN)
 
-    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its row, float32 (O, I)."""
         return parts["codes"].float() * parts["scale"][:, None]
 
-    def check(self, parts: Parts, shape: Shape) -> None:
+    def check(self, parts: PackedTensors, shape: Shape) -> None:
         """Raise ValueError for a code of −128 and for scales that are not positive and finite."""
         super().check(parts, shape)
         if (parts["codes"] == -128).any():
@@ -72,7 +73,9 @@ class INT8(Method):
             if not (parts[name] > 0).all():
                 raise ValueError(f"{name} holds a value that is not positive")
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+    def prepare(
+        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> PackedTensors:
         """The parts; on a CPU that multiplies floats faster than bytes, with `codes` as float32 made once."""
         if packed or reference.BYTE_PRODUCTS or parts["codes"].device.type != "cpu":
             return dict(parts)
@@ -93,12 +96,12 @@ class INT8(Method):
             return "W8A8 product of codes"
         return f"codes as float32{' at every call' if packed else ''}, then a dense product"
 
-    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ of `reference.int8_linear`, the activation per token or with the stored scale."""
         y_TO: Tensor = reference.int8_linear(x_TI, prepared["codes"], prepared["scale"], prepared.get("input_scale"))
         return y_TO
 
-    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """`linear` of the rows of every expert; of `reference.int8_grouped` unless scales of activations are stored."""
         if "input_scale" in prepared:
             return super().grouped(x_SI, ends_E, prepared, shape)

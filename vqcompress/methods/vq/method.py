@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vqcompress.errors import Fallback
-from vqcompress.methods.base import Layout, Method, Parts, Shape
+from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
 from vqcompress.methods.hadamard import hadamard, random_signs
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq import lattice, trellis, universal
@@ -47,8 +47,8 @@ class VQ(Method):
     a table for the unit Gaussian that ships with the package; `lattice` ones from E8P, d 8 and bits 16, 24 or 32;
     `trellis` ones are computed from a walk through 2**states states, d 1 and bits 1 to 4.
 
-    Parts: codes, uint8, one bit stream per row (see `packing`). Of learned words (O, packed_width(C, bits)), group
-    after group of a row of the weight and inside a group stage after stage; of the others (I, ·), one stream per
+    Packed tensors: codes, uint8, one bit stream per row (see `packing`). Of learned words (O, packed_width(C, bits)),
+    group after group of a row of the weight and inside a group stage after stage; of the others (I, ·), one stream per
     *column* of the weight, from its first row to its last. scale, bfloat16 (O,). For learned words codebook, int8 or
     int16 (R, K, d), hottest entry first, and step, float32 (R,): shared by the block, or the target's own. With a
     rotation signs, uint8 (1, packed_width(I, 1)); the signs of the outputs are those of scale.
@@ -150,13 +150,15 @@ class VQ(Method):
         """codebook and step, if the block shares them."""
         return self._codebook_layout() if self._learned and self.scope == "block" else {}
 
-    def fit_shared(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> Parts:
+    def fit_shared(
+        self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator
+    ) -> PackedTensors:
         """The codebook of a block, learned from rows of all its weights. ValueError if they hold NaN or Inf."""
         return self._learn(weights, statistics, generator) if self.shared_layout() else {}
 
     def encode(
-        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: Parts | None = None
-    ) -> Parts:
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
+    ) -> PackedTensors:
         """The parts of a weight. ValueError if it holds NaN or Inf, or if the codebook of the block is missing."""
         if self.shared_layout() and not shared:
             raise ValueError("vq with scope block encodes with the codebook that fit_shared returned; there is none")
@@ -171,7 +173,7 @@ class VQ(Method):
         parts = {"codes": self._pack(codes_G), "scale": fit_scales(problem, value_OJ).to(SCALE)} | own
         return parts | {"signs": pack((signs[0][None] < 0).int(), 1).to(weight_OI.device)} if signs else parts
 
-    def decode(self, parts: Parts, shape: Shape) -> Tensor:
+    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that the parts stand for."""
         columns = shape[1]
         value_OI = product.values(parts["codes"], self._table(parts), self.form, shape)
@@ -184,7 +186,9 @@ class VQ(Method):
         limit = torch.finfo(torch.float32).max
         return weight_OI.clamp(-limit, limit)
 
-    def prepare(self, parts: Parts, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False) -> Parts:
+    def prepare(
+        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> PackedTensors:
         """The decoded weight on a CPU and where the kernels refuse; else codes, scale, signs, and a table of words."""
         on_cpu, refusal = parts["codes"].device.type == "cpu", self.form.refusal(shape)
         if refusal and not on_cpu:
@@ -195,7 +199,7 @@ class VQ(Method):
         read = {name: parts[name] for name in ("codes", "scale", "signs") if name in parts}
         return read | {"table": self._table(parts)}
 
-    def linear(self, x_TI: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ by a dense product, or of `product.vq_linear`."""
         if "weight" in prepared:
             return super().linear(x_TI, prepared, shape)
@@ -205,7 +209,7 @@ class VQ(Method):
         y_TO: Tensor = product.vq_linear(x_TI, *stored, form.family, form.d, form.bits, form.depth)
         return y_TO
 
-    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: Parts, shape: Shape) -> Tensor:
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """`linear` of the rows of every expert, of `product.vq_grouped`."""
         if "weight" in prepared or (x_SI.requires_grad and torch.is_grad_enabled()):
             return super().grouped(x_SI, ends_E, prepared, shape)
@@ -224,7 +228,7 @@ class VQ(Method):
             return super().path(shape, rows, device, packed) + (f" ({reason})" if reason else "")
         return "multiply" if grouped else product.path(self.form, device, rows, shape)
 
-    def check(self, parts: Parts, shape: Shape) -> None:
+    def check(self, parts: PackedTensors, shape: Shape) -> None:
         """Raise ValueError naming the part if it is missing, of another type or shape, not finite or has stray bits."""
         for name, (dtype, size) in (self.layout(shape) | self.shared_layout()).items():
             if name not in parts:
@@ -237,7 +241,7 @@ class VQ(Method):
         if self.rotation:
             check_padding(parts["signs"], 1, shape[1])
 
-    def counts(self, parts: Parts, shape: Shape) -> Tensor | None:
+    def counts(self, parts: PackedTensors, shape: Shape) -> Tensor | None:
         """Uses of the entries, learned or universal; of the 256 patterns of first words; nothing of a trellis."""
         if self.codebook == "trellis":
             return None
@@ -283,15 +287,15 @@ class VQ(Method):
         size = (self.stages, 1 << self.bits, self.d)
         return {"codebook": (ENTRY[self.entry_bits], size), "step": (torch.float32, (self.stages,))}
 
-    def _entries(self, parts: Parts) -> Tensor:
+    def _entries(self, parts: PackedTensors) -> Tensor:
         """The learned codebooks in float32, (R, K, d)."""
         return parts["codebook"].float() * parts["step"][:, None, None]
 
-    def _table(self, parts: Parts) -> Tensor:
+    def _table(self, parts: PackedTensors) -> Tensor:
         """What the operator looks words up in."""
         return self._entries(parts).flatten() if self._learned else product.table(self.form, parts["codes"].device)
 
-    def _quantizer(self, parts: Parts, device: torch.device) -> Quantizer:
+    def _quantizer(self, parts: PackedTensors, device: torch.device) -> Quantizer:
         if self.codebook == "lattice":
             return lattice.Lattice(self.bits // 8)
         if self.codebook == "trellis":
@@ -324,7 +328,7 @@ class VQ(Method):
         of_input = signs[0] if signs else None
         return measure(statistics, weight_OI, d, self.feedback, self.damping, self.activation_order, of_input)
 
-    def _learn(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> Parts:
+    def _learn(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> PackedTensors:
         """codebook and step for rows sampled from the weights."""
         share = self.training_vectors / sum(w.shape[0] * self._groups(w.shape[1]) for w in weights)
         # Targets with the same input share its statistics, so its factorization too.
