@@ -26,7 +26,8 @@ from vqcompress.evaluate.inspect import inspect
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
 from vqcompress.export import export
-from vqcompress.methods import ops
+from vqcompress.methods.fp8 import reference as fp8_ref
+from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.model.coverage import dense_weights
 from vqcompress.model.experts import Experts, unfuse
@@ -727,10 +728,10 @@ def run_mixture_by_kernels(folder: Path) -> tuple[Tensor, Tensor]:
         return run
 
     for operator, kernel in (
-        (ops.int8_linear, by(int8.linear)),
-        (ops.int8_grouped, by(int8.grouped)),
-        (ops.fp8_linear, by(fp8.linear)),
-        (ops.fp8_grouped, by(fp8.grouped)),
+        (int8_ref.int8_linear, by(int8.linear)),
+        (int8_ref.int8_grouped, by(int8.grouped)),
+        (fp8_ref.fp8_linear, by(fp8.linear)),
+        (fp8_ref.fp8_grouped, by(fp8.grouped)),
         (product.vq_linear, by(product.on_gpu, 5)),
         (product.vq_grouped, by(product.grouped_on_gpu, 6)),
     ):
