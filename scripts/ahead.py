@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time, for devices that are not here: what tests and the table of resources look at.
 
-And what follows from that for settings: which of them fit a device, and how much of a codebook a program may keep.
+And what follows from that for config: which of them fit a device, and how much of a codebook a program may keep.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import create_function_from_signature
 
-from vqcompress.methods.triton.launch import Call, Facts
+from vqcompress.methods.triton.launch import Call, DeviceProperties
 
 # Those that the table of resources is made for.
 ARCHS: list[int | str] = [80, 90, 100, "gfx942"]
@@ -54,17 +54,17 @@ class Resources:
     shared: int
     warps: int
 
-    def resident(self, facts: Facts) -> int:
+    def resident(self, gpu: DeviceProperties) -> int:
         """Programs that a multiprocessor holds at once; 0 if not even one.
 
         NVIDIA's occupancy calculator: a warp has its registers on one of four sides, in units of 8 a thread, and a
         program takes 1 kB of shared memory for the system. At most 32 programs, which only those of a warp could pass.
         """
-        of_a_warp = -(-max(self.registers, 1) // 8) * 8 * facts.warp
-        by_registers = facts.registers // 4 // of_a_warp * 4 // self.warps
-        reserved = 1024 if isinstance(facts.arch, int) else 0
-        by_memory = facts.memory // max(self.shared + reserved, 1) if self.shared <= facts.shared else 0
-        return min(by_registers, by_memory, facts.threads // (self.warps * facts.warp), 32)
+        of_a_warp = -(-max(self.registers, 1) // 8) * 8 * gpu.warp
+        by_registers = gpu.registers // 4 // of_a_warp * 4 // self.warps
+        reserved = 1024 if isinstance(gpu.arch, int) else 0
+        by_memory = gpu.memory // max(self.shared + reserved, 1) if self.shared <= gpu.shared else 0
+        return min(by_registers, by_memory, gpu.threads // (self.warps * gpu.warp), 32)
 
 
 def source_of(call: Call, arch: int | str) -> tuple[Any, dict[str, Any]]:
@@ -74,9 +74,9 @@ def source_of(call: Call, arch: int | str) -> tuple[Any, dict[str, Any]]:
     """
     kernel, backend = call.kernel, triton.compiler.make_backend(target_of(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialized, options = bind(*call.arguments, **call.settings)
+    bound, specialized, options = bind(*call.arguments, **call.config)
     parsed, signature, constants, attributes = kernel._pack_args(
-        backend, dict(call.settings), bound, specialized, options
+        backend, dict(call.config), bound, specialized, options
     )
     return _Source(kernel, signature, constants, attributes), parsed.__dict__
 
@@ -121,35 +121,35 @@ def compile_all(launches: Iterable[Sequence[Call]], arch: int | str) -> list[lis
             return [resources(compile_call(call, arch)) for call in calls]
         except Exception as error:
             # Compilers refuse in as many ways as there are devices: it is no candidate then.
-            print(f"  {calls[-1].settings}: {type(error).__name__}")
+            print(f"  {calls[-1].config}: {type(error).__name__}")
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, launches))
 
 
-def fitting(launches: Sequence[Sequence[Call]], facts: Facts) -> list[int]:
+def fitting(launches: Sequence[Sequence[Call]], gpu: DeviceProperties) -> list[int]:
     """Which rows of launches fit a device and spill no more than those do that spill least."""
-    found = compile_all(launches, facts.arch)
+    found = compile_all(launches, gpu.arch)
     spilled = {
         n: max(used.stack for used in row)
         for n, row in enumerate(found)
-        if row and all(used.resident(facts) for used in row)
+        if row and all(used.resident(gpu) for used in row)
     }
     return [n for n, stack in spilled.items() if stack == min(spilled.values())]
 
 
-def hot_entries(splits: Sequence[int], launch_with: Callable[[int], Call], facts: Facts) -> int:
+def hot_entries(splits: Sequence[int], launch_with: Callable[[int], Call], gpu: DeviceProperties) -> int:
     """The most of some numbers of hottest entries that cost nothing: as many programs are resident, and nothing spills.
 
     splits: numbers of entries, most first. launch_with: such a number → the launch of the product with it. 0 if the
     registers and the shared memory that are left hold none of them. VQ-LLM (arXiv 2503.02236), section 4.
     """
-    rows = compile_all([[launch_with(hot)] for hot in (0, *splits)], facts.arch)
+    rows = compile_all([[launch_with(hot)] for hot in (0, *splits)], gpu.arch)
     if rows[0] is None:
         return 0
     (without,) = rows[0]
     for hot, row in zip(splits, rows[1:], strict=True):
-        if row and not row[0].stack and row[0].resident(facts) >= without.resident(facts):
+        if row and not row[0].stack and row[0].resident(gpu) >= without.resident(gpu):
             return hot
     return 0

@@ -38,7 +38,7 @@ from kernel_cases import (
 )
 
 from vqcompress.methods import PackedTensors
-from vqcompress.methods.ops import by_expert
+from vqcompress.methods.base import by_expert
 from vqcompress.methods.triton import launch
 
 # Root mean square of the error of a right result, relative: operands are rounded to the type of x, as is the result.
@@ -58,7 +58,11 @@ class Figures:
         self.a, self.wrong, self.start = a, list[str](), time.perf_counter()
         self.device = torch.device("cpu" if a.interpret else "cuda")
         self.dtype = torch.float32 if a.interpret else torch.bfloat16
-        self.name, self.bandwidth, self.dense = launch.facts(self.device).name, 1.0, dict[tuple[int, ...], float]()
+        self.name, self.bandwidth, self.dense = (
+            launch.device_properties(self.device).name,
+            1.0,
+            dict[tuple[int, ...], float](),
+        )
         self.facts = {"device": self.name, "torch": torch.__version__, "triton": triton.__version__}
         if not a.interpret:
             big = torch.zeros(1 << 30, device=self.device)
@@ -153,7 +157,7 @@ class Bench(Figures):
         rows_i8 = torch.randint(-127, 128, (rows, shape[1]), device=self.device, dtype=torch.int8)
         weight_i8 = torch.randint(-127, 128, shape, device=self.device, dtype=torch.int8)
         calls = {"torch._int_mm": (lambda w: torch._int_mm(rows_i8, w.T), weight_i8)}
-        if launch.facts(self.device).has_fp8:
+        if launch.device_properties(self.device).has_fp8:
             rows_f8, weight_f8 = rows_i8.to(torch.float8_e4m3fn), weight_i8.to(torch.float8_e4m3fn)
             one = torch.ones((), device=self.device)
             scaled = {"scale_a": one, "scale_b": one, "out_dtype": self.dtype}

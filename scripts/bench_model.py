@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import vqcompress
-from vqcompress.evaluate.perplexity import speed
+from vqcompress.evaluate.speed import speed
 from vqcompress.methods.triton import launch
 from vqcompress.model.device import choose_device
 from vqcompress.pipeline.quantize import quantize
@@ -70,7 +70,7 @@ def main() -> None:
         parameters = write_model(model, a.layers, a.hidden, device)
         facts: dict[str, Any] = {
             "parameters": parameters,
-            "device": launch.facts(device).name if device.type == "cuda" else device.type,
+            "device": launch.device_properties(device).name if device.type == "cuda" else device.type,
         }
         facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
         print(f"{parameters:,} parameters on {facts['device']}", flush=True)

@@ -1,4 +1,4 @@
-"""Settings of kernels that are worth measuring, and how a kernel is given some of them: for tune.py and for tests.
+"""Config of kernels that are worth measuring, and how a kernel is given some of them: for tune.py and for tests.
 
 Shape legend: T rows, O outputs, I inputs.
 """
@@ -18,7 +18,7 @@ from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.hadamard import block_size
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import kernel_words as words
 from vqcompress.methods.vq import viterbi_kernel as viterbi
@@ -26,74 +26,78 @@ from vqcompress.methods.vq.format import Format
 
 
 @contextmanager
-def trying(kernel: str, settings: Settings) -> Iterator[None]:
-    """Inside, a kernel has these settings for everything."""
-    ask = launch.settings
+def trying(kernel: str, config: Config) -> Iterator[None]:
+    """Inside, a kernel has these config for everything."""
+    ask = launch.get_config
 
-    def chosen(asked: str, *place: Any) -> Settings:
-        return settings if asked == kernel else ask(asked, *place)
+    def chosen(asked: str, *place: Any) -> Config:
+        return config if asked == kernel else ask(asked, *place)
 
-    with mock.patch.object(launch, "settings", chosen):
+    with mock.patch.object(launch, "get_config", chosen):
         yield
 
 
-def distinct(*found: Iterable[Settings]) -> list[Settings]:
+def distinct(*found: Iterable[Config]) -> list[Config]:
     """All, each once, in their order."""
-    listed = [settings for some in found for settings in some]
-    return [settings for n, settings in enumerate(listed) if settings not in listed[:n]]
+    listed = [config for some in found for config in some]
+    return [config for n, config in enumerate(listed) if config not in listed[:n]]
 
 
-def _shapes(facts: Facts, rows: int, sides_O: tuple[int, ...], per_thread: int) -> Iterator[tuple[int, int, int]]:
+def _shapes(
+    gpu: DeviceProperties, rows: int, sides_O: tuple[int, ...], per_thread: int
+) -> Iterator[tuple[int, int, int]]:
     """(BLOCK_T, BLOCK_O, warps) with up to so many accumulators of a thread."""
     height = max(16, triton.next_power_of_2(rows))
     for block_T, block_O, warps in product((16, 32, 64, 128, 256), sides_O, (4, 8)):
-        accumulators = block_T * block_O // (warps * facts.warp)
+        accumulators = block_T * block_O // (warps * gpu.warp)
         # Tensor cores from Hopper on want 64 rows, even if most are not there.
         high = block_T == height or 64 <= block_T <= max(64, height)
-        most = per_thread // (1 if int8.wide(facts) else 2)
+        most = per_thread // (1 if int8.wide(gpu) else 2)
         if high and accumulators <= most and (warps == 4 or accumulators >= 32):
             yield block_T, block_O, warps
 
 
-def _splits(facts: Facts, block: tuple[int, int], rows: int, shape: tuple[int, int], block_I: int) -> list[int]:
+def _splits(
+    gpu: DeviceProperties, block: tuple[int, int], rows: int, shape: tuple[int, int], block_I: int
+) -> list[int]:
     """None, and for two programs on each processor or for one. block: rows and outputs."""
     tiles = triton.cdiv(rows, block[0]) * triton.cdiv(shape[0], block[1])
-    return sorted({1, *(int8.split_for(facts, n * tiles, rows, shape[1], block_I) for n in (1, 2))})
+    return sorted({1, *(int8.split_for(gpu, n * tiles, rows, shape[1], block_I) for n in (1, 2))})
 
 
-def of_int8(facts: Facts, rows: int, outputs: int, inputs: int) -> Iterator[Settings]:
+def of_int8(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Iterator[Config]:
     """Of INT8 products, all of which fit the shared memory; SPLIT is 1 for experts."""
-    for block_T, block_O, warps in _shapes(facts, rows, (32, 64, 128, 256), 128):
+    for block_T, block_O, warps in _shapes(gpu, rows, (32, 64, 128, 256), 128):
         for block_I in (128, 256):
-            splits = _splits(facts, (block_T, block_O), rows, (outputs, inputs), block_I)
-            most = min(5, int8.most_stages(facts, (block_T + block_O) * block_I))
+            splits = _splits(gpu, (block_T, block_O), rows, (outputs, inputs), block_I)
+            most = min(5, int8.most_stages(gpu, (block_T + block_O) * block_I))
             for stages, split in product(range(2, most + 1), splits):
-                yield int8.sized(block_T, block_O, block_I, split, warps, stages)
+                yield int8.make_config(block_T, block_O, block_I, split, warps, stages)
 
 
-def of_fp8(facts: Facts, rows: int, outputs: int, inputs: int) -> Iterator[Settings]:
+def of_fp8(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Iterator[Config]:
     """Of FP8 products, as those of INT8."""
-    for block_T, block_O, warps in _shapes(facts, rows, (32, 64, 128), 64):
-        splits = _splits(facts, (block_T, block_O), rows, (outputs, inputs), fp8.SIDE)
-        most = min(5, fp8.fitting_stages(facts, block_T, block_O))
+    for block_T, block_O, warps in _shapes(gpu, rows, (32, 64, 128), 64):
+        splits = _splits(gpu, (block_T, block_O), rows, (outputs, inputs), fp8.SIDE)
+        most = min(5, fp8.fitting_stages(gpu, block_T, block_O))
         for stages, split in product(range(2, most + 1), splits):
-            yield fp8.sized(block_T, block_O, split, warps, stages)
+            yield fp8.make_config(block_T, block_O, split, warps, stages)
 
 
 def of_words(
-    facts: Facts, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
-) -> list[Settings]:
+    gpu: DeviceProperties, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
+) -> list[Config]:
     """Of `words.multiply`, without hot entries, the guess first."""
     most = max(16, triton.next_power_of_2(-(-rows // experts) if experts else rows))
     tiles = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
     heights = [1] if rows == 1 and not experts else sorted({16, min(64, most), min(128, most)})
-    found = [words.guess(facts, rows, shape, form, experts, element)]
+    found = [words.default_config(gpu, rows, shape, form, experts, element)]
     for bt, (across, along), warps in product(heights, tiles, (4, 8)):
         # The values that a thread makes at once.
         if not 8 <= across * along // (32 * warps) <= 64:
             continue
         size = {"BT": bt, "BA": across, "BN": max(1, along // triton.next_power_of_2(form.weights)), "num_warps": warps}
-        settled = words.settled(form, rows, shape, experts, facts, **size)
+        settled = words.make_config(form, rows, shape, experts, gpu, **size)
         found += [settled | {"SPLIT": split} for split in sorted({settled["SPLIT"], max(1, settled["SPLIT"] // 2)})]
     return distinct(found)
 
@@ -106,60 +110,62 @@ def hot_entries(form: Format) -> list[int]:
     return [1 << k for k in range(8 if form.family == "lattice" else form.bits, 2, -1)]
 
 
-def of_dequantize(form: Format) -> list[Settings]:
+def of_dequantize(form: Format) -> list[Config]:
     """Of `words.dequantize`, the guess first."""
     sizes = product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8))
     # With 8 to 64 values of a thread.
-    tried = [words.sized_dequantize(form, a, along, w) for a, along, w in sizes if 256 <= a * along // w <= 2048]
-    return distinct([words.sized_dequantize(form)], tried)
+    tried = [words.make_dequantize_config(form, a, along, w) for a, along, w in sizes if 256 <= a * along // w <= 2048]
+    return distinct([words.make_dequantize_config(form)], tried)
 
 
-def of_on_codes(facts: Facts, shape: tuple[int, int], form: Format) -> list[Settings]:
-    """Of `words.on_codes`, the guess first."""
+def of_on_codes(gpu: DeviceProperties, shape: tuple[int, int], form: Format) -> list[Config]:
+    """Of `words.lut_gemv`, the guess first."""
     sizes = [(256, 2048, 8), *product((128, 512), (1024, 2048, 4096), (4, 8))]
-    tried = [words.sized_on_codes(facts, shape, form, *size) for size in sizes]
+    tried = [words.make_lut_config(gpu, shape, form, *size) for size in sizes]
     return distinct(s | {"SPLIT": split} for s in tried for split in (s["SPLIT"], max(1, s["SPLIT"] // 2)))
 
 
-def of_rotate(facts: Facts, columns: int) -> Iterator[Settings]:
+def of_rotate(gpu: DeviceProperties, columns: int) -> Iterator[Config]:
     """Of `rotate.rotate` and `rotate.finish`; of a large block at most 8 programs."""
     block = block_size(columns)
     for size in (256, 512, 1024, 2048, 4096, 8192):
         if block <= 8 * size <= 8 * max(rotate.LARGE, block):
-            tried = (rotate.sized(facts, size, numbers) for numbers in (32, 16, 8))
-            yield from {settings["num_warps"]: settings for settings in tried}.values()
+            tried = (rotate.make_config(gpu, size, numbers) for numbers in (32, 16, 8))
+            yield from {config["num_warps"]: config for config in tried}.values()
 
 
-def of_attend(facts: Facts, shape: tuple[int, ...], batch: int, element: int, turned: bool) -> Iterator[Settings]:
-    """Of `kv.attend`, as `kv.guess`."""
+def of_attend(
+    gpu: DeviceProperties, shape: tuple[int, ...], batch: int, element: int, turned: bool
+) -> Iterator[Config]:
+    """Of `kv.attend`, as `kv.default_config`."""
     for m, tables, size, warps in product((1, 16), (0, 1), (2048, 4096, 8192, 16384), (2, 4, 8)):
         grouped = m == 1 or (shape[0] > shape[1] and element == 2 and not tables)
-        if grouped and not (tables and turned) and 16 <= size // (facts.warp * warps) <= 64:
-            yield kv.sized(facts, shape, batch, m, tables, size, warps)
+        if grouped and not (tables and turned) and 16 <= size // (gpu.warp * warps) <= 64:
+            yield kv.make_config(gpu, shape, batch, m, tables, size, warps)
 
 
-def of_encode(rows: int) -> Iterator[Settings]:
+def of_encode(rows: int) -> Iterator[Config]:
     """Of `kv.encode`."""
     for v, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
         if v <= triton.next_power_of_2(rows) and v <= 8 * warps:
             yield {"V": v, "num_warps": warps}
 
 
-def of_walks(facts: Facts, states: int, k: int) -> list[Settings]:
+def of_walks(gpu: DeviceProperties, states: int, k: int) -> list[Config]:
     """Of `viterbi.walks`, the guess first."""
     tiles, most = (viterbi.TILE, viterbi.TILE - 1, viterbi.TILE + 1), viterbi.OF_A_THREAD
     sizes = product(tiles if states > viterbi.IN_REGISTERS else (states,), (most, most // 2, most * 2))
-    tried = [viterbi.sized(facts, states, k, *size) for size in sizes if 1 << k <= size[1] and 2 * k <= size[0]]
-    return distinct(settings for settings in tried if settings["num_warps"] * facts.warp <= 1024)
+    tried = [viterbi.make_config(gpu, states, k, *size) for size in sizes if 1 << k <= size[1] and 2 * k <= size[0]]
+    return distinct(config for config in tried if config["num_warps"] * gpu.warp <= 1024)
 
 
-def of_nearest(facts: Facts, count: int, length: int) -> Iterator[Settings]:
+def of_nearest(gpu: DeviceProperties, count: int, length: int) -> Iterator[Config]:
     """Of `nearest.best`."""
     for v, tile in product((1, 2, 4, 8, 16), (32, 64, 128, 256, 512)):
         if v * length <= 128 and v * tile <= 4096 and tile <= max(32, 2 * count):
-            yield from ({"V": v, "E": tile, "num_warps": warps} for warps in (1, 2, 4, 8) if warps * facts.warp <= tile)
+            yield from ({"V": v, "E": tile, "num_warps": warps} for warps in (1, 2, 4, 8) if warps * gpu.warp <= tile)
 
 
-def of_e8p() -> Iterator[Settings]:
+def of_e8p() -> Iterator[Config]:
     """Of `nearest.nearest_e8p`."""
     yield from ({"V": v, "num_warps": warps} for v in (1, 2, 4, 8) for warps in (1, 2, 4) if v <= 4 * warps)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from vqcompress.kv_cache import codes as kv
-from vqcompress.methods import Method, PackedTensors, make, ops
+from vqcompress.methods import Method, PackedTensors, make
+from vqcompress.methods.fp8 import reference as fp8_ref
+from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.vq import reference as product
 
 Shape = tuple[int, int]
@@ -65,7 +67,7 @@ def _random(
     if device.type == "meta":
         return torch.empty(size, dtype=dtype, device=device)
     if dtype == torch.float8_e4m3fn:
-        return ops.to_e4m3(torch.randn(size, device=device, generator=draw) * 100)
+        return fp8_ref.to_e4m3(torch.randn(size, device=device, generator=draw) * 100)
     if dtype.is_floating_point:
         return (torch.rand(size, device=device, generator=draw) + 0.5).to(dtype) * (1e-2 if name == "scale" else 1)
     low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
@@ -136,10 +138,10 @@ def reference(case: Case, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> T
     if method.name == "vq":
         return product.reference(x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form)
     if method.name == "fp8":
-        x = ops.fp8_rounded(x, method.power_of_two_scales)
+        x = fp8_ref.fp8_rounded(x, method.power_of_two_scales)
     else:
-        scale_T1 = (x.abs().amax(1, keepdim=True) / ops.INT8_MAX).clamp_min(ops.SCALE_MIN)
-        x = (x / scale_T1).round().clamp(-ops.INT8_MAX, ops.INT8_MAX) * scale_T1
+        scale_T1 = (x.abs().amax(1, keepdim=True) / int8_ref.INT8_MAX).clamp_min(int8_ref.SCALE_MIN)
+        x = (x / scale_T1).round().clamp(-int8_ref.INT8_MAX, int8_ref.INT8_MAX) * scale_T1
     return x @ method.decode(parts, shape).T
 
 

@@ -3,7 +3,7 @@
 Usage: python scripts/kernel_resources.py [--json FILE] [--markdown FILE]
 
 A kernel is compiled as it would be launched for x (rows, 4096) times a weight (4096, 4096) in bfloat16, with the
-settings of the launch tables or, where there are none, the guess; of caches of keys and values, rows are those of a
+config of the launch tables or, where there are none, the guess; of caches of keys and values, rows are those of a
 batch. A stack above 0 means spilled registers.
 """
 
@@ -43,7 +43,7 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
         with launch.recording(arch) as calls:
             if method.name == "vq" and method.form.by_rows:
                 x_TI = random_rows(1, SHAPE[1], META, torch.bfloat16)
-                words.on_codes(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
+                words.lut_gemv(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
         yield from ((f"{case.name}, on its codes", 1, call) for call in calls)
         experts, x_SI = 64, random_rows(512, SHAPE[1], META, torch.bfloat16)
         ends_E = torch.empty(experts, dtype=torch.int32, device=META)
@@ -76,16 +76,16 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
 
 
 def rows_of(arch: int | str) -> list[dict[str, Any]]:
-    """Every kernel, once for each of its settings."""
+    """Every kernel, once for each of its config."""
     found: dict[str, dict[str, Any]] = {}
     for purpose, rows, call in calls_of(arch):
         name = f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__.strip('_')}"
-        settings = {k: v for k, v in call.settings.items() if isinstance(v, int | str)}
-        key = f"{name} {sorted(settings.items())}"
+        config = {k: v for k, v in call.config.items() if isinstance(v, int | str)}
+        key = f"{name} {sorted(config.items())}"
         if key not in found:
             used = ahead.resources(ahead.compile_call(call, arch))
-            facts = {"registers": used.registers, "stack": used.stack, "shared": used.shared}
-            found[key] = {"case": purpose, "rows": rows, "kernel": name, "arch": arch, **facts, "settings": settings}
+            gpu = {"registers": used.registers, "stack": used.stack, "shared": used.shared}
+            found[key] = {"case": purpose, "rows": rows, "kernel": name, "arch": arch, **gpu, "config": config}
     return list(found.values())
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in table:
         arch = row["arch"] if isinstance(row["arch"], str) else f"sm_{row['arch']}"
-        used = f"{row['registers']} | {row['stack']} | {row['shared']} | {row['settings'].get('num_warps', 4)}"
+        used = f"{row['registers']} | {row['stack']} | {row['shared']} | {row['config'].get('num_warps', 4)}"
         lines.append(f"| {row['kernel']} | {row['case']} | {row['rows']} | {arch} | {used} |")
     print("\n".join(lines))
     if a.markdown:

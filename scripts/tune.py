@@ -1,4 +1,4 @@
-"""Measures the settings of kernels on this GPU and writes them into the launch table that comes with the package.
+"""Measures the config of kernels on this GPU and writes them into the launch table that comes with the package.
 
 Usage: python scripts/tune.py [--only CASE ...] [--rows N ...] [--dtype TYPE] [--limit SECONDS] [--again]
        python scripts/tune.py --dry-run [--arch ARCH]
@@ -8,7 +8,7 @@ once, those that do not fit or that spill are dropped, the others are timed, and
 from a table, the fastest few are also timed with as many hot entries as cost no resident program (`ahead.hot_entries`).
 Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last coded caches
 of keys and values, and the searches of quantization itself. The table is written after every place, so a run that is
-cut off keeps what it has; a later one goes on where settings are missing. --dry-run goes through tiny places without a
+cut off keeps what it has; a later one goes on where config are missing. --dry-run goes through tiny places without a
 GPU, launches and compiles nothing, and fails if any launcher would have to guess afterwards.
 """
 
@@ -50,13 +50,13 @@ from vqcompress.kv_cache import kernel as kv
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Call, Facts, Settings
+from vqcompress.methods.triton.launch import Call, Config, DeviceProperties
 from vqcompress.methods.vq import kernel_nearest as nearest
 from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import kernel_words as words
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 
-# Settings of one kernel that are tried at one place.
+# Config of one kernel that are tried at one place.
 MOST = 24
 # The fastest of them, which are also tried with hot entries.
 FEW = 4
@@ -67,7 +67,7 @@ TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Place:
-    """An entry of the table: the settings to try there, and the call to time, on one of `made()` after the other.
+    """An entry of the table: the config to try there, and the call to time, on one of `made()` after the other.
 
     one: the first of them. splits: numbers of hot entries, most first.
     """
@@ -75,7 +75,7 @@ class Place:
     kernel: str
     rows: int
     shape: tuple[int, ...]
-    options: Sequence[Settings]
+    options: Sequence[Config]
     call: Callable[[Any], Any]
     one: Any
     made: Callable[[], Sequence[Any]]
@@ -86,17 +86,17 @@ class Place:
         """Of the entry."""
         return launch.key(self.rows, self.shape)
 
-    def launches(self, option: Settings, facts: Facts) -> list[Call]:
-        """What the call would launch with some settings."""
-        with candidates.trying(self.kernel, option), launch.recording(facts) as calls:
+    def launches(self, option: Config, gpu: DeviceProperties) -> list[Call]:
+        """What the call would launch with some config."""
+        with candidates.trying(self.kernel, option), launch.recording(gpu) as calls:
             self.call(self.one)
         return calls
 
 
-def _products(name: str, facts: Facts, rows: int, shape: Shape) -> list[Settings]:
-    """Settings to try for an INT8 or FP8 product: the guess is always one, so what is kept cannot be slower."""
+def _products(name: str, gpu: DeviceProperties, rows: int, shape: Shape) -> list[Config]:
+    """Config to try for an INT8 or FP8 product: the guess is always one, so what is kept cannot be slower."""
     kernels, found = (int8, candidates.of_int8) if name == "int8" else (fp8, candidates.of_fp8)
-    return candidates.distinct([kernels.guess(facts, rows, *shape)], found(facts, rows, *shape))
+    return candidates.distinct([kernels.default_config(gpu, rows, *shape)], found(gpu, rows, *shape))
 
 
 class Places:
@@ -105,11 +105,11 @@ class Places:
     Places come one by one, since later ones depend on what was chosen: how many partial sums are added up, say.
     """
 
-    def __init__(self, facts: Facts, device: torch.device, dtype: torch.dtype):
-        self.facts, self.device, self.dtype = facts, device, dtype
+    def __init__(self, gpu: DeviceProperties, device: torch.device, dtype: torch.dtype):
+        self.gpu, self.device, self.dtype = gpu, device, dtype
 
     def product(self, case: Case, shape: Shape, rows: int) -> Iterator[Place]:
-        """Settings of one product, and of what comes before and after it."""
+        """Config of one product, and of what comes before and after it."""
         x_TI = random_rows(rows, shape[1], self.device, self.dtype)
         method, one = cast(Any, case.method), case.parts(shape, self.device, self.dtype)
 
@@ -126,7 +126,7 @@ class Places:
             return lambda parts: run(x_TI, parts, shape)
 
         if method.name in ("int8", "fp8"):
-            options = _products(method.name, self.facts, rows, shape)
+            options = _products(method.name, self.gpu, rows, shape)
             yield Place(f"{method.name}.linear", rows, shape, options, multiplied(), one, weights)
             return
         form, sums = method.form, [x_TI.new_empty((1, rows, shape[0]), dtype=torch.float32)]
@@ -134,7 +134,7 @@ class Places:
             yield self._rotate(x_TI, one["signs"])
         if rows <= 1024:
             element = self.dtype.itemsize
-            options = candidates.of_words(self.facts, rows, shape, form, 0, element)
+            options = candidates.of_words(self.gpu, rows, shape, form, 0, element)
             splits = candidates.hot_entries(form) if rows == 1 else []
             # Timed with what adds the slices up.
             call = multiplied("multiply")
@@ -142,10 +142,10 @@ class Places:
             sums.append(words.multiply(x_TI, one["codes"], one["table"], shape[0], form))
         ways = ["dequantize"] + (["multiply"] if rows <= 1024 else [])
         if form.by_rows and form.bits <= 10 and rows <= 4:
-            ways.append("on_codes")
-            options = candidates.of_on_codes(self.facts, shape, form)
-            yield Place(f"words.on_codes.{form.name}", rows, shape, options, multiplied("on_codes"), one, weights)
-            sums.append(words.on_codes(x_TI, one["codes"], one["table"], shape[0], form))
+            ways.append("lut_gemv")
+            options = candidates.of_on_codes(self.gpu, shape, form)
+            yield Place(f"words.lut_gemv.{form.name}", rows, shape, options, multiplied("lut_gemv"), one, weights)
+            sums.append(words.lut_gemv(x_TI, one["codes"], one["table"], shape[0], form))
 
         def decoded(parts: Any) -> None:
             words.dequantize(parts["codes"], parts["table"], shape, form, self.dtype)
@@ -168,12 +168,12 @@ class Places:
         call = lambda parts: run(x_SI, ends_E, parts)  # noqa: E731
         if method.name in ("int8", "fp8"):
             # Their inputs are never split.
-            found = _products(method.name, self.facts, -(-rows // count), shape)
+            found = _products(method.name, self.gpu, -(-rows // count), shape)
             options = candidates.distinct(option | {"SPLIT": 1} for option in found)
             yield Place(f"{method.name}.grouped", rows, size, options, call, one, made)
             return
         form, element = method.form, self.dtype.itemsize
-        options = candidates.of_words(self.facts, rows, shape, form, count, element)
+        options = candidates.of_words(self.gpu, rows, shape, form, count, element)
         yield Place(words.named(form, count, element), rows, size, options, call, one, made)
         if "signs" in one:
             yield self._rotate(x_SI, one["signs"][0])
@@ -182,13 +182,13 @@ class Places:
 
     def _rotate(self, x_TI: torch.Tensor, signs: torch.Tensor) -> Place:
         rows, columns = x_TI.shape
-        options = list(candidates.of_rotate(self.facts, columns))
+        options = list(candidates.of_rotate(self.gpu, columns))
         call = lambda x_TI: rotate.rotate(x_TI, signs)  # noqa: E731
         return Place("rotate", rows, (1, columns), options, call, x_TI, lambda: [x_TI] * LEAST)
 
     def _finish(self, sums_STO: torch.Tensor, scale_O: torch.Tensor, rotated: bool) -> Place:
         sums, rows, columns = sums_STO.shape
-        options = list(candidates.of_rotate(self.facts, columns))
+        options = list(candidates.of_rotate(self.gpu, columns))
         call = lambda sums_STO: rotate.finish(sums_STO, scale_O, self.dtype, rotated)  # noqa: E731
         kernel = "finish" if rotated else "finish.plain"
         # Partial sums were just written, so they are in the cache.
@@ -199,8 +199,8 @@ class Places:
         one, channels, d, tokens = self.parts(cache, 0), cache.channels, cache.d, cache.tokens
         of, element = (cache.queries, cache.heads, channels, d, tokens), self.dtype.itemsize
         kernel = f"kv.attend{'.turned' if cache.turned else ''}{'.float32' if element == 4 else ''}"
-        of_all = self.facts, of, cache.batch, element, cache.turned
-        options = candidates.distinct([kv.guess(*of_all)], candidates.of_attend(*of_all))
+        of_all = self.gpu, of, cache.batch, element, cache.turned
+        options = candidates.distinct([kv.default_config(*of_all)], candidates.of_attend(*of_all))
         place = (*of[:4], triton.next_power_of_2(tokens))
 
         def caches() -> list[Any]:
@@ -212,7 +212,7 @@ class Places:
             rows, near = cache.batch * count, [a if a is None else a[:, :count] for a in angles]
             x_BHTD = random_rows(rows * cache.heads, channels, self.device, self.dtype)
             x_BHTD = x_BHTD.view(cache.batch, cache.heads, count, channels)
-            options = candidates.distinct([kv.guess_encode(self.facts, rows)], candidates.of_encode(rows))
+            options = candidates.distinct([kv.default_encode_config(self.gpu, rows)], candidates.of_encode(rows))
             place = cache.heads * channels // d, d
             coded = lambda x, near=near: kv.encode(x, book, *near)  # noqa: E731
             yield Place("kv.encode", rows, place, options, coded, x_BHTD, lambda x=x_BHTD: [x] * LEAST)
@@ -228,7 +228,7 @@ class Places:
             return
         if form.family == "trellis":
             words_S, shape = self._draw(1, 1 << form.depth)[0], (1 << form.depth, form.bits)
-            options = candidates.of_walks(self.facts, form.depth, form.bits)
+            options = candidates.of_walks(self.gpu, form.depth, form.bits)
             walk = lambda x_NT: viterbi.walks(x_NT, words_S, form.depth, form.bits, 32)  # noqa: E731
             yield from (self._search("viterbi", shape, options, walk, self._draw(n, 256)) for n in SEQUENCES)
             return
@@ -242,7 +242,7 @@ class Places:
                 yield self._search("nearest_e8p", shape, e8p, lambda x: nearest.nearest_e8p(x, pattern_8P), x_Nd)
                 continue
             options = candidates.distinct(
-                [nearest.guess(self.facts, n, *shape)], candidates.of_nearest(self.facts, *shape)
+                [nearest.default_config(self.gpu, n, *shape)], candidates.of_nearest(self.gpu, *shape)
             )
             yield self._search("nearest", shape, options, lambda x: nearest.best(x, entries_Kd, 1), x_Nd)
             yield self._search("nearest.beam", shape, options, lambda x: nearest.best(x, entries_Kd, BEAM), x_Nd)
@@ -251,7 +251,7 @@ class Places:
         return random_rows(rows, columns, self.device, torch.float32)
 
     def _search(
-        self, kernel: str, shape: Shape, options: list[Settings], call: Callable[[Any], Any], x: torch.Tensor
+        self, kernel: str, shape: Shape, options: list[Config], call: Callable[[Any], Any], x: torch.Tensor
     ) -> Place:
         return Place(kernel, len(x), shape, options, call, x, lambda: [x] * LEAST)
 
@@ -264,24 +264,29 @@ class Tuner:
     """
 
     def __init__(
-        self, facts: Facts, limit: float, again: bool, clock: Callable[[Any, Any], float], compiles: bool = True
+        self,
+        gpu: DeviceProperties,
+        limit: float,
+        again: bool,
+        clock: Callable[[Any, Any], float],
+        compiles: bool = True,
     ):
-        self.facts, self.clock, self.compiles = facts, clock, compiles
+        self.gpu, self.clock, self.compiles = gpu, clock, compiles
         self.end, self.again, self.done = time.perf_counter() + limit, again, set[tuple[str, str]]()
         # What launchers look into, so that all that comes after a choice is measured with it.
-        self.table = launch.table(facts)
+        self.table = launch.table(gpu)
 
     def tune(self, place: Place) -> None:
-        """Keep the fastest settings of a place."""
+        """Keep the fastest config of a place."""
         entries = self.table.setdefault(place.kernel, {})
         if place.key in entries and (not self.again or (place.kernel, place.key) in self.done):
             return
         self.done.add((place.kernel, place.key))
         # Every so many of a long list.
         options = place.options[:: -(-len(place.options) // MOST)]
-        launches = [place.launches(option, self.facts) for option in options]
+        launches = [place.launches(option, self.gpu) for option in options]
         if self.compiles and "path" not in options[0]:
-            options = [options[n] for n in ahead.fitting(launches, self.facts)]
+            options = [options[n] for n in ahead.fitting(launches, self.gpu)]
         times = self._times(place, options)
         if self.compiles and place.splits:
             fastest = [option for _, _, option in sorted(times)[:FEW]]
@@ -294,15 +299,15 @@ class Tuner:
         if took:
             print(f"{place.kernel} {place.key}: {took * 1e6:.1f} µs, {entries[place.key]} of {len(times)}", flush=True)
 
-    def split(self, place: Place, option: Settings) -> int:
-        """How many hot entries cost nothing with some settings."""
+    def split(self, place: Place, option: Config) -> int:
+        """How many hot entries cost nothing with some config."""
 
         def launched(hot: int) -> Call:
-            return next(c for c in place.launches(option | {"HOT": hot}, self.facts) if "HOT" in c.settings)
+            return next(c for c in place.launches(option | {"HOT": hot}, self.gpu) if "HOT" in c.config)
 
-        return ahead.hot_entries(place.splits, launched, self.facts)
+        return ahead.hot_entries(place.splits, launched, self.gpu)
 
-    def _times(self, place: Place, options: Iterable[Settings], first: int = 0) -> list[tuple[float, int, Settings]]:
+    def _times(self, place: Place, options: Iterable[Config], first: int = 0) -> list[tuple[float, int, Config]]:
         """Seconds of every option that can be launched, with its number."""
         found = []
         for n, option in enumerate(options, first):
@@ -316,7 +321,7 @@ class Tuner:
 
     def write(self) -> None:
         """The table, for all that run after this."""
-        file = Path(launch.__file__).parent / launch.table_name(self.facts)
+        file = Path(launch.__file__).parent / launch.table_name(self.gpu)
         file.parent.mkdir(exist_ok=True)
         kept = {kernel: dict(sorted(places.items())) for kernel, places in sorted(self.table.items()) if places}
         file.write_text(json.dumps(kept, indent=1) + "\n")
@@ -347,29 +352,29 @@ def dry_run(arch: int | str, cases: list[Case], rows: Sequence[int]) -> tuple[in
 
     For a device that is not here; its table is changed for this process, not written.
     """
-    facts, meta = launch.KNOWN[arch], torch.device("meta")
-    tuner = Tuner(facts, 0.0, True, lambda *call: 0.0, compiles=False)
-    guessed, count, ask = set[str](), 0, launch.settings
+    gpu, meta = launch.DEVICES[arch], torch.device("meta")
+    tuner = Tuner(gpu, 0.0, True, lambda *call: 0.0, compiles=False)
+    undecided, count, ask = set[str](), 0, launch.get_config
 
-    def asked(kernel: str, device: Any, rows: int, shape: Any, guess: Any) -> Settings:
-        def noted(facts: Facts) -> Settings:
-            guessed.add(f"{kernel} {launch.key(rows, shape)}")
-            return dict(guess(facts))
+    def asked(kernel: str, device: Any, rows: int, shape: Any, default: Any) -> Config:
+        def noted(gpu: DeviceProperties) -> Config:
+            undecided.add(f"{kernel} {launch.key(rows, shape)}")
+            return dict(default(gpu))
 
         return ask(kernel, device, rows, shape, noted)
 
     for dtype in TYPES.values():
-        with launch.recording(facts):
-            for some in all_places(Places(facts, meta, dtype), cases, rows, TINY, TINY_EXPERTS, TINY_CACHES):
+        with launch.recording(gpu):
+            for some in all_places(Places(gpu, meta, dtype), cases, rows, TINY, TINY_EXPERTS, TINY_CACHES):
                 done = []
                 for place in some:
                     tuner.tune(place)
                     done.append(place)
-                with mock.patch.object(launch, "settings", asked):
+                with mock.patch.object(launch, "get_config", asked):
                     for place in done:
                         place.call(place.one)
                 count += len(done)
-    return count, guessed
+    return count, undecided
 
 
 def main() -> None:
@@ -385,12 +390,12 @@ def main() -> None:
     a = parser.parse_args()
     cases = [c for c in CASES if not a.only or c.name in a.only]
     if a.dry_run:
-        count, guessed = dry_run(int(a.arch) if a.arch.isdigit() else a.arch, cases, a.rows)
+        count, default = dry_run(int(a.arch) if a.arch.isdigit() else a.arch, cases, a.rows)
         print(f"{count} places")
-        sys.exit(f"these are still guessed: {', '.join(sorted(guessed))}" if guessed else 0)
+        sys.exit(f"these are still default: {', '.join(sorted(default))}" if default else 0)
     device = torch.device("cuda")
-    facts = launch.facts(device)
-    tuner, places = Tuner(facts, a.limit, a.again, seconds), Places(facts, device, TYPES[a.dtype])
+    gpu = launch.device_properties(device)
+    tuner, places = Tuner(gpu, a.limit, a.again, seconds), Places(gpu, device, TYPES[a.dtype])
     with torch.inference_mode():
         for some in all_places(places, cases, a.rows, SHAPES, EXPERTS, [] if a.only else CACHES):
             for place in some:

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from vqcompress.cli import tables as show
 from vqcompress.cli.main import app
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate.decode import nbytes
 from vqcompress.evaluate.inspect import inspect
-from vqcompress.evaluate.perplexity import perplexity, speed
+from vqcompress.evaluate.perplexity import perplexity
+from vqcompress.evaluate.speed import cache_nbytes, speed
 from vqcompress.evaluate.verify import verify
 from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.kv_cache.attention import CACHE
@@ -291,8 +291,8 @@ def test_speed_with_a_coded_cache_and_its_memory(coded: Make, small: str) -> Non
     found = speed(str(coded()), 32, 8, baseline=str(coded()), kv_cache=small)
     other = found["baseline"]
     assert (found["kv_cache"], other["kv_cache"]) == (small, None)
-    # Keys and values of 2 layers with 2 heads of 16 channels, 40 tokens, float32.
-    assert other["cache_bytes"] == 2 * 2 * 2 * 16 * 40 * 4
+    # Keys and values of 2 layers with 2 heads of 16 channels, float32; the last token is never fed.
+    assert other["cache_bytes"] == 2 * 2 * 2 * 16 * 39 * 4
     assert 0 < found["cache_bytes"] != other["cache_bytes"]
     assert found["decode_relative_to_baseline"] > 0
     result = run("eval", "speed", coded(), "--prompt-tokens", 8, "--new-tokens", 3, "--kv-cache", "kv-fp8")
@@ -302,7 +302,7 @@ def test_speed_with_a_coded_cache_and_its_memory(coded: Make, small: str) -> Non
 
 def test_memory_of_a_plain_cache_is_counted(toy: Make) -> None:
     cache, model = DynamicCache(), load_any(str(toy()))
-    assert nbytes(cache) == 0
+    assert cache_nbytes(cache) == 0
     with torch.inference_mode():
         model(torch.arange(10)[None], **{CACHE: cache}, use_cache=True)
-    assert nbytes(cache) == 2 * 2 * 2 * 16 * 10 * 4
+    assert cache_nbytes(cache) == 2 * 2 * 2 * 16 * 10 * 4

@@ -74,19 +74,19 @@ def drawn(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu") ->
     return [q_BQD.to(dtype), codes[0], books[0], codes[1], books[1], size.channels**-0.5], more
 
 
-def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], settings: Any = None) -> Any:
-    """By the kernels, with the guess or other settings."""
+def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], config: Any = None) -> Any:
+    """By the kernels, with the guess or other config."""
     from vqcompress.kv_cache import kernel as module
     from vqcompress.methods.triton import launch
 
-    guess = module.guess
+    guess = module.default_config
     try:
-        if settings is not None:
-            module.guess = lambda *_: settings
-        assert launch.table(launch.facts(arguments[0].device)) == {} or settings is None
+        if config is not None:
+            module.default_config = lambda *_: config
+        assert launch.table(launch.device_properties(arguments[0].device)) == {} or config is None
         return module.attend(*arguments, start, end, **more)
     finally:
-        module.guess = guess
+        module.default_config = guess
 
 
 def encode(*arguments: Any) -> Tensor:
@@ -147,13 +147,13 @@ def check_attend(
     size: Size,
     dtype: torch.dtype,
     span: tuple[int, int] | None = None,
-    settings: Any = None,
+    config: Any = None,
     bound: float = 5e-6,
 ) -> None:
     """With the end as a number and as a tensor, the same; near what is expected, and nothing that is not finite."""
     start, end = span or (0, size.tokens)
     arguments, more = drawn(size, dtype)
-    out_BQD, lse_BQ = call("attend", arguments, start, end, more, settings)
+    out_BQD, lse_BQ = call("attend", arguments, start, end, more, config)
     expected_BQD, expected_BQ = expected(arguments, start, end, more)
     assert out_BQD.dtype == lse_BQ.dtype == torch.float32
     assert torch.equal(lse_BQ.isneginf(), expected_BQ.isneginf())
@@ -161,7 +161,7 @@ def check_attend(
     there = ~lse_BQ.isneginf()
     assert relative_rms(out_BQD[there], expected_BQD[there]) <= bound
     assert ((lse_BQ - expected_BQ)[there].abs() <= bound * (1 + expected_BQ[there].abs())).all()
-    again = call("attend", arguments, start, torch.tensor([end], dtype=torch.int32), more, settings)
+    again = call("attend", arguments, start, torch.tensor([end], dtype=torch.int32), more, config)
     assert torch.equal(again[0], out_BQD)
     assert torch.equal(again[1], lse_BQ)
 
@@ -216,14 +216,14 @@ def test_attend(interpret: Call, size: Size, dtype: torch.dtype, span: tuple[int
     check_attend(interpret, size, dtype, span)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
 @pytest.mark.parametrize(("masked", "angles"), [(False, 0), (True, 1)])
-def test_every_way_to_attend(interpret: Call, settings: dict[str, int], masked: bool, angles: int) -> None:
+def test_every_way_to_attend(interpret: Call, config: dict[str, int], masked: bool, angles: int) -> None:
     """In several slices, some of them empty, and some tiles with nothing to attend to."""
-    angles = 0 if settings["TABLES"] else angles
+    angles = 0 if config["TABLES"] else angles
     for tokens in (33, 70):
         size = Size(tokens=tokens, repeat=2, heads=1, angles=angles, masked=masked, scaled=masked)
-        check_attend(interpret, size, torch.bfloat16, (1, tokens - 1), settings)
+        check_attend(interpret, size, torch.bfloat16, (1, tokens - 1), config)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 17, 33])
@@ -306,15 +306,15 @@ def test_compiles_without_spills(arch: int | str) -> None:
         compiled = ahead.compile_call(call, arch)
         found, name = ahead.resources(compiled), call.kernel.__name__
         assert found.stack == 0, (name, what)
-        assert found.shared <= launch.KNOWN[arch].shared // 2, (name, what)
+        assert found.shared <= launch.DEVICES[arch].shared // 2, (name, what)
         if name != "_attend" or arch == "gfx942":
             continue
         text = compiled.asm["ptx"]
-        assert ("mma" in text) == (call.settings["M"] == 16), what
-        if call.settings["LENGTH"] > 2:
+        assert ("mma" in text) == (call.config["M"] == 16), what
+        if call.config["LENGTH"] > 2:
             assert re.search(r"ld\.global\.v2\.b(16|32)|ld\.global\.v4\.b(16|32)|ld\.global\.b64", text), what
         # Older Tritons give lanes to other numbers than those that they load.
-        if call.settings["M"] == 1 and version >= (3, 9):
+        if call.config["M"] == 1 and version >= (3, 9):
             jumps = re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB0_\d+);", text)
             loops = [text[text.index(f"{j[1]}:") : j.start()] for j in jumps if text.index(f"{j[1]}:") < j.start()]
             assert len(loops) == 1, what
@@ -338,10 +338,10 @@ def test_attend_on_a_gpu(size: Size, dtype: torch.dtype, span: tuple[int, int] |
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_every_way_on_a_gpu(settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+def test_every_way_on_a_gpu(config: dict[str, int]) -> None:
     size = Size(tokens=200, repeat=4, masked=True, scaled=True)
-    check_attend(on_gpu, size, torch.bfloat16, (1, 199), settings, bound=1e-5 if settings["M"] == 1 else 2e-3)
+    check_attend(on_gpu, size, torch.bfloat16, (1, 199), config, bound=1e-5 if config["M"] == 1 else 2e-3)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Settings of kernels: where they are looked up, what a multiprocessor holds, and what scripts/tune.py chooses."""
+"""Config of kernels: where they are looked up, what a multiprocessor holds, and what scripts/tune.py chooses."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def tables() -> Iterator[None]:
 
 
 def lookups() -> set[tuple[str, str]]:
-    """File and function of every call of `launch.settings` in the package."""
+    """File and function of every call of `launch.get_config` in the package."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(function, ast.FunctionDef):
                 calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-                found |= {(file.name, function.name) for c in calls if ast.unparse(c.func) == "launch.settings"}
+                found |= {(file.name, function.name) for c in calls if ast.unparse(c.func) == "launch.get_config"}
     return found
 
 
@@ -45,19 +45,19 @@ def test_no_kernel_with_settings_is_left_to_its_guess(arch: int | str, monkeypat
     import tune
     from kernel_cases import CASES
 
-    visited, ask = set[tuple[str, str]](), launch.settings
+    visited, ask = set[tuple[str, str]](), launch.get_config
 
-    def asked(*arguments: Any) -> launch.Settings:
+    def asked(*arguments: Any) -> launch.Config:
         # Of the launcher, behind what the tuner puts in its place.
         frames, ours = (sys._getframe(1), sys._getframe(2)), ("tune.py", "candidates.py")
         frame = next(frame for frame in frames if Path(frame.f_code.co_filename).name not in ours)
         visited.add((Path(frame.f_code.co_filename).name, frame.f_code.co_name))
         return ask(*arguments)
 
-    monkeypatch.setattr(launch, "settings", asked)
-    count, guessed = tune.dry_run(arch, CASES, (1, 16, 512))
+    monkeypatch.setattr(launch, "get_config", asked)
+    count, default = tune.dry_run(arch, CASES, (1, 16, 512))
     assert count > 500
-    assert guessed == set()
+    assert default == set()
     assert visited == lookups()
     assert len(visited) >= 10
 
@@ -73,9 +73,9 @@ def test_a_lookup_without_a_measurement_is_noticed() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "Tuner", Forgetful)
-        _, guessed = tune.dry_run(90, [case for case in CASES if case.name == "lattice 2"], (1,))
-    assert guessed
-    assert all(name.startswith("finish ") for name in guessed)
+        _, default = tune.dry_run(90, [case for case in CASES if case.name == "lattice 2"], (1,))
+    assert default
+    assert all(name.startswith("finish ") for name in default)
 
 
 def test_where_settings_are_kept() -> None:
@@ -113,16 +113,16 @@ def test_programs_that_a_multiprocessor_holds(
 ) -> None:
     from ahead import Resources
 
-    assert Resources(registers, 0, shared, warps).resident(launch.KNOWN[arch]) == programs
+    assert Resources(registers, 0, shared, warps).resident(launch.DEVICES[arch]) == programs
 
 
 def place_of(name: str, arch: int) -> Any:
-    """The product of one row with a weight of the usual size, with the tuner's settings to try."""
+    """The product of one row with a weight of the usual size, with the tuner's config to try."""
     import tune
     from kernel_cases import CASES
 
     case = next(case for case in CASES if case.name == name)
-    places = tune.Places(launch.KNOWN[arch], META, torch.bfloat16).product(case, (4096, 4096), 1)
+    places = tune.Places(launch.DEVICES[arch], META, torch.bfloat16).product(case, (4096, 4096), 1)
     with launch.recording(arch):
         return next(place for place in places if place.splits)
 
@@ -142,21 +142,21 @@ def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int
     import ahead
     import tune
 
-    facts, place = launch.KNOWN[90], place_of(name, 90)
+    gpu, place = launch.DEVICES[90], place_of(name, 90)
     option = next(o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) == tile)
-    split = tune.Tuner(facts, 0.0, False, lambda *call: 0.0).split(place, option)
+    split = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
 
     def used(hot: int) -> ahead.Resources:
-        (call,) = (c for c in place.launches(option | {"HOT": hot}, facts) if "HOT" in c.settings)
+        (call,) = (c for c in place.launches(option | {"HOT": hot}, gpu) if "HOT" in c.config)
         return ahead.resources(ahead.compile_call(call, 90))
 
-    programs = used(0).resident(facts)
+    programs = used(0).resident(gpu)
     assert place.splits == [256, 128, 64, 32, 16, 8]
     assert split in (0, *place.splits)
     assert not used(split).stack
-    assert used(split).resident(facts) == programs
+    assert used(split).resident(gpu) == programs
     for more in (hot for hot in place.splits if hot > split):
-        assert used(more).stack or used(more).resident(facts) < programs
+        assert used(more).stack or used(more).resident(gpu) < programs
 
 
 def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
@@ -167,7 +167,7 @@ def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
     if not triton.__version__.startswith("3.9."):
         pytest.skip("another Triton allots other registers; the rule itself is tested above")
 
-    facts = launch.KNOWN[90]
+    gpu = launch.DEVICES[90]
     found = {}
     tiles = {
         "learned 4,8": (32, 32, 4),
@@ -178,7 +178,7 @@ def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
     for name, tile in tiles.items():
         place = place_of(name, 90)
         option = next(o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) == tile)
-        found[name] = tune.Tuner(facts, 0.0, False, lambda *call: 0.0).split(place, option)
+        found[name] = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
     assert found == {"learned 4,8": 256, "universal 2": 0, "learned 2x8": 0, "lattice 2": 256}
 
 
@@ -186,7 +186,7 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     """The fastest by the clock is kept, a split that costs nothing is tried, and the table takes it."""
     import tune
 
-    facts, place = launch.KNOWN[90], place_of("learned 4,8", 90)
+    gpu, place = launch.DEVICES[90], place_of("learned 4,8", 90)
     kept = [o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) in ((32, 32, 4), (32, 64, 4))][:2]
     # A tile that no thread has registers for.
     spilling = {**kept[0], "BA": 256, "BN": 64, "num_warps": 4}
@@ -194,15 +194,15 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     tried = []
 
     def clock(call: Any, weights: Any) -> float:
-        tried.append(launch.settings(place.kernel, META, 1, (), lambda facts: {}))
+        tried.append(launch.get_config(place.kernel, META, 1, (), lambda gpu: {}))
         return 1.0 if tried[-1]["HOT"] else 2.0
 
-    tuner = tune.Tuner(facts, 60.0, False, clock)
+    tuner = tune.Tuner(gpu, 60.0, False, clock)
     tuner.tune(place)
     assert spilling not in tried
     assert [o["HOT"] for o in tried] == [0, 0, 256]
     assert tuner.table[place.kernel][place.key]["HOT"] == 256
-    assert launch.table(facts) is tuner.table
+    assert launch.table(gpu) is tuner.table
     before = len(tried)
     tuner.tune(place)
     assert len(tried) == before
@@ -233,5 +233,5 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_for(monkeypatch: pytest.M
     monkeypatch.setattr(triton.runtime.driver, "_active", StandIn(ahead.target_of(90)))
     for call in one_of_each:
         monkeypatch.setattr(call.kernel, "device_caches", defaultdict(call.kernel.create_binder))
-        looked_for = call.kernel.warmup(*call.arguments, grid=call.grid, **call.settings)
+        looked_for = call.kernel.warmup(*call.arguments, grid=call.grid, **call.config)
         assert looked_for.hash == ahead.compile_call(call, 90).hash

@@ -34,20 +34,20 @@ def _interpreted(kernel: Any) -> None:
 
 
 def rotate(x_TI: Tensor, signs_1B: Tensor, setting: int | None = None) -> Tensor:
-    """By the kernel; with one of the candidates as settings, counted from 0, instead of the guess."""
+    """By the kernel; with one of the candidates as config, counted from 0, instead of the guess."""
     import candidates
 
     from vqcompress.methods.triton import launch
     from vqcompress.methods.vq import kernel_rotate as module
 
-    before = module.guess
+    before = module.default_config
     try:
         if setting is not None:
-            tried = list(candidates.of_rotate(launch.facts(x_TI.device), x_TI.shape[1]))
-            module.guess = lambda *_: tried[setting]
+            tried = list(candidates.of_rotate(launch.device_properties(x_TI.device), x_TI.shape[1]))
+            module.default_config = lambda *_: tried[setting]
         return module.rotate(x_TI, signs_1B)
     finally:
-        module.guess = before
+        module.default_config = before
 
 
 def finish(*arguments: Any) -> Tensor:
@@ -192,7 +192,7 @@ def test_rotate_with_other_settings(interpreted: Call, shape: tuple[int, int]) -
     from vqcompress.methods.triton import launch
 
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    sizes = [s["SIZE"] for s in candidates.of_rotate(launch.KNOWN["cpu"], shape[1])]
+    sizes = [s["SIZE"] for s in candidates.of_rotate(launch.DEVICES["cpu"], shape[1])]
     assert len(set(sizes)) > 3
     for size in set(sizes):
         y_TI = interpreted(by_interpreter, "rotate", x_TI, packed(signs_I), sizes.index(size))
@@ -308,7 +308,7 @@ def test_compiles_without_spills(arch: int | str) -> None:
         found = ahead.resources(compiled)
         text = compiled.asm["amdgcn" if arch == "gfx942" else "ptx"]
         assert found.stack == 0, name
-        assert found.shared <= launch.KNOWN[arch].shared, name
+        assert found.shared <= launch.DEVICES[arch].shared, name
         assert not re.search("mma|mfma", text), name
         if name in ("_rotate", "_finish"):
             assert re.search(
@@ -335,7 +335,7 @@ def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
     from vqcompress.methods.triton import launch
 
     x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    tried = list(candidates.of_rotate(launch.facts(torch.device("cuda", 0)), shape[1]))
+    tried = list(candidates.of_rotate(launch.device_properties(torch.device("cuda", 0)), shape[1]))
     for setting in range(len(tried)):
         y_TI = on_gpu("rotate", x_TI, packed(signs_I), setting)
         assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32], tried[setting]

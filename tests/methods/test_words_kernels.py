@@ -73,8 +73,8 @@ def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
     want_TO = x_TI.double() @ product.values(codes, table, form, shape).double().T
 
     def with_settings(some: dict[str, int]) -> Tensor:
-        settings = words.guess(launch.KNOWN["cpu"], max(rows, 1), shape, form) | some
-        with candidates.trying(words.named(form, 0, x_TI.itemsize), settings):
+        config = words.default_config(launch.DEVICES["cpu"], max(rows, 1), shape, form) | some
+        with candidates.trying(words.named(form, 0, x_TI.itemsize), config):
             return words.multiply(x_TI, codes, table, shape[0], form).sum(0)
 
     found = {
@@ -85,13 +85,13 @@ def differences(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
     if form.family != "trellis":
         found["hot entries"] = with_settings({"HOT": 8})
     if form.by_rows:
-        found["on codes"] = words.on_codes(x_TI, codes, table, shape[0], form).sum(0)
-        other = candidates.of_on_codes(launch.KNOWN["cpu"], shape, form)[-1]
-        with candidates.trying(f"words.on_codes.{form.name}", other):
-            found["on codes, other settings"] = words.on_codes(x_TI, codes, table, shape[0], form).sum(0)
+        found["on codes"] = words.lut_gemv(x_TI, codes, table, shape[0], form).sum(0)
+        other = candidates.of_on_codes(launch.DEVICES["cpu"], shape, form)[-1]
+        with candidates.trying(f"words.lut_gemv.{form.name}", other):
+            found["on codes, other config"] = words.lut_gemv(x_TI, codes, table, shape[0], form).sum(0)
     with candidates.trying(f"words.dequantize.{form.name}", candidates.of_dequantize(form)[-1]):
         value_OI = words.dequantize(codes, table, shape, form, torch.float32)
-    found["dequantize, other settings"] = x_TI.float() @ value_OI.T
+    found["dequantize, other config"] = x_TI.float() @ value_OI.T
     return {way: relative_rms(y_TO, want_TO) for way, y_TO in found.items()}
 
 
@@ -168,7 +168,7 @@ def check_compiled(call: Any, arch: int | str) -> Any:
     kernel = ahead.compile_call(call, arch)
     used = ahead.resources(kernel)
     assert used.stack == 0
-    assert used.shared <= launch.KNOWN[arch].shared
+    assert used.shared <= launch.DEVICES[arch].shared
     return kernel
 
 
@@ -220,15 +220,15 @@ def test_rarer_launches_compile_without_spills(name: str, arch: int | str) -> No
     form, parts = meta_parts(name, (4096, 4096))
     read = parts["codes"], parts["table"], 4096, form
     with launch.recording(arch) as calls:
-        # Settings that no guess has: what they take is measured where they are tuned.
+        # Config that no guess has: what they take is measured where they are tuned.
         if form.family in ("learned", "universal") and form.d != 3 and arch == 90:
-            guess = words.guess(launch.KNOWN[90], 1, (4096, 4096), form)
+            guess = words.default_config(launch.DEVICES[90], 1, (4096, 4096), form)
             for hot in (32, 1 << form.bits):
                 with candidates.trying(words.named(form), guess | {"HOT": hot}):
                     words.multiply(meta_rows(1, 4096), *read)
         # Triton 3.6 itself breaks off on this one for AMD; `tune.py` passes over what does not compile.
         if form.by_rows and not (arch == "gfx942" and form.d == 3 and triton.__version__ < "3.9"):
-            words.on_codes(meta_rows(1, 4096), *read)
+            words.lut_gemv(meta_rows(1, 4096), *read)
         _, parts = meta_parts(name, (2048, 4096), experts=64)
         ends_E = torch.empty(64, dtype=torch.int32, device="meta")
         for rows, dtype in ((8, torch.bfloat16), (8192, torch.bfloat16), (512, torch.float32)):
@@ -248,7 +248,7 @@ def test_on_a_gpu(name: str) -> None:
             for rows in (1, 3, 17, 129):
                 x_TI = inputs(rows, shape[1], dtype)
                 want_TO = expected(x_TI, form, parts)
-                ways = ("multiply", "dequantize", "on_codes") if form.by_rows else ("multiply", "dequantize")
+                ways = ("multiply", "dequantize", "lut_gemv") if form.by_rows else ("multiply", "dequantize")
                 for way in ways:
                     read = on_gpu["codes"], on_gpu["table"], on_gpu["scale"], on_gpu.get("signs")
                     found_TO = product.on_gpu(x_TI.cuda(), *read, form, way)

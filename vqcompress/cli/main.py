@@ -195,9 +195,6 @@ def export(
 @app.command()
 def inspect(
     artifact: Source,
-    runtime: Annotated[bool, typer.Option("--runtime", help="How this device multiplies with each weight.")] = False,
-    cpu_weights: CpuWeights = Weights.auto,
-    device: Where = Device.auto,
     trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
@@ -210,7 +207,7 @@ def inspect(
         from vqcompress.cli import tables as show
         from vqcompress.evaluate.inspect import inspect as run
 
-        facts = run(artifact, device.value if runtime else None, cpu_weights.value)
+        facts = run(artifact)
         write(facts)
         show.inspected(console, facts)
 
@@ -222,7 +219,9 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
     Example: vqcompress verify out
     """
     with session([artifact], json_file) as (console, write):
-        from vqcompress.evaluate.read_report import duration, size
+        from rich.filesize import decimal as size
+
+        from vqcompress.evaluate.read_report import duration
         from vqcompress.evaluate.verify import verify as run
 
         facts = run(artifact) | {"seconds": took()}

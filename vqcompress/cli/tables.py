@@ -14,11 +14,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal as size
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.cli.console import console
-from vqcompress.evaluate.read_report import cache_line, duration, shrunk, size
+from vqcompress.evaluate.read_report import cache_line, duration, shrunk
 from vqcompress.evaluate.report_html import protocol, quality
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
@@ -179,18 +180,9 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
     if cells:
         titles = "weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens"
         _table(to, titles, cells)
-    rows = [row for row in facts["targets"] if "runtime" in row]
-    ways = Counter((kind(row["name"]), tuple(row["runtime"].items()), row.get("experts")) for row in rows)
-    for (name, paths, experts), count in ways.items():
-        by_way: dict[str, list[str]] = {}
-        for number, way in paths:
-            by_way.setdefault(way, []).append(number)
-        told = "; ".join(f"{', '.join(numbers)} rows: {way}" for way, numbers in by_way.items())
-        told += f"; experts {experts}" if experts else ""
-        to.print(f"{name} ({count} on {facts['device']}) {told}")
-    settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
-    for (method, knobs), count in settings.items():
-        to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in knobs)}")
+    settings = Counter((row["method"], tuple(row["options"].items())) for row in facts["targets"])
+    for (method, options), count in settings.items():
+        to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in options)}")
     if books := facts["codebooks"].values():
         means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
         to.print(f"entries the first 1/8, 1/4, 1/2 of a codebook's take {means} % of its uses (mean of {len(books)})")

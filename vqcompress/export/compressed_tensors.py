@@ -14,8 +14,8 @@ from vqcompress.export.fp8 import misfit, ragged
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, settle, tensors
 from vqcompress.methods import Method, PackedTensors
 from vqcompress.methods.fp8.method import FP8
+from vqcompress.methods.fp8.reference import TILE
 from vqcompress.methods.int8.method import INT8
-from vqcompress.methods.ops import TILE
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact, Entry
 

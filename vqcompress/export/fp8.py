@@ -10,7 +10,7 @@ from typing import Any
 
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, refuse, settle, tensors
 from vqcompress.methods.fp8.method import FP8
-from vqcompress.methods.ops import TILE
+from vqcompress.methods.fp8.reference import TILE
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact, Entry
 from vqcompress.storage.targets import Target

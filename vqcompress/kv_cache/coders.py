@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqcompress.errors import VQCompressError
 from vqcompress.kv_cache import codes as kv
-from vqcompress.methods import ops
+from vqcompress.methods.fp8 import reference as fp8
 
 CPU = torch.device("cpu")
 
@@ -100,9 +100,9 @@ class FP8(Coder):
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes and scales."""
-        scale = ops.e4m3_scale(x_BHTD.float().abs().amax(-1, keepdim=True), False)
+        scale = fp8.e4m3_scale(x_BHTD.float().abs().amax(-1, keepdim=True), False)
         # As bytes: of a type that every copy knows.
-        return {"codes": ops.to_e4m3(x_BHTD.float() / scale).view(torch.uint8), "scale": scale}
+        return {"codes": fp8.to_e4m3(x_BHTD.float() / scale).view(torch.uint8), "scale": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Codes times scales."""

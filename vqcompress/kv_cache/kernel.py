@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.launch import Config, DeviceProperties
 
 MOST_SLICES, ENTRIES, LOG2_E = 128, tl.constexpr(256), math.log2(math.e)
 
@@ -292,9 +292,9 @@ def _merge(sum_RSD, part_RS2, out_RD, lse_R, slices, channels, S: tl.constexpr, 
     tl.store(lse_R + row, (top + tl.log2(total)) * 0.6931471805599453)
 
 
-def guess_encode(facts: Facts, rows: int) -> Settings:
-    """Settings of `encode` where nothing was measured: so many tokens of a program, whose lanes have the entries."""
-    return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // facts.warp)}
+def default_encode_config(gpu: DeviceProperties, rows: int) -> Config:
+    """Config of `encode` where nothing was measured: so many tokens of a program, whose lanes have the entries."""
+    return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // gpu.warp)}
 
 
 def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
@@ -309,31 +309,33 @@ def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin
     out = x.new_empty((batch, heads, tokens, groups), dtype=torch.uint8)
     cos, sin, cos_b = _angles(cos_BTD, sin_BTD, batch, tokens, channels)
     place = heads * groups, length
-    settings = launch.settings("kv.encode", x.device, rows, place, lambda facts: guess_encode(facts, rows))
+    config = launch.get_config("kv.encode", x.device, rows, place, lambda gpu: default_encode_config(gpu, rows))
     strides = *x.stride()[:3], *book.stride()[:2], cos_b
     constants = {"LENGTH": length, "HALF": channels // 2, "num_stages": 1}
-    grid = triton.cdiv(rows, settings["V"]), heads * groups
-    launch.run(_encode, grid, x, book, cos, sin, out, rows, tokens, *strides, groups, **constants, **settings)
+    grid = triton.cdiv(rows, config["V"]), heads * groups
+    launch.run(_encode, grid, x, book, cos, sin, out, rows, tokens, *strides, groups, **constants, **config)
     return out
 
 
-def sized(facts: Facts, shape: tuple[int, ...], batch: int, m: int, tables: int, size: int, warps: int) -> Settings:
-    """Settings of `attend` with tiles of about so many numbers, and slices of two tiles at least that fill a device."""
+def make_config(
+    gpu: DeviceProperties, shape: tuple[int, ...], batch: int, m: int, tables: int, size: int, warps: int
+) -> Config:
+    """Config of `attend` with tiles of about so many numbers, and slices of two tiles at least that fill a device."""
     queries, heads, channels, _, tokens = shape
     programs = batch * (queries if m == 1 else heads * triton.cdiv(queries // heads, m))
     tile = max(16, size // triton.next_power_of_2(channels))
     # Not more than fill it: the codebooks of all programs that a multiprocessor holds should stay in its L1.
-    split = min(16 * facts.processors // (warps * max(1, programs)), tokens // (2 * tile), MOST_SLICES)
+    split = min(16 * gpu.processors // (warps * max(1, programs)), tokens // (2 * tile), MOST_SLICES)
     return {"M": m, "TABLES": tables, "C": tile, "num_warps": warps, "SPLIT": max(1, split)}
 
 
-def guess(facts: Facts, shape: tuple[int, ...], batch: int, element: int, turned: bool) -> Settings:
-    """Settings of `attend` where nothing was measured. shape: Q, H, D, d, T. element: bytes of one of q."""
+def default_config(gpu: DeviceProperties, shape: tuple[int, ...], batch: int, element: int, turned: bool) -> Config:
+    """Config of `attend` where nothing was measured. shape: Q, H, D, d, T. element: bytes of one of q."""
     queries, heads, *_, tokens = shape
     # Products of float32 have no matrix units.
     if queries > heads and element == 2:
-        return sized(facts, shape, batch, 16, 0, 8192, 256 // facts.warp)
-    return sized(facts, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // facts.warp)
+        return make_config(gpu, shape, batch, 16, 0, 8192, 256 // gpu.warp)
+    return make_config(gpu, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // gpu.warp)
 
 
 def attend(
@@ -375,8 +377,8 @@ def attend(
     scales = tuple(scale if scale is None else scale.contiguous() for scale in (scale_k, scale_v))
     kernel = f"kv.attend{'.turned' if turned else ''}{'.float32' if q.itemsize == 4 else ''}"
     place = (*of_all[:4], triton.next_power_of_2(tokens))
-    guessed = lambda facts: guess(facts, of_all, batch, q.itemsize, turned)  # noqa: E731
-    chosen = dict(launch.settings(kernel, q.device, batch, place, guessed))
+    default = lambda gpu: default_config(gpu, of_all, batch, q.itemsize, turned)  # noqa: E731
+    chosen = dict(launch.get_config(kernel, q.device, batch, place, default))
     slices, factor, rows, repeat = chosen.pop("SPLIT"), scaling * LOG2_E, batch * queries, queries // heads
     table, strides = None, books[0].stride()[:2]
     if chosen["TABLES"]:

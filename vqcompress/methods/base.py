@@ -7,14 +7,13 @@ Shape legend: O output rows, I input columns, T tokens, E experts, S rows sorted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from vqcompress.methods.ops import by_expert
 from vqcompress.methods.statistics import Statistics
 
 PackedTensors = dict[str, Tensor]
@@ -155,6 +154,16 @@ class Method(BaseModel):
     def describe(self) -> dict[str, Any]:
         """JSON for an artifact's config: the method's name, version and every knob."""
         return {"method": self.name, "version": self.version, **self.model_dump(mode="json")}
+
+
+def by_expert(x_SI: Tensor, ends_E: Tensor, outputs: int, linear: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """linear(rows, e) of the rows of every expert, (S, O); zeros behind the last expert's."""
+    y_SO, start = x_SI.new_zeros((len(x_SI), outputs)), 0
+    for e, end in enumerate(ends_E.tolist()):
+        if end > start:
+            y_SO[start:end] = linear(x_SI[start:end], e)
+        start = end
+    return y_SO
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""FP8 matrix products on a GPU in DeepSeek-V3's tiles: the contracts of `ops.fp8_quantize` and `ops.fp8_linear`.
+"""FP8 matrix products on a GPU in DeepSeek-V3's tiles: the contracts of the operators in `reference`.
 
 `_quantize` rounds to E4M3 with integers, so its bytes are those of the contract on every device. `_multiply` goes
 through the inputs in slices of 128, the width of a tile: tensor cores add up the products of one slice, starting from
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vqcompress.methods.int8.kernel import ALIGNED, FINISHED, aligned, largest, most_stages, place, split_for, wide
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.triton.tiles import rows_of, tiles_of
 
 # The side of a tile, here and in kernels.
@@ -73,7 +73,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     scale_J = tl.div_rn(largest(x_JC, 1), E4M3_MAX)
     scale_J = tl.where(scale_J < SCALE_MIN, SCALE_MIN, scale_J)
     if POWER_OF_TWO:
-        # As `ops.power_of_two_ceil`.
+        # As `reference.power_of_two_ceil`.
         scale_J = ((scale_J.to(tl.int32, bitcast=True) + 0x7FFFFF) & INFINITY).to(tl.float32, bitcast=True)
     tl.store(scale_TJ + t * tiles_J + j_J, scale_J, mask=j_J < tiles_J)
     code_JC = _e4m3(tl.div_rn(x_JC, scale_J[:, None]))
@@ -151,7 +151,7 @@ def _finish(sums, y_TO, tokens, outputs, BLOCK: tl.constexpr, SPLIT: tl.constexp
 
 
 def quantize(x_TI: Tensor, power_of_two: bool = False, half: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn (T, I) and scales float32 (T, J): `ops.fp8_quantize`, exactly.
+    """Codes float8_e4m3fn (T, I) and scales float32 (T, J): `reference.fp8_quantize`, exactly.
 
     half: the values of the codes as float16 instead, for devices whose matrix products do not read E4M3.
     """
@@ -168,7 +168,7 @@ def quantize(x_TI: Tensor, power_of_two: bool = False, half: bool = False) -> tu
 
 
 def linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
-    """x Wᵀ, (T, O) in the type of x: `ops.fp8_linear`; the same every time. codes_OI: float8_e4m3fn.
+    """x Wᵀ, (T, O) in the type of x: `reference.fp8_linear`; the same every time. codes_OI: float8_e4m3fn.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
@@ -197,18 +197,18 @@ def _product(
     x_TI, codes = aligned(x_TI, codes, rows)
     shape = (outputs, inputs := x_TI.shape[1])
     of_all = (experts, *shape) if experts else shape
-    settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
+    config = dict(launch.get_config(name, x_TI.device, tokens, of_all, lambda gpu: default_config(gpu, rows, *shape)))
     if experts:
-        settings["SPLIT"] = 1
-    split, tiles_T = settings["SPLIT"], tiles_of(tokens, settings["BLOCK_T"], experts)
-    half = not launch.facts(x_TI.device).has_fp8
+        config["SPLIT"] = 1
+    split, tiles_T = config["SPLIT"], tiles_of(tokens, config["BLOCK_T"], experts)
+    half = not launch.device_properties(x_TI.device).has_fp8
     codes_TI, scale_TJ = quantize(x_TI, power_of_two, half)
     codes = codes.contiguous().view(torch.int8) if half else codes.contiguous()
     out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=torch.float32)
     tensors = (codes_TI, scale_TJ, codes, scale.contiguous(), ends_E, out)
-    grid = (tiles_T * triton.cdiv(outputs, settings["BLOCK_O"]), split)
-    settings["EXPERTS"] = experts and triton.next_power_of_2(experts)
-    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **settings)
+    grid = (tiles_T * triton.cdiv(outputs, config["BLOCK_O"]), split)
+    config["EXPERTS"] = experts and triton.next_power_of_2(experts)
+    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **config)
     if split > 1:
         grid = (tokens, triton.cdiv(outputs, FINISHED))
         constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
@@ -216,27 +216,27 @@ def _product(
     return y_TO
 
 
-def sized(block_T: int, block_O: int, split: int, warps: int, stages: int) -> Settings:
-    """Settings of `_multiply` with such blocks."""
+def make_config(block_T: int, block_O: int, split: int, warps: int, stages: int) -> Config:
+    """Config of `_multiply` with such blocks."""
     blocks = {"BLOCK_T": block_T, "BLOCK_O": block_O, "GROUP": 16, "SPLIT": split}
     # Scaling and adding are one operation; the contract leaves that open.
     return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def fitting_stages(facts: Facts, block_T: int, block_O: int) -> int:
+def fitting_stages(gpu: DeviceProperties, block_T: int, block_O: int) -> int:
     """`most_stages` of such blocks."""
-    return most_stages(facts, SIDE * (block_T + block_O if facts.has_fp8 else 2 * block_T + block_O))
+    return most_stages(gpu, SIDE * (block_T + block_O if gpu.has_fp8 else 2 * block_T + block_O))
 
 
-def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
-    """Settings of `_multiply` for x (rows, inputs) times a weight (outputs, inputs), where none were measured."""
+def default_config(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Config:
+    """Config of `_multiply` for x (rows, inputs) times a weight (outputs, inputs), where none were measured."""
     # Not higher: the sum and that of a slice lie in registers, and while one program scales, another multiplies.
     block_T = 16 if rows <= 16 else 64
     tiles_T = triton.cdiv(rows, block_T)
-    block_O = 128 if block_T == 64 and tiles_T * triton.cdiv(outputs, 128) >= facts.processors else 64
-    split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, SIDE)
-    most = 2 if facts.warp == 64 else 3 if block_T == 64 else 5
-    stages = min(most, fitting_stages(facts, block_T, block_O))
+    block_O = 128 if block_T == 64 and tiles_T * triton.cdiv(outputs, 128) >= gpu.processors else 64
+    split = split_for(gpu, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, SIDE)
+    most = 2 if gpu.warp == 64 else 3 if block_T == 64 else 5
+    stages = min(most, fitting_stages(gpu, block_T, block_O))
     # Loads of single bytes take the registers of twice as many threads.
-    narrow = inputs % ALIGNED == 0 and (block_T * block_O < 8192 or wide(facts))
-    return sized(block_T, block_O, split, 4 if narrow else 8, stages)
+    narrow = inputs % ALIGNED == 0 and (block_T * block_O < 8192 or wide(gpu))
+    return make_config(block_T, block_O, split, 4 if narrow else 8, stages)

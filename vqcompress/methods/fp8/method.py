@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqcompress.methods import ops
 from vqcompress.methods.base import Layout, Method, PackedTensors, Shape, is_finite
+from vqcompress.methods.fp8 import reference
 from vqcompress.methods.statistics import Statistics
 
 # Weights that are worked on at once.
@@ -23,7 +23,7 @@ STRIP = 2**19
 
 def expand_tiles(scale_PJ: Tensor, shape: Shape) -> Tensor:
     """The scale of every element, (O, I), from one scale per 128×128 tile; edge tiles are cropped."""
-    return scale_PJ.repeat_interleave(ops.TILE, 0)[: shape[0]].repeat_interleave(ops.TILE, 1)[:, : shape[1]]
+    return scale_PJ.repeat_interleave(reference.TILE, 0)[: shape[0]].repeat_interleave(reference.TILE, 1)[:, : shape[1]]
 
 
 def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -32,18 +32,18 @@ def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tenso
     scale = max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; code = w / scale rounded to E4M3. A tile at
     the edge holds fewer weights.
     """
-    (rows, columns), tiles = weight_OI.shape, -(-weight_OI.shape[1] // ops.TILE)
+    (rows, columns), tiles = weight_OI.shape, -(-weight_OI.shape[1] // reference.TILE)
     codes_OI, scales = weight_OI.new_empty((rows, columns), dtype=torch.float8_e4m3fn), []
     for strip in _strips(weight_OI):
         some = weight_OI[strip].float()
-        margin = 0, -columns % ops.TILE, 0, -len(some) % ops.TILE
-        padded = (F.pad(some, margin) if any(margin) else some).reshape(-1, ops.TILE, tiles, ops.TILE)
+        margin = 0, -columns % reference.TILE, 0, -len(some) % reference.TILE
+        padded = (F.pad(some, margin) if any(margin) else some).reshape(-1, reference.TILE, tiles, reference.TILE)
         largest = padded.abs().amax((1, 3), keepdim=True)
         # NaN or Inf if anything in the tile is.
         if not is_finite(largest):
             raise ValueError("weight holds NaN or Inf")
-        scale = ops.e4m3_scale(largest, power_of_two)
-        codes = ops.to_e4m3(padded / scale).view(-1, tiles * ops.TILE)
+        scale = reference.e4m3_scale(largest, power_of_two)
+        codes = reference.to_e4m3(padded / scale).view(-1, tiles * reference.TILE)
         codes_OI[strip] = codes[: len(some), :columns]
         scales.append(scale[:, 0, :, 0])
     return codes_OI, torch.cat(scales) if scales else weight_OI.new_empty((0, tiles), dtype=torch.float32)
@@ -64,7 +64,7 @@ def _strips(matrix: Tensor) -> Iterator[slice]:
     """Rows of whole tiles that fit together into a CPU's cache, where the same arithmetic takes a third of the time."""
     rows = len(matrix)
     if matrix.device.type == "cpu":
-        rows = max(1, STRIP // (ops.TILE * max(1, matrix.shape[1]))) * ops.TILE
+        rows = max(1, STRIP // (reference.TILE * max(1, matrix.shape[1]))) * reference.TILE
     return (slice(start, start + rows) for start in range(0, len(matrix), max(1, rows)))
 
 
@@ -82,7 +82,7 @@ class FP8(Method):
 
     def layout(self, shape: Shape) -> Layout:
         """Codes and scale."""
-        tiles = (-(-shape[0] // ops.TILE), -(-shape[1] // ops.TILE))
+        tiles = (-(-shape[0] // reference.TILE), -(-shape[1] // reference.TILE))
         return {"codes": (torch.float8_e4m3fn, shape), "scale": (torch.float32, tiles)}
 
     def encode(
@@ -107,7 +107,7 @@ class FP8(Method):
     def decode_rows(self, parts: PackedTensors, shape: Shape) -> Iterator[Tensor]:
         """What `decode` gives, strip by strip."""
         for strip in _strips(parts["codes"]):
-            codes, tiles = parts["codes"][strip], slice(strip.start // ops.TILE, -(-strip.stop // ops.TILE))
+            codes, tiles = parts["codes"][strip], slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE))
             scale = expand_tiles(parts["scale"][tiles], (len(codes), shape[1]))
             yield _e4m3_to_half(codes).float().mul_(256).mul_(scale)
 
@@ -136,16 +136,16 @@ class FP8(Method):
         return super().path(shape, rows, device, packed) if device.type == "cpu" else "tile-wise FP8 product of codes"
 
     def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """x Wᵀ of `ops.fp8_linear`, the activation in 1×128 tiles; a decoded weight times x rounded as there."""
+        """x Wᵀ of `reference.fp8_linear`, the activation in 1×128 tiles; a decoded weight times x rounded as there."""
         if "weight" in prepared:
-            return (ops.fp8_rounded(x_TI, self.power_of_two_scales) @ prepared["weight"].T).to(x_TI.dtype)
-        y_TO: Tensor = ops.fp8_linear(x_TI, prepared["codes"], prepared["scale"], self.power_of_two_scales)
+            return (reference.fp8_rounded(x_TI, self.power_of_two_scales) @ prepared["weight"].T).to(x_TI.dtype)
+        y_TO: Tensor = reference.fp8_linear(x_TI, prepared["codes"], prepared["scale"], self.power_of_two_scales)
         return y_TO
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """`linear` of the rows of every expert, of `ops.fp8_grouped`."""
+        """`linear` of the rows of every expert, of `reference.fp8_grouped`."""
         if "weight" in prepared:
             return super().grouped(x_SI, ends_E, prepared, shape)
         codes, scale = prepared["codes"], prepared["scale"]
-        y_SO: Tensor = ops.fp8_grouped(x_SI, ends_E, codes, scale, self.power_of_two_scales)
+        y_SO: Tensor = reference.fp8_grouped(x_SI, ends_E, codes, scale, self.power_of_two_scales)
         return y_SO

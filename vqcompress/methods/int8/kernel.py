@@ -1,4 +1,4 @@
-"""INT8 matrix products on a GPU: the contracts of `ops.int8_quantize` and `ops.int8_linear`, to the last bit.
+"""INT8 matrix products on a GPU: the contracts of the operators in `reference`, to the last bit.
 
 Two steps. `_quantize` reads a row of x once, keeps it in registers while its largest magnitude is found, and writes
 codes and the row's scale. `_multiply` is a matrix product of codes by tensor cores, which add up in int32 and are
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.triton.tiles import rows_of, tiles_of
 
 # Columns of a row that a program holds in registers; longer rows are read twice.
@@ -167,7 +167,7 @@ def _finish(sums, scale_T, scale_O, y_TO, tokens, outputs, BLOCK: tl.constexpr, 
 
 
 def quantize(x_TI: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes int8 (T, I) and scales float32 (T, 1): `ops.int8_quantize`, exactly.
+    """Codes int8 (T, I) and scales float32 (T, 1): `reference.int8_quantize`, exactly.
 
     input_scale: one float32 scale () for all rows instead; it is repeated in the scales, except that a row with NaN
     gets NaN.
@@ -185,7 +185,7 @@ def quantize(x_TI: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, T
 
 
 def linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None = None) -> Tensor:
-    """x Wᵀ, (T, O) in the type of x: `ops.int8_linear`, exactly. codes_OI: int8. input_scale: float32 () or None.
+    """x Wᵀ, (T, O) in the type of x: `reference.int8_linear`, exactly. codes_OI: int8. input_scale: float32 () or None.
 
     Source: SmoothQuant, arXiv 2211.10438, section 4.
     """
@@ -214,16 +214,16 @@ def _product(
     x_TI, codes = aligned(x_TI, codes, rows)
     shape = (outputs, inputs := x_TI.shape[1])
     of_all = (experts, *shape) if experts else shape
-    settings = dict(launch.settings(name, x_TI.device, tokens, of_all, lambda facts: guess(facts, rows, *shape)))
+    config = dict(launch.get_config(name, x_TI.device, tokens, of_all, lambda gpu: default_config(gpu, rows, *shape)))
     if experts:
-        settings["SPLIT"] = 1
-    split, tiles_T = settings["SPLIT"], tiles_of(tokens, settings["BLOCK_T"], experts)
+        config["SPLIT"] = 1
+    split, tiles_T = config["SPLIT"], tiles_of(tokens, config["BLOCK_T"], experts)
     codes_TI, scale_T1 = quantize(x_TI, input_scale)
     out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=torch.int32)
     tensors = (codes_TI, scale_T1, codes.contiguous(), scale.contiguous(), ends_E, out)
-    grid = (tiles_T * triton.cdiv(outputs, settings["BLOCK_O"]), split)
-    settings["EXPERTS"] = experts and triton.next_power_of_2(experts)
-    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **settings)
+    grid = (tiles_T * triton.cdiv(outputs, config["BLOCK_O"]), split)
+    config["EXPERTS"] = experts and triton.next_power_of_2(experts)
+    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **config)
     if split > 1:
         grid = (tokens, triton.cdiv(outputs, FINISHED))
         constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
@@ -244,51 +244,51 @@ def aligned(x_TI: Tensor, codes: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return pad(x_TI, more), pad(codes.view(torch.int8), more).view(codes.dtype)
 
 
-def split_for(facts: Facts, tiles: int, rows: int, inputs: int, block_I: int) -> int:
+def split_for(gpu: DeviceProperties, tiles: int, rows: int, inputs: int, block_I: int) -> int:
     """Over how many programs the inputs of each of `tiles` tiles are split, for two programs on each processor.
 
     As long as each has two blocks, and the sums that are written and read again, 8 bytes a row, are not more than half
     of the weight's bytes.
     """
     blocks = triton.cdiv(inputs, block_I)
-    most = min(triton.cdiv(2 * facts.processors, tiles), inputs // (16 * rows), blocks // 2)
+    most = min(triton.cdiv(2 * gpu.processors, tiles), inputs // (16 * rows), blocks // 2)
     # Fewer, if that leaves the longest share as it is: then none is empty.
     return triton.cdiv(blocks, triton.cdiv(blocks, max(1, most)))
 
 
-def wide(facts: Facts) -> bool:
+def wide(gpu: DeviceProperties) -> bool:
     """Whether the accumulators of a product may take half of a thread's registers.
 
     From Hopper on operands come from shared memory, and AMD's threads have twice the registers.
     """
-    return not isinstance(facts.arch, int) or facts.arch >= 90
+    return not isinstance(gpu.arch, int) or gpu.arch >= 90
 
 
-def most_stages(facts: Facts, bytes_of_a_block: int) -> int:
+def most_stages(gpu: DeviceProperties, bytes_of_a_block: int) -> int:
     """Stages of the loop whose blocks of loads fit the shared memory; on AMD one more lies in registers."""
-    return facts.shared // bytes_of_a_block + (facts.warp == 64)
+    return gpu.shared // bytes_of_a_block + (gpu.warp == 64)
 
 
-def sized(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Settings:
-    """Settings of `_multiply` with such blocks."""
+def make_config(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Config:
+    """Config of `_multiply` with such blocks."""
     blocks = {"BLOCK_T": block_T, "BLOCK_O": block_O, "BLOCK_I": block_I, "GROUP": 8, "SPLIT": split}
     return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
-def guess(facts: Facts, rows: int, outputs: int, inputs: int) -> Settings:
-    """Settings of `_multiply` for x (rows, inputs) times a weight (outputs, inputs), where none were measured."""
+def default_config(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Config:
+    """Config of `_multiply` for x (rows, inputs) times a weight (outputs, inputs), where none were measured."""
     block_T = min(128, max(16, triton.next_power_of_2(rows)))
     block_O, block_I = (64, 256) if block_T < 64 else (128, 128)
     tiles_T = triton.cdiv(rows, block_T)
-    if block_T == 128 and facts.arch in (90, "gfx942") and tiles_T * triton.cdiv(outputs, 256) >= facts.processors:
+    if block_T == 128 and gpu.arch in (90, "gfx942") and tiles_T * triton.cdiv(outputs, 256) >= gpu.processors:
         # Three quarters of the reads that square tiles take. Not on Blackwell, whose own product of integers is not in
         # every Triton, and whose older one spills registers then.
         block_O = 256
-    elif tiles_T * triton.cdiv(outputs, block_O) < facts.processors:
+    elif tiles_T * triton.cdiv(outputs, block_O) < gpu.processors:
         block_O = 64
     if inputs % ALIGNED:
         # Each byte is a load of its own: half as many at once.
         block_O = 32
-    split = split_for(facts, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, block_I)
-    stages = min(4 if facts.warp == 32 else 2, most_stages(facts, (block_T + block_O) * block_I))
-    return sized(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)
+    split = split_for(gpu, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, block_I)
+    stages = min(4 if gpu.warp == 32 else 2, most_stages(gpu, (block_T + block_O) * block_I))
+    return make_config(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)

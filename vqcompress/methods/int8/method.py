@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vqcompress.methods import ops
 from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
+from vqcompress.methods.int8 import reference
 from vqcompress.methods.statistics import Statistics
 
 
@@ -45,7 +45,7 @@ class INT8(Method):
     ) -> PackedTensors:
         """The parts of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration token to go by."""
         super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
-        codes_OI, scale_O1 = ops.int8_quantize(weight_OI)
+        codes_OI, scale_O1 = reference.int8_quantize(weight_OI)
         parts = {"codes": codes_OI, "scale": scale_O1.flatten()}
         if self.activations == "per_tensor":
             parts["input_scale"] = self._input_scale(statistics).to(weight_OI.device)
@@ -58,7 +58,7 @@ class INT8(Method):
                 "calibrate with more text or use activations='per_token'"
             )
         super().check({"statistics.absmax": statistics.absmax_I}, (1, len(statistics.absmax_I)))
-        return (statistics.absmax_I.float().max() / ops.INT8_MAX).clamp_min(ops.SCALE_MIN)
+        return (statistics.absmax_I.float().max() / reference.INT8_MAX).clamp_min(reference.SCALE_MIN)
 
     def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its row, float32 (O, I)."""
@@ -77,7 +77,7 @@ class INT8(Method):
         self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
         """The parts; on a CPU that multiplies floats faster than bytes, with `codes` as float32 made once."""
-        if packed or ops.BYTE_PRODUCTS or parts["codes"].device.type != "cpu":
+        if packed or reference.BYTE_PRODUCTS or parts["codes"].device.type != "cpu":
             return dict(parts)
         return {**parts, "codes": parts["codes"].float()}
 
@@ -92,18 +92,18 @@ class INT8(Method):
 
     def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
         """The kernel, or a CPU's instructions; on a CPU without them a product of the codes as floats."""
-        if device.type != "cpu" or ops.BYTE_PRODUCTS:
+        if device.type != "cpu" or reference.BYTE_PRODUCTS:
             return "W8A8 product of codes"
         return f"codes as float32{' at every call' if packed else ''}, then a dense product"
 
     def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """x Wᵀ of `ops.int8_linear`, the activation per token or with the stored scale."""
-        y_TO: Tensor = ops.int8_linear(x_TI, prepared["codes"], prepared["scale"], prepared.get("input_scale"))
+        """x Wᵀ of `reference.int8_linear`, the activation per token or with the stored scale."""
+        y_TO: Tensor = reference.int8_linear(x_TI, prepared["codes"], prepared["scale"], prepared.get("input_scale"))
         return y_TO
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """`linear` of the rows of every expert; of `ops.int8_grouped` unless scales of activations are stored."""
+        """`linear` of the rows of every expert; of `reference.int8_grouped` unless scales of activations are stored."""
         if "input_scale" in prepared:
             return super().grouped(x_SI, ends_E, prepared, shape)
-        y_SO: Tensor = ops.int8_grouped(x_SI, ends_E, prepared["codes"], prepared["scale"])
+        y_SO: Tensor = reference.int8_grouped(x_SI, ends_E, prepared["codes"], prepared["scale"])
         return y_SO

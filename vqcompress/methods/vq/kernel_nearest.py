@@ -113,19 +113,19 @@ def _e8p(x_N8, pattern_8P, code_N, rows, V: tl.constexpr, P: tl.constexpr):  # t
     tl.store(code_N + n_V, code_V, mask=valid_V)
 
 
-def guess(facts: launch.Facts, vectors: int, count: int, length: int) -> launch.Settings:
-    """Settings of `best`: vectors as registers hold their coordinates, two entries of a tile for each thread."""
+def default_config(gpu: launch.DeviceProperties, vectors: int, count: int, length: int) -> launch.Config:
+    """Config of `best`: vectors as registers hold their coordinates, two entries of a tile for each thread."""
     tile = min(256, max(32, triton.next_power_of_2(count)))
     most = min(16, 64 // triton.next_power_of_2(length))
-    return _settings(vectors, most, 2 * facts.processors) | {"E": tile, "num_warps": max(1, tile // (2 * facts.warp))}
+    return _settings(vectors, most, 2 * gpu.processors) | {"E": tile, "num_warps": max(1, tile // (2 * gpu.warp))}
 
 
-def guess_e8p(facts: launch.Facts, vectors: int) -> launch.Settings:
-    """Settings of `nearest_e8p`: programs of one warp, so that nobody waits for another."""
-    return _settings(vectors, 4, 4 * facts.processors) | {"num_warps": 1}
+def default_e8p_config(gpu: launch.DeviceProperties, vectors: int) -> launch.Config:
+    """Config of `nearest_e8p`: programs of one warp, so that nobody waits for another."""
+    return _settings(vectors, 4, 4 * gpu.processors) | {"num_warps": 1}
 
 
-def _settings(vectors: int, most: int, programs: int) -> launch.Settings:
+def _settings(vectors: int, most: int, programs: int) -> launch.Config:
     """As many vectors of a program, a power of two, as leave that many programs."""
     return {"V": min(most, 1 << max(1, vectors // programs).bit_length() - 1)}
 
@@ -147,11 +147,13 @@ def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     if vectors:
         # A beam has more to keep in registers.
         kernel, shape = "nearest" if beam == 1 else "nearest.beam", (count, length)
-        settings = launch.settings(kernel, x_Nd.device, vectors, shape, lambda facts: guess(facts, vectors, *shape))
+        config = launch.get_config(
+            kernel, x_Nd.device, vectors, shape, lambda gpu: default_config(gpu, vectors, *shape)
+        )
         tensors = (x_Nd.float().contiguous(), book_Kd.float().T.contiguous(), code_Nb, score_Nb)
         constants = {"LENGTH": length, "BEAM": beam, "num_stages": 1, "enable_fp_fusion": True}
-        grid = (triton.cdiv(vectors, settings["V"]),)
-        launch.run(_best, grid, *tensors, vectors, count, **constants, **settings)
+        grid = (triton.cdiv(vectors, config["V"]),)
+        launch.run(_best, grid, *tensors, vectors, count, **constants, **config)
     return code_Nb, score_Nb
 
 
@@ -166,8 +168,10 @@ def nearest_e8p(x_N8: Tensor, pattern_8P: Tensor) -> Tensor:
     code_N = x_N8.new_empty((len(x_N8),), dtype=torch.int32)
     if len(x_N8):
         vectors, shape = len(x_N8), (PATTERNS, 8)
-        settings = launch.settings("nearest_e8p", x_N8.device, vectors, shape, lambda facts: guess_e8p(facts, vectors))
+        config = launch.get_config(
+            "nearest_e8p", x_N8.device, vectors, shape, lambda gpu: default_e8p_config(gpu, vectors)
+        )
         tensors = (x_N8.float().contiguous(), pattern_8P.float().contiguous(), code_N)
         constants = {"P": PATTERNS, "num_stages": 1, "enable_fp_fusion": False}
-        launch.run(_e8p, (triton.cdiv(len(x_N8), settings["V"]),), *tensors, len(x_N8), **constants, **settings)
+        launch.run(_e8p, (triton.cdiv(len(x_N8), config["V"]),), *tensors, len(x_N8), **constants, **config)
     return code_N

@@ -138,25 +138,25 @@ def _finish(  # type: ignore[no-untyped-def]
     tl.store(y_TO + row * columns + o_GN, y_GN.to(y_TO.dtype.element_ty), mask=valid_G1)
 
 
-def guess(facts: launch.Facts, rows: int, columns: int, rotated: bool = True) -> launch.Settings:
-    """Settings of either kernel: a tile is a block, or several small ones, or less while processors are idle."""
+def default_config(gpu: launch.DeviceProperties, rows: int, columns: int, rotated: bool = True) -> launch.Config:
+    """Config of either kernel: a tile is a block, or several small ones, or less while processors are idle."""
     block = block_size(columns)
     size = max(LARGE, min(block, LARGEST))
     # Without a rotation there is nothing to share: any piece of a block is by itself.
     shares = SHARES if rotated else block
-    while size > SMALLEST and rows * columns < size * facts.processors and block < size * shares:
+    while size > SMALLEST and rows * columns < size * gpu.processors and block < size * shares:
         size //= 2
-    return sized(facts, size, 8 if size < 2048 else 16)
+    return make_config(gpu, size, 8 if size < 2048 else 16)
 
 
-def sized(facts: launch.Facts, size: int, numbers: int) -> launch.Settings:
-    """Settings of either kernel. size: numbers of a tile; numbers: of a thread."""
-    return {"SIZE": size, "num_warps": max(1, size // numbers // facts.warp), "num_stages": 1, "enable_fp_fusion": True}
+def make_config(gpu: launch.DeviceProperties, size: int, numbers: int) -> launch.Config:
+    """Config of either kernel. size: numbers of a tile; numbers: of a thread."""
+    return {"SIZE": size, "num_warps": max(1, size // numbers // gpu.warp), "num_stages": 1, "enable_fp_fusion": True}
 
 
-def _tiles(columns: int, rotated: bool, settings: launch.Settings) -> tuple[int, launch.Settings]:
+def _tiles(columns: int, rotated: bool, config: launch.Config) -> tuple[int, launch.Config]:
     """Programs of a row; and the constants of a kernel with the options of its launch."""
-    options = dict(settings)
+    options = dict(config)
     block, size = block_size(columns), options.pop("SIZE")
     if not rotated:
         block = min(block, size)
@@ -180,8 +180,10 @@ def rotate(x_TI: Tensor, signs_EB: Tensor, expert_T: Tensor | None = None) -> Te
         raise ValueError(f"signs are {signs_EB.dtype} {tuple(signs_EB.shape)}; {expected}")
     out_TI = x_TI.new_empty((rows, columns))
     if rows:
-        settings = launch.settings("rotate", x_TI.device, rows, (1, columns), lambda facts: guess(facts, rows, columns))
-        parts, options = _tiles(columns, True, settings)
+        config = launch.get_config(
+            "rotate", x_TI.device, rows, (1, columns), lambda gpu: default_config(gpu, rows, columns)
+        )
+        parts, options = _tiles(columns, True, config)
         tensors = (x_TI.contiguous(), signs_EB.contiguous(), expert_T, out_TI)
         launch.run(_rotate, (rows * parts,), *tensors, parts, columns, **options)
     return out_TI
@@ -203,8 +205,10 @@ def finish(
     if rows:
         # Without a rotation another kernel is compiled.
         kernel, shape = "finish" if rotated else "finish.plain", (columns, sums)
-        settings = launch.settings(kernel, y_TO.device, rows, shape, lambda facts: guess(facts, rows, columns, rotated))
-        parts, options = _tiles(columns, rotated, settings)
+        config = launch.get_config(
+            kernel, y_TO.device, rows, shape, lambda gpu: default_config(gpu, rows, columns, rotated)
+        )
+        parts, options = _tiles(columns, rotated, config)
         ahead = min(AHEAD, triton.next_power_of_2(sums * options["BLOCK"] // options["N"]))
         tensors = (partial_STO.contiguous(), scale_O.contiguous(), expert_T, y_TO)
         launch.run(_finish, (rows * parts,), *tensors, parts, columns, rows, sums, AHEAD=ahead, **options)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Facts, Settings
+from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.triton.tiles import rows_of, tiles_of
 from vqcompress.methods.vq.format import Format
 from vqcompress.methods.vq.kernel_values import stage_of, values_of
@@ -199,9 +199,9 @@ def _on_codes(  # type: ignore[no-untyped-def]
     tl.store(out_STO + (slice_.to(tl.int64) * rows + t) * outputs + o_A, sum_A, o_A < outputs)
 
 
-def _steps(form: Format, settings: Settings) -> tuple[int, int]:
+def _steps(form: Format, config: Config) -> tuple[int, int]:
     """Outputs and inputs of a tile."""
-    across, along = settings["BA"], settings["BN"] * form.weights
+    across, along = config["BA"], config["BN"] * form.weights
     return (across, along) if form.by_rows else (along, across)
 
 
@@ -211,8 +211,10 @@ def _slices(length: int, step: int, split: int) -> tuple[int, int]:
     return span, -(-length // span)
 
 
-def settled(form: Format, rows: int, shape: tuple[int, int], experts: int, facts: Facts, **chosen: int) -> Settings:
-    """Settings with as many slices of the reduction as fill a device four times, while their sums cost less than codes.
+def make_config(
+    form: Format, rows: int, shape: tuple[int, int], experts: int, gpu: DeviceProperties, **chosen: int
+) -> Config:
+    """Config with as many slices of the reduction as fill a device four times, while their sums cost less than codes.
 
     At least as many as fill it once: what is written and read again soon stays in the cache.
     """
@@ -220,14 +222,14 @@ def settled(form: Format, rows: int, shape: tuple[int, int], experts: int, facts
     programs = -(-shape[0] // outputs) * max(1, min(tiles_of(rows, chosen["BT"], experts), rows))
     # A partial sum is written and read, four bytes each, for every output; codes are read once.
     affordable = int(shape[1] * form.bits_per_weight / 8 / (2 * 4 * 2 * rows))
-    wanted = min(4 * facts.processors // programs, max(affordable, -(-facts.processors // programs)))
+    wanted = min(4 * gpu.processors // programs, max(affordable, -(-gpu.processors // programs)))
     return {"HOT": 0, "SPLIT": max(1, min(wanted, -(-shape[1] // step))), "num_stages": 2, **chosen}
 
 
-def guess(
-    facts: Facts, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
-) -> Settings:
-    """Settings of `multiply` where nothing was measured. SPLIT: slices of the reduction. element: bytes of one of x."""
+def default_config(
+    gpu: DeviceProperties, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
+) -> Config:
+    """Config of `multiply` where nothing was measured. SPLIT: slices of the reduction. element: bytes of one of x."""
     lanes = triton.next_power_of_2(form.weights)
     if rows == 1 and not experts:
         # 16 bytes of codes for each of 128 threads, as far as their registers go; float32 takes twice as many.
@@ -240,11 +242,11 @@ def guess(
         size = {"BT": min(most, max(16, of_a_tile)), "BA": across, "BN": max(1, along // lanes)}
         # Lanes to spare, and codes that lie across bytes, take registers too.
         size["num_warps"] = 8 if size["BT"] == 64 and (lanes != form.weights or 8 % form.bits) else 4
-    return settled(form, rows, shape, experts, facts, **size)
+    return make_config(form, rows, shape, experts, gpu, **size)
 
 
 def named(form: Format, experts: int = 0, element: int = 2) -> str:
-    """`multiply` in tables of settings. Products of float32 have other ones."""
+    """`multiply` in tables of config. Products of float32 have other ones."""
     return f"words.{form.name}{'.float32' if element == 4 else ''}{'.grouped' if experts else ''}"
 
 
@@ -269,11 +271,11 @@ def multiply(
     shape = (outputs, inputs)
     kernel = named(form, experts, x_TI.itemsize)
 
-    def guessed(facts: Facts) -> Settings:
-        return guess(facts, rows, shape, form, experts, x_TI.itemsize)
+    def default(gpu: DeviceProperties) -> Config:
+        return default_config(gpu, rows, shape, form, experts, x_TI.itemsize)
 
     of_all = (experts, *shape) if experts else shape
-    chosen = dict(launch.settings(kernel, x_TI.device, rows, of_all, guessed))
+    chosen = dict(launch.get_config(kernel, x_TI.device, rows, of_all, default))
     units = form.units(shape)
     along, step = (units, chosen["BN"]) if form.by_rows else (inputs, chosen["BA"])
     span, split = _slices(along, step, chosen.pop("SPLIT"))
@@ -301,8 +303,8 @@ def multiply(
     return out_STO
 
 
-def sized_dequantize(form: Format, across: int = 16, along: int = 256, warps: int = 4) -> Settings:
-    """Settings of `dequantize` for tiles of so many values; as given here where nothing was measured."""
+def make_dequantize_config(form: Format, across: int = 16, along: int = 256, warps: int = 4) -> Config:
+    """Config of `dequantize` for tiles of so many values; as given here where nothing was measured."""
     along = max(1, along // triton.next_power_of_2(form.weights))
     return {"BA": across, "BN": along, "HOT": 0, "num_warps": warps}
 
@@ -313,7 +315,7 @@ def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Forma
     streams, length = shape if form.by_rows else shape[::-1]
     out = codes.new_empty((streams, length), dtype=dtype)
     kernel = f"words.dequantize.{form.name}"
-    chosen = launch.settings(kernel, codes.device, 1, shape, lambda facts: sized_dequantize(form))
+    chosen = launch.get_config(kernel, codes.device, 1, shape, lambda gpu: make_dequantize_config(form))
     grid = -(-streams // chosen["BA"]), -(-length // (chosen["BN"] * form.weights))
     sizes = streams, length, codes.shape[-1], form.units(shape)
     launch.run(
@@ -330,22 +332,22 @@ def dequantize(codes: Tensor, table: Tensor, shape: tuple[int, int], form: Forma
     return out if form.by_rows else out.T
 
 
-def sized_on_codes(
-    facts: Facts, shape: tuple[int, int], form: Format, across: int = 256, products: int = 2048, warps: int = 8
-) -> Settings:
-    """Settings of `on_codes` for so many outputs and products of a tile; as given here where nothing was measured."""
+def make_lut_config(
+    gpu: DeviceProperties, shape: tuple[int, int], form: Format, across: int = 256, products: int = 2048, warps: int = 8
+) -> Config:
+    """Config of `lut_gemv` for so many outputs and products of a tile; as given here where nothing was measured."""
     # Products with every entry of so many words, 8 of a thread; as many look-ups.
     groups = max(1, min(8, products >> form.bits))
-    split = max(1, min(4 * facts.processors // -(-shape[0] // across), -(-form.units(shape) // groups)))
+    split = max(1, min(4 * gpu.processors // -(-shape[0] // across), -(-form.units(shape) // groups)))
     return {"BA": across, "BN": groups, "SPLIT": split, "num_warps": warps, "num_stages": 1}
 
 
-def on_codes(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: Format) -> Tensor:
+def lut_gemv(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: Format) -> Tensor:
     """What `multiply` answers for learned words, by look-ups in the products of x with the codebook."""
     rows, inputs = x_TI.shape
     codes, shape = form.view(codes), (outputs, inputs)
-    kernel, guessed = f"words.on_codes.{form.name}", lambda facts: sized_on_codes(facts, shape, form)
-    chosen = dict(launch.settings(kernel, x_TI.device, rows, shape, guessed))
+    kernel, default = f"words.lut_gemv.{form.name}", lambda gpu: make_lut_config(gpu, shape, form)
+    chosen = dict(launch.get_config(kernel, x_TI.device, rows, shape, default))
     span, split = _slices(form.units(shape), chosen["BN"], chosen.pop("SPLIT"))
     out_STO = x_TI.new_empty((split, rows, outputs), dtype=torch.float32)
     sizes = rows, outputs, inputs, codes.shape[-1], form.units(shape), span
@@ -356,7 +358,7 @@ def on_codes(x_TI: Tensor, codes: Tensor, table: Tensor, outputs: int, form: For
 
 
 def _constants(form: Format, where: Tensor) -> dict[str, Any]:
-    known = launch.facts(where.device)
+    known = launch.device_properties(where.device)
     # One instruction of NVIDIA's, which the interpreter does not know either.
     asm = isinstance(known.arch, int) and known.name != "interpreter"
     return {"FAMILY": form.family, "D": form.d, "BITS": form.bits, "DEPTH": form.depth, "ASM": asm}

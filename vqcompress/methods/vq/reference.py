@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqcompress.methods.base import by_expert
 from vqcompress.methods.hadamard import hadamard
-from vqcompress.methods.ops import by_expert
 from vqcompress.methods.triton import launch
 from vqcompress.methods.vq import lattice, trellis, universal
 from vqcompress.methods.vq.format import Format
@@ -92,12 +92,12 @@ def _(x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, *_: Any) -> T
 
 
 def path(form: Format, device: torch.device, rows: int, shape: tuple[int, int]) -> str:
-    """How x (rows, I) is multiplied on a GPU: `multiply`, `on_codes` or `dequantize` (see `kernels.words`).
+    """How x (rows, I) is multiplied on a GPU: `multiply`, `lut_gemv` or `dequantize` (see `kernels.words`).
 
     Where it was not measured, tiles are decoded for up to 64 rows; above, every tile of x would decode them once more.
     """
     guess = {"path": "multiply" if rows <= 64 else "dequantize"}
-    return str(launch.settings(f"words.path.{form.name}", device, rows, shape, lambda facts: guess)["path"])
+    return str(launch.get_config(f"words.path.{form.name}", device, rows, shape, lambda gpu: guess)["path"])
 
 
 @vq_linear.register_kernel("cuda")
@@ -121,8 +121,8 @@ def on_gpu(
         short = x_TI.is_cuda and x_TI.dtype != torch.float32
         # Before the scales a sum may be more than float16 holds.
         sums = (torch.mm(x_TI, value_IO, out_dtype=torch.float32) if short else x_TI @ value_IO)[None]
-    elif way == "on_codes":
-        sums = words.on_codes(x_TI, codes, table, shape[0], form)
+    elif way == "lut_gemv":
+        sums = words.lut_gemv(x_TI, codes, table, shape[0], form)
     else:
         sums = words.multiply(x_TI, codes, table, shape[0], form)
     return rotate.finish(sums, scale_O, x_TI.dtype, signs is not None)

@@ -147,10 +147,10 @@ def _walk(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
 
 
-def sized(facts: launch.Facts, states: int, k: int, tile: int, of_a_thread: int) -> launch.Settings:
-    """Settings for tiles of 2**tile states, if they do not stay in registers, and so many states of a thread."""
+def make_config(gpu: launch.DeviceProperties, states: int, k: int, tile: int, of_a_thread: int) -> launch.Config:
+    """Config for tiles of 2**tile states, if they do not stay in registers, and so many states of a thread."""
     tile = tile if states > IN_REGISTERS else states
-    return {"B": 1 << (tile - 2 * k), "num_warps": max(facts.warp, (1 << tile) // of_a_thread) // facts.warp}
+    return {"B": 1 << (tile - 2 * k), "num_warps": max(gpu.warp, (1 << tile) // of_a_thread) // gpu.warp}
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:
@@ -162,10 +162,10 @@ def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Te
     margin, ways, classes = min(margin, length), 1 << k, 1 << (states - k)
     rows = max(length, 2 * margin)
     shape = (1 << states, k)
-    guessed = lambda facts: sized(facts, states, k, TILE, OF_A_THREAD)  # noqa: E731
-    settings = launch.settings("viterbi", x_NT.device, sequences, shape, guessed)
+    default = lambda gpu: make_config(gpu, states, k, TILE, OF_A_THREAD)  # noqa: E731
+    config = launch.get_config("viterbi", x_NT.device, sequences, shape, default)
     # Nothing is fused, so that costs are those of the CPU.
-    constants = {"K": k, "STATES": states, "num_stages": 1, "enable_fp_fusion": False, **settings}
+    constants = {"K": k, "STATES": states, "num_stages": 1, "enable_fp_fusion": False, **config}
     x_NL = torch.cat([x_NT[:, length - margin :], x_NT[:, :margin], x_NT], 1).float()
     words_S = words_S.view(classes, ways).T.contiguous()
     codes_NT = x_NT.new_empty((sequences, length), dtype=torch.int32)
