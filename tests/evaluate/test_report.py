@@ -80,7 +80,7 @@ def test_the_page_has_what_there_is_to_say(
 ) -> None:
     if (recipe, family) == ("mixed", "opt"):
         recipe = "rules:\n  - {match: '*.fc1', method: keep}\n  - {match: '*.fc2', method: vq, d: 2, bits: 4, "
-        recipe += "iterations: 2, refits: 0}\n  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
+        recipe += "iterations: 2, codebook_updates: 0}\n  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
     folder = quantized(recipe, family)
     found, report = sections(parsed((folder / "report.html").read_text())), report_of(folder)
     assert found.keys() == ALWAYS | more

@@ -73,7 +73,7 @@ def test_a_lookup_without_a_measurement_is_noticed() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "Tuner", Forgetful)
-        _, default = tune.dry_run(90, [case for case in CASES if case.name == "lattice 2"], (1,))
+        _, default = tune.dry_run(90, [case for case in CASES if case.name == "trellis 2"], (1,))
     assert default
     assert all(name.startswith("finish ") for name in default)
 
@@ -130,11 +130,8 @@ def place_of(name: str, arch: int) -> Any:
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("universal 2", (32, 64, 4)),
-        ("universal 2", (128, 16, 8)),
         ("learned 4,8", (32, 32, 4)),
         ("learned 2x8", (32, 32, 4)),
-        ("lattice 2", (32, 32, 4)),
     ],
 )
 def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int]) -> None:
@@ -171,15 +168,13 @@ def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
     found = {}
     tiles = {
         "learned 4,8": (32, 32, 4),
-        "universal 2": (32, 64, 4),
         "learned 2x8": (32, 32, 4),
-        "lattice 2": (32, 32, 4),
     }
     for name, tile in tiles.items():
         place = place_of(name, 90)
         option = next(o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) == tile)
         found[name] = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
-    assert found == {"learned 4,8": 256, "universal 2": 0, "learned 2x8": 0, "lattice 2": 256}
+    assert found == {"learned 4,8": 256, "learned 2x8": 0}
 
 
 def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:

@@ -119,12 +119,12 @@ def test_bits_per_weight_are_the_bits_on_disk(family: str, recipe: str, quantize
 
 
 COUNTED = """rules:
-  - {match: '*.q_proj', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
-  - {match: '*.k_proj', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
-  - {match: '*.v_proj', method: vq, d: 2, bits: 3, iterations: 2, refits: 0, scope: target}
-  - {match: '*.o_proj', method: vq, codebook: trellis, states: 8}
+  - {match: '*.q_proj', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}
+  - {match: '*.k_proj', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}
+  - {match: '*.v_proj', method: vq, d: 2, bits: 3, iterations: 2, codebook_updates: 0, scope: target}
+  - {match: '*.o_proj', method: vq, codebook: trellis, state_bits: 8}
   - {match: '*.down_proj', method: int8}
-  - {match: '*', method: vq, codebook: universal}
+  - {match: '*', method: vq, codebook: trellis, state_bits: 8}
 """
 
 

@@ -22,7 +22,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Method(BaseModel):
-    """Options, validated and frozen. A subclass adds fields for them, and defines `layout`, `encode` and `decode` at least.
+    """Options, validated and frozen. A subclass adds fields for them and defines at least `layout`, `encode`, `decode`.
 
     name: the method's name in recipes. version: raise it when stored tensors change their meaning. dense: an artifact
     holds the weight itself, under its own name. any_float: `encode` takes a weight of any float type and refuses NaN
@@ -83,7 +83,7 @@ class Method(BaseModel):
     def prepare(
         self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
-        """The tensors that `linear` reads for inputs of a type, made once and never stored. Default: the decoded weight.
+        """The tensors that `linear` reads, made once and never stored. Default: the decoded weight in `dtype`.
 
         packed: return nothing larger than the stored tensors; without a kernel every call then decodes.
         """

@@ -96,7 +96,10 @@ class FP8(Method):
         """Code · scale of its tile, float32 (O, I)."""
         weight_OI = tensors["scale"].new_empty(shape)
         for strip in _strips(tensors["codes"]):
-            codes, tiles = tensors["codes"][strip], slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE))
+            codes, tiles = (
+                tensors["codes"][strip],
+                slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE)),
+            )
             scale = expand_tiles(tensors["scale"][tiles], (len(codes), shape[1]))
             weight_OI[strip] = _e4m3_to_half(codes).float().mul_(256).mul_(scale)
         return weight_OI

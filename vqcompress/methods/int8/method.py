@@ -43,7 +43,7 @@ class INT8(Method):
     def encode(
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
-        """The tensors of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration token to go by."""
+        """The tensors of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration tokens."""
         super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
         codes_OI, scale_O1 = reference.int8_quantize(weight_OI)
         tensors = {"codes": codes_OI, "scale": scale_O1.flatten()}

@@ -29,7 +29,7 @@ SHORTEST = 32
 LEAST = 16
 # Full-period linear congruence modulo 2**32; its four bytes have the mean 127.5 and the variance (256² − 1) / 12 each.
 MULTIPLIER, INCREMENT = 34038481, 76625530
-# Codewords of deviation 1.06 have less error than those of 1 where few bits of a state are older than a weight's own.
+# Deviation 1.06 has less error than 1 where few bits of a state are older than a weight's own.
 MEAN, DEVIATION = 510.0, 139.4
 # A sum of four is short in the tails: the cubic of a Cornish–Fisher expansion, its size chosen by the error at 4 bits.
 CUBIC = 0.02
@@ -53,8 +53,9 @@ def padded(rows: int) -> int:
 
 @cache
 def codewords(state_bits: int) -> Tensor:
-    """The value of every state, (2**state_bits,) float32: w (1 − 3c + c w²), where w = (Σ bytes of (a s + b mod 2³²) − 510)
-    / 139.4 and c = 0.02.
+    """The value of every state s, (2**state_bits,) float32: w (1 − 3c + c w²) with c = 0.02.
+
+    w = (Σ bytes of (a s + b mod 2³²) − 510) / 139.4.
     """
     with torch.inference_mode(False):
         hash_S = (torch.arange(1 << state_bits) * MULTIPLIER + INCREMENT) & 0xFFFFFFFF
@@ -70,7 +71,7 @@ def _codewords_on(device: torch.device, state_bits: int) -> Tensor:
 
 
 def decode(codes_NT: Tensor, bits: int, state_bits: int) -> Tensor:
-    """The values (N, T), float32, of whole columns: bits [t·k, t·k + state_bits) of a sequence's cyclic stream hashed."""
+    """The values (N, T), float32, of whole columns; bits [t·k, t·k + state_bits) of a sequence's stream are hashed."""
     values = []
     for part_NT in codes_NT.split(lengths(codes_NT.shape[1]), 1):
         state_NT, have = torch.zeros_like(part_NT, dtype=torch.int32), 0

@@ -87,7 +87,7 @@ class Codebook(VectorQuantizer):
         generator: torch.Generator,
         shared: PackedTensors | None = None,
     ) -> PackedTensors:
-        """The packed tensors of a weight. ValueError if it holds NaN or Inf, or the codebook of the block is missing."""
+        """The packed tensors of a weight. ValueError for NaN or Inf, or without the codebook of the block."""
         if self.scope == "block" and not shared:
             raise ValueError("vq with scope block encodes with the codebook that fit_shared returned; there is none")
         own = self._learn([weight_OI], [statistics], generator) if self.scope == "target" else {}

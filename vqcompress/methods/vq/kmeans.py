@@ -34,9 +34,7 @@ def kmeans(
     return book_PKd
 
 
-def seed_entries(
-    x_PNd: Tensor, weight_PN: Tensor, count: int, generator: torch.Generator, sample: int = 32
-) -> Tensor:
+def seed_entries(x_PNd: Tensor, weight_PN: Tensor, count: int, generator: torch.Generator, sample: int = 32) -> Tensor:
     """Entries (P, K, d) drawn by k-means++ (Arthur and Vassilvitskii 2007): by weight times distance to those drawn.
 
     sample: vectors per entry that are drawn from; each draw costs a pass over them, and more make no better seeds.

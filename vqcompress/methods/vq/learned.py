@@ -156,7 +156,7 @@ def _residual_kmeans(
 
 
 def update_codebooks(problems: list[LDLQProblem], codebooks_RKd: Tensor, beam: int) -> Tensor:
-    """Codebooks moved to the least squares of what they encode with error feedback, under each group's own part of the Hessian.
+    """Codebooks moved to the least squares of the vectors that they encode with feedback, weighted by the Hessian.
 
     With the loss L = E B, group g of row o loses |L_og − δ B_gg|² · weight_o if its entry moves by δ. So δ solves
     (Σ weight_o B_gg B_ggᵀ) δ = Σ weight_o B_gg L_og over the vectors of the entry, stage by stage (the codebook update
@@ -191,7 +191,7 @@ def update_codebooks(problems: list[LDLQProblem], codebooks_RKd: Tensor, beam: i
 
 
 def most_used_first(problems: list[LDLQProblem], codebooks_RKd: Tensor, beam: int) -> Tensor:
-    """The codebooks sorted by how many vectors of the problems use an entry, most first, so that a kernel can cache them."""
+    """The codebooks sorted by how many vectors use an entry, most first, so that a kernel can cache those."""
     count = codebooks_RKd.shape[1]
     found = [torch.stack(ldlq(p, CodebookSearch(codebooks_RKd, beam))[0]).flatten(0, 1) for p in problems]
     uses_R = [torch.bincount(code_N, minlength=count) for code_N in torch.cat(found).T]

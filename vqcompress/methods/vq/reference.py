@@ -20,7 +20,7 @@ from vqcompress.methods.vq.packing import unpack
 
 
 def values(codes: Tensor, table: Tensor, form: Format, shape: tuple[int, int]) -> Tensor:
-    """The float32 (O, I) values of stored codes, before scales and rotation. table: the entries of learned codebooks."""
+    """The float32 (O, I) values of stored codes, before scales and rotation. table: learned entries."""
     rows, columns = shape
     if form.family == "trellis":
         codes_IC = unpack(codes, form.bits, bitshift.padded(rows))
@@ -60,9 +60,9 @@ def vq_linear(
     """x Wᵀ, (T, O) in the type of x, for W = diag(scale) · V, with signs diag(scale) · H · V · H · diag(signs).
 
     V (O, I) are the values of the codes, in float32; H is the orthonormal block Hadamard transform (see `hadamard`).
-    codes: as stored. table: float32, the entries of learned codebooks; one zero for a trellis. scale_O: bfloat16. signs: packed bits
-    (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may round x H and V to the
-    type of x first, and the order of additions is free.
+    codes: as stored. table: float32, the entries of learned codebooks; one zero for a trellis. scale_O: bfloat16.
+    signs: packed bits (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may
+    round x H and V to the type of x first, and the order of additions is free.
     """
     return reference(x_TI, codes, table, scale_O, signs, Format(family, d, bits, depth))
 
