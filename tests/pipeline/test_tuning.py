@@ -89,10 +89,10 @@ def test_tuning_a_block_brings_its_output_nearer(
 ) -> None:
     fit, gains = tuning._fit, []
 
-    def watched(masters: Any, epochs: int, rate: float, batches: int, seed: int, loss_of: Any, team: Any) -> None:
+    def watched(masters: Any, epochs: int, rate: float, batches: int, seed: int, loss_of: Any, group: Any) -> None:
         with torch.no_grad():
             before = sum(loss_of(k) for k in range(batches))
-            fit(masters, epochs, rate, batches, seed, loss_of, team)
+            fit(masters, epochs, rate, batches, seed, loss_of, group)
             for master in masters:
                 # What counts is what is stored.
                 master.parameter.data = master.stored().float()
@@ -158,7 +158,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
         elif at == "distillation":
             patch.setattr("vqcompress.pipeline.quantize.distill", die)
         elif at == "staged":
-            patch.setattr(writer.Writer, "settle", die)
+            patch.setattr(writer.Writer, "apply_staged", die)
         else:
             # The shard is in its place, the journal does not know yet.
             write, done = writer.Writer._write_journal, []
@@ -166,7 +166,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
             def mortal(into: writer.Writer) -> None:
                 if artifact.STAGED in into.done:
                     done.append(1)
-                if len(done) == 2:
+                if len(done) == 3:
                     raise Killed
                 write(into)
 
