@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from vqcompress.evaluate.decode import nbytes
 from vqcompress.evaluate.perplexity import open_model
+from vqcompress.evaluate.speed import cache_nbytes
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
 from vqcompress.kv_cache.cache import KVCache
@@ -102,7 +102,7 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
         plain = DynamicCache()
         for layer in range(len(rotary)):
             plain.update(*torch.zeros(2, 1, heads, tokens, channels, dtype=dtype), layer)
-        found[f"plain, {str(dtype).removeprefix('torch.')}"] = nbytes(plain)
+        found[f"plain, {str(dtype).removeprefix('torch.')}"] = cache_nbytes(plain)
     ways: dict[str, Coder] = {"fp8": FP8()}
     for d in (2, 4, 8):
         ways[f"learned {d}x8"] = Learned(torch.randn(heads, channels // d, kv.ENTRIES, d).half())

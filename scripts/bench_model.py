@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import vqcompress
-from vqcompress.evaluate.perplexity import speed
+from vqcompress.evaluate.speed import speed
 from vqcompress.methods.triton import launch
 from vqcompress.model.device import choose_device
 from vqcompress.pipeline.quantize import quantize

@@ -25,10 +25,10 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
+from rich.filesize import decimal as size
 from rich.table import Table
 
 from vqcompress.evaluate.perplexity import perplexity
-from vqcompress.evaluate.read_report import size
 from vqcompress.methods import make
 from vqcompress.methods.statistics import Statistics
 from vqcompress.pipeline.quantize import quantize

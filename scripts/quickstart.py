@@ -17,11 +17,11 @@ from pathlib import Path
 
 import transformers
 from rich.console import Console
+from rich.filesize import decimal as size
 from rich.table import Table
 
 from vqcompress.cli.progress import watching
 from vqcompress.evaluate.perplexity import perplexity
-from vqcompress.evaluate.read_report import size
 from vqcompress.pipeline.quantize import quantize
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.checkpoint import resolve

@@ -53,7 +53,7 @@ UPLOAD = {"--push-to-hub", "--private"}
 OPTIONS = {
     "": {"--version", "--debug", "--install-completion", "--show-completion"},
     "quantize": QUANTIZE | HUB | UPLOAD | {"--output", "-o", "--dry-run", "--overwrite", "--states", "--kv-cache"},
-    "plan": QUANTIZE | HUB | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
+    "plan": QUANTIZE | HUB | {"--states", "--kv-cache"},
     "eval perplexity": HUB | {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
         "--report",
@@ -65,7 +65,7 @@ OPTIONS = {
     "compare": TRUST
     | {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--html", "--device", "--json", "--debug"},
     "export": UPLOAD | TRUST | {"--format", "--output", "-o", "--verify", "--overwrite", "--json", "--debug"},
-    "inspect": TRUST | {"--runtime", "--cpu-weights", "--device", "--json", "--debug"},
+    "inspect": TRUST | {"--json", "--debug"},
     "verify": TRUST | {"--json", "--debug"},
     "generate": HUB
     | {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug", "--kv-cache"},
@@ -360,7 +360,7 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
     for key in ("bits_per_weight", "weights_quantized", "artifact_bytes", "source_bytes"):
         assert facts[key] == pytest.approx(report[key]), key
     for row, expected in zip(facts["targets"], report["targets"], strict=True):
-        assert (row["knobs"]["codebook"], row["knobs"]["bits"]) == ("trellis", 2)
+        assert (row["options"]["codebook"], row["options"]["bits"]) == ("trellis", 2)
         for key in ("name", "shape", "bits_per_weight", "relative_error", "proxy_error", "tokens"):
             assert row[key] == (pytest.approx(expected[key]) if isinstance(expected[key], float) else expected[key])
     shown = call("inspect", artifact).stdout
@@ -401,17 +401,6 @@ def test_a_terminal_breaks_lines_between_words_and_a_log_keeps_them(
         session.console().print(f":x: [b] {words}")
         assert len(stream.getvalue().splitlines()) == lines
         assert stream.getvalue().split() == [":x:", "[b]", *words.split()]
-
-
-def test_inspect_says_how_this_device_multiplies(artifact: Path) -> None:
-    result = call("inspect", artifact, "--runtime", "--device", "cpu", "--json", "-")
-    facts = json.loads(result.stdout)
-    assert facts["device"] == "cpu"
-    assert all(row["runtime"].keys() == {"1", "16", "512"} for row in facts["targets"])
-    assert "decoded once, then a dense product" in result.stderr
-    packed = call("inspect", artifact, "--runtime", "--device", "cpu", "--cpu-weights", "packed").stdout
-    assert "1, 16, 512 rows: decoded at every call, then a dense product" in packed
-    assert "decoded once" not in packed
 
 
 def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:

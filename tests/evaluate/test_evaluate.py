@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import needs_gpu
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate.decode import Decoder
-from vqcompress.evaluate.perplexity import perplexity, scored, speed, windows
+from vqcompress.evaluate.perplexity import perplexity, scored, windows
+from vqcompress.evaluate.speed import speed
 from vqcompress.runtime.load import load, load_any
 
 Make = Callable[..., Path]
@@ -136,27 +135,3 @@ def test_speed_reports_its_stable_keys(compressed: bool, toy: Make, quantized: M
         "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token", "peak_rss_bytes", "batch",
     }  # fmt: skip
     assert found["decode_tokens_per_second"] > 0
-
-
-def test_decoding_with_a_cache_of_fixed_size_is_that_of_generate(toy: Make) -> None:
-    network = load_any(str(toy()))
-    prompt_BL = torch.randint(3, 384, (2, 9), generator=torch.Generator().manual_seed(0))
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    wanted_BL = network.generate(prompt_BL, attention_mask=torch.ones_like(prompt_BL), **settings)[:, 9:]
-    decoder = Decoder(network, 9 + 8)
-    for _ in range(2):
-        tokens = [decoder.prefill(prompt_BL).clone(), *(decoder.step().clone() for _ in range(7))]
-        assert torch.equal(torch.cat(tokens, 1), wanted_BL)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_graph_decodes_what_generate_does(quantized: Make) -> None:
-    network = load_any(str(quantized("vq-small")), "cuda")
-    prompt_BL = torch.randint(3, 384, (1, 9), generator=torch.Generator().manual_seed(0)).cuda()
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    wanted_BL = network.generate(prompt_BL, attention_mask=torch.ones_like(prompt_BL), **settings)[:, 9:]
-    decoder = Decoder(network, 9 + 8)
-    tokens = [decoder.prefill(prompt_BL).clone(), *(decoder.step().clone() for _ in range(7))]
-    assert decoder.graph is not None
-    assert torch.equal(torch.cat(tokens, 1), wanted_BL)

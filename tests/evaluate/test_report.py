@@ -16,11 +16,12 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from rich.filesize import decimal as size
 from typer.testing import CliRunner
 
 from vqcompress.cli.main import app
 from vqcompress.evaluate.model_card import add_evaluation, documents, model_card
-from vqcompress.evaluate.read_report import calibration_line, duration, shrunk, size
+from vqcompress.evaluate.read_report import calibration_line, duration, shrunk
 from vqcompress.evaluate.report_html import report_page
 from vqcompress.evaluate.verify import verify
 from vqcompress.storage.artifact import SUMS

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, Qwen3NextConfig
 
 from vqcompress.errors import VQCompressError
-from vqcompress.evaluate.decode import Decoder
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache import layer as cache_layer
 from vqcompress.kv_cache.attention import CACHE, asks_readers, find_rotary
@@ -188,24 +187,6 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(kind: str) -> None:
     for static in (False, True):
         found = logits_by_kernels(kind, static, 0, cuda=True)
         torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-2)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("kind", ["learned", "universal", "fp8"])
-@torch.inference_mode()
-def test_a_recorded_step_makes_the_same_tokens(kind: str) -> None:
-    model = model_of("llama", hidden=64).cuda()
-    coders, rotary = coders_of(model, kind)
-
-    def tokens(static: bool) -> list[Tensor]:
-        make = lambda network, length: KVCache(network, coders, rotary, 4, 2, length, static=static)  # noqa: E731
-        decoder = Decoder(model, 40, make)
-        found = [decoder.prefill(ids_of(2, 12).cuda()).clone(), *(decoder.step().clone() for _ in range(20))]
-        assert (decoder.graph is not None) == static
-        return found
-
-    assert torch.equal(torch.cat(tokens(True), 1), torch.cat(tokens(False), 1))
 
 
 @torch.inference_mode()

@@ -18,13 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from vqcompress.cli.main import app
 from vqcompress.cli.tables import console, inspected
 from vqcompress.cli.tables import quantized as quantized_words
 from vqcompress.errors import UsageError
-from vqcompress.evaluate.decode import Decoder
 from vqcompress.evaluate.inspect import inspect
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
@@ -32,7 +29,6 @@ from vqcompress.export import export
 from vqcompress.methods.fp8 import reference as fp8_ref
 from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.statistics import Accumulator
-from vqcompress.methods.triton import launch
 from vqcompress.model.coverage import dense_weights
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.folds import find_inputs
@@ -687,62 +683,6 @@ def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make)
     assert not any(m._stacks for m in one.modules() if isinstance(m, Experts))
 
 
-def runtime(folder: Path, device: str, cpu_weights: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """What `inspect --runtime` says of every weight on a device, which need not be here."""
-    with launch.recording(90):
-        monkeypatch.setattr("vqcompress.evaluate.inspect.choose_device", torch.device)
-        return {row["name"]: row for row in inspect(str(folder), device, cpu_weights)["targets"]}
-
-
-@pytest.mark.parametrize(
-    ("recipe", "device", "cpu_weights", "said"),
-    [
-        ("vq-small", "cpu", "dense", "one by one: decoded weights"),
-        ("vq-small", "cpu", "packed", "one stack, expert by expert"),
-        ("int8-plain", "cpu", "packed", "one stack, expert by expert"),
-        ("int8-runtime", "cpu", "packed", "one by one: smoothing at run time"),
-        (ALONE, "cpu", "packed", "one by one: different settings"),
-        (STATIC, "cpu", "packed", "one by one: static scales of activations"),
-        (STATIC, "cuda", "auto", "one by one: static scales of activations"),
-        ("vq-small", "cuda", "auto", "all in one launch"),
-        ("fp8-tile", "cuda", "auto", "all in one launch"),
-        (RAGGED, "cuda", "auto", "one by one: decoded weights"),
-    ],
-)
-def test_inspect_says_how_experts_run(
-    recipe: str, device: str, cpu_weights: str, said: str, quantized: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = quantized(recipe, "mixtral", **({"hidden": 48} if recipe == RAGGED else {}))
-    # As on any CPU, whatever this one's instructions are.
-    monkeypatch.setattr(int8_ref, "BYTE_PRODUCTS", False)
-    rows = runtime(folder, device, cpu_weights, monkeypatch)
-    assert all(("experts" in row) == (".experts." in name) for name, row in rows.items())
-    assert {row["experts"] for name, row in rows.items() if "experts" in row} == {said}
-    ways = {way for row in rows.values() for way in row["runtime"].values()}
-    if device == "cuda":
-        # A stack of words is never written out.
-        grouped = {way for row in rows.values() if row.get("experts") == said for way in row["runtime"].values()}
-        assert recipe != "vq-small" or grouped == {"multiply"}
-        assert recipe != "vq-small" or ways == {"multiply", "dequantize"}
-        assert recipe != RAGGED or any("no multiple of 32" in way for way in grouped)
-        return
-    assert all(("every call" in way) == (cpu_weights == "packed") for way in ways)
-    # And that is how they run.
-    model = load(folder, device, cpu_weights=cpu_weights)
-    logits(model)
-    stacked = {bool(m._stacks) for m in model.modules() if isinstance(m, Experts)}
-    assert stacked == {not said.startswith("one by one")}
-
-
-def test_inspect_shows_how_experts_run(quantized: Make) -> None:
-    result = CliRunner().invoke(
-        app, ["inspect", str(quantized("vq-small", "mixtral")), "--runtime", "--cpu-weights", "dense"]
-    )
-    assert result.exit_code == 0, result.stderr
-    wanted = "1, 16, 512 rows: decoded once, then a dense product; experts one by one: decoded weights"
-    assert sum(wanted in line and ".experts." in line for line in result.stdout.splitlines()) == 3
-
-
 # Ways to store the weights of a mixture that a GPU multiplies in one launch for all experts, and the relative error of
 # a token's logits to the same on a CPU: activations in 8 bits may be rounded to another code.
 STORED = {
@@ -759,28 +699,22 @@ every_way_to_store = pytest.mark.parametrize("name", STORED)
 
 @torch.inference_mode()
 def run_mixture(folder: Path, device: str) -> tuple[Tensor, Tensor]:
-    """A mixture's logits (L, V) of a prompt and the tokens that it decodes then, on a GPU by a graph too."""
+    """A mixture's logits (L, V) of a prompt and the tokens that it decodes then."""
     network = load(folder, device=device, cpu_weights="packed")
     prompt_BL = ROWS[:1, :PROMPT].to(device)
     logits_LV = network(prompt_BL).logits[0].float()
     modules = [m for m in network.modules() if isinstance(m, Experts)]
     assert modules
     assert all(m._stacks.keys() == {*m.first, m.last} for m in modules)
-    decoded = []
-    for records in (False, True) if device == "cuda" else (False,):
-        decoder = Decoder(network, PROMPT + 3)
-        decoder.records &= records
-        decoded.append(torch.cat([decoder.prefill(prompt_BL).clone(), *(decoder.step().clone() for _ in range(2))], 1))
-    assert (decoder.graph is not None) == (device == "cuda")
-    assert torch.equal(decoded[0], decoded[-1])
-    return logits_LV.cpu(), decoded[-1].cpu()
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out_BL = network.generate(prompt_BL, attention_mask=torch.ones_like(prompt_BL), **settings)
+    return logits_LV.cpu(), out_BL[:, PROMPT:].cpu()
 
 
 def run_mixture_by_kernels(folder: Path) -> tuple[Tensor, Tensor]:
     """The same in a process with the interpreter, where what a GPU runs is behind the operators on a CPU too."""
     from vqcompress.methods.fp8 import kernel as fp8
     from vqcompress.methods.int8 import kernel as int8
-    from vqcompress.methods.int8 import reference as int8_ref
     from vqcompress.methods.vq import reference as product
 
     calls = []

@@ -98,10 +98,10 @@ def speed(
     model = pinned(model, revision)
     with session([model, baseline], json_file, (kv_cache,)) as (console, write):
         from vqcompress.cli import tables as show
-        from vqcompress.evaluate import perplexity as evaluate
+        from vqcompress.evaluate.speed import speed as run
 
         sizes = prompt_tokens, new_tokens, batch
-        result = evaluate.speed(model, *sizes, baseline, device.value, cpu_weights.value, kv_cache)
+        result = run(model, *sizes, baseline, device.value, cpu_weights.value, kv_cache)
         write(result)
         show.speed(console, result)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal as size
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.cli.console import console
-from vqcompress.evaluate.read_report import cache_line, duration, shrunk, size
+from vqcompress.evaluate.read_report import cache_line, duration, shrunk
 from vqcompress.evaluate.report_html import protocol, quality
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
@@ -144,7 +145,7 @@ def _left(to: Console, left_dense: dict[str, str]) -> None:
 
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
-    """A plan: a row per kind of weight, sizes, memory, time, and what is left as it is."""
+    """A plan: a row per kind of weight, sizes, memory, and what is left as it is."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     for row in plan["targets"]:
         shape = " × ".join(map(str, row["shape"]))
@@ -164,16 +165,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     to.print(f"size    {size(before)} → about {size(after)}, {shrunk(before, after)}")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
     device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
-    count, rates = plan["processes"], plan["rates"]
-    each = "a process" if count > 1 else "one process"
-    to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory{device} for {each}; {tokens}")
-    work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items() if flops)
-    disk = f"{each} reads {size(plan['disk_read_bytes'])}; {size(plan['disk_written_bytes'])} are written in all"
-    to.print(f"work    FLOPs: {work or 'none'}; {disk}")
-    encoding = f", {rates['encode_tflops']:.3g} in encoding" if rates["encode_tflops"] else ""
-    speeds = f"{rates['tflops']:.3g} TFLOPS{encoding}, disk {rates['disk_gbps']:.3g} GB/s"
-    where = f"{count} GPU{'s' * (count > 1)}, each" if device else "this CPU:"
-    to.print(f"time    about {duration(plan['seconds'])} on {where} {speeds}")
+    to.print(f"needs   at most about {size(plan['peak_rss_bytes'])} of memory{device} a process; {tokens}")
     _left(to, plan["left_dense"])
 
 
@@ -188,18 +180,9 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
     if cells:
         titles = "weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens"
         _table(to, titles, cells)
-    rows = [row for row in facts["targets"] if "runtime" in row]
-    ways = Counter((kind(row["name"]), tuple(row["runtime"].items()), row.get("experts")) for row in rows)
-    for (name, paths, experts), count in ways.items():
-        by_way: dict[str, list[str]] = {}
-        for number, way in paths:
-            by_way.setdefault(way, []).append(number)
-        told = "; ".join(f"{', '.join(numbers)} rows: {way}" for way, numbers in by_way.items())
-        told += f"; experts {experts}" if experts else ""
-        to.print(f"{name} ({count} on {facts['device']}) {told}")
-    settings = Counter((row["method"], tuple(row["knobs"].items())) for row in facts["targets"])
-    for (method, knobs), count in settings.items():
-        to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in knobs)}")
+    settings = Counter((row["method"], tuple(row["options"].items())) for row in facts["targets"])
+    for (method, options), count in settings.items():
+        to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in options)}")
     if books := facts["codebooks"].values():
         means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
         to.print(f"entries the first 1/8, 1/4, 1/2 of a codebook's take {means} % of its uses (mean of {len(books)})")

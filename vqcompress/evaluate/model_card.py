@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.filesize import decimal as size
 
 from vqcompress.errors import UsageError, VQCompressError, first_line
-from vqcompress.evaluate.read_report import cache_line, calibration_line, mean, read_report, size
+from vqcompress.evaluate.read_report import cache_line, calibration_line, mean, read_report
 from vqcompress.evaluate.report_html import LOAD, evaluations, names_of, report_page, shell
 from vqcompress.storage.artifact import SUMS, Artifact, read_sums
 from vqcompress.storage.checkpoint import sha256

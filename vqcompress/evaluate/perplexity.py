@@ -1,17 +1,14 @@
-"""How good and how fast a model is: perplexity, KL divergence and agreement with its original, tokens per second.
+"""Perplexity of a model on a text; KL divergence from its original and agreement with it.
 
 Shape legend: N windows, L tokens of a window, P predictions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,16 +16,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate.decode import Decoder
 from vqcompress.evaluate.read_report import named
-from vqcompress.kv_cache.attention import CACHE, asks_readers, decoding, replaceable
+from vqcompress.kv_cache.attention import CACHE, decoding, replaceable
 from vqcompress.model.device import (
     check_fits,
     choose_device,
     model_dtype,
-    peak_device_bytes,
     peak_rss_bytes,
-    reset_peak_memory,
 )
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
@@ -41,8 +35,6 @@ from vqcompress.storage.text import fingerprint, read_text
 LOGITS = 2**24
 # Characters of the text by which tokenizers are compared.
 SAMPLE = 20_000
-# Of which `speed` gives the median.
-ROUNDS = 3
 
 
 def open_model(model: str) -> Checkpoint:
@@ -267,83 +259,4 @@ def perplexity(
         "tokens_per_second": round(scores.tokens / seconds, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         **(scores.against_baseline(baseline) if baseline is not None else {}),
-    }
-
-
-def speed(
-    model: str,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    batch: int = 1,
-    baseline: str | None = None,
-    device: str = "auto",
-    cpu_weights: str = "auto",
-    kv_cache: str | None = None,
-) -> dict[str, Any]:
-    """Prefill and decode tokens per second, time to first token (s) and peak memory, after one warm-up.
-
-    Greedy decoding with a cache of fixed size, on random prompts; medians of a few rounds. baseline: another model,
-    measured after this one in the same process; adds `baseline` and the speeds relative to it. kv_cache: a recipe with
-    a `cache`, for this one only. cache_bytes: of the cache after the last token.
-    """
-    if min(prompt_tokens, new_tokens, batch) < 1 or new_tokens < 2:
-        raise UsageError("--prompt-tokens and --batch must be at least 1, --new-tokens at least 2")
-    found = _speed(model, prompt_tokens, new_tokens, batch, device, cpu_weights, kv_cache)
-    if baseline is not None:
-        other = _speed(baseline, prompt_tokens, new_tokens, batch, device, cpu_weights, None)
-        found["baseline"] = other
-        for kind in ("prefill", "decode"):
-            rate = f"{kind}_tokens_per_second"
-            found[f"{kind}_relative_to_baseline"] = round(found[rate] / other[rate], 3)
-    return found
-
-
-def _speed(
-    model: str, prompt_tokens: int, new_tokens: int, batch: int, device: str, cpu_weights: str, kv_cache: str | None
-) -> dict[str, Any]:
-    # What an earlier model held is no peak of this one.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    reset_peak_memory()
-    network = load_any(model, device, cpu_weights)
-    vocabulary = network.config.get_text_config().vocab_size
-    prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    prompt_BL = prompt_BL.to(network.device)
-    make = None
-    if kv_cache is not None:
-        # A step is recorded on a GPU where that can be.
-        static = network.device.type == "cuda" and asks_readers(network)
-        make = partial(kept_as(network, resolve(model), kv_cache).cache, static=static)
-    decoder = Decoder(network, prompt_tokens + new_tokens, make)
-
-    def wait() -> float:
-        if network.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def once() -> tuple[float, float]:
-        start = wait()
-        decoder.prefill(prompt_BL)
-        first = wait()
-        for _ in range(new_tokens - 1):
-            decoder.step()
-        return first - start, wait() - first
-
-    once()
-    prefill, decode = (statistics.median(times) for times in zip(*(once() for _ in range(ROUNDS)), strict=True))
-    return {
-        "model": model,
-        "device": str(network.device),
-        "dtype": str(network.dtype).removeprefix("torch."),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "kv_cache": kv_cache,
-        "cache_bytes": decoder.cache_bytes(),
-        "prefill_tokens_per_second": round(batch * prompt_tokens / prefill, 1),
-        "decode_tokens_per_second": round(batch * (new_tokens - 1) / decode, 1),
-        "time_to_first_token": round(prefill, 4),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(),
     }

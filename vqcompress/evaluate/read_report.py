@@ -31,15 +31,6 @@ def named(place: str) -> str:
     return path.absolute().name if path.exists() else place
 
 
-def size(count: float) -> str:
-    """A number of bytes for people: 1.5 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def duration(seconds: float) -> str:
     """Seconds for people: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 59.5:

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vqcompress.evaluate.read_report import calibration_line, duration, mean, shrunk, size
+from rich.filesize import decimal as size
+
+from vqcompress.evaluate.read_report import calibration_line, duration, mean, shrunk
 from vqcompress.evaluate.svg import (
     BOTTOM,
     LEFT,
