@@ -139,7 +139,7 @@ def of_dequantize(form: Format) -> list[Config]:
     return distinct([dequantize.make_config(form)], tried)
 
 
-def of_on_codes(gpu: DeviceProperties, shape: tuple[int, int], form: Format) -> list[Config]:
+def of_lut_gemv(gpu: DeviceProperties, shape: tuple[int, int], form: Format) -> list[Config]:
     """Of `lut_gemv`, the guess first."""
     sizes = [(256, 2048, 8), *product((128, 512), (1024, 2048, 4096), (4, 8))]
     tried = [gemv.make_lut_config(gpu, shape, form, *size) for size in sizes]
