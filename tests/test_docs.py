@@ -55,8 +55,7 @@ MADE = {"": "vq-small", "fp8": "fp8-tile", "compressed-tensors": "int8-plain", "
 # So that a toy is enough.
 SMALLER = {
     "quantize": {"--calibration": None, "--samples": "4", "--seqlen": "32"},
-    # What is given need not be measured.
-    "plan": {"--samples": "4", "--seqlen": "32", "--tflops": "1", "--encode-tflops": "1", "--disk-gbps": "1"},
+    "plan": {"--samples": "4", "--seqlen": "32"},
     "perplexity": {"--seqlen": "32", "--windows": "2"},
     "compare": {"--seqlen": "32", "--windows": "2"},
     "speed": {"--prompt-tokens": "4", "--new-tokens": "2"},
@@ -67,7 +66,7 @@ NOT_RUN = {
     r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh": "takes minutes, makes a venv, or needs a GPU",
     r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
-    r"vqcompress .*(ORG/NAME|--push-to-hub|--gpus|--install-completion)": "needs the hub or GPUs, or changes the shell",
+    r"vqcompress .*(ORG/NAME|--push-to-hub|--install-completion)": "needs the hub or GPUs, or changes the shell",
     r"python -c \"import vqcompress; from lm_eval": "run by tests/test_lm_eval.py",
     r"(git clone|cd|pip install|python3? -m venv|source) ": "installs; the extras named must exist",
     r"vllm serve ": "vLLM is not installed here; docs/serving.md says that it is untested",

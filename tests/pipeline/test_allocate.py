@@ -23,7 +23,6 @@ from vqcompress.evaluate.verify import verify
 from vqcompress.pipeline import bit_allocation as allocate
 from vqcompress.pipeline import block as compress
 from vqcompress.pipeline.bit_allocation import choose
-from vqcompress.pipeline.estimate import Site
 from vqcompress.pipeline.quantize import dry_run, quantize
 from vqcompress.storage import artifact
 from vqcompress.storage import recipe as recipes
@@ -225,10 +224,7 @@ def test_the_plan_shows_the_budget_and_what_there_is_to_choose(
     assert facts["bits_per_weight"] == facts["target_bits"] == 3
     assert len(facts["candidates"]) == 4
     assert {row["bits_per_weight"] for row in facts["targets"]} == {None}
-    small, large = (
-        dry_run(str(toy()), candidates, [str(text)], target_bits=b, site=Site(None, 1, 1, 1))["artifact_bytes"]
-        for b in (2, 6)
-    )
+    small, large = (dry_run(str(toy()), candidates, [str(text)], target_bits=b)["artifact_bytes"] for b in (2, 6))
     assert large - small == pytest.approx(4 / 8 * facts["weights_quantized"], abs=2)
     words = ["--calibration", str(text)]
     shown = CliRunner().invoke(app, ["plan", str(toy()), *words, "--recipe", candidates, "--target-bits", "3"])

@@ -17,7 +17,6 @@ from vqcompress.evaluate.verify import verify
 from vqcompress.model.folds import find_inputs
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import block as compress
-from vqcompress.pipeline import distill as tuning
 from vqcompress.pipeline.block import first_states
 from vqcompress.pipeline.correction import closing_layer
 from vqcompress.pipeline.quantize import quantize
@@ -71,7 +70,7 @@ def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Pa
     for name, knobs, head in (
         ("plain", ", compensate: false", ""),
         ("compensated", "", ""),
-        ("distilled", "", "tuning: {block_epochs: 0, distill_epochs: 1}"),
+        ("distilled", "", "tuning: {distill_epochs: 1}"),
     ):
         file = tmp_path / f"{name}.yaml"
         file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: universal{knobs}}}\n")
@@ -84,27 +83,7 @@ def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Pa
     assert loss["distilled"] < loss["compensated"]
 
 
-def test_tuning_a_block_brings_its_output_nearer(
-    toy: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit, gains = tuning._fit, []
-
-    def watched(masters: Any, epochs: int, rate: float, batches: int, seed: int, loss_of: Any, team: Any) -> None:
-        with torch.no_grad():
-            before = sum(loss_of(k) for k in range(batches))
-            fit(masters, epochs, rate, batches, seed, loss_of, team)
-            for master in masters:
-                # What counts is what is stored.
-                master.parameter.data = master.stored().float()
-            gains.append(float(sum(loss_of(k) for k in range(batches)) / before))
-
-    monkeypatch.setattr(tuning, "_fit", watched)
-    run(toy("llama"), tmp_path / "out", recipe(tmp_path, "", "tuning: {block_epochs: 20, block_rate: 0.003}"), text)
-    assert len(gains) == 2
-    assert max(gains) < 0.995
-
-
-TUNED = "tuning: {block_epochs: 1, distill_epochs: 1}"
+TUNED = "tuning: {distill_epochs: 1}"
 
 
 def test_codes_stay_and_scales_codebooks_and_norms_move(toy: Make, text: Path, tmp_path: Path) -> None:
@@ -113,7 +92,7 @@ def test_codes_stay_and_scales_codebooks_and_norms_move(toy: Make, text: Path, t
     run(
         model,
         tmp_path / "b",
-        recipe(tmp_path, "", "tuning: {block_epochs: 0, distill_epochs: 4, distill_rate: 0.05}"),
+        recipe(tmp_path, "", "tuning: {distill_epochs: 4, distill_rate: 0.05}"),
         text,
     )
     first, second = (Artifact(tmp_path / name) for name in "ab")
@@ -193,10 +172,10 @@ def test_same_bytes_whatever_the_threads(toy: Make, text: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("head", "reason"),
     [
-        ("tuning: 3", "'tuning' is a mapping such as {block_epochs: 4}"),
+        ("tuning: 3", "'tuning' is a mapping such as {distill_epochs: 4}"),
         ("tuning: {epochs: 3}", "unknown key 'epochs'"),
-        ("tuning: {block_rate: -1}", "tuning: block_rate"),
-        ("tuning: {block_epochs: 0}", "with no epochs of either kind"),
+        ("tuning: {distill_rate: -1}", "tuning: distill_rate"),
+        ("tuning: {distill_epochs: 0}", "tuning: distill_epochs"),
     ],
 )
 def test_tuning_that_means_nothing_is_refused(head: str, reason: str) -> None:
@@ -206,7 +185,7 @@ def test_tuning_that_means_nothing_is_refused(head: str, reason: str) -> None:
 
 def test_tuning_needs_something_to_tune() -> None:
     with pytest.raises(UsageError, match="nothing to tune"):
-        parse("tuning: {block_epochs: 2}\nrules:\n  - {match: '*', method: fp8}\n", "test")
+        parse("tuning: {distill_epochs: 2}\nrules:\n  - {match: '*', method: fp8}\n", "test")
 
 
 def test_a_recipe_says_its_tuning() -> None:

@@ -25,9 +25,7 @@ from vqcompress.storage.distributed import ALONE, Team, add_up
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).parent.parent / "distributed_jobs.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-TUNED = (
-    "tuning: {block_epochs: 1, distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
-)
+TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
 MIXED = "candidates:\n  - {method: vq, codebook: universal}\n  - {method: vq, codebook: universal, d: 2}\n"
 EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
 SMOOTHED = (

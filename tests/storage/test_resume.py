@@ -238,7 +238,7 @@ TUNED = (
     "rules:\n"
     "  - {match: '*.down_proj', method: vq, codebook: universal, d: 4, bits: 8}\n"
     "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
-    "tuning: {block_epochs: 1, distill_epochs: 1}\n"
+    "tuning: {distill_epochs: 1}\n"
 )
 
 

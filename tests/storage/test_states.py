@@ -50,8 +50,8 @@ def test_a_full_disk_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyP
         OnDisk([torch.zeros(1, 2, 4)], tmp_path)
 
 
-# With a second stream, of the dense model, that what closes a block is tuned by.
-TUNED = "rules: [{match: '*', method: vq, codebook: universal, d: 4, bits: 8}]\ntuning: {block_epochs: 1}\n"
+# With a second stream, of the dense model, that the last layer of a block is corrected by.
+TUNED = "rules: [{match: '*', method: vq, codebook: universal, d: 4, bits: 8}]\ntuning: {distill_epochs: 1}\n"
 
 
 @pytest.mark.parametrize("recipe", ["mixed", TUNED], ids=["mixed", "tuned"])

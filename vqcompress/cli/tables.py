@@ -144,7 +144,7 @@ def _left(to: Console, left_dense: dict[str, str]) -> None:
 
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
-    """A plan: a row per kind of weight, sizes, memory, time, and what is left as it is."""
+    """A plan: a row per kind of weight, sizes, memory, and what is left as it is."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     for row in plan["targets"]:
         shape = " × ".join(map(str, row["shape"]))
@@ -164,16 +164,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     to.print(f"size    {size(before)} → about {size(after)}, {shrunk(before, after)}")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
     device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
-    count, rates = plan["processes"], plan["rates"]
-    each = "a process" if count > 1 else "one process"
-    to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory{device} for {each}; {tokens}")
-    work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items() if flops)
-    disk = f"{each} reads {size(plan['disk_read_bytes'])}; {size(plan['disk_written_bytes'])} are written in all"
-    to.print(f"work    FLOPs: {work or 'none'}; {disk}")
-    encoding = f", {rates['encode_tflops']:.3g} in encoding" if rates["encode_tflops"] else ""
-    speeds = f"{rates['tflops']:.3g} TFLOPS{encoding}, disk {rates['disk_gbps']:.3g} GB/s"
-    where = f"{count} GPU{'s' * (count > 1)}, each" if device else "this CPU:"
-    to.print(f"time    about {duration(plan['seconds'])} on {where} {speeds}")
+    to.print(f"needs   at most about {size(plan['peak_rss_bytes'])} of memory{device} a process; {tokens}")
     _left(to, plan["left_dense"])
 
 

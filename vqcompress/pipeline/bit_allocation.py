@@ -20,7 +20,6 @@ from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.block import Rewrites, encode, first_states, probe_of, study
-from vqcompress.pipeline.estimate import Site, summary
 from vqcompress.pipeline.plan import Plan, make_plan
 from vqcompress.pipeline.statistics import gather
 from vqcompress.storage import recipe as recipes
@@ -68,29 +67,6 @@ def make_plans(stream: BlockStream, recipe: Recipe, target_bits: float | None) -
     if target_bits < least:
         raise UsageError(f"--target-bits {target_bits:g} is too little: recipe {recipe.name} needs {least:.3f} here")
     return [replace(plan, target_bits=float(target_bits)) for plan in plans]
-
-
-def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, site: Site) -> dict[str, Any]:
-    """`costs.summary`; with a budget that of the dearest candidate and the bits of all: choosing takes measurements."""
-    each = [summary(plan, stream, rows, seqlen, site) for plan in plans]
-    facts, budget = max(each, key=lambda s: s["bits_per_weight"]), plans[0].target_bits
-    if budget is None:
-        return facts
-    bits = {recipes.setting(p.methods[0]): s["bits_per_weight"] for p, s in zip(plans, each, strict=True)}
-    spent = min(budget, facts["bits_per_weight"])
-    return {
-        **facts,
-        "target_bits": budget,
-        "candidates": bits,
-        "bits_per_weight": spent,
-        "artifact_bytes": facts["artifact_bytes"] - int((facts["bits_per_weight"] - spent) * plans[0].weights / 8),
-        "seconds": facts["seconds"] + sum(s["seconds"] for s in each),
-        **{
-            key: {k: v + sum(s[key][k] for s in each) for k, v in facts[key].items()} for key in ("flops", "seconds_by")
-        },
-        "disk_read_bytes": facts["disk_read_bytes"] + facts["source_bytes"],
-        "targets": [row | {"method": None, "bits_per_weight": None} for row in facts["targets"]],
-    }
 
 
 def allocate(

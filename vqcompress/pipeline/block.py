@@ -24,7 +24,6 @@ from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.folds import Input, find_inputs, scale_consumers, scale_producer
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.correction import Compensation, closing_layer
-from vqcompress.pipeline.distill import tune_block
 from vqcompress.pipeline.plan import Plan
 from vqcompress.pipeline.report import Uses
 from vqcompress.pipeline.statistics import coverage, gather, seed_for
@@ -105,11 +104,6 @@ def compress_block(
     if last is not None and last in plan.compensating(block) and last not in rewrites.columns:
         closing = Compensation(stream, index, last, states, truth)
     facts = encode(stream, plan, block, tensors, statistics, rewrites, seed, changed, closing, tick)
-    tuning = plan.recipe.tuning
-    if tuning and tuning.block_epochs and states:
-        entries = [plan.entry(block, t, block.local(t) in rewrites.runtime) for t in plan.compressed(block)]
-        tuning_seed = seed_for(seed, block.name)
-        changed |= tune_block(stream, index, tensors | changed, entries, states, truth, tuning, tuning_seed)
     stored = stream.as_stored(tensors | changed, (target.name for target in plan.targets))
     mixtures = {f"{block.name}.{path}": tokens for path, tokens in coverage(inputs, statistics).items()}
     facts |= {"experts": mixtures} if mixtures else {}
@@ -298,7 +292,7 @@ def encode(
     last = closing.path if closing else None
     rows: dict[str, dict[str, Any]] = {}
     # Those of about equal cost at once, one for each process.
-    ordered = sorted((p for p in targets if p != last), key=lambda p: -entries[p].method.encode_flops(targets[p].shape))
+    ordered = sorted((p for p in targets if p != last), key=lambda p: -targets[p].weights)
     team = stream.team
     for n in range(0, len(ordered), team.size):
         at_once = ordered[n : n + team.size]
@@ -338,7 +332,6 @@ def _facts(entry: Entry, statistics: Statistics, bits: float) -> dict[str, Any]:
         "name": entry.target.name,
         "method": entry.method.name,
         "shape": list(entry.target.shape),
-        "experts": None,
         "bits_per_weight": bits / entry.target.weights,
         "tokens": statistics.seen,
         "borrowed": statistics.own_tokens is not None,

@@ -17,7 +17,6 @@ from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import SMOOTHING, Entry
 from vqcompress.storage.distributed import Team
-from vqcompress.storage.hidden_states import States
 from vqcompress.storage.recipe import Tuning
 
 # Of a step; smaller ones make more of the same passes.
@@ -143,38 +142,6 @@ def _fit(
                 # All but one add zeros.
                 team.add(master.parameter.grad)
             optimizer.step()
-
-
-def tune_block(
-    stream: BlockStream,
-    index: int,
-    tensors: dict[str, Tensor],
-    entries: list[Entry],
-    states: States,
-    truth: States,
-    tuning: Tuning,
-    seed: int,
-) -> dict[str, Tensor]:
-    """New values, by name on disk, of a stored block's scales, codebooks and norms, nearer to the dense block's output.
-
-    tensors: the block as it is to be stored. states: what enters it, by batch. truth: what the dense model puts out.
-    """
-    block = stream.load_block(index, tensors, entries).float()
-    name = stream.blocks[index].name
-    masters = make_tunable(block, f"{name}.", entries, stream)
-
-    counts = stream.team.everyones(len(states))
-    before = sum(counts[: stream.team.rank])
-
-    def loss_of(k: int) -> Tensor | None:
-        if not before <= k < before + len(states):
-            return None
-        wanted = truth[k - before].clone().float()
-        gap = stream.run_float32(block, index, states[k - before]) - wanted
-        return gap.square().sum() / wanted.square().sum()
-
-    _fit(masters, tuning.block_epochs, tuning.block_rate, sum(counts), seed, loss_of, stream.team)
-    return {master.name: master.stored() for master in masters}
 
 
 def distill(

@@ -25,11 +25,10 @@ from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans, outlook
+from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block, entries_of, first_states, generator_for
 from vqcompress.pipeline.distill import distill
-from vqcompress.pipeline.estimate import Site
-from vqcompress.pipeline.estimate_cache import CacheCosts
+from vqcompress.pipeline.estimate import cache_memory, cache_samples, estimate
 from vqcompress.pipeline.plan import Plan
 from vqcompress.pipeline.report import run_report
 from vqcompress.runtime.load import build_model, load_any
@@ -77,10 +76,10 @@ def dry_run(
     seed: int = 0,
     device: str = "auto",
     target_bits: float | None = None,
-    site: Site | None = None,
+    states: str = "memory",
     kv_cache: str | None = None,
 ) -> dict[str, Any]:
-    """What `quantize` would do, as JSON: see `costs.summary`, `allocate.outlook`. Works from a config alone."""
+    """What `quantize` would do, as JSON: see `estimate`. Works from a config alone, writes and measures nothing."""
     wanted, chosen = choose_recipe(recipe, target_bits, kv_cache), choose_device(device)
     source = open_checkpoint(model, weights=False)
     stream = BlockStream(source, chosen, model_dtype(source.config, chosen))
@@ -91,7 +90,7 @@ def dry_run(
             rows, length = calibration(source, texts or [], samples, seqlen, seed).shape
         else:
             rows, length = samples or DEFAULT_SAMPLES, seqlen or source.default_seqlen
-    return {"model": model, "seed": seed, **outlook(plans, stream, rows, length, site or Site())}
+    return {"model": model, "seed": seed, **estimate(plans, stream, rows, length, states)}
 
 
 def quantize(
@@ -216,9 +215,10 @@ def _commit_rest(writer: SharedWriter, stream: BlockStream, plan: Plan, digest: 
 
 def _check_memory(plan: Plan, stream: BlockStream, rows: Tensor | None) -> None:
     """VQCompressError if a cache could not be calibrated for want of memory: now, not when all blocks are done."""
-    if rows is not None and (cache := CacheCosts.of(plan, stream, *rows.shape)):
+    if rows is not None and plan.learns_cache:
         instead = "take a recipe whose cache is fp8 or universal, which learn nothing"
-        needed = cache.memory(stream.dtype.itemsize) + (cache.samples if stream.device.type == "cpu" else 0)
+        samples = cache_samples(plan, stream, rows.numel()) if stream.device.type == "cpu" else 0
+        needed = cache_memory(plan, stream, *rows.shape) + samples
         check_fits(needed, stream.device, "to learn the codebooks of a cache", instead)
 
 
@@ -234,7 +234,7 @@ def _distill(
 ) -> None:
     """Stage what a recipe that distills changes in the model as it is stored, unless an earlier run has done so."""
     tuning = plan.recipe.tuning
-    if tuning and tuning.distill_epochs and rows is not None and STAGED not in writer.done:
+    if tuning and rows is not None and STAGED not in writer.done:
         files = [record["file"] for record in writer.done.values()]
         student = build_model(stream.config, entries, writer.out, files, torch.float32, stream.device)
         teacher = load_any(model, stream.device.type).float()

@@ -29,15 +29,14 @@ NAMES = {"match", "method"}
 
 
 class Tuning(BaseModel):
-    """The knobs of tuning what is continuous after the codes are fixed, see `tuning`. 0 epochs: none of that kind.
+    """The options of distillation, which trains scales, codebooks and norms after the codes are fixed.
 
-    epochs: passes over the calibration rows. rate: the first step of Adam, as a share of a tensor's root mean square.
+    distill_epochs: passes over the calibration rows. distill_rate: the first step of Adam, as a share of a tensor's
+    root mean square.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    block_epochs: int = Field(4, ge=0, le=1000)
-    block_rate: float = Field(1e-3, gt=0, le=1)
-    distill_epochs: int = Field(0, ge=0, le=1000)
+    distill_epochs: int = Field(4, ge=1, le=1000)
     distill_rate: float = Field(2e-3, gt=0, le=1)
 
 
@@ -245,8 +244,6 @@ def parse(text: str, name: str) -> Recipe:
 def _tunable(recipe: Recipe) -> Recipe:
     if recipe.tuning and not any(rule.method.tunable for rule in recipe.rules + recipe.candidates):
         raise UsageError(f"recipe {recipe.name}: 'tuning' has nothing to tune; it needs a rule of the vq method")
-    if recipe.tuning and not recipe.tuning.block_epochs + recipe.tuning.distill_epochs:
-        raise UsageError(f"recipe {recipe.name}: 'tuning' with no epochs of either kind does nothing; leave it out")
     return recipe
 
 
