@@ -223,7 +223,7 @@ def test_aqlm_is_read_to_the_bit(
             "aqlm",
             "rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8, feedback: false}]",
             "llama",
-            "has universal words",
+            "is compressed by vq",
         ),
         ("aqlm", ROTATED, "llama", "q_proj is rotated at run time.*vq-2bit-aqlm"),
         ("aqlm", TWO_SIZES, "llama", "mlp.gate_proj has another d, bits or stages than .*q_proj"),

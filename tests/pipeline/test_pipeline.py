@@ -134,12 +134,9 @@ def test_uses_of_entries_are_counted_where_a_codebook_lies(quantized: Make) -> N
     books = report["codebooks"]
     blocks = list(report["blocks"])[1:]
     for block in blocks:
-        (universal,) = [place for place in books if place.startswith(f"{block}: vq codebook=universal")]
         shared, own = f"{block}.shared_parts.0", f"{block}.self_attn.v_proj"
-        assert {place for place in books if place.startswith(f"{block}.") or place == universal} == {
-            shared, own, universal,
-        }  # fmt: skip
-        for place, members, d in ((shared, ("q_proj", "k_proj"), 2), (universal, ("gate_proj", "up_proj"), 4)):
+        assert {place for place in books if place.startswith(f"{block}.")} == {shared, own}
+        for place, members, d in ((shared, ("q_proj", "k_proj"), 2),):
             weights = sum(e.target.weights for name, e in artifact.entries.items() if name.endswith(members))
             (counts,) = books[place]["counts"]
             assert len(counts) == books[place]["entries"]
