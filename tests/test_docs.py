@@ -38,7 +38,7 @@ from vqcompress.export import verify
 from vqcompress.methods import METHODS
 from vqcompress.methods.smoothing import Smoothing
 from vqcompress.storage import recipe
-from vqcompress.storage.recipe import CacheKnobs, ExpertCalibration, Tuning
+from vqcompress.storage.recipe import ExpertCalibration, KVCacheConfig, Tuning
 from vqcompress.storage.recipe_files import AS_STORED, packaged
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -320,7 +320,7 @@ KNOBS: dict[str, type[BaseModel]] = {
     "`smoothing`": Smoothing,
     "`tuning`": Tuning,
     "`experts`": ExpertCalibration,
-    "`cache`": CacheKnobs,
+    "`cache`": KVCacheConfig,
 }
 
 
