@@ -25,9 +25,10 @@ from vqcompress.storage.distributed import ALONE, ProcessGroup, reduce_statistic
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).parent.parent / "distributed_jobs.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
-MIXED = "candidates:\n  - {method: vq, codebook: universal}\n  - {method: vq, codebook: universal, d: 2}\n"
-EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, state_bits: 8}\n"
+MIXED = "candidates:\n  - {method: vq, codebook: trellis, state_bits: 8}\n"
+MIXED += "  - {method: vq, codebook: trellis, bits: 4, state_bits: 8}\n"
+EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}\n"
 SMOOTHED = (
     "experts: {calibrate: all}\nrules:\n  - {match: '*', method: int8, smoothing: {grid: [0.4, 0.6], mlp: fold}}\n"
 )

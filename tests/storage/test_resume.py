@@ -220,7 +220,7 @@ print(json.dumps({"log": log, "directories": number - (lives == 0)}))
 """
 TUNED = (
     "rules:\n"
-    "  - {match: '*.down_proj', method: vq, codebook: universal, d: 4, bits: 8}\n"
+    "  - {match: '*.down_proj', method: vq, codebook: trellis, state_bits: 8}\n"
     "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
     "tuning: {distill_epochs: 1}\n"
 )
