@@ -689,8 +689,6 @@ STORED = {
     "int8": ("method: int8", 2e-2),
     "fp8": ("method: fp8", 2e-2),
     "learned": ("method: vq, d: 2, bits: 4, iterations: 2, refits: 0", 1e-3),
-    "universal": ("method: vq, codebook: universal", 1e-3),
-    "lattice": ("method: vq, codebook: lattice", 1e-3),
     "trellis": ("method: vq, codebook: trellis, states: 8", 1e-3),
 }
 PROMPT = 6
