@@ -1,16 +1,15 @@
 """Keys and values as codes: coding new ones, and attention of one query a row over the codes of all earlier ones.
 
-What `codebooks.kv.encode` and `codebooks.kv.attend` mean. Attention splits the tokens, so that few heads fill a device
+The contracts are `codes.encode` and `codes.attend`. Attention splits the tokens, so that few heads fill a device
 (flash-decoding): programs of a slice leave the largest score, the sum of weights and the weighted values, and a second
-launch merges them. Memory brings a byte for d channels; what takes time are the look-ups in the codebooks, through L1:
+launch merges them. Memory brings a byte for d channels; the time goes into look-ups in the codebooks, through L1:
 
-- M = 1: a program has one query, and rows of lanes a token each. Lanes keep the maximum, sum and values of their own
-  tokens until the end, so that the loop knows no shared memory and no barrier, only the sum of a score over lanes.
-- M = 16: a program has the queries of one head of keys, and decodes once for all; products are of matrix units.
-- TABLES (M = 1): the products of a query with all entries come first, in a launch of their own for all slices. A score
-  is then the sum of G of them: four bytes a look-up instead of 2 d, and no multiplication. For keys coded after their
-  rotary embedding only: one that is turned when it is read has other products at every position. (`tl.gather` from
-  registers would copy the table into shared memory for every tile.)
+- `_attend_one`: a program has one query, and rows of lanes a token each. Lanes keep the maximum, sum and values of
+  their own tokens until the end, so that the loop has no shared memory and no barrier, only the sum of a score over
+  lanes. Optionally the products of a query with all entries come first (`_table`), once for all slices. A score is then
+  the sum of G of them: four bytes a look-up instead of 2 d, and no multiplication. For keys coded after their rotary
+  embedding only: products with keys that are rotated when they are read differ at every position.
+- `_attend_group`: a program has the queries of one head of keys and decodes once for all; matrix units multiply.
 
 Channel i is turned with channel i + D/2, so groups are looked up in two halves, by the same lanes. Of the cosines and
 sines `attend` reads the first half only: transformers repeats it.
@@ -353,12 +352,12 @@ def _merge(sum_RSD, part_RS2, out_RD, lse_R, slices, channels, S: tl.constexpr, 
 
 
 def default_encode_config(gpu: DeviceProperties, rows: int) -> Config:
-    """Config of `encode` where nothing was measured: so many tokens of a program, whose lanes have the entries."""
+    """Config of `encode` where none was measured. Lanes of a program have the entries."""
     return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // gpu.warp)}
 
 
 def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
-    """Codes, uint8 (B, H, T, G): `codebooks.kv.encode` of x, turned back first if it has cosines and sines.
+    """Codes, uint8 (B, H, T, G): `codes.encode` of x, turned back first if it has cosines and sines.
 
     ValueError for shapes that do not fit.
     """
@@ -413,10 +412,10 @@ def attend(
     scale_k: Tensor | None = None,
     scale_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codebooks.kv.attend`.
+    """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codes.attend`.
 
     end: as a tensor it is read by the kernels, so that a CUDA graph sees it grow. Slices are merged in a fixed order.
-    With M = 16 operands are rounded to float16, as entries are: queries and turned keys, and weights times scale_v,
+    In `_attend_group` operands are rounded to float16, as entries are: queries and turned keys, and weights times scale_v,
     by 2⁻¹² each; float32 queries stay. ValueError for shapes that do not fit.
     """
     (batch, queries, channels), (_, heads, tokens, groups) = q_BQD.shape, codes_k.shape
