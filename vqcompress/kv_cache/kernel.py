@@ -415,7 +415,7 @@ def attend(
     """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codes.attend`.
 
     end: as a tensor it is read by the kernels, so that a CUDA graph sees it grow. Slices are merged in a fixed order.
-    In `_attend_group` operands are rounded to float16, as entries are: queries and turned keys, and weights times scale_v,
+    In `_attend_group` operands are rounded to float16, as entries are (queries, rotated keys, weights times scale_v),
     by 2⁻¹² each; float32 queries stay. ValueError for shapes that do not fit.
     """
     (batch, queries, channels), (_, heads, tokens, groups) = q_BQD.shape, codes_k.shape
