@@ -90,7 +90,7 @@ def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], con
 
 
 def encode(*arguments: Any) -> Tensor:
-    from vqcompress.kv_cache import kernel as module
+    from vqcompress.kv_cache import kernel_encode as module
 
     return module.encode(*arguments)
 
