@@ -22,10 +22,10 @@ from vqcompress.cli.options import (
     pinned,
 )
 
-Text = Annotated[
-    str, typer.Option("--text", metavar="FILE", help="Text, JSONL or Parquet file, or dataset id.")
+Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL or Parquet file, or dataset id.")]
+Window = Annotated[
+    int | None, typer.Option("--seqlen", metavar="N", min=2, help="Tokens per window (default: model context).")
 ]
-Window = Annotated[int | None, typer.Option("--seqlen", metavar="N", min=2, help="Tokens per window (default: model context).")]
 Stride = Annotated[
     int | None, typer.Option("--stride", metavar="N", min=1, help="Tokens between window starts (default: no overlap).")
 ]
@@ -81,7 +81,9 @@ def perplexity(
 @evaluation.command()
 def speed(
     model: Either,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens in the prompt.")] = 128,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens in the prompt.")
+    ] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=2, help="Tokens to generate.")] = 64,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Number of prompts.")] = 1,
     baseline: Annotated[

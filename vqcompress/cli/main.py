@@ -166,12 +166,8 @@ def export(
     artifact: Source,
     format: Format,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Output directory.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Load it with its own library; compare logits.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Overwrite an earlier export.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with its own library; compare logits.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an earlier export.")] = False,
     trust_remote_code: Trust = False,
     push_to_hub: Push = None,
     private: Private = False,
@@ -223,8 +219,8 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
     with session([artifact], json_file) as (console, write):
         from rich.filesize import decimal as size
 
-        from vqcompress.evaluate.read_report import duration
         from vqcompress.evaluate.verify import verify as run
+        from vqcompress.evaluate.wording import duration
 
         facts = run(artifact) | {"seconds": took()}
         write(facts)
@@ -237,7 +233,9 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
 def generate(
     artifact: Source,
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
+    ] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", metavar="N", min=0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,

@@ -83,7 +83,12 @@ Either = Annotated[str, _model(help="Artifact, Hugging Face directory, hub id, o
 Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Output directory of `quantize`, or hub id.")]
 Recipe = Annotated[
     str | None,
-    typer.Option("--recipe", help="Packaged recipe (see `recipes`) or YAML file.", autocompletion=_complete_recipe),
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="Packaged recipe (see `recipes`) or YAML file.",
+        autocompletion=_complete_recipe,
+    ),
 ]
 KVCache = Annotated[
     str | None,
@@ -112,25 +117,25 @@ TargetBits = Annotated[
     float | None,
     typer.Option(
         "--target-bits",
-        help="Average bits per weight, 1.5 to 6; the setting of each weight is chosen by measured error.",
+        help="Choose a setting per weight for this average, 1.5 to 6 bits.",
     ),
 ]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
         "--calibration",
-        help="Calibration text: text, JSONL or Parquet file, or dataset id. Repeatable. [default: built-in text]",
+        help="Text, JSONL or Parquet file, or dataset id; repeatable (default: built-in text).",
     ),
 ]
 Samples = Annotated[
-    int | None, typer.Option("--samples", min=1, help="Number of calibration rows. [default: up to 128]")
+    int | None, typer.Option("--samples", metavar="N", min=1, help="Calibration rows (default: up to 128).")
 ]
 Seqlen = Annotated[
     int | None,
-    typer.Option("--seqlen", min=2, help="Tokens per calibration row. [default: model context, at most 2048]"),
+    typer.Option("--seqlen", metavar="N", min=2, help="Tokens per row (default: context, up to 2048)."),
 ]
 Kept = Annotated[States, typer.Option("--states", help="Where to keep hidden states between blocks.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Random seed.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Random seed.")]
 Where = Annotated[Device, typer.Option("--device", help="Device; auto uses a GPU if available.")]
 CpuWeights = Annotated[
     Weights,

@@ -10,7 +10,8 @@ from typing import Any
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from vqcompress.cli.console import console
-from vqcompress.evaluate.read_report import duration, mean
+from vqcompress.evaluate.read_report import mean
+from vqcompress.evaluate.wording import duration
 
 Callback = Callable[[str, dict[str, Any]], None]
 # Seconds over which speed is averaged. One large weight may take minutes.

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal as size
 from rich.table import Table
 
-from vqcompress.evaluate.read_report import cache_line, duration, shrunk
-from vqcompress.evaluate.report_html import protocol, quality
+from vqcompress.evaluate.wording import cache_line, duration, protocol_line, quality_cells, shrunk
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
 
@@ -131,9 +130,7 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
         to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in options)}")
     if books := facts["codebooks"].values():
         means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
-        to.print(
-            f"entries the most frequent 1/8, 1/4, 1/2 of a codebook cover {means} % of its uses (mean of {len(books)})"
-        )
+        to.print(f"entries the most used 1/8, 1/4, 1/2 of a codebook cover {means} % of uses (mean of {len(books)})")
     _experts(to, facts, each=True)
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
     if facts["kv_cache"]:
@@ -150,7 +147,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
         to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    to.print(f"protocol    {text}: {protocol(facts)}, float32")
+    to.print(f"protocol    {text}: {protocol_line(facts)}, float32")
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
 
 
@@ -205,7 +202,7 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     """
     models = found["models"]
     titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
-    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)) for row in models]
+    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in models]
     _table(to, titles, rows)
     if found["baseline"] is None:
         to.print("note        no KL divergence without an original; give --baseline")
@@ -220,5 +217,5 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     for model in caches:
         how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
         to.print(f"note        {model} quantizes only the KV cache, which is off here; measure it by `{how}`")
-    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32")
+    to.print(f"protocol    {found['text']}: {protocol_line(found['protocol'])}, float32")
     to.print(f"took        {duration(found['seconds'])}")
