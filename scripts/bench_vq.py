@@ -116,7 +116,7 @@ class Bench:
         self.original = self._perplexity(a.model)
 
     def _perplexity(self, model: str) -> float:
-        figure: float = perplexity(model, self.a.text, self.a.seqlen, None, self.a.windows)["perplexity"]
+        figure: float = perplexity(model, self.a.text, seqlen=self.a.seqlen, limit=self.a.windows)["perplexity"]
         return figure
 
     def run(self, recipe: str, seed: int = 0) -> dict[str, Any]:
