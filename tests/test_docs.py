@@ -38,7 +38,7 @@ from vqcompress.export import verify
 from vqcompress.methods import METHODS
 from vqcompress.methods.smoothing import Smoothing
 from vqcompress.storage import recipe
-from vqcompress.storage.recipe import CacheKnobs, ExpertCalibration, Tuning
+from vqcompress.storage.recipe import ExpertCalibration, KVCacheConfig, Tuning
 from vqcompress.storage.recipe_files import AS_STORED, packaged
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -241,8 +241,8 @@ def quick_recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, path in packaged().items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         for rule in (*data.get("rules", ()), *data.get("candidates", ())):
-            rule |= {"states": 8} if rule.get("codebook") == "trellis" else {}
-            rule |= {"iterations": 1, "refits": 0} if rule.get("codebook") == "learned" else {}
+            rule |= {"state_bits": 8} if rule.get("codebook") == "trellis" else {}
+            rule |= {"iterations": 1, "codebook_updates": 0} if rule.get("codebook") == "learned" else {}
         if "candidates" in data:
             data["candidates"] = data["candidates"][1:3]
         if data.get("cache", {}).get("codebook", "") != "fp8" and "cache" in data:
@@ -330,7 +330,7 @@ KNOBS: dict[str, type[BaseModel]] = {
     "`smoothing`": Smoothing,
     "`tuning`": Tuning,
     "`experts`": ExpertCalibration,
-    "`cache`": CacheKnobs,
+    "`cache`": KVCacheConfig,
 }
 
 
