@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import Killed, contents
 from processes import Processes
-from test_resume import Killed, contents
 from typer.testing import CliRunner
 
 from vqcompress.cli.main import app

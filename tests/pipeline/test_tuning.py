@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import contents
+from kills import contents
 
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.perplexity import perplexity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_jobs import BATCH_TOKENS
+from kills import sums
 
 from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.methods.statistics import Accumulator
@@ -48,12 +48,6 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cache beside": ("vq-small", "llama", {"samples": 40, "kv_cache": "kv-small"}),
     "rotated": ("rotation: fold\nrules:\n  - {match: '*', method: int8}\n", "llama", {}),
 }
-
-
-def sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of the shards and the config."""
-    kept = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +109,7 @@ def several(
     return folders, dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True)), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_many_processes_make_the_bytes_of_one(
     size: int, several: tuple[Any, ...], alone: Callable[[str], dict[str, str]]
@@ -125,6 +120,7 @@ def test_many_processes_make_the_bytes_of_one(
         assert sums(folders[size] / name) == alone(name), name
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(
     job: Callable[..., dict[str, Any]], alone: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -154,6 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert sums(out) == alone("learned")
 
 
+@pytest.mark.slow
 def test_too_few_rows_for_all_are_refused(several: tuple[Any, ...]) -> None:
     _, statuses, said = several
     assert all(statuses[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import contents
+from kills import contents
 
 from vqcompress.errors import VQCompressError
 from vqcompress.pipeline.quantize import quantize
