@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from kills import sums
 from safetensors.torch import load_file, save_file
-from test_distributed import sums
 from toys import toy_config
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import contents
+from kills import contents
 
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.perplexity import perplexity
@@ -28,7 +28,7 @@ from vqcompress.storage.recipe import dump, parse
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
 IDS = torch.randint(384, (4, 48), generator=torch.Generator().manual_seed(7))
-RULE = "{match: '*', method: vq, d: 2, bits: 7, iterations: 2, refits: 0%s}"
+RULE = "{match: '*', method: vq, d: 2, bits: 7, iterations: 2, codebook_updates: 0%s}"
 
 
 def recipe(folder: Path, knobs: str = "", tuning: str = "") -> str:
@@ -73,7 +73,7 @@ def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Pa
         ("distilled", "", "tuning: {distill_epochs: 1}"),
     ):
         file = tmp_path / f"{name}.yaml"
-        file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: universal{knobs}}}\n")
+        file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: trellis, state_bits: 8{knobs}}}\n")
         report = quantize("demo", tmp_path / name, str(file), samples=96, seqlen=128)
         closing = [row["name"] for row in report["targets"] if row["compensates"]]
         assert closing == ([] if name == "plain" else [f"model.layers.{i}.mlp.down_proj" for i in range(3)])
@@ -107,7 +107,7 @@ def test_codes_stay_and_scales_codebooks_and_norms_move(toy: Make, text: Path, t
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
-@pytest.mark.parametrize("method", ["", ", codebook: trellis, states: 8, d: 1, bits: 2"])
+@pytest.mark.parametrize("method", ["", ", codebook: trellis, state_bits: 8, bits: 2"])
 def test_tuned_artifacts_load_and_run(family: str, method: str, toy: Make, text: Path, tmp_path: Path) -> None:
     rule = f"{{match: '*', method: vq{method}}}" if method else RULE % ""
     file = tmp_path / "recipe.yaml"

@@ -6,7 +6,7 @@ Shape legend: O output rows, I input channels, R rows of a producer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -367,24 +367,23 @@ def _errors(
     shape = entry.target.shape
     if weight is original and facts.hessian_II is None and facts.sample_SI is None:
         return {
-            "relative_error": _relative_error(original, entry.method.decode_rows(parts, shape)),
+            "relative_error": _relative_error(original, entry.method.decode(parts, shape)),
             "proxy_error": None,
         }
     decoded = entry.method.decode(parts, shape)
-    relative_error = _relative_error(original, [rescaled(decoded, back=True)])
+    relative_error = _relative_error(original, rescaled(decoded, back=True))
     return {"relative_error": relative_error, "proxy_error": facts.proxy_error(weight, decoded)}
 
 
-def _relative_error(weight_OI: Tensor, pieces: Iterable[Tensor]) -> float:
-    """Σ (w − ŵ)² / Σ w² of a weight whose decoded rows come piece by piece."""
-    error, energy, at = 0.0, 0.0, 0
-    for piece in pieces:
-        # In a CPU's cache this takes a fraction of the time.
-        for decoded in piece.split(max(1, 2**19 // weight_OI.shape[1])):
-            rows = weight_OI[at : at + len(decoded)].float()
-            energy += torch.linalg.vector_norm(rows).double().square().item()
-            error += torch.linalg.vector_norm(rows - decoded).double().square().item()
-            at += len(decoded)
+def _relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
+    """Σ (w − ŵ)² / Σ w²."""
+    error, energy = 0.0, 0.0
+    # Rows that fit into a CPU's cache take a fraction of the time.
+    rows = max(1, 2**19 // weight_OI.shape[1])
+    for weight, decoded in zip(weight_OI.split(rows), decoded_OI.split(rows), strict=True):
+        weight = weight.float()
+        energy += torch.linalg.vector_norm(weight).double().square().item()
+        error += torch.linalg.vector_norm(weight - decoded).double().square().item()
     return error / max(energy, 1e-30)
 
 
