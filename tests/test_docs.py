@@ -38,7 +38,7 @@ from vqcompress.export import verify
 from vqcompress.methods import METHODS
 from vqcompress.methods.smoothing import Smoothing
 from vqcompress.storage import recipe
-from vqcompress.storage.recipe import CacheKnobs, ExpertCalibration, Tuning
+from vqcompress.storage.recipe import ExpertCalibration, KVCacheConfig, Tuning
 from vqcompress.storage.recipe_files import AS_STORED, packaged
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,8 +55,7 @@ MADE = {"": "vq-small", "fp8": "fp8-tile", "compressed-tensors": "int8-plain", "
 # So that a toy is enough.
 SMALLER = {
     "quantize": {"--calibration": None, "--samples": "4", "--seqlen": "32"},
-    # What is given need not be measured.
-    "plan": {"--samples": "4", "--seqlen": "32", "--tflops": "1", "--encode-tflops": "1", "--disk-gbps": "1"},
+    "plan": {"--samples": "4", "--seqlen": "32"},
     "perplexity": {"--seqlen": "32", "--windows": "2"},
     "compare": {"--seqlen": "32", "--windows": "2"},
     "speed": {"--prompt-tokens": "4", "--new-tokens": "2"},
@@ -67,7 +66,7 @@ NOT_RUN = {
     r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh": "takes minutes, makes a venv, or needs a GPU",
     r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
-    r"vqcompress .*(ORG/NAME|--push-to-hub|--gpus|--install-completion)": "needs the hub or GPUs, or changes the shell",
+    r"vqcompress .*(ORG/NAME|--push-to-hub|--install-completion)": "needs the hub or GPUs, or changes the shell",
     r"python -c \"import vqcompress; from lm_eval": "run by tests/test_lm_eval.py",
     r"(git clone|cd|pip install|python3? -m venv|source) ": "installs; the extras named must exist",
     r"vllm serve ": "vLLM is not installed here; docs/serving.md says that it is untested",
@@ -242,8 +241,8 @@ def quick_recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, path in packaged().items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         for rule in (*data.get("rules", ()), *data.get("candidates", ())):
-            rule |= {"states": 8} if rule.get("codebook") == "trellis" else {}
-            rule |= {"iterations": 1, "refits": 0} if rule.get("codebook") == "learned" else {}
+            rule |= {"state_bits": 8} if rule.get("codebook") == "trellis" else {}
+            rule |= {"iterations": 1, "codebook_updates": 0} if rule.get("codebook") == "learned" else {}
         if "candidates" in data:
             data["candidates"] = data["candidates"][1:3]
         if data.get("cache", {}).get("codebook", "") != "fp8" and "cache" in data:
@@ -321,7 +320,7 @@ KNOBS: dict[str, type[BaseModel]] = {
     "`smoothing`": Smoothing,
     "`tuning`": Tuning,
     "`experts`": ExpertCalibration,
-    "`cache`": CacheKnobs,
+    "`cache`": KVCacheConfig,
 }
 
 

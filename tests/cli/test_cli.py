@@ -53,7 +53,7 @@ UPLOAD = {"--push-to-hub", "--private"}
 OPTIONS = {
     "": {"--version", "--debug", "--install-completion", "--show-completion"},
     "quantize": QUANTIZE | HUB | UPLOAD | {"--output", "-o", "--dry-run", "--overwrite", "--states", "--kv-cache"},
-    "plan": QUANTIZE | HUB | {"--gpus", "--tflops", "--encode-tflops", "--disk-gbps", "--states", "--kv-cache"},
+    "plan": QUANTIZE | HUB | {"--states", "--kv-cache"},
     "eval perplexity": HUB | {
         "--text", "--seqlen", "--stride", "--windows", "--baseline", "--device", "--json", "--debug", "--kv-cache",
         "--report",

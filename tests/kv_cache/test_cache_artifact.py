@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from kills import sums
 from safetensors.torch import load_file, save_file
-from test_distributed import sums
 from toys import toy_config
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
@@ -30,7 +30,6 @@ from vqcompress.kv_cache.attention import CACHE
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import quantize as running
 from vqcompress.pipeline.bit_allocation import make_plans
-from vqcompress.pipeline.estimate import Site
 from vqcompress.pipeline.quantize import dry_run, quantize
 from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import distributed
@@ -40,7 +39,6 @@ from vqcompress.storage.recipe import load as load_recipe
 from vqcompress.storage.writer import refresh_sums
 
 Make = Callable[..., Path]
-RATES: dict[str, float] = {"tflops": 1.0, "encode_tflops": 0.1, "disk_gbps": 1.0}
 SMALL = "description: few rounds\ncache: {bits: 4, rounds: 2}\n"
 
 
@@ -160,7 +158,7 @@ def test_a_cache_that_needs_no_data_needs_none(recipe: str, toy: Make, tmp_path:
     assert "all weights as they are" in done.stdout
     assert not (tmp_path / "out" / KV_CACHE).exists()
     assert verify(str(tmp_path / "out"))["files"] == 3
-    found = perplexity(str(tmp_path / "out"), str(Path(__file__)), 32, limit=2, kv_cache="kv-fp8")
+    found = perplexity(str(tmp_path / "out"), str(Path(__file__)), seqlen=32, limit=2, kv_cache="kv-fp8")
     assert found["perplexity"] > 1
 
 
@@ -217,12 +215,12 @@ def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.Monkey
     rows = torch.randint(3, 384, (12, 64), generator=torch.Generator().manual_seed(0))
     alone = cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1)
     learned: list[dict[int, Any]] = []
-    team = distributed.Team(1, 3)
-    monkeypatch.setattr(distributed.Team, "share", lambda self, items: list(items))
-    monkeypatch.setattr(distributed.Team, "to_rank", lambda self, rank, value: [value] if rank == 1 else [])
+    group = distributed.ProcessGroup(1, 3)
+    monkeypatch.setattr(distributed.ProcessGroup, "shard", lambda self, items: list(items))
+    monkeypatch.setattr(distributed.ProcessGroup, "gather", lambda self, rank, value: [value] if rank == 1 else [])
     known = dict(enumerate(alone))
-    monkeypatch.setattr(distributed.Team, "everyones", lambda self, value: (learned.append(value), [known])[1])
-    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, team=team)
+    monkeypatch.setattr(distributed.ProcessGroup, "all_gather", lambda self, value: (learned.append(value), [known])[1])
+    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, group=group)
     assert [list(each) for each in learned] == [[1]]
     assert all(torch.equal(a, b) for a, b in zip(learned[0][1], alone[1], strict=True))
 
@@ -231,7 +229,7 @@ def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.Monkey
 def test_the_codebooks_that_are_planned_are_those_that_are_written(
     family: str, toy: Make, text: Path, small: str, tmp_path: Path
 ) -> None:
-    plan = dry_run(str(toy(family)), small, [str(text)], 8, 64, site=Site(**RATES))
+    plan = dry_run(str(toy(family)), small, [str(text)], 8, 64)
     quantize(str(toy(family)), tmp_path / "out", small, [str(text)], 8, 64)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert plan["codebook_bytes"] == sum(book.nbytes for book in load_file(tmp_path / "out" / KV_CACHE).values())
@@ -246,7 +244,7 @@ def test_a_cache_is_planned_from_a_config_alone(tmp_path: Path) -> None:
         "max_position_embeddings": 131072, "tie_word_embeddings": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = {name: dry_run(str(tmp_path), name, site=Site(**RATES)) for name in ("kv-vq-4bit", "kv-fp8", "fp8-tile")}
+    found = {name: dry_run(str(tmp_path), name) for name in ("kv-vq-4bit", "kv-fp8", "fp8-tile")}
     cached, plain = found["kv-vq-4bit"], found["kv-fp8"]
     # 2 · 8 heads of 128 channels in 32 layers, 256 entries of 2 bytes each.
     assert cached["codebook_bytes"] == 32 * 2 * 8 * 128 * 256 * 2
@@ -254,19 +252,8 @@ def test_a_cache_is_planned_from_a_config_alone(tmp_path: Path) -> None:
     assert (cached["bits_per_weight"], cached["targets"], cached["kv_cache"]["bits"]) == (None, [], 4)
     # The whole model in float32 and more; one block without.
     assert cached["peak_rss_bytes"] > 4 * cached["parameters"] > 4 * plain["peak_rss_bytes"]
-    # A pass and its gradient; the embeddings are read by lookup.
-    assert cached["flops"]["cache"] > 3.8 * cached["parameters"] * cached["calibration_tokens"]
-    assert cached["seconds_by"]["cache"] > cached["flops"]["cache"] / 1e12
-    assert cached["disk_read_bytes"] == cached["source_bytes"] + cached["artifact_bytes"]
-    assert (plain["codebook_bytes"], plain["seconds_by"]["cache"], plain["calibration_tokens"]) == (0, 0, 0)
+    assert (plain["codebook_bytes"], plain["calibration_tokens"]) == (0, 0)
     assert found["fp8-tile"]["kv_cache"] is None
-    two, gpu = (dry_run(str(tmp_path), "kv-vq-4bit", site=Site(gpus, **RATES)) for gpus in (2, 1))
-    assert two["seconds_by"]["cache"] == pytest.approx(gpu["seconds_by"]["cache"] / 2)
-    assert 2 * cached["parameters"] < gpu["peak_device_bytes"] < 4 * cached["parameters"]
-    # Weights that need no data are not counted as if they did.
-    both = dry_run(str(tmp_path), "fp8-tile", kv_cache="kv-vq-4bit", site=Site(**RATES))
-    assert both["seconds_by"]["forward"] == 0
-    assert both["seconds_by"]["encode"] == pytest.approx(found["fp8-tile"]["seconds_by"]["encode"], rel=0.01)
     stream = BlockStream(open_checkpoint(str(tmp_path), weights=False), torch.device("cpu"), torch.float32)
     assert make_plans(stream, load_recipe("kv-vq-4bit"), None)[0].targets == []
 
@@ -283,8 +270,8 @@ def test_too_little_memory_is_said_before_the_work(
     with pytest.raises(
         VQCompressError, match=r"eval perplexity --kv-cache takes the whole model .*; without --kv-cache"
     ):
-        perplexity(out, str(text), 32, limit=2, kv_cache="kv-fp8")
-    perplexity(out, str(text), 32, limit=2)
+        perplexity(out, str(text), seqlen=32, limit=2, kv_cache="kv-fp8")
+    perplexity(out, str(text), seqlen=32, limit=2)
 
 
 @pytest.mark.parametrize("baseline", [False, True])
@@ -292,7 +279,13 @@ def test_progress_counts_the_work_that_is_done(baseline: bool, coded: Make, toy:
     told: list[tuple[int, int]] = []
     original = str(toy()) if baseline else None
     perplexity(
-        str(coded()), str(text), 32, limit=4, baseline=original, kv_cache="kv-fp8", watch=lambda *w: told.append(w)
+        str(coded()),
+        str(text),
+        seqlen=32,
+        limit=4,
+        baseline=original,
+        kv_cache="kv-fp8",
+        progress=lambda *w: told.append(w),
     )
     done, total = zip(*told, strict=True)
     assert len(set(total)) == 1

@@ -63,8 +63,9 @@ def perplexity(
 
         if report:
             documents.check_writable(model)
-        with show.counting(f"perplexity of {model}") as watch:
-            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
+        with show.counting(f"perplexity of {model}") as progress:
+            cut = evaluate.Windowing(seqlen=seqlen, stride=stride, limit=windows)
+            result = evaluate.perplexity(model, text, baseline, device.value, progress, kv_cache, **cut)
         result["seconds"] = took()
         write(result)
         show.perplexity(console, result, text)
@@ -137,10 +138,12 @@ def compare(
         from vqcompress.cli import tables as show
         from vqcompress.evaluate.compare import compare as run
         from vqcompress.evaluate.compare import only_caches
+        from vqcompress.evaluate.perplexity import Windowing
         from vqcompress.evaluate.report_html import comparison_page
 
-        with show.counting(f"comparing {len(models)} model{'s' * (len(models) > 1)}") as watch:
-            result = run(models, text, seqlen, stride, windows, baseline, device.value, watch)
+        with show.counting(f"comparing {len(models)} model{'s' * (len(models) > 1)}") as progress:
+            cut = Windowing(seqlen=seqlen, stride=stride, limit=windows)
+            result = run(models, text, baseline, device.value, progress, **cut)
         result["seconds"] = took()
         write(result)
         show.compared(console, result, only_caches(models))

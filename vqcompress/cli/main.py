@@ -138,40 +138,24 @@ def plan(
     device: Where = Device.auto,
     states: Kept = States.memory,
     kv_cache: KVCache = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="Plan for so many processes with a GPU each. Default: this one.")
-    ] = None,
-    tflops: Annotated[
-        float | None, typer.Option("--tflops", min=1e-6, help="What each reaches in products. Default: measured here.")
-    ] = None,
-    encode_tflops: Annotated[
-        float | None,
-        typer.Option("--encode-tflops", min=1e-6, help="And in encoding. Default: the share of --tflops as here."),
-    ] = None,
-    disk_gbps: Annotated[
-        float | None,
-        typer.Option("--disk-gbps", min=1e-6, help="GB/s that each reads and writes. Default: as MODEL's disk writes."),
-    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Show what quantize would do: targets, sizes, memory, FLOPs, time. A config.json is enough.
+    """Show what quantize would do: targets, bits, sizes, memory. A config.json is enough.
 
     Example: vqcompress plan demo --recipe vq-2bit
     """
-    if gpus and device == Device.cpu:
-        raise UsageError(f"--gpus {gpus} --device cpu: a plan is for GPUs or for the CPU; leave one of them out")
     model = pinned(model, revision)
     check_choice(recipe, target_bits, kv_cache)
     with session([model], json_file, (recipe, kv_cache), calibration) as (console, write):
         from vqcompress.cli import tables as show
-        from vqcompress.pipeline.estimate import Site
         from vqcompress.pipeline.quantize import dry_run
 
-        site = Site(gpus, tflops, encode_tflops, disk_gbps, states.value)
-        summary = dry_run(model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, site, kv_cache)
+        summary = dry_run(
+            model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, states.value, kv_cache
+        )
         write(summary)
         show.planned(console, summary)
 
@@ -237,8 +221,8 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
     with session([artifact], json_file) as (console, write):
         from rich.filesize import decimal as size
 
-        from vqcompress.evaluate.read_report import duration
         from vqcompress.evaluate.verify import verify as run
+        from vqcompress.evaluate.wording import duration
 
         facts = run(artifact) | {"seconds": took()}
         write(facts)

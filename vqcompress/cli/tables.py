@@ -19,8 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.cli.console import console
-from vqcompress.evaluate.read_report import cache_line, duration, shrunk
-from vqcompress.evaluate.report_html import protocol, quality
+from vqcompress.evaluate.wording import cache_line, duration, protocol_line, quality_cells, shrunk
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
 
@@ -145,7 +144,7 @@ def _left(to: Console, left_dense: dict[str, str]) -> None:
 
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
-    """A plan: a row per kind of weight, sizes, memory, time, and what is left as it is."""
+    """A plan: a row per kind of weight, sizes, memory, and what is left as it is."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     for row in plan["targets"]:
         shape = " × ".join(map(str, row["shape"]))
@@ -165,16 +164,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
     to.print(f"size    {size(before)} → about {size(after)}, {shrunk(before, after)}")
     tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
     device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
-    count, rates = plan["processes"], plan["rates"]
-    each = "a process" if count > 1 else "one process"
-    to.print(f"needs   about {size(plan['peak_rss_bytes'])} of memory{device} for {each}; {tokens}")
-    work = ", ".join(f"{kind} {flops:.2g}" for kind, flops in plan["flops"].items() if flops)
-    disk = f"{each} reads {size(plan['disk_read_bytes'])}; {size(plan['disk_written_bytes'])} are written in all"
-    to.print(f"work    FLOPs: {work or 'none'}; {disk}")
-    encoding = f", {rates['encode_tflops']:.3g} in encoding" if rates["encode_tflops"] else ""
-    speeds = f"{rates['tflops']:.3g} TFLOPS{encoding}, disk {rates['disk_gbps']:.3g} GB/s"
-    where = f"{count} GPU{'s' * (count > 1)}, each" if device else "this CPU:"
-    to.print(f"time    about {duration(plan['seconds'])} on {where} {speeds}")
+    to.print(f"needs   at most about {size(plan['peak_rss_bytes'])} of memory{device} a process; {tokens}")
     _left(to, plan["left_dense"])
 
 
@@ -211,7 +201,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
         to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    to.print(f"protocol    {text}: {protocol(facts)}, float32")
+    to.print(f"protocol    {text}: {protocol_line(facts)}, float32")
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
 
 
@@ -266,7 +256,7 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     """
     models = found["models"]
     titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
-    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)) for row in models]
+    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in models]
     _table(to, titles, rows)
     if found["baseline"] is None:
         to.print("note        no KL divergence: no original is among the models or named by all; give --baseline")
@@ -281,5 +271,5 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     for model in caches:
         how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
         to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it")
-    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32")
+    to.print(f"protocol    {found['text']}: {protocol_line(found['protocol'])}, float32")
     to.print(f"took        {duration(found['seconds'])}")

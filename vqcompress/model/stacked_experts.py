@@ -63,10 +63,11 @@ class Stack:
 def can_stack(layers: Sequence[Any], device: torch.device) -> bool:
     """Whether the same layer of all experts can be one product on a device.
 
-    All must be compressed with the same settings and multiplied as they are stored, without smoothing at run time.
+    All must be compressed with the same settings and multiplied as they are stored, without smoothing at run time or
+    stored scales of activations.
     """
     entries: list[Any] = [getattr(layer, "entry", None) for layer in layers]
-    if None in entries or any(entry.smoothed for entry in entries) or entries[0].method.ungrouped:
+    if None in entries or any(entry.smoothed or "input_scale" in entry.layout() for entry in entries):
         return False
     settings = {(entry.method, entry.target.shape, entry.target.bias) for entry in entries}
     return len(settings) == 1 and all(layer.keeps_parts(device) for layer in layers)

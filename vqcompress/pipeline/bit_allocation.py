@@ -20,15 +20,14 @@ from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.block import Rewrites, encode, first_states, probe_of, study
-from vqcompress.pipeline.estimate import Site, summary
 from vqcompress.pipeline.plan import Plan, make_plan
 from vqcompress.pipeline.statistics import gather
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import stored_bits
-from vqcompress.storage.distributed import SharedWriter
 from vqcompress.storage.hidden_states import States
 from vqcompress.storage.recipe import Recipe
 from vqcompress.storage.recipe_files import check_choice
+from vqcompress.storage.writer import Writer
 
 Watch = Callable[[str, dict[str, Any]], None]
 CANDIDATES = "mixed"
@@ -41,7 +40,7 @@ def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | N
     kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
     """
     check_choice(name, target_bits, kv_cache)
-    knobs = recipes.cache_knobs(kv_cache) if kv_cache else None
+    knobs = recipes.cache_config(kv_cache) if kv_cache else None
     recipe = recipes.load(name or CANDIDATES)
     if knobs and recipe.cache not in (None, knobs):
         raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")
@@ -70,32 +69,7 @@ def make_plans(stream: BlockStream, recipe: Recipe, target_bits: float | None) -
     return [replace(plan, target_bits=float(target_bits)) for plan in plans]
 
 
-def outlook(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, site: Site) -> dict[str, Any]:
-    """`costs.summary`; with a budget that of the dearest candidate and the bits of all: choosing takes measurements."""
-    each = [summary(plan, stream, rows, seqlen, site) for plan in plans]
-    facts, budget = max(each, key=lambda s: s["bits_per_weight"]), plans[0].target_bits
-    if budget is None:
-        return facts
-    bits = {recipes.setting(p.methods[0]): s["bits_per_weight"] for p, s in zip(plans, each, strict=True)}
-    spent = min(budget, facts["bits_per_weight"])
-    return {
-        **facts,
-        "target_bits": budget,
-        "candidates": bits,
-        "bits_per_weight": spent,
-        "artifact_bytes": facts["artifact_bytes"] - int((facts["bits_per_weight"] - spent) * plans[0].weights / 8),
-        "seconds": facts["seconds"] + sum(s["seconds"] for s in each),
-        **{
-            key: {k: v + sum(s[key][k] for s in each) for k, v in facts[key].items()} for key in ("flops", "seconds_by")
-        },
-        "disk_read_bytes": facts["disk_read_bytes"] + facts["source_bytes"],
-        "targets": [row | {"method": None, "bits_per_weight": None} for row in facts["targets"]],
-    }
-
-
-def allocate(
-    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
-) -> Plan:
+def allocate(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> Plan:
     """The plan of the least summed damage whose stored bits are within the budget, as a recipe with a rule per target.
 
     plans: of `make_plans`. What the writer knows as measured is not measured again.
@@ -153,9 +127,7 @@ def _bits(plans: list[Plan]) -> np.ndarray:
     return np.array(each, dtype=np.float64).T
 
 
-def _measure(
-    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
-) -> None:
+def _measure(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> None:
     """Note the damage of every candidate to every target, block by block, in one pass of the dense model."""
     few = max(1, MEASURED_TOKENS // rows_NL.shape[1])
     # So that it is also known how blocks are called with these rows alone.
@@ -167,7 +139,7 @@ def _measure(
             module = stream.load_block(i)
         else:
             module, damage = _measure_block(stream, plans, i, states, probe_of(stream, states, few, None), seed)
-            writer.note(block.name, damage)
+            writer.save_measured(block.name, damage)
         stream.forward(module, i, states)
         # Gone before the next one comes.
         del module

@@ -42,9 +42,8 @@ class Plan:
 
     @property
     def asks_for_truth(self) -> bool:
-        """Whether the dense model's hidden states are needed too, to compensate or to tune blocks by."""
-        tuned = self.recipe.tuning is not None and self.recipe.tuning.block_epochs > 0
-        return tuned or any(self.compensating(block) for block in self.blocks)
+        """Whether the dense model's hidden states are needed too, to compensate by."""
+        return any(self.compensating(block) for block in self.blocks)
 
     @property
     def targets(self) -> list[Target]:
@@ -84,15 +83,11 @@ class Plan:
     @property
     def goes_on(self) -> bool:
         """Whether more work comes after the blocks."""
-        return self.learns_cache or bool(self.recipe.tuning and self.recipe.tuning.distill_epochs)
+        return self.learns_cache or self.recipe.tuning is not None
 
     def ahead(self, device: torch.device) -> int:
-        """How many blocks are made while another is written, at most: more than none only where nothing is in between.
-
-        That is no calibration, no rotated module, no compiled search with threads of its own, and no GPU.
-        """
-        searching = any(self.rules[target.name].method.compiled_bytes for target in self.targets)
-        return 0 if self.calibrated or self.recipe.rotation or searching or device.type != "cpu" else AHEAD
+        """How many blocks may be made while another is written: none with calibration, a rotated model or a GPU."""
+        return 0 if self.calibrated or self.recipe.rotation or device.type != "cpu" else AHEAD
 
     def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
         """How the target will be stored."""
