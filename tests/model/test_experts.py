@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 
-from vqcompress.cli.tables import console, inspected
+from vqcompress.cli.console import console
+from vqcompress.cli.tables import inspected
 from vqcompress.cli.tables import quantized as quantized_words
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.inspect import inspect

@@ -301,9 +301,9 @@ def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @kv_encode.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
-    from vqcompress.kv_cache import kernel as kv
+    from vqcompress.kv_cache import kernel_encode
 
-    return kv.encode(*arguments)
+    return kernel_encode.encode(*arguments)
 
 
 @kv_attend.register_kernel("cuda")
