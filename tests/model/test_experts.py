@@ -37,9 +37,10 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import blocks_of, find_blocks
 from vqcompress.model.weights import skeleton
 from vqcompress.pipeline.bit_allocation import make_plans
-from vqcompress.pipeline.block import first_states, smooth, study
+from vqcompress.pipeline.block import first_states, study
 from vqcompress.pipeline.plan import make_plan
 from vqcompress.pipeline.quantize import dry_run, quantize
+from vqcompress.pipeline.smoothing import smooth
 from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import writer

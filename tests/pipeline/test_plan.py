@@ -56,7 +56,7 @@ def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: 
     # Two streams of hidden states in float32, and a block in 16 bits and in float32.
     assert plan["states_bytes"] == 2 * 4 * config["hidden_size"] * 128 * 2048
     block = published / config["num_hidden_layers"]
-    assert plan["states_bytes"] + 6 * block < plan["peak_rss_bytes"] < plan["states_bytes"] + 30 * block
+    assert plan["states_bytes"] + 6 * block < plan["peak_rss_bytes"] < plan["states_bytes"] + 50 * block
     assert plan["peak_device_bytes"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 

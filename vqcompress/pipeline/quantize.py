@@ -142,7 +142,7 @@ def quantize(
         writer.lap()
         hidden: States = first_states(stream, rows) if rows is not None and plan.calibrated else []
         # A second stream, of the dense model, where the difference is made good.
-        truth: States = keep(hidden, stream.scratch) if plan.asks_for_truth else []
+        truth: States = keep(hidden, stream.scratch) if plan.needs_reference else []
 
         todo = [j for j, block in enumerate(blocks) if block.name not in writer.done]
         # Without rows each process has every so many blocks, and they do not wait for what is written.
