@@ -370,9 +370,13 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
 @pytest.mark.parametrize("columns", [24, 40, 60, 80, 100, 200])
 def test_tables_keep_names_in_a_narrow_terminal(columns: int, artifact: Path, toy: Path) -> None:
     from vqcompress.evaluate.inspect import inspect
-    from vqcompress.pipeline.quantize import dry_run
+    from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
 
-    facts, plan, shown = inspect(str(artifact)), dry_run(str(toy), None, target_bits=2.5), io.StringIO()
+    facts, plan, shown = (
+        inspect(str(artifact)),
+        dry_run(QuantizeOptions(str(toy), None, None, target_bits=2.5)),
+        io.StringIO(),
+    )
     for print_table, given in ((show.inspected, facts), (show.planned, plan)):
         print_table(Console(file=shown, width=columns), given)
         table = [text for text in shown.getvalue().splitlines() if text.startswith(" ")]
