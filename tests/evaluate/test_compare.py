@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_report import cells, parsed
+from test_report import cells, charts_of, parsed
 from typer.testing import CliRunner
 
 from vqcompress.cli import tables as show
@@ -123,7 +123,7 @@ def test_what_people_see(artifacts: list[str], toy: Make, text: Path, tmp_path: 
     rows = cells(root)[1:]
     assert [row[0] for row in rows] == [row["model"] for row in found["models"]]
     assert [float(row[3]) for row in rows] == [pytest.approx(row["perplexity"], abs=1e-3) for row in found["models"]]
-    assert sum(e.get("role") == "img" for e in root.iter()) == 6
+    assert len(charts_of(root)) == 6
     shown = io.StringIO()
     show.compared(Console(file=shown, width=80), found)
     table = shown.getvalue().split("protocol")[0]

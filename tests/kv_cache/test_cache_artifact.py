@@ -215,12 +215,12 @@ def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.Monkey
     rows = torch.randint(3, 384, (12, 64), generator=torch.Generator().manual_seed(0))
     alone = cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1)
     learned: list[dict[int, Any]] = []
-    team = distributed.Team(1, 3)
-    monkeypatch.setattr(distributed.Team, "share", lambda self, items: list(items))
-    monkeypatch.setattr(distributed.Team, "to_rank", lambda self, rank, value: [value] if rank == 1 else [])
+    group = distributed.ProcessGroup(1, 3)
+    monkeypatch.setattr(distributed.ProcessGroup, "shard", lambda self, items: list(items))
+    monkeypatch.setattr(distributed.ProcessGroup, "gather", lambda self, rank, value: [value] if rank == 1 else [])
     known = dict(enumerate(alone))
-    monkeypatch.setattr(distributed.Team, "everyones", lambda self, value: (learned.append(value), [known])[1])
-    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, team=team)
+    monkeypatch.setattr(distributed.ProcessGroup, "all_gather", lambda self, value: (learned.append(value), [known])[1])
+    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, group=group)
     assert [list(each) for each in learned] == [[1]]
     assert all(torch.equal(a, b) for a, b in zip(learned[0][1], alone[1], strict=True))
 

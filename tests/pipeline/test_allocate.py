@@ -150,14 +150,14 @@ def test_budgets_are_kept_and_the_dearest_is_the_best(job: Job, tmp_path: Path) 
 
 def test_damage_falls_with_bits_and_is_that_of_one_weight_alone(job: Job, tmp_path: Path) -> None:
     noted: dict[str, dict[str, list[float]]] = {}
-    keep = Writer.note
+    keep = Writer.save_measured
 
     def note(into: Writer, name: str, record: dict[str, list[float]]) -> None:
         noted[name] = record
         keep(into, name, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "note", note)
+        patch.setattr(Writer, "save_measured", note)
         job(tmp_path / "out")
     damage = np.array([row for record in noted.values() for row in record.values()])
     assert damage.shape == (14, 4)

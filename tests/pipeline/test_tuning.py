@@ -137,7 +137,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
         elif at == "distillation":
             patch.setattr("vqcompress.pipeline.quantize.distill", die)
         elif at == "staged":
-            patch.setattr(writer.Writer, "settle", die)
+            patch.setattr(writer.Writer, "apply_staged", die)
         else:
             # The shard is in its place, the journal does not know yet.
             write, done = writer.Writer._write_journal, []
@@ -145,7 +145,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
             def mortal(into: writer.Writer) -> None:
                 if artifact.STAGED in into.done:
                     done.append(1)
-                if len(done) == 2:
+                if len(done) == 3:
                     raise Killed
                 write(into)
 

@@ -20,7 +20,7 @@ from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.model import stream as blocks
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
-from vqcompress.storage.distributed import ALONE, Team, add_up
+from vqcompress.storage.distributed import ALONE, ProcessGroup, reduce_statistics
 
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).parent.parent / "distributed_jobs.py"
@@ -159,16 +159,15 @@ def test_too_few_rows_for_all_are_refused(several: tuple[Any, ...]) -> None:
     assert "1 batches of calibration rows are too few for 2 processes" in said
 
 
-def test_a_team_shares_everything_out_once() -> None:
+def test_a_group_shards_everything_once() -> None:
     items = list(range(11))
     for size in (1, 2, 3, 11):
-        teams = [Team(rank, size) for rank in range(size)]
-        assert [item for team in teams for item in team.share(items)] == items
-        assert max(len(team.share(items)) for team in teams) <= -(-len(items) // size)
-        assert [task for team in teams for task in team.mine(items[:size])] == items[:size]
-    assert ALONE.everyones(5) == [5]
+        groups = [ProcessGroup(rank, size) for rank in range(size)]
+        assert [item for group in groups for item in group.shard(items)] == items
+        assert max(len(group.shard(items)) for group in groups) <= -(-len(items) // size)
+    assert ALONE.all_gather(5) == [5]
     value = torch.ones(2)
-    ALONE.add(value)
+    ALONE.all_reduce(value)
     assert value.tolist() == [1, 1]
 
 
@@ -176,11 +175,11 @@ def test_a_sample_that_only_others_took_is_where_the_weight_is(monkeypatch: pyte
     """An expert to which none of this process's tokens came."""
     accumulator, rows = Accumulator(frozenset({"sample"}), 8, 4, "meta"), torch.ones(4, 8)
 
-    def everyones(team: Team, value: Any) -> list[Any]:
+    def all_gather(group: ProcessGroup, value: Any) -> list[Any]:
         return [value, [rows] if isinstance(value, list) else (4, 4, 4.0)]
 
-    monkeypatch.setattr(Team, "everyones", everyones)
-    add_up(Team(0, 2), accumulator)
+    monkeypatch.setattr(ProcessGroup, "all_gather", all_gather)
+    reduce_statistics(ProcessGroup(0, 2), accumulator)
     sample_SI = accumulator.statistics().sample_SI
     assert sample_SI is not None
     assert (sample_SI.device.type, sample_SI.shape) == ("meta", rows.shape)

@@ -237,8 +237,8 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
     with session([artifact], json_file) as (console, write):
         from rich.filesize import decimal as size
 
-        from vqcompress.evaluate.read_report import duration
         from vqcompress.evaluate.verify import verify as run
+        from vqcompress.evaluate.wording import duration
 
         facts = run(artifact) | {"seconds": took()}
         write(facts)

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 
 from vqcompress.cli.console import console, leads
-from vqcompress.evaluate.read_report import duration, mean
+from vqcompress.evaluate.read_report import mean
+from vqcompress.evaluate.wording import duration
 
 Watch = Callable[[str, dict[str, Any]], None]
 # Rows of the table: the newest targets.

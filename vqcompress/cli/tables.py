@@ -19,8 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from vqcompress.cli.console import console
-from vqcompress.evaluate.read_report import cache_line, duration, shrunk
-from vqcompress.evaluate.report_html import protocol, quality
+from vqcompress.evaluate.wording import cache_line, duration, protocol_line, quality_cells, shrunk
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
 
@@ -202,7 +201,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
         to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    to.print(f"protocol    {text}: {protocol(facts)}, float32")
+    to.print(f"protocol    {text}: {protocol_line(facts)}, float32")
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
 
 
@@ -257,7 +256,7 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     """
     models = found["models"]
     titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
-    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)) for row in models]
+    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in models]
     _table(to, titles, rows)
     if found["baseline"] is None:
         to.print("note        no KL divergence: no original is among the models or named by all; give --baseline")
@@ -272,5 +271,5 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
     for model in caches:
         how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
         to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it")
-    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32")
+    to.print(f"protocol    {found['text']}: {protocol_line(found['protocol'])}, float32")
     to.print(f"took        {duration(found['seconds'])}")

@@ -45,17 +45,17 @@ def first_states(stream: BlockStream, rows_NL: Tensor) -> States:
     """The hidden states that enter the first block, by batch; of several processes each has some of the batches."""
     # Also learns how blocks are called with the few tokens that folds are proven on.
     stream.embed(rows_NL[:1, :PROBE_TOKENS])
-    batches, team = stream.batches(rows_NL), stream.team
-    if len(batches) < team.size:
+    batches, group = stream.batches(rows_NL), stream.group
+    if len(batches) < group.size:
         raise UsageError(
-            f"{len(batches)} batches of calibration rows are too few for {team.size} processes; start fewer"
+            f"{len(batches)} batches of calibration rows are too few for {group.size} processes; start fewer"
         )
-    return keep((stream.embed(batch) for batch in team.share(batches)), stream.scratch)
+    return keep((stream.embed(batch) for batch in group.shard(batches)), stream.scratch)
 
 
 def probe_of(stream: BlockStream, states: States, rows: int = 1, tokens: int | None = PROBE_TOKENS) -> Tensor:
     """The first few hidden states of the run, the same for all processes."""
-    return stream.team.from_rank(0, states[0][:rows, :tokens].cpu()).to(stream.device)
+    return stream.group.broadcast(0, states[0][:rows, :tokens].cpu()).to(stream.device)
 
 
 def compress_block(
@@ -178,14 +178,14 @@ class BlockEncoder:
             rows[path] = encoded.row
             on_target({"name": self.targets[path].name, "row": encoded.row})
 
-        last, team = correction.path if correction else None, self.stream.team
+        last, group = correction.path if correction else None, self.stream.group
         # The largest first, so that weights that take about as long are encoded at the same time, one by each process.
         ordered = sorted((p for p in self.targets if p != last), key=lambda p: -self.targets[p].weights)
-        for n in range(0, len(ordered), team.size):
-            at_once = ordered[n : n + team.size]
-            mine = {path: self.encode_target(path, self.weight(path)) for path in team.mine(at_once)}
+        for n in range(0, len(ordered), group.size):
+            at_once = ordered[n : n + group.size]
+            mine = {path: self.encode_target(path, self.weight(path)) for path in at_once[group.rank : group.rank + 1]}
             for rank, path in enumerate(at_once):
-                store(path, team.from_rank(rank, mine.get(path)))
+                store(path, group.broadcast(rank, mine.get(path)))
         if correction:
             # All processes encode it: the correction is a sum over the rows of all of them.
             store(correction.path, self.encode_closing(correction, changed or {}))

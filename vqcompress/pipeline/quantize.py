@@ -46,10 +46,11 @@ from vqcompress.storage.artifact import (
     tensors_of,
 )
 from vqcompress.storage.checkpoint import Checkpoint, check_finite
-from vqcompress.storage.distributed import ALONE, SharedWriter, Team, join
+from vqcompress.storage.distributed import ALONE, ProcessGroup, process_group
 from vqcompress.storage.hidden_states import States, keep
 from vqcompress.storage.recipe import Recipe
 from vqcompress.storage.text import DEFAULT_SAMPLES, calibration_rows, fingerprint
+from vqcompress.storage.writer import Writer
 
 # Called with the name of an event ("measure", "plan", "block", "target", "done", "after") and what is known about it.
 Progress = Callable[[str, dict[str, Any]], None]
@@ -131,12 +132,12 @@ def quantize(
 def _prepare(options: QuantizeOptions, recipe: Recipe) -> tuple[BlockStream, list[Plan]]:
     """The stream of a dense checkpoint, rotated if the recipe says so, and the plans for it."""
     device, source = choose_device(options.device), open_checkpoint(options.model)
-    team, scratch = join(device), {"memory": None, "disk": options.out}[options.states]
-    stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
+    group, scratch = process_group(device), {"memory": None, "disk": options.out}[options.states]
+    stream = BlockStream(source, device, model_dtype(source.config, device), group, scratch)
     plans = make_plans(stream, recipe, options.target_bits)
     if recipe.rotation:
         rotated = RotatedCheckpoint(stream, partial(generator_for, options.seed))
-        stream = BlockStream(rotated, device, stream.dtype, team, scratch)
+        stream = BlockStream(rotated, device, stream.dtype, group, scratch)
     return stream, plans
 
 
@@ -160,9 +161,9 @@ class Run:
     options: QuantizeOptions
     stream: BlockStream
     plan: Plan
-    team: Team
+    group: ProcessGroup
     rows: Tensor | None
-    writer: SharedWriter
+    writer: Writer
     hashing: ThreadPoolExecutor
     progress: Progress = lambda event, facts: None
     hidden: States = field(default_factory=list)
@@ -175,13 +176,13 @@ class Run:
     def open(cls, options: QuantizeOptions, stream: BlockStream, plan: Plan, rows: Tensor | None, start: float) -> Run:
         """Begin a run, or continue an unfinished one, in the directory of the options."""
         assert options.out is not None
-        team, inputs = stream.team, _inputs(options, stream, plan, rows)
+        group, inputs = stream.group, _inputs(options, stream, plan, rows)
         if not plan.calibrated:
             # No sums to exchange: each process encodes whole blocks by itself.
-            stream.team = ALONE
+            stream.group = ALONE
         digest = partial(_digest, stream)
-        writer = SharedWriter(team, options.out, inputs, digest, options.overwrite, start)
-        return cls(options, stream, plan, team, rows, writer, ThreadPoolExecutor(1))
+        writer = Writer(options.out, inputs, digest, options.overwrite, start, group)
+        return cls(options, stream, plan, group, rows, writer, ThreadPoolExecutor(1))
 
     def __enter__(self) -> Run:
         return self
@@ -207,7 +208,7 @@ class Run:
             self.reference = keep(self.hidden, stream.scratch)
         self.todo = [i for i, block in enumerate(blocks) if block.name not in writer.done]
         # Without rows the processes take turns at whole blocks, and begin the next ones while one is written.
-        mine = self.todo if self.hidden else self.todo[self.team.rank :: self.team.size]
+        mine = self.todo if self.hidden else self.todo[self.group.rank :: self.group.size]
         ahead = 0 if self.hidden else self.plan.ahead(stream.device)
         following = dict(zip(mine, mine[max(1, ahead) :], strict=False))
         self.shards = _ahead(lambda i: self._make_shard(i, following.get(i)), mine, ahead)
@@ -251,26 +252,25 @@ class Run:
         cache = self.plan.recipe.cache
         if cache is None or self.rows is None or not self.plan.learns_cache:
             return None
-        self.writer.settle()
+        self.writer.apply_staged()
         model = self._stored_model(self.stream.dtype)
         decode_layers(model)
-        return cache_books(model, self.rows, cache, self.options.seed, self.team, self._after)
+        return cache_books(model, self.rows, cache, self.options.seed, self.group, self._after)
 
     def finish(self, books: Books | None) -> dict[str, Any]:
         """Turn what was committed into an artifact; returns the report. The first process writes, the others wait."""
         seconds = self.writer.lap() if books is not None else None
-        return self.team.from_rank(0, self._write_artifact(books, seconds) if self.team.leads else None)
+        self.writer.apply_staged()
+        return self.group.broadcast(0, self._write_artifact(books, seconds) if self.group.is_main else None)
 
     def _write_artifact(self, books: Books | None, cache_seconds: float | None) -> dict[str, Any]:
-        writer, source = self.writer.writer, self.stream.source
-        assert writer is not None
-        writer.settle()
+        writer, source = self.writer, self.stream.source
         settings = quantization_config(self.entries, vqcompress.__version__)
         if (cache := self.plan.recipe.cache) is not None:
             settings["kv_cache"] = cache.model_dump(mode="json")
         if books is not None:
             named, settings["kv_cache"]["before"] = books
-            writer.write_beside(KV_CACHE, named)
+            writer.write_extra(KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
         texts, seed = list(self.options.texts or []), self.options.seed
         report = run_report(self.options.model, self.plan, source, writer, self.rows, texts, seed, cache_seconds)
@@ -292,7 +292,7 @@ class Run:
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
-        tensors = self.stream.source.read(self.stream.non_block_weights) if self.team.leads else {}
+        tensors = self.stream.source.read(self.stream.non_block_weights) if self.group.is_main else {}
         check_finite(tensors)
         # A model of dense weights loads correctly without the package, too.
         tensors |= {HINT: MARKER} if self.plan.targets else {}

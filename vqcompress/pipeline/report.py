@@ -84,7 +84,7 @@ def run_report(
     after = {"(distillation)": writer.done[STAGED]["seconds"]} if STAGED in writer.done else {}
     after |= {"(codebooks of keys and values)": learned} if learned is not None else {}
     sources = [record["source"] for record in shards.values()]
-    files = [record["file"] for record in shards.values()] + list(writer.beside)
+    files = [record["file"] for record in shards.values()] + list(writer.extra_files)
     return {
         "recipe": named(plan.recipe.name),
         "rotation": plan.recipe.rotation,
@@ -98,7 +98,7 @@ def run_report(
         "source_bytes": source.bytes,
         "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),
         "seconds": writer.seconds,
-        "seconds_before": writer.before,
+        "seconds_before": writer.seconds_before,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
         "calibration": None

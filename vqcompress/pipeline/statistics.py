@@ -21,7 +21,7 @@ from vqcompress.model.experts import Experts
 from vqcompress.model.folds import Input
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.plan import Plan
-from vqcompress.storage.distributed import add_up
+from vqcompress.storage.distributed import reduce_statistics
 from vqcompress.storage.hidden_states import States
 from vqcompress.storage.recipe import ExpertCalibration
 
@@ -115,8 +115,8 @@ def gather(
     needs = {block.local(t): plan.rules[t.name].needs for t in plan.compressed(block)}
     mixtures = {path: _Mixture(m, options) for path, m in module.named_modules() if isinstance(m, Experts)}
     apart = [path for path, m in mixtures.items() if options.calibrate == "weighted" or m.experts.scaled]
-    counts = stream.team.everyones(sum(state.shape[0] * state.shape[1] for state in states))
-    total, before = sum(counts), sum(counts[: stream.team.rank])
+    counts = stream.group.all_gather(sum(state.shape[0] * state.shape[1] for state in states))
+    total, before = sum(counts), sum(counts[: stream.group.rank])
     counted: list[tuple[Observation, Accumulator]] = []
     hooks: list[tuple[str, Callable[[nn.Module, Any], None]]] = [(path, m.enter) for path, m in mixtures.items()]
     for seen in observations(inputs, needs, apart):
@@ -142,7 +142,7 @@ def gather(
             handle.remove()
     found: dict[str, Statistics] = {}
     for seen, accumulator in counted:
-        add_up(stream.team, accumulator)
+        reduce_statistics(stream.group, accumulator)
         totals = accumulator.statistics(seed_for(seed, f"{block.name}.{seen.entrance.consumers[0]}"))
         found |= dict.fromkeys(seen.paths, totals)
     experts = [(seen.entrance, accumulator) for seen, accumulator in counted if seen.kind == "expert"]

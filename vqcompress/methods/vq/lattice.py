@@ -62,10 +62,8 @@ def nearest_e8p(x_N8: Tensor) -> tuple[Tensor, Tensor]:
         facts = (pattern_P8.T.contiguous().numpy(), norm_P.numpy(), odd_P.numpy())
         code_N = torch.from_numpy(compiled.e8p(x_N8.contiguous().numpy(), *facts))
         return code_N, e8p(code_N)
-    from vqcompress.methods.vq import kernel_nearest as kernel
-
-    code_N = kernel.nearest_e8p(x_N8, pattern_P8.T.contiguous())
-    return code_N, e8p(code_N)
+    codes, words = nearest_e8p(x_N8.cpu())
+    return codes.to(x_N8.device), words.to(x_N8.device)
 
 
 def e8p(code_N: Tensor) -> Tensor:
