@@ -35,13 +35,13 @@ def test_each_model_has_the_figures_it_has_alone(
     artifacts: list[str], toy: Make, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[Path] = []
-    whole = evaluate.Pass.__init__
+    whole = evaluate.StreamedLogits.__init__
 
     def count(self: Any, stream: Any, *rest: Any) -> None:
         passes.append(stream.source.path)
         whole(self, stream, *rest)
 
-    monkeypatch.setattr(evaluate.Pass, "__init__", count)
+    monkeypatch.setattr(evaluate.StreamedLogits, "__init__", count)
     # Reports name a local model without its place.
     monkeypatch.chdir(toy().parent)
     found = compare(artifacts, str(text), seqlen=32, limit=3)

@@ -142,6 +142,7 @@ def test_a_static_cache_needs_a_length_and_an_attention_to_replace() -> None:
 def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False) -> Tensor:
     """Of a prompt and a few steps. Without CUDA: called in the interpreter, where launchers stand for operators."""
     from vqcompress.kv_cache import kernel as kernels
+    from vqcompress.kv_cache import kernel_encode
 
     model = model_of("llama", hidden=64)
     coders, rotary = coders_of(model, kind)
@@ -159,7 +160,7 @@ def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False)
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         if not cuda:
             patch.setattr(kv, "attend_on_cpu", attend)
-            patch.setattr(kv, "coded", kernels.encode)
+            patch.setattr(kv, "coded", kernel_encode.encode)
         return run(model, KVCache(model, coders, rotary, 4, 2, length=16, static=static), ids, mask, 8).cpu()
 
 

@@ -19,10 +19,7 @@ from vqcompress.methods.vq import reference
 from vqcompress.methods.vq.format import Format
 from vqcompress.methods.vq.packing import unpack
 
-SHORT = {"iterations": 1, "refits": 0}
-STATES = next(
-    name for name in ("state_bits", "states") if name in type(make("vq", {"codebook": "trellis"})).model_fields
-)
+SHORT = {"iterations": 1, "codebook_updates": 0}
 # Options of `vq` for every way of decoding, with sizes that its streams allow.
 FORMATS: dict[str, dict[str, Any]] = {
     "learned": {"d": 4, "bits": 8, **SHORT},
@@ -30,10 +27,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "learned 10 bits": {"d": 5, "bits": 10, **SHORT},
     "learned 2x4": {"d": 8, "bits": 4, "stages": 2, "scope": "target", **SHORT},
     "learned 2x8": {"d": 8, "bits": 8, "stages": 2, "beam": 2, **SHORT},
-    "trellis 1": {"codebook": "trellis", "bits": 1, STATES: 9},
-    "trellis 2": {"codebook": "trellis", STATES: 8},
-    "trellis 3": {"codebook": "trellis", "bits": 3, STATES: 9},
-    "trellis 4": {"codebook": "trellis", "bits": 4, STATES: 8, "rotation": False},
+    "trellis 1": {"codebook": "trellis", "bits": 1, "state_bits": 9},
+    "trellis 2": {"codebook": "trellis", "state_bits": 8},
+    "trellis 3": {"codebook": "trellis", "bits": 3, "state_bits": 9},
+    "trellis 4": {"codebook": "trellis", "bits": 4, "state_bits": 8, "rotation": False},
 }
 # With loads of 16 bytes of codes.
 WIDE = ("learned", "learned 2x8", "trellis 2", "trellis 4")
@@ -144,7 +141,7 @@ def test_experts_in_one_launch(interpreted: Callable[..., Any], name: str) -> No
 
 def meta_parts(name: str, shape: tuple[int, int], experts: int = 0) -> tuple[Format, dict[str, Any]]:
     """The format of a weight as in models and what the operator reads of it, without memory."""
-    method: Any = make("vq", FORMATS[name] | ({STATES: 14} if "trellis" in name else {}))
+    method: Any = make("vq", FORMATS[name] | ({"state_bits": 14} if "trellis" in name else {}))
     layout = method.layout(shape) | method.shared_layout()
     meta = {part: torch.empty(size, dtype=dtype, device="meta") for part, (dtype, size) in layout.items()}
     parts = method.prepare(meta, shape, torch.bfloat16, packed=True)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import Killed, contents
 from processes import Processes
-from test_resume import Killed, contents
 from typer.testing import CliRunner
 
 from vqcompress.cli.main import app
@@ -31,9 +31,9 @@ from vqcompress.storage.writer import Writer
 CANDIDATES = """
 description: quick ones, one of them with a shared codebook, one without statistics
 candidates:
-  - {method: vq, d: 4, bits: 4, scope: target, iterations: 1, refits: 0}
-  - {method: vq, d: 2, bits: 4, scope: block, iterations: 1, refits: 0}
-  - {method: vq, d: 1, bits: 4, scope: target, iterations: 1, refits: 0, damping: 0.02}
+  - {method: vq, d: 4, bits: 4, scope: target, iterations: 1, codebook_updates: 0}
+  - {method: vq, d: 2, bits: 4, scope: block, iterations: 1, codebook_updates: 0}
+  - {method: vq, d: 1, bits: 4, scope: target, iterations: 1, codebook_updates: 0, damping: 0.02}
   - {method: fp8}
 """
 
@@ -269,7 +269,7 @@ def test_what_does_not_fit_together_is_refused(words: list[str], said: str, toy:
 
 def test_too_little_is_refused_with_the_least_there_is(toy: Callable[..., Path], job: Job, tmp_path: Path) -> None:
     dear = tmp_path / "dear.yaml"
-    dear.write_text("candidates:\n  - {method: vq, codebook: universal, d: 2, bits: 6}\n")
+    dear.write_text("candidates:\n  - {method: vq, codebook: trellis, bits: 3}\n")
     with pytest.raises(UsageError, match=r"1\.5 is too little: .* needs 3\.\d\d\d here"):
         dry_run(QuantizeOptions(str(toy()), None, str(dear), target_bits=1.5))
     with pytest.raises(UsageError, match="too little"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_jobs import BATCH_TOKENS
+from kills import sums
 
 from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.methods.statistics import Accumulator
@@ -25,9 +25,10 @@ from vqcompress.storage.distributed import ALONE, ProcessGroup, reduce_statistic
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).parent.parent / "distributed_jobs.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
-MIXED = "candidates:\n  - {method: vq, codebook: universal}\n  - {method: vq, codebook: universal, d: 2}\n"
-EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, state_bits: 8}\n"
+MIXED = "candidates:\n  - {method: vq, codebook: trellis, state_bits: 8}\n"
+MIXED += "  - {method: vq, codebook: trellis, bits: 4, state_bits: 8}\n"
+EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}\n"
 SMOOTHED = (
     "experts: {calibrate: all}\nrules:\n  - {match: '*', method: int8, smoothing: {grid: [0.4, 0.6], mlp: fold}}\n"
 )
@@ -47,12 +48,6 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cache beside": ("vq-small", "llama", {"samples": 40, "kv_cache": "kv-small"}),
     "rotated": ("rotation: fold\nrules:\n  - {match: '*', method: int8}\n", "llama", {}),
 }
-
-
-def sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of the shards and the config."""
-    kept = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +109,7 @@ def several(
     return folders, dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True)), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_many_processes_make_the_bytes_of_one(
     size: int, several: tuple[Any, ...], alone: Callable[[str], dict[str, str]]
@@ -124,6 +120,7 @@ def test_many_processes_make_the_bytes_of_one(
         assert sums(folders[size] / name) == alone(name), name
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(
     job: Callable[..., dict[str, Any]], alone: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -153,6 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert sums(out) == alone("learned")
 
 
+@pytest.mark.slow
 def test_too_few_rows_for_all_are_refused(several: tuple[Any, ...]) -> None:
     _, statuses, said = several
     assert all(statuses[0])

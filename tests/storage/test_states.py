@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import contents
+from kills import contents
 
 from vqcompress.errors import VQCompressError
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
@@ -50,7 +50,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
 
 
 # With a second stream, of the dense model, that the last layer of a block is corrected by.
-TUNED = "rules: [{match: '*', method: vq, codebook: universal, d: 4, bits: 8}]\ntuning: {distill_epochs: 1}\n"
+TUNED = "rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8}]\ntuning: {distill_epochs: 1}\n"
 
 
 @pytest.mark.parametrize("recipe", ["mixed", TUNED], ids=["mixed", "tuned"])

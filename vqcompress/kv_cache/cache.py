@@ -144,7 +144,7 @@ class Kept:
 
 
 def kept(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tensor] | None = None) -> Kept:
-    """How settings, `recipe.CacheKnobs` as JSON, keep the keys and values of a model.
+    """How settings, `recipe.KVCacheConfig` as JSON, keep the keys and values of a model.
 
     books: `N.keys` and `N.values`, float16 (H, G, E, d), of every layer, for learned codebooks; VQCompressError if they
     do not fit the model. `before`, written by `quantize`: which layers' keys were learned before their embedding.

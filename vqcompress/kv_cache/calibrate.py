@@ -21,7 +21,7 @@ from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, find_rotary
 from vqcompress.kv_cache.cache import KINDS
 from vqcompress.storage.distributed import ALONE, ProcessGroup
-from vqcompress.storage.recipe import CacheKnobs
+from vqcompress.storage.recipe import KVCacheConfig
 
 # Tokens that a codebook is learned from at most, spread evenly over all rows: 64 for each entry.
 TOKENS = 64 * kv.ENTRIES
@@ -86,7 +86,7 @@ def calibrate(
 def cache_books(
     model: PreTrainedModel,
     rows_NL: Tensor,
-    knobs: CacheKnobs,
+    knobs: KVCacheConfig,
     seed: int,
     group: ProcessGroup,
     tell: Callable[[str, int, int], None],

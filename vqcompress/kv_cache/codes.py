@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from vqcompress.kv_cache.gaussian import entries
 from vqcompress.methods.hadamard import hadamard, random_signs
-from vqcompress.methods.vq.universal import entries
 
 BITS = 8
 ENTRIES = 1 << BITS
@@ -83,7 +83,7 @@ def decode(codes_BHTG: Tensor, book_HGEd: Tensor) -> Tensor:
 def gaussian(d: int, device: torch.device) -> Tensor:
     """The universal codebook (1, 1, E, d) of 8 / d bits a channel."""
     with torch.inference_mode(False):
-        return entries(d, BITS).to(device)[None, None]
+        return entries(d).to(device)[None, None]
 
 
 @cache
@@ -301,9 +301,9 @@ def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @kv_encode.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
-    from vqcompress.kv_cache import kernel as kv
+    from vqcompress.kv_cache import kernel_encode
 
-    return kv.encode(*arguments)
+    return kernel_encode.encode(*arguments)
 
 
 @kv_attend.register_kernel("cuda")

@@ -41,7 +41,7 @@ def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | N
     kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
     """
     check_choice(name, target_bits, kv_cache)
-    knobs = recipes.cache_knobs(kv_cache) if kv_cache else None
+    knobs = recipes.cache_config(kv_cache) if kv_cache else None
     recipe = recipes.load(name or CANDIDATES)
     if knobs and recipe.cache not in (None, knobs):
         raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")

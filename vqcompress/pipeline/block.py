@@ -6,7 +6,7 @@ Shape legend: O output rows, I input channels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,11 +266,8 @@ class BlockEncoder:
     ) -> dict[str, float | None]:
         """What a weight lost, and what that costs its output. weight_OI: the original as smoothing left it."""
         method, shape = self.entries[path].method, self.targets[path].shape
-        if weight_OI is original_OI and statistics.hessian_II is None and statistics.sample_SI is None:
-            error = _relative_error(original_OI, method.decode_rows(packed, shape))
-            return {"relative_error": error, "proxy_error": None}
         decoded_OI = method.decode(packed, shape)
-        error = _relative_error(original_OI, [self.rewrites.undo(decoded_OI, path)])
+        error = _relative_error(original_OI, self.rewrites.undo(decoded_OI, path))
         return {"relative_error": error, "proxy_error": statistics.proxy_error(weight_OI, decoded_OI)}
 
 
@@ -283,16 +280,15 @@ def _naming(name: str) -> Iterator[None]:
         raise VQCompressError(f"{name}: {error}") from error
 
 
-def _relative_error(weight_OI: Tensor, pieces: Iterable[Tensor]) -> float:
-    """Σ (w − ŵ)² / Σ w² of a weight whose decoded rows come piece by piece."""
-    error, energy, at = 0.0, 0.0, 0
-    for piece in pieces:
-        # In a CPU's cache this takes a fraction of the time.
-        for decoded in piece.split(max(1, 2**19 // weight_OI.shape[1])):
-            rows = weight_OI[at : at + len(decoded)].float()
-            energy += torch.linalg.vector_norm(rows).double().square().item()
-            error += torch.linalg.vector_norm(rows - decoded).double().square().item()
-            at += len(decoded)
+def _relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
+    """Σ (w − ŵ)² / Σ w²."""
+    error, energy = 0.0, 0.0
+    # Rows that fit into a CPU's cache take a fraction of the time.
+    rows = max(1, 2**19 // weight_OI.shape[1])
+    for weight, decoded in zip(weight_OI.split(rows), decoded_OI.split(rows), strict=True):
+        weight = weight.float()
+        energy += torch.linalg.vector_norm(weight).double().square().item()
+        error += torch.linalg.vector_norm(weight - decoded).double().square().item()
     return error / max(energy, 1e-30)
 
 

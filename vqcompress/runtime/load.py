@@ -16,7 +16,7 @@ from vqcompress.model.weights import Names, assign, check_parts, finish_loading,
 from vqcompress.runtime.hf_quantizer import attach
 from vqcompress.storage.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
 from vqcompress.storage.checkpoint import Checkpoint, resolve
-from vqcompress.storage.recipe import cache_knobs
+from vqcompress.storage.recipe import cache_config
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.trust import trusted, trusting
 
@@ -63,7 +63,7 @@ def kept_as(model: PreTrainedModel, path: Path, recipe: str) -> Kept:
     UsageError where the codebooks that this takes are not there.
     """
     stored = cache_settings(Checkpoint(path).config, str(path))
-    wanted = stored if recipe == AS_STORED else cache_knobs(recipe).model_dump(mode="json")
+    wanted = stored if recipe == AS_STORED else cache_config(recipe).model_dump(mode="json")
     if wanted is None:
         raise UsageError(f"{path} says nothing of its cache; name a recipe that does, such as kv-fp8")
     if wanted["codebook"] != "learned":

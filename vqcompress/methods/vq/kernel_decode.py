@@ -15,12 +15,12 @@ from torch import Tensor
 
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
-from vqcompress.methods.vq import trellis
+from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.format import Format
 
-SEQUENCE = tl.constexpr(trellis.SEQUENCE)
-MULTIPLIER, INCREMENT = tl.constexpr(trellis.MULTIPLIER), tl.constexpr(trellis.INCREMENT)
-MEAN, DEVIATION, CUBIC = tl.constexpr(trellis.MEAN), tl.constexpr(trellis.DEVIATION), tl.constexpr(trellis.CUBIC)
+SEQUENCE = tl.constexpr(bitshift.SEQUENCE)
+MULTIPLIER, INCREMENT = tl.constexpr(bitshift.MULTIPLIER), tl.constexpr(bitshift.INCREMENT)
+MEAN, DEVIATION, CUBIC = tl.constexpr(bitshift.MEAN), tl.constexpr(bitshift.DEVIATION), tl.constexpr(bitshift.CUBIC)
 # 2²³ as float32: with a whole number below 2²³ in its low bits it is the float of 2²³ + that number.
 MAGIC = tl.constexpr(0x4B000000)
 

@@ -5,7 +5,6 @@ Shape legend: T rows of x, O outputs, I inputs, K entries of a table.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,39 +13,21 @@ from torch import Tensor
 from vqcompress.methods.base import by_expert
 from vqcompress.methods.hadamard import hadamard
 from vqcompress.methods.triton import launch
-from vqcompress.methods.vq import lattice, trellis, universal
+from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.format import Format
 from vqcompress.methods.vq.learned import sum_entries
 from vqcompress.methods.vq.packing import unpack
 
 
 def values(codes: Tensor, table: Tensor, form: Format, shape: tuple[int, int]) -> Tensor:
-    """The float32 (O, I) values of stored codes, before scales and rotation. table: the entries of learned words."""
+    """The float32 (O, I) values of stored codes, before scales and rotation. table: learned entries."""
     rows, columns = shape
-    if form.family == "lattice":
-        words_N8 = lattice.decode(codes.reshape(-1, form.bits // 8))
-        return words_N8.view(columns, -1).T[:rows]
     if form.family == "trellis":
-        walks_IC = unpack(codes, form.bits, trellis.padded(rows))
-        return trellis.decode(walks_IC, form.bits, form.depth).T[:rows]
-    if form.family == "universal":
-        codes_IV = unpack(codes, form.bits, form.units(shape))
-        return universal.entries(form.d, form.bits).to(codes.device)[codes_IV].flatten(1).T[:rows]
+        codes_IC = unpack(codes, form.bits, bitshift.padded(rows))
+        return bitshift.decode(codes_IC, form.bits, form.depth).T[:rows]
     codes_OC = unpack(codes, form.bits, form.units(shape) * form.depth)
     entries_RKd = table.view(form.depth, -1, form.d)
     return sum_entries(codes_OC.view(rows, -1, form.depth), entries_RKd)[:, :columns]
-
-
-@cache
-def table(form: Format, device: torch.device) -> Tensor:
-    """What the kernels look words up in, float32 (·,): entries (K, d), what `lattice.table` says, of a trellis nothing.
-
-    Learned entries are an artifact's own, not here.
-    """
-    with torch.inference_mode(False):
-        if form.family == "universal":
-            return universal.entries(form.d, form.bits).to(device).flatten()
-        return lattice.table(form.bits // 8).to(device) if form.family == "lattice" else torch.zeros(1, device=device)
 
 
 def reference(
@@ -79,9 +60,9 @@ def vq_linear(
     """x Wᵀ, (T, O) in the type of x, for W = diag(scale) · V, with signs diag(scale) · H · V · H · diag(signs).
 
     V (O, I) are the values of the codes, in float32; H is the orthonormal block Hadamard transform (see `hadamard`).
-    codes: as stored. table: float32, see `table`; of learned words their entries. scale_O: bfloat16. signs: packed bits
-    (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may round x H and V to the
-    type of x first, and the order of additions is free.
+    codes: as stored. table: float32, the entries of learned codebooks; one zero for a trellis. scale_O: bfloat16.
+    signs: packed bits (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may
+    round x H and V to the type of x first, and the order of additions is free.
     """
     return reference(x_TI, codes, table, scale_O, signs, Format(family, d, bits, depth))
 
