@@ -339,7 +339,7 @@ def table_of_knobs(heading: str) -> dict[str, str]:
     """Knob → its default as the page says it, of the table with the header `knob` below a heading."""
     section = re.search(rf"^## {heading}.*?(?=^## |\Z)", TEXT_OF["recipes.md"], re.DOTALL | re.MULTILINE)
     assert section, heading
-    rows = re.search(r"^\| knob .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
+    rows = re.search(r"^\| (?:knob|option) .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
     assert rows, heading
     found = {}
     for row in rows[0].splitlines()[2:]:
