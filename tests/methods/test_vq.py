@@ -380,7 +380,7 @@ def naive_feedback(weight_OI: Tensor, metric: Metric, codebook_Kd: Tensor) -> Te
 def test_error_feedback_is_that_of_the_inverse_hessian() -> None:
     # More columns than a span, so that both ways of carrying the error are used.
     weight_OI = gaussian(6, 160)
-    metric = measure(correlated(160), weight_OI, d=4, feedback=True, damping=0.01)
+    metric = measure(correlated(160), weight_OI, d=4, feedinverse=True, damping=0.01)
     codebook_Kd = gaussian(16, 4, 3)
     problem = pose(weight_OI, metric)
     codes, value_OJ = error_feedback(problem, Book(codebook_Kd[None], 1))

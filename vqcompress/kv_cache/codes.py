@@ -10,8 +10,9 @@ group, G = D / d groups, E entries, N tokens to learn from, P groups of all head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,20 +29,18 @@ TINY, HALF_MAX = 2.0**-14, 65504.0
 AT_ONCE = 16
 # Scores of a search at once.
 CHUNK = 1 << 19
-# Tokens from which on more than one thread of a CPU is worth its start.
-SHARED = 128
 
 
-def turn(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, back: bool = False) -> Tensor:
-    """x with its rotary embedding, or without it again: channel i turns with channel i + D/2 (arXiv 2104.09864).
+def apply_rope(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, inverse: bool = False) -> Tensor:
+    """x in float32 with its rotary embedding: channel i turns with channel i + D/2 (arXiv 2104.09864).
 
-    cos_BTD, sin_BTD: of each token's position, as transformers makes them, (B or 1, T, D). A factor that they carry
-    (as YaRN's) is taken off again too.
+    cos_BTD, sin_BTD: of each token's position, as transformers makes them, (B or 1, T, D). inverse: remove the
+    embedding instead, and a scale that cos and sin carry (YaRN) with it.
     """
     cos, sin = cos_BTD[:, None].float(), sin_BTD[:, None].float()
-    if back:
-        size = cos.square() + sin.square()
-        cos, sin = cos / size, -sin / size
+    if inverse:
+        square = cos.square() + sin.square()
+        cos, sin = cos / square, -sin / square
     x_BHTD = x_BHTD.float()
     first, second = x_BHTD.chunk(2, -1)
     return x_BHTD * cos + torch.cat([-second, first], -1) * sin
@@ -53,17 +52,8 @@ def encode(x_BHTD: Tensor, book_HGEd: Tensor) -> Tensor:
     book_HGEd: float; one head or group stands for all.
     """
     (batch, heads, tokens, channels), (_, _, count, d) = x_BHTD.shape, book_HGEd.shape
-    groups, book = channels // d, book_HGEd.float()
-    if not x_BHTD.is_cuda:
-        from vqcompress.methods.vq import viterbi_numba as compiled
-
-        codes_BHTG = torch.empty((batch, heads, tokens, groups), dtype=torch.uint8)
-        given = [x_BHTD.float().contiguous(), book.contiguous(), codes_BHTG]
-        arrays = [part.detach().numpy() for part in given]
-        threads = torch.get_num_threads() if batch * tokens >= SHARED else 1
-        compiled.in_shares(lambda of, to: compiled.nearest_entries(of, to, *arrays), heads * groups, threads)
-        return codes_BHTG
-    book = book.expand(heads, groups, count, d)
+    groups = channels // d
+    book = book_HGEd.float().expand(heads, groups, count, d)
     x_HGNd = x_BHTD.float().reshape(batch, heads, tokens, groups, d).permute(1, 3, 0, 2, 4).flatten(2, 3)
     code_PN = _nearest(x_HGNd.flatten(0, 1), book.flatten(0, 1))
     code_HGN = code_PN.to(torch.uint8).view(heads, groups, batch, tokens)
@@ -94,23 +84,26 @@ def rotation(channels: int, device: torch.device) -> Tensor:
         return hadamard(random_signs(channels, draw).diag()).to(device)
 
 
-def coded(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
-    """`encode` of x, turned back first if it has cosines and sines, by the kernel on a GPU."""
+def encode_unrotated(
+    x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None
+) -> Tensor:
+    """`encode` of x without its rotary embedding, which cos and sin describe; by the kernel on a GPU."""
     if x_BHTD.is_cuda:
         return torch.ops.vqcompress.kv_encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
-    # Without what it takes to call an operator, which is as long as the search itself.
-    return encode(x_BHTD if cos_BTD is None or sin_BTD is None else turn(x_BHTD, cos_BTD, sin_BTD, True), book_HGEd)
+    if cos_BTD is not None and sin_BTD is not None:
+        x_BHTD = apply_rope(x_BHTD, cos_BTD, sin_BTD, inverse=True)
+    return encode(x_BHTD, book_HGEd)
 
 
 def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for turned, normalized heads.
+    """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for rotated, normalized heads.
 
     Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
     (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
     """
     x_BHTD = x_BHTD.float() @ rotation(x_BHTD.shape[-1], x_BHTD.device)
     scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
-    return coded(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
+    return encode_unrotated(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
 
 
 def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, d: int) -> Tensor:
@@ -199,33 +192,38 @@ def weigh(
     return (weight_BHRT @ v_BHTD.to(dtype)).flatten(1, 2), lse_BHR.flatten(1)
 
 
-def attend(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int | Tensor,
-    mask_BT: Tensor | None = None,
-    cos_BTD: Tensor | None = None,
-    sin_BTD: Tensor | None = None,
-    scale_k: Tensor | None = None,
-    scale_v: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`weigh` of the coded tokens from `start` on and before `end`; other tokens' can be merged with it.
+class CodedTokens(NamedTuple):
+    """Keys and values of one layer as codes, and what attention to them needs.
 
-    codes_k, codes_v: uint8 (B, H, T, G); Q / H queries that follow one another share a head. scaling: of scores. end: a
-    number, or an int32 tensor of one element, at most T. cos_BTD, sin_BTD: keys were coded before their rotary
-    embedding; as `turn` has them, of all T tokens. scale_k, scale_v: what a token's entries are multiplied by.
+    codes_k, codes_v: uint8 (B, H, T, G). book_k, book_v: codebooks (H or 1, G or 1, E, d). start, end: the tokens that
+    are attended to. mask_BT: True where a token counts, None for all. cos_BTD, sin_BTD: (B or 1, T, D) if keys were
+    coded before their rotary embedding. scale_k, scale_v: (B, H, T), factors of a token's entries.
     """
-    of = slice(start, max(start, int(end)))
-    k_BHTD, v_BHTD = decode(codes_k[:, :, of], book_k), decode(codes_v[:, :, of], book_v)
-    if cos_BTD is not None and sin_BTD is not None:
-        k_BHTD = turn(k_BHTD, cos_BTD[:, of], sin_BTD[:, of])
-    of_tokens = [None if part is None else part[..., of] for part in (mask_BT, scale_k, scale_v)]
-    return weigh(q_BQD, k_BHTD, v_BHTD, scaling, *of_tokens)
+
+    codes_k: Tensor
+    book_k: Tensor
+    codes_v: Tensor
+    book_v: Tensor
+    start: int
+    end: int
+    mask_BT: Tensor | None = None
+    cos_BTD: Tensor | None = None
+    sin_BTD: Tensor | None = None
+    scale_k: Tensor | None = None
+    scale_v: Tensor | None = None
+
+
+def attend(q_BQD: Tensor, tokens: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:
+    """`weigh` of coded tokens. Q / H queries that follow one another share a head. scaling: of scores."""
+    span = slice(tokens.start, max(tokens.start, tokens.end))
+    k_BHTD, v_BHTD = (
+        decode(tokens.codes_k[:, :, span], tokens.book_k),
+        decode(tokens.codes_v[:, :, span], tokens.book_v),
+    )
+    if tokens.cos_BTD is not None and tokens.sin_BTD is not None:
+        k_BHTD = apply_rope(k_BHTD, tokens.cos_BTD[:, span], tokens.sin_BTD[:, span])
+    optional = (tokens.mask_BT, tokens.scale_k, tokens.scale_v)
+    return weigh(q_BQD, k_BHTD, v_BHTD, scaling, *(None if part is None else part[..., span] for part in optional))
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -238,8 +236,8 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 
 @torch.library.custom_op("vqcompress::kv_encode", mutates_args=())
 def kv_encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None) -> Tensor:
-    """`coded`."""
-    return coded(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
+    """`encode_unrotated`, as an operator."""
+    return encode_unrotated(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
 
 
 @kv_encode.register_fake
@@ -249,24 +247,10 @@ def _(x_BHTD: Tensor, book_HGEd: Tensor, *angles: object) -> Tensor:
 
 @torch.library.custom_op("vqcompress::kv_attend", mutates_args=())
 def kv_attend(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int,
-    filled: Tensor | None,
-    mask_BT: Tensor | None,
-    cos_BTD: Tensor | None,
-    sin_BTD: Tensor | None,
-    scale_k: Tensor | None,
-    scale_v: Tensor | None,
+    q_BQD: Tensor, stored: Sequence[Tensor], optional: Sequence[Tensor | None], start: int, end: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend`. filled: an end on the device, instead of the number, as a CUDA graph needs it."""
-    last, more = end if filled is None else filled, (mask_BT, cos_BTD, sin_BTD, scale_k, scale_v)
-    return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
+    """`attend`, as an operator. stored, optional: the tensors of `CodedTokens` in its order."""
+    return attend(q_BQD, _tokens(stored, optional, start, end), scaling)
 
 
 @kv_attend.register_fake
@@ -275,41 +259,27 @@ def _(q_BQD: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return out_BQD, out_BQD.new_empty(out_BQD.shape[:2])
 
 
-@kv_attend.register_kernel("cpu")
-def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`kv_attend`, compiled."""
-    q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, mask_BT, *more = arguments
-    last = end if filled is None else int(filled)
-    if q_BQD.dtype == torch.float64:
-        cos_BTD, sin_BTD, *scales = more
-        return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, mask_BT, cos_BTD, sin_BTD, *scales)
-    from vqcompress.methods.vq import viterbi_numba as compiled
-
-    (batch, heads, _, _), (_, queries, channels) = codes_k.shape, q_BQD.shape
-    q_BHRD = (q_BQD.float() * scaling).view(batch, heads, -1, channels)
-    # Entries are copied two channels at a time.
-    pairs_k, pairs_v = (book.float().contiguous().view(torch.int64) for book in (book_k, book_v))
-    mask = torch.empty((0, 0), dtype=torch.bool) if mask_BT is None else mask_BT
-    given = [q_BHRD.new_empty((0, 0, 0)) if part is None else part.float().contiguous() for part in more]
-    out_BHRD, lse_BHR = torch.empty_like(q_BHRD), q_BHRD.new_empty(q_BHRD.shape[:3])
-    tensors = q_BHRD, codes_k, pairs_k, codes_v, pairs_v, mask, *given, out_BHRD, lse_BHR
-    arrays = [part.detach().numpy() for part in tensors]
-    threads = torch.get_num_threads() if last - start >= SHARED else 1
-    compiled.in_shares(lambda of, to: compiled.attend(of, to, start, last, *arrays), batch * heads, threads)
-    return out_BHRD.view(q_BQD.shape), lse_BHR.view(batch, queries)
-
-
 @kv_encode.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
-    from vqcompress.kv_cache import kernel as kv
+    from vqcompress.kv_cache import kernel
 
-    return kv.encode(*arguments)
+    return kernel.encode(*arguments)
 
 
 @kv_attend.register_kernel("cuda")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from vqcompress.kv_cache import kernel as kv
+def _(q_BQD: Tensor, stored: Any, optional: Any, start: int, end: int, scaling: float) -> tuple[Tensor, Tensor]:
+    from vqcompress.kv_cache import kernel
 
-    q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, *more = arguments
-    last = end if filled is None else filled
-    return kv.attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
+    return kernel.attend(q_BQD, _tokens(stored, optional, start, end), scaling)
+
+
+def _tokens(stored: Sequence[Tensor], optional: Sequence[Tensor | None], start: int, end: int) -> CodedTokens:
+    codes_k, book_k, codes_v, book_v = stored
+    return CodedTokens(codes_k, book_k, codes_v, book_v, start, end, *optional)
+
+
+def attend_by_kernel(q_BQD: Tensor, tokens: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:
+    """`attend`, by the kernel on a GPU."""
+    if not q_BQD.is_cuda:
+        return attend(q_BQD, tokens, scaling)
+    return torch.ops.vqcompress.kv_attend(q_BQD, tokens[:4], tokens[6:], tokens.start, tokens.end, scaling)

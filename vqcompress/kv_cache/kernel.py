@@ -1,6 +1,6 @@
 """Keys and values as codes: coding new ones, and attention of one query a row over the codes of all earlier ones.
 
-What `codebooks.kv.encode` and `codebooks.kv.attend` mean. Attention splits the tokens, so that few heads fill a device
+What `codes.encode` and `codes.attend` mean. Attention splits the tokens, so that few heads fill a device
 (flash-decoding): programs of a slice leave the largest score, the sum of weights and the weighted values, and a second
 launch merges them. Memory brings a byte for d channels; what takes time are the look-ups in the codebooks, through L1:
 
@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqcompress.kv_cache.codes import CodedTokens
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
 
@@ -154,8 +155,6 @@ def _finite(top):  # type: ignore[no-untyped-def]
 @triton.jit
 def _span(start, end, tokens, C: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first token of this program's slice, and the one after its last."""
-    if end.dtype.is_ptr():
-        end = tl.load(end)
     end, slices = tl.minimum(end, tokens), tl.num_programs(0)
     span = tl.maximum(((end - start + slices - 1) // slices + C - 1) // C * C, 0)
     first = start + tl.program_id(0) * span
@@ -298,7 +297,7 @@ def default_encode_config(gpu: DeviceProperties, rows: int) -> Config:
 
 
 def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
-    """Codes, uint8 (B, H, T, G): `codebooks.kv.encode` of x, turned back first if it has cosines and sines.
+    """Codes, uint8 (B, H, T, G): `codes.encode` of x, turned back first if it has cosines and sines.
 
     ValueError for shapes that do not fit.
     """
@@ -338,27 +337,14 @@ def default_config(gpu: DeviceProperties, shape: tuple[int, ...], batch: int, el
     return make_config(gpu, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // gpu.warp)
 
 
-def attend(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int | Tensor,
-    mask_BT: Tensor | None = None,
-    cos_BTD: Tensor | None = None,
-    sin_BTD: Tensor | None = None,
-    scale_k: Tensor | None = None,
-    scale_v: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codebooks.kv.attend`.
+def attend(q_BQD: Tensor, coded: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:
+    """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codes.attend`.
 
-    end: as a tensor it is read by the kernels, so that a CUDA graph sees it grow. Slices are merged in a fixed order.
+    Slices are merged in a fixed order.
     With M = 16 operands are rounded to float16, as entries are: queries and turned keys, and weights times scale_v,
     by 2⁻¹² each; float32 queries stay. ValueError for shapes that do not fit.
     """
+    codes_k, book_k, codes_v, book_v, start, end, mask_BT, cos_BTD, sin_BTD, scale_k, scale_v = coded
     (batch, queries, channels), (_, heads, tokens, groups) = q_BQD.shape, codes_k.shape
     length, turned, of_all = book_k.shape[-1], cos_BTD is not None, (queries, heads, channels, book_k.shape[-1], tokens)
     beside = {"codes_v": (codes_v, codes_k.shape), "book_v": (book_v, book_k.shape), "mask": (mask_BT, (batch, tokens))}

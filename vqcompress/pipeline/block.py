@@ -371,7 +371,7 @@ def _errors(
             "proxy_error": None,
         }
     decoded = entry.method.decode(parts, shape)
-    relative_error = _relative_error(original, [rescaled(decoded, back=True)])
+    relative_error = _relative_error(original, [rescaled(decoded, inverse=True)])
     return {"relative_error": relative_error, "proxy_error": facts.proxy_error(weight, decoded)}
 
 

@@ -1,4 +1,4 @@
-"""How the keys or the values of a layer are stored.
+"""Ways to store the keys or the values of a layer.
 
 Shape legend: B rows, H heads of keys and values, T tokens, D channels of a head, G groups of d channels, E entries.
 """
@@ -18,15 +18,15 @@ from vqcompress.methods.fp8 import reference as fp8
 CPU = torch.device("cpu")
 
 
-class Coder(ABC):
-    """How the keys or the values of a layer are stored: x (B, H, T, D) to parts whose third axis is T, and back.
+class KVQuantizer(ABC):
+    """Stores keys or values: x (B, H, T, D) as parts whose third axis is T, and back.
 
-    With a `book`, parts are `codes` of its entries, and a `scale` (B, H, T) or none: `kv.attend` reads them without
-    decoding, for queries that went through `enter`, and what it weighs has to go through `leave`.
+    With a `book`, parts are the `codes` of its entries and optionally a `scale` (B, H, T). `codes.attend` reads them
+    without decoding: its queries go through `enter` first, and its output through `leave`.
     """
 
     book: Tensor | None = None
-    # Whether entries are of x as it is, so that keys can be turned by their rotary embedding after a look-up.
+    # Whether entries are in the basis of x, so that the rotary embedding can be applied after a look-up.
     plain = False
 
     @abstractmethod
@@ -56,23 +56,23 @@ class Coder(ABC):
 
 
 @dataclass(frozen=True)
-class Learned(Coder):
-    """Codes of calibrated codebooks. book: (H, G, E, d), what `kv.learn` gives."""
+class Learned(KVQuantizer):
+    """Codes of calibrated codebooks. book: (H, G, E, d), from `codes.learn`."""
 
     book: Tensor
     plain = True
 
     def encode(self, x_BHTD: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes; of x without its rotary embedding, if cos and sin of its tokens are given."""
-        return {"codes": kv.coded(x_BHTD, self.book, cos, sin)}
+        """Codes. cos, sin: encode x without its rotary embedding."""
+        return {"codes": kv.encode_unrotated(x_BHTD, self.book, cos, sin)}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """The entries."""
         return kv.decode(parts["codes"], self.book)
 
 
-class Universal(Coder):
-    """Codes of the Gaussian's codebook and a scale for each token and head. d: channels of a code."""
+class Universal(KVQuantizer):
+    """Codes of a Gaussian codebook for rotated heads, and a scale for each token and head. d: channels of a code."""
 
     def __init__(self, d: int, device: torch.device = CPU):
         self.d, self.book = d, kv.gaussian(d, device)
@@ -83,7 +83,7 @@ class Universal(Coder):
         return {"codes": codes, "scale": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Entries times scales, turned back."""
+        """Entries times scales, rotated back."""
         return kv.universal_decode(parts["codes"], parts["scale"], self.d)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ class Universal(Coder):
         return x @ kv.rotation(x.shape[-1], x.device).T
 
 
-class FP8(Coder):
+class FP8(KVQuantizer):
     """E4M3 with a scale for each token and head, as activations of `fp8` (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes and scales."""
         scale = fp8.e4m3_scale(x_BHTD.float().abs().amax(-1, keepdim=True), False)
-        # As bytes: of a type that every copy knows.
+        # As bytes: index_select and cat have no FP8 on every device.
         return {"codes": fp8.to_e4m3(x_BHTD.float() / scale).view(torch.uint8), "scale": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
