@@ -28,7 +28,7 @@ from vqcompress.evaluate.perplexity import open_model
 from vqcompress.evaluate.speed import cache_nbytes
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
-from vqcompress.kv_cache.cache import KVCache, KVCacheConfig
+from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
@@ -75,7 +75,7 @@ def perplexity(model, windows_NL: Tensor, quantizers, rotary, window: int, sinks
             if quantizers is None:
                 logits = model(batch, use_cache=False).logits
             else:
-                cache = KVCache(model, KVCacheConfig(quantizers, rotary, window, sinks), strict=True)
+                cache = KVCache(model, KVCacheSpec(quantizers, rotary, window, sinks), strict=True)
                 with decoding(model):
                     logits = model(batch, **{CACHE: cache}, use_cache=True).logits
             total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
@@ -110,7 +110,7 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
     for way in (*found, *ways):
         if way in ways:
             turned = rotary if isinstance(ways[way], Learned) else [None] * len(rotary)
-            config = KVCacheConfig([(ways[way], ways[way])] * len(rotary), turned, window, sinks)
+            config = KVCacheSpec([(ways[way], ways[way])] * len(rotary), turned, window, sinks)
             cache = KVCache(model, config, tokens)
             model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             found[way] = cache.nbytes()

@@ -34,20 +34,14 @@ from vqcompress.methods.statistics import Statistics
 from vqcompress.pipeline.quantize import quantize
 
 YARDSTICK = "scalar GPTQ"
-# By name the knobs of `vq`, as in a recipe.
+# By name the options of `vq`, as in a recipe.
 SETTINGS: dict[str, dict[str, Any]] = {
     YARDSTICK: {"d": 1, "bits": 4},
     "2 learned": {"d": 4, "bits": 8},
-    "2 universal": {"codebook": "universal", "d": 4, "bits": 8},
-    "2 lattice": {"codebook": "lattice", "bits": 16},
     "2 trellis": {"codebook": "trellis", "bits": 2},
     "3 learned": {"d": 2, "bits": 6},
-    "3 universal": {"codebook": "universal", "d": 2, "bits": 6},
-    "3 lattice": {"codebook": "lattice", "bits": 24},
     "3 trellis": {"codebook": "trellis", "bits": 3},
     "4 learned": {"d": 2, "bits": 8},
-    "4 universal": {"codebook": "universal", "d": 2, "bits": 8},
-    "4 lattice": {"codebook": "lattice", "bits": 32},
     "4 trellis": {"codebook": "trellis", "bits": 4},
     # What each piece is worth.
     "2 trellis, no rotation": {"codebook": "trellis", "bits": 2, "rotation": False},
@@ -55,13 +49,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2 trellis, no order": {"codebook": "trellis", "bits": 2, "activation_order": False},
     "2 learned, no order": {"d": 4, "bits": 8, "activation_order": False},
     "2 trellis, no compensation": {"codebook": "trellis", "bits": 2, "compensate": False},
-    "2 universal, no compensation": {"codebook": "universal", "d": 4, "bits": 8, "compensate": False},
-    "2 universal, no rotation": {"codebook": "universal", "d": 4, "bits": 8, "rotation": False},
-    "2 trellis, states 12": {"codebook": "trellis", "bits": 2, "states": 12},
-    "2 trellis, states 16": {"codebook": "trellis", "bits": 2, "states": 16},
+    "2 trellis, states 12": {"codebook": "trellis", "bits": 2, "state_bits": 12},
+    "2 trellis, states 16": {"codebook": "trellis", "bits": 2, "state_bits": 16},
     "2 learned, rotation": {"d": 4, "bits": 8, "rotation": True},
-    "2 learned, no training": {"d": 4, "bits": 8, "iterations": 0, "refits": 0},
-    "2 learned, no refits": {"d": 4, "bits": 8, "refits": 0},
+    "2 learned, no training": {"d": 4, "bits": 8, "iterations": 0, "codebook_updates": 0},
+    "2 learned, no codebook_updates": {"d": 4, "bits": 8, "codebook_updates": 0},
     "2 learned, stages, greedy": {"d": 8, "bits": 8, "stages": 2, "beam": 1},
     "2 learned, stages, beam 8": {"d": 8, "bits": 8, "stages": 2, "beam": 8},
 }
@@ -87,7 +79,7 @@ def parse() -> argparse.Namespace:
 def compile_all() -> None:
     """Encode a small matrix with every family, so that no setting pays for numba's compiler."""
     weight_OI = torch.randn((64, 64), generator=torch.Generator().manual_seed(0))
-    for family in ("learned", "universal", "lattice", "trellis"):
+    for family in ("learned", "trellis"):
         method, generator = make("vq", {"codebook": family}), torch.Generator().manual_seed(0)
         shared = method.fit_shared([weight_OI], [Statistics()], generator)
         parts = method.encode(weight_OI, Statistics(), generator, shared)
@@ -116,7 +108,7 @@ class Bench:
         self.original = self._perplexity(a.model)
 
     def _perplexity(self, model: str) -> float:
-        figure: float = perplexity(model, self.a.text, self.a.seqlen, None, self.a.windows)["perplexity"]
+        figure: float = perplexity(model, self.a.text, seqlen=self.a.seqlen, limit=self.a.windows)["perplexity"]
         return figure
 
     def run(self, recipe: str, seed: int = 0) -> dict[str, Any]:

@@ -18,9 +18,12 @@ from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.hadamard import block_size
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
+from vqcompress.methods.triton import tiles as tiling
 from vqcompress.methods.triton.launch import Config, DeviceProperties
+from vqcompress.methods.vq import kernel_dequantize as dequantize
+from vqcompress.methods.vq import kernel_gemm as gemm
+from vqcompress.methods.vq import kernel_gemv as gemv
 from vqcompress.methods.vq import kernel_rotate as rotate
-from vqcompress.methods.vq import kernel_words as words
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 from vqcompress.methods.vq.format import Format
 
@@ -52,7 +55,7 @@ def _shapes(
         accumulators = block_T * block_O // (warps * gpu.warp)
         # Tensor cores from Hopper on want 64 rows, even if most are not there.
         high = block_T == height or 64 <= block_T <= max(64, height)
-        most = per_thread // (1 if int8.wide(gpu) else 2)
+        most = per_thread // (1 if tiling.wide(gpu) else 2)
         if high and accumulators <= most and (warps == 4 or accumulators >= 32):
             yield block_T, block_O, warps
 
@@ -62,7 +65,7 @@ def _splits(
 ) -> list[int]:
     """None, and for two programs on each processor or for one. block: rows and outputs."""
     tiles = triton.cdiv(rows, block[0]) * triton.cdiv(shape[0], block[1])
-    return sorted({1, *(int8.split_for(gpu, n * tiles, rows, shape[1], block_I) for n in (1, 2))})
+    return sorted({1, *(tiling.split_for(gpu, n * tiles, rows, shape[1], block_I) for n in (1, 2))})
 
 
 def of_int8(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Iterator[Config]:
@@ -70,7 +73,7 @@ def of_int8(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Iter
     for block_T, block_O, warps in _shapes(gpu, rows, (32, 64, 128, 256), 128):
         for block_I in (128, 256):
             splits = _splits(gpu, (block_T, block_O), rows, (outputs, inputs), block_I)
-            most = min(5, int8.most_stages(gpu, (block_T + block_O) * block_I))
+            most = min(5, tiling.most_stages(gpu, (block_T + block_O) * block_I))
             for stages, split in product(range(2, most + 1), splits):
                 yield int8.make_config(block_T, block_O, block_I, split, warps, stages)
 
@@ -84,44 +87,62 @@ def of_fp8(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Itera
             yield fp8.make_config(block_T, block_O, split, warps, stages)
 
 
-def of_words(
+TILES = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
+
+
+def _tiles(form: Format) -> Iterator[tuple[int, int, int]]:
+    """(streams, units, warps) with 8 to 64 values of a thread."""
+    for (across, along), warps in product(TILES, (4, 8)):
+        if 8 <= across * along // (32 * warps) <= 64:
+            yield across, max(1, along // triton.next_power_of_2(form.weights)), warps
+
+
+def _halved(configs: Iterable[Config]) -> Iterator[Config]:
+    """Each config, and with half as many slices."""
+    for config in configs:
+        yield from (config | {"SPLIT": split} for split in sorted({config["SPLIT"], max(1, config["SPLIT"] // 2)}))
+
+
+def of_gemv(gpu: DeviceProperties, shape: tuple[int, int], form: Format, element: int = 2) -> list[Config]:
+    """Of `gemv`, without hot entries, the default first."""
+    tried = (gemv.make_config(gpu, shape, form, *tile) for tile in _tiles(form))
+    return distinct([gemv.default_config(gpu, shape, form, element)], _halved(tried))
+
+
+def of_gemm(
     gpu: DeviceProperties, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
 ) -> list[Config]:
-    """Of `words.multiply`, without hot entries, the guess first."""
+    """Of `gemm`, the default first."""
     most = max(16, triton.next_power_of_2(-(-rows // experts) if experts else rows))
-    tiles = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
-    heights = [1] if rows == 1 and not experts else sorted({16, min(64, most), min(128, most)})
-    found = [words.default_config(gpu, rows, shape, form, experts, element)]
-    for bt, (across, along), warps in product(heights, tiles, (4, 8)):
-        # The values that a thread makes at once.
-        if not 8 <= across * along // (32 * warps) <= 64:
-            continue
-        size = {"BT": bt, "BA": across, "BN": max(1, along // triton.next_power_of_2(form.weights)), "num_warps": warps}
-        settled = words.make_config(form, rows, shape, experts, gpu, **size)
-        found += [settled | {"SPLIT": split} for split in sorted({settled["SPLIT"], max(1, settled["SPLIT"] // 2)})]
-    return distinct(found)
+    tiles = [
+        {"BT": height, "BA": streams, "BN": units, "num_warps": warps}
+        for height in sorted({16, min(64, most), min(128, most)})
+        for streams, units, warps in _tiles(form)
+    ]
+    tried = (gemm.make_config(gpu, rows, shape, form, experts, tile) for tile in tiles)
+    return distinct([gemm.default_config(gpu, rows, shape, form, experts, element)], _halved(tried))
 
 
 def hot_entries(form: Format) -> list[int]:
-    """How many of the hottest entries `words.multiply` may keep for one row, most first: powers of two from 8 on."""
-    # Words with lanes to spare have no registers left for it, and a trellis has no entries.
-    if form.family == "trellis" or form.weights != triton.next_power_of_2(form.weights):
+    """Numbers of hottest entries that `gemv` may keep, most first: powers of two from 8 on."""
+    # Codewords with idle lanes leave no registers for it, and a trellis has no entries.
+    if not form.by_rows or form.weights != triton.next_power_of_2(form.weights):
         return []
-    return [1 << k for k in range(8 if form.family == "lattice" else form.bits, 2, -1)]
+    return [1 << k for k in range(form.bits, 2, -1)]
 
 
 def of_dequantize(form: Format) -> list[Config]:
-    """Of `words.dequantize`, the guess first."""
+    """Of `dequantize`, the guess first."""
     sizes = product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8))
     # With 8 to 64 values of a thread.
-    tried = [words.make_dequantize_config(form, a, along, w) for a, along, w in sizes if 256 <= a * along // w <= 2048]
-    return distinct([words.make_dequantize_config(form)], tried)
+    tried = [dequantize.make_config(form, a, along, w) for a, along, w in sizes if 256 <= a * along // w <= 2048]
+    return distinct([dequantize.make_config(form)], tried)
 
 
-def of_on_codes(gpu: DeviceProperties, shape: tuple[int, int], form: Format) -> list[Config]:
-    """Of `words.lut_gemv`, the guess first."""
+def of_lut_gemv(gpu: DeviceProperties, shape: tuple[int, int], form: Format) -> list[Config]:
+    """Of `lut_gemv`, the guess first."""
     sizes = [(256, 2048, 8), *product((128, 512), (1024, 2048, 4096), (4, 8))]
-    tried = [words.make_lut_config(gpu, shape, form, *size) for size in sizes]
+    tried = [gemv.make_lut_config(gpu, shape, form, *size) for size in sizes]
     return distinct(s | {"SPLIT": split} for s in tried for split in (s["SPLIT"], max(1, s["SPLIT"] // 2)))
 
 
@@ -164,8 +185,3 @@ def of_nearest(gpu: DeviceProperties, count: int, length: int) -> Iterator[Confi
     for v, tile in product((1, 2, 4, 8, 16), (32, 64, 128, 256, 512)):
         if v * length <= 128 and v * tile <= 4096 and tile <= max(32, 2 * count):
             yield from ({"V": v, "E": tile, "num_warps": warps} for warps in (1, 2, 4, 8) if warps * gpu.warp <= tile)
-
-
-def of_e8p() -> Iterator[Config]:
-    """Of `nearest.nearest_e8p`."""
-    yield from ({"V": v, "num_warps": warps} for v in (1, 2, 4, 8) for warps in (1, 2, 4) if v <= 4 * warps)

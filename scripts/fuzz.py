@@ -50,12 +50,12 @@ LIMIT = 20.0
 MEMORY = 16 << 30
 IDS = torch.arange(12)[None] * 11 % 200
 # Knobs of how stored numbers are read, which have the same layout whatever they say.
-SETTINGS = {"states", "power_of_two_scales", "activations"}
+SETTINGS = {"state_bits", "power_of_two_scales", "activations"}
 TEXT_FILES = ("config.json", INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "report.json")
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 8, 10**7, 2**31, 2**63, 10**12, 10**30, -(2**31), 0.5, 1e308, float("nan"),
     float("inf"), "", "0", "x", "../x", "/etc/passwd", ".", "model.norm", "\ud800", "\0", "é" * 300, "A" * 100_000,
-    [], {}, [[]], [1, 2, 3], {"a": 1}, ["int8"], [None], "int8", "fp8", "vq", "learned", "trellis", "universal",
+    [], {}, [[]], [1, 2, 3], {"a": 1}, ["int8"], [None], "int8", "fp8", "vq", "learned", "trellis",
 )  # fmt: skip
 RULE_LINES = (
     "&a [*a]", "{match: '*', method: *a}", "{match: 're:(a|a)*$', method: int8}",

@@ -79,14 +79,11 @@ CASES = [
     for name, method, knobs in (
         ("int8", "int8", {}),
         ("fp8", "fp8", {}),
-        ("universal 2", "vq", {"codebook": "universal"}),
-        ("lattice 2", "vq", {"codebook": "lattice"}),
         ("learned 2x8", "vq", {"d": 8, "bits": 8, "stages": 2}),
         ("learned 4,8", "vq", {}),
         ("trellis 2", "vq", {"codebook": "trellis"}),
         ("trellis 3", "vq", {"codebook": "trellis", "bits": 3}),
         ("trellis 4", "vq", {"codebook": "trellis", "bits": 4}),
-        ("universal 4", "vq", {"codebook": "universal", "d": 2, "bits": 8}),
     )
 ]
 

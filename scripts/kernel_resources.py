@@ -23,8 +23,9 @@ from vqcompress.kv_cache import kernel as kv
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
+from vqcompress.methods.vq import kernel_gemm as gemm
+from vqcompress.methods.vq import kernel_gemv as gemv
 from vqcompress.methods.vq import kernel_nearest as nearest
-from vqcompress.methods.vq import kernel_words as words
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 
 META, SHAPE = torch.device("meta"), (4096, 4096)
@@ -43,8 +44,8 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
         with launch.recording(arch) as calls:
             if method.name == "vq" and method.form.by_rows:
                 x_TI = random_rows(1, SHAPE[1], META, torch.bfloat16)
-                words.lut_gemv(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
-        yield from ((f"{case.name}, on its codes", 1, call) for call in calls)
+                gemv.lut_gemv(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
+        yield from ((f"{case.name}, look-ups", 1, call) for call in calls)
         experts, x_SI = 64, random_rows(512, SHAPE[1], META, torch.bfloat16)
         ends_E = torch.empty(experts, dtype=torch.int32, device=META)
         stacked = {name: part.expand(experts, *part.shape) for name, part in parts.items()}
@@ -54,7 +55,7 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
             elif method.name == "fp8":
                 fp8.grouped(x_SI, ends_E, stacked["codes"], stacked["scale"], False)
             else:
-                words.multiply(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
+                gemm.gemm(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
         yield from ((f"{case.name}, 64 experts", 512, call) for call in calls)
     for cache in CACHES:
         with launch.recording(arch) as calls:
@@ -71,7 +72,6 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
         for states in (12, 14, 16):
             viterbi.walks(torch.empty((16, 256), device=META), torch.empty(1 << states, device=META), states, 2, 32)
         nearest.best(torch.empty((4096, 4), device=META), torch.empty((256, 4), device=META), 1)
-        nearest.nearest_e8p(torch.empty((4096, 8), device=META), torch.empty((8, 256), device=META))
     yield from (("search", 0, call) for call in calls)
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     names = a.recipe or sorted((name for name in known if not recipes.load(name).candidates), key=work)
     console = Console(highlight=False)
     console.print(f"{a.model} as it is …", style="dim")
-    original = perplexity(a.model, text, a.seqlen, None, a.windows)
+    original = perplexity(a.model, text, seqlen=a.seqlen, limit=a.windows)
     console.print(f"perplexity {original['perplexity']:.3f}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def main() -> None:
             with watching() as watch:
                 report = quantize(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True, watch=watch)
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-            figure = perplexity(str(out), text, a.seqlen, None, a.windows)["perplexity"]
+            figure = perplexity(str(out), text, seqlen=a.seqlen, limit=a.windows)["perplexity"]
             rows.append(
                 {
                     "recipe": name,

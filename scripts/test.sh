@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, on one process a core. Arguments go to pytest.
+# Run the default tests on one process per core. Arguments go to pytest: `-m slow` runs the slow tests instead.
 source "$(dirname "$0")/venv.sh" test
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m pytest -q -n auto --dist worksteal "$@"
+# A later -m wins over this one.
+python -m pytest -q -n auto --dist worksteal -m "not slow" "$@"

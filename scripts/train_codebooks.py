@@ -1,4 +1,4 @@
-"""Train the universal codebooks on the unit Gaussian and write vqcompress/codebooks/gaussian.bin (see universal.py).
+"""Train the Gaussian codebooks of a KV cache and write vqcompress/kv_cache/gaussian.bin.
 
 Usage: python scripts/train_codebooks.py [--samples N] [--rounds N]
 
@@ -13,22 +13,25 @@ from pathlib import Path
 
 import torch
 
-from vqcompress.methods.vq import universal
-from vqcompress.methods.vq.learned import means, nearest, seed_entries
+from vqcompress.kv_cache import gaussian
+from vqcompress.methods.vq.kmeans import means, seed_entries
+from vqcompress.methods.vq.learned import nearest
 
 
 def train(d: int, bits: int, samples: int, rounds: int) -> torch.Tensor:
-    """Entries (2**bits, d) with nearly the least error on the unit Gaussian, hottest first."""
+    """Entries (2**bits, d) with nearly the least error on the unit Gaussian, most used first."""
     generator = torch.Generator().manual_seed(0)
     count = 1 << bits
     ones_N = torch.ones(samples, dtype=torch.float64)
-    book_Kd = seed_entries(torch.randn(32 * count, d, generator=generator), ones_N[: 32 * count], count, generator)
+    book_Kd = seed_entries(
+        torch.randn(1, 32 * count, d, generator=generator), ones_N[None, : 32 * count], count, generator
+    )[0]
     total_Kd, mass_K = torch.zeros(count, d), torch.zeros(count)
     for round_number in range(rounds):
         x_Nd = torch.randn(samples, d, generator=generator)
         code_N = nearest(x_Nd, book_Kd[None], 1)[:, 0]
         if round_number < rounds // 2:
-            book_Kd = means(x_Nd, ones_N, code_N, book_Kd)
+            book_Kd = means(x_Nd[None], ones_N[None], code_N[None], book_Kd[None])[0]
             continue
         # The second half averages over rounds, so that the last sample does not show.
         total_Kd = 0.9 * total_Kd + torch.zeros(count, d).index_add_(0, code_N, x_Nd)
@@ -51,10 +54,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=80)
     a = parser.parse_args()
     data = b""
-    for d, bits in universal.SIZES:
-        integers_Kd = (train(d, bits, a.samples, a.rounds) / universal.STEP).round().to(torch.int16)
+    for d in gaussian.DIMENSIONS:
+        integers_Kd = (train(d, 8, a.samples, a.rounds) / gaussian.STEP).round().to(torch.int16)
         data += integers_Kd.numpy().astype("<i2").tobytes()
-    (Path(universal.__file__).parent / universal.FILE).write_bytes(data)
+    (Path(gaussian.__file__).parent / gaussian.FILE).write_bytes(data)
 
 
 if __name__ == "__main__":

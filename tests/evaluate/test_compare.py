@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_report import cells, parsed
+from test_report import cells, charts_of, parsed
 from typer.testing import CliRunner
 
 from vqcompress.cli import tables as show
@@ -35,13 +35,13 @@ def test_each_model_has_the_figures_it_has_alone(
     artifacts: list[str], toy: Make, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[Path] = []
-    whole = evaluate.Pass.__init__
+    whole = evaluate.StreamedLogits.__init__
 
     def count(self: Any, stream: Any, *rest: Any) -> None:
         passes.append(stream.source.path)
         whole(self, stream, *rest)
 
-    monkeypatch.setattr(evaluate.Pass, "__init__", count)
+    monkeypatch.setattr(evaluate.StreamedLogits, "__init__", count)
     # Reports name a local model without its place.
     monkeypatch.chdir(toy().parent)
     found = compare(artifacts, str(text), seqlen=32, limit=3)
@@ -123,7 +123,7 @@ def test_what_people_see(artifacts: list[str], toy: Make, text: Path, tmp_path: 
     rows = cells(root)[1:]
     assert [row[0] for row in rows] == [row["model"] for row in found["models"]]
     assert [float(row[3]) for row in rows] == [pytest.approx(row["perplexity"], abs=1e-3) for row in found["models"]]
-    assert sum(e.get("role") == "img" for e in root.iter()) == 6
+    assert len(charts_of(root)) == 6
     shown = io.StringIO()
     show.compared(Console(file=shown, width=80), found)
     table = shown.getvalue().split("protocol")[0]

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate.perplexity import perplexity, scored, windows
+from vqcompress.evaluate.perplexity import first_scored, perplexity, windows
 from vqcompress.evaluate.speed import speed
 from vqcompress.runtime.load import load, load_any
 
@@ -70,7 +70,7 @@ def test_a_model_agrees_with_itself(toy: Make, text: Path) -> None:
 @pytest.mark.parametrize(("seqlen", "stride"), [(8, 8), (8, 4), (8, 7), (8, 1), (2, 1)])
 def test_every_token_is_scored_once(seqlen: int, stride: int) -> None:
     cut = windows(torch.arange(41), seqlen, stride, None)
-    labels = [row[1 + scored(number, seqlen, stride) :] for number, row in enumerate(cut)]
+    labels = [row[1 + first_scored(number, seqlen, stride) :] for number, row in enumerate(cut)]
     seen = torch.cat(labels).tolist()
     assert len(seen) == len(set(seen))
     # Without overlap the first token of a window has nothing before it that could predict it.

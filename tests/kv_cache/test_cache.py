@@ -21,7 +21,7 @@ from vqcompress.cli.main import app
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
-from vqcompress.kv_cache.cache import KVCache, KVCacheConfig
+from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.pipeline.quantize import quantize
@@ -61,7 +61,7 @@ def ids_of(*shape: int, seed: int = 0) -> Tensor:
 
 
 def new_cache(model: Any, quantizers: Any, rotary: Any, window: int, sinks: int, **options: Any) -> KVCache:
-    return KVCache(model, KVCacheConfig(quantizers, rotary, window, sinks), **options)
+    return KVCache(model, KVCacheSpec(quantizers, rotary, window, sinks), **options)
 
 
 def gaussian(*shape: int) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from kills import sums
 from safetensors.torch import load_file, save_file
-from test_distributed import sums
 from toys import toy_config
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
@@ -158,7 +158,7 @@ def test_a_cache_that_needs_no_data_needs_none(recipe: str, toy: Make, tmp_path:
     assert "all weights as they are" in done.stdout
     assert not (tmp_path / "out" / KV_CACHE).exists()
     assert verify(str(tmp_path / "out"))["files"] == 3
-    found = perplexity(str(tmp_path / "out"), str(Path(__file__)), 32, limit=2, kv_cache="kv-fp8")
+    found = perplexity(str(tmp_path / "out"), str(Path(__file__)), seqlen=32, limit=2, kv_cache="kv-fp8")
     assert found["perplexity"] > 1
 
 
@@ -215,12 +215,12 @@ def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.Monkey
     rows = torch.randint(3, 384, (12, 64), generator=torch.Generator().manual_seed(0))
     alone = cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1)
     learned: list[dict[int, Any]] = []
-    team = distributed.Team(1, 3)
-    monkeypatch.setattr(distributed.Team, "share", lambda self, items: list(items))
-    monkeypatch.setattr(distributed.Team, "to_rank", lambda self, rank, value: [value] if rank == 1 else [])
+    group = distributed.ProcessGroup(1, 3)
+    monkeypatch.setattr(distributed.ProcessGroup, "shard", lambda self, items: list(items))
+    monkeypatch.setattr(distributed.ProcessGroup, "gather", lambda self, rank, value: [value] if rank == 1 else [])
     known = dict(enumerate(alone))
-    monkeypatch.setattr(distributed.Team, "everyones", lambda self, value: (learned.append(value), [known])[1])
-    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, team=team)
+    monkeypatch.setattr(distributed.ProcessGroup, "all_gather", lambda self, value: (learned.append(value), [known])[1])
+    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, group=group)
     assert [list(each) for each in learned] == [[1]]
     assert all(torch.equal(a, b) for a, b in zip(learned[0][1], alone[1], strict=True))
 
@@ -270,8 +270,8 @@ def test_too_little_memory_is_said_before_the_work(
     with pytest.raises(
         VQCompressError, match=r"eval perplexity --kv-cache takes the whole model .*; without --kv-cache"
     ):
-        perplexity(out, str(text), 32, limit=2, kv_cache="kv-fp8")
-    perplexity(out, str(text), 32, limit=2)
+        perplexity(out, str(text), seqlen=32, limit=2, kv_cache="kv-fp8")
+    perplexity(out, str(text), seqlen=32, limit=2)
 
 
 @pytest.mark.parametrize("baseline", [False, True])
@@ -279,7 +279,13 @@ def test_progress_counts_the_work_that_is_done(baseline: bool, coded: Make, toy:
     told: list[tuple[int, int]] = []
     original = str(toy()) if baseline else None
     perplexity(
-        str(coded()), str(text), 32, limit=4, baseline=original, kv_cache="kv-fp8", watch=lambda *w: told.append(w)
+        str(coded()),
+        str(text),
+        seqlen=32,
+        limit=4,
+        baseline=original,
+        kv_cache="kv-fp8",
+        progress=lambda *w: told.append(w),
     )
     done, total = zip(*told, strict=True)
     assert len(set(total)) == 1

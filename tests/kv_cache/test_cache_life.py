@@ -22,17 +22,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vqcompress.evaluate.verify import verify
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, AttentionHook, find_rotary
-from vqcompress.kv_cache.cache import KVCache, KVCacheConfig, use_kv_cache
+from vqcompress.kv_cache.cache import KVCache, KVCacheSpec, use_kv_cache
 from vqcompress.kv_cache.layer import KVLayer
 from vqcompress.kv_cache.quantizers import FP8, Universal
 from vqcompress.pipeline.quantize import quantize
 from vqcompress.runtime.load import load
 
 
-def how(model: Any, window: int = 8, sinks: int = 2) -> KVCacheConfig:
+def how(model: Any, window: int = 8, sinks: int = 2) -> KVCacheSpec:
     """With keys before their embedding, so that a cache looks into the model's forward."""
     with torch.inference_mode():
-        return KVCacheConfig(learned(model), find_rotary(model), window, sinks)
+        return KVCacheSpec(learned(model), find_rotary(model), window, sinks)
 
 
 @pytest.fixture

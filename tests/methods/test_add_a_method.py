@@ -60,7 +60,7 @@ def test_it_goes_the_whole_way(
 ) -> None:
     out = quantized(RECIPE)
     assert verify(str(out))["targets"] == 14
-    figures = perplexity(str(out), str(text), 64, None, 8, str(toy()))
+    figures = perplexity(str(out), str(text), str(toy()), seqlen=64, limit=8)
     assert figures["perplexity"] == pytest.approx(figures["baseline"]["perplexity"], rel=0.1)
     ids = torch.arange(32)[None] % 300
     with torch.inference_mode():

@@ -16,7 +16,7 @@ import torch
 
 from vqcompress.methods.triton import launch
 
-PACKAGE = Path(launch.__file__).resolve().parent.parent
+PACKAGE = Path(launch.__file__).resolve().parent.parent.parent
 META = torch.device("meta")
 
 
@@ -40,7 +40,7 @@ def lookups() -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("arch", [90, "gfx942"])
+@pytest.mark.parametrize("arch", [90, pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_no_kernel_with_settings_is_left_to_its_guess(arch: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     import tune
     from kernel_cases import CASES
@@ -56,7 +56,7 @@ def test_no_kernel_with_settings_is_left_to_its_guess(arch: int | str, monkeypat
 
     monkeypatch.setattr(launch, "get_config", asked)
     count, default = tune.dry_run(arch, CASES, (1, 16, 512))
-    assert count > 500
+    assert count > 200
     assert default == set()
     assert visited == lookups()
     assert len(visited) >= 10
@@ -73,7 +73,7 @@ def test_a_lookup_without_a_measurement_is_noticed() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "Tuner", Forgetful)
-        _, default = tune.dry_run(90, [case for case in CASES if case.name == "lattice 2"], (1,))
+        _, default = tune.dry_run(90, [case for case in CASES if case.name == "trellis 2"], (1,))
     assert default
     assert all(name.startswith("finish ") for name in default)
 
@@ -127,14 +127,12 @@ def place_of(name: str, arch: int) -> Any:
         return next(place for place in places if place.splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("universal 2", (32, 64, 4)),
-        ("universal 2", (128, 16, 8)),
         ("learned 4,8", (32, 32, 4)),
         ("learned 2x8", (32, 32, 4)),
-        ("lattice 2", (32, 32, 4)),
     ],
 )
 def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int]) -> None:
@@ -159,8 +157,9 @@ def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int
         assert used(more).stack or used(more).resident(gpu) < programs
 
 
+@pytest.mark.slow
 def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
-    """On sm_90, as the registers of one compiler fall; all but the first are the guesses for one row."""
+    """On sm_90, as the registers of one compiler fall; these are the defaults for one row."""
     import triton
     import tune
 
@@ -171,17 +170,16 @@ def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
     found = {}
     tiles = {
         "learned 4,8": (32, 32, 4),
-        "universal 2": (32, 64, 4),
         "learned 2x8": (32, 32, 4),
-        "lattice 2": (32, 32, 4),
     }
     for name, tile in tiles.items():
         place = place_of(name, 90)
         option = next(o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) == tile)
         found[name] = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
-    assert found == {"learned 4,8": 256, "universal 2": 0, "learned 2x8": 0, "lattice 2": 256}
+    assert found == {"learned 4,8": 256, "learned 2x8": 0}
 
 
+@pytest.mark.slow
 def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     """The fastest by the clock is kept, a split that costs nothing is tried, and the table takes it."""
     import tune

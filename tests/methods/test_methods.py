@@ -185,7 +185,7 @@ def test_description_round_trip(method: Method) -> None:
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.model_fields])
 def test_unknown_knobs_give_the_nearest_name(name: str) -> None:
     knob = next(iter(METHODS[name].model_fields))
-    with pytest.raises(ValueError, match=rf"^{name} has no knob '{knob}z'.*'{knob}'"):
+    with pytest.raises(ValueError, match=rf"^{name} .*'{knob}z'.*'{knob}'"):
         make(name, {knob + "z": 1})
     with pytest.raises(ValueError, match=rf"^no method '{name}9'.*'{name}'"):
         make(name + "9", {})

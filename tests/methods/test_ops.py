@@ -34,12 +34,12 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
     scale_O, scale_PJ = torch.rand(130, generator=generator()), torch.rand(2, 3, generator=generator())
     xs = [x, x.half(), transposed, inputs(0, 257)]
     ends_E = torch.tensor([2, 2, 5], dtype=torch.int32)
-    method: Any = make("vq", {"codebook": "universal", "feedback": False})
+    method: Any = make("vq", {"iterations": 1, "feedback": False, "rotation": True})
     parts = method.prepare(encoded(method, gaussian((64, 48)))[1], (64, 48), packed=True)
     words: tuple[Any, ...] = (
         inputs(5, 48),
         *(parts[n] for n in ("codes", "table", "scale", "signs")),
-        "universal",
+        "learned",
         4,
         8,
         1,

@@ -16,7 +16,7 @@ from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.methods.hadamard import hadamard
-from vqcompress.methods.vq import lattice, learned
+from vqcompress.methods.vq import learned
 from vqcompress.methods.vq.packing import pack
 
 Call = Callable[..., Any]
@@ -64,12 +64,6 @@ def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
 
 def beam_search(x_Nd: Tensor, books_RKd: Tensor, beam: int) -> Tensor:
     return learned.nearest(x_Nd, books_RKd, beam, kernel=True)
-
-
-def nearest_e8p(x_N8: Tensor) -> Tensor:
-    from vqcompress.methods.vq import kernel_nearest as module
-
-    return module.nearest_e8p(x_N8, lattice.patterns().T.to(x_N8.device))
 
 
 def by_interpreter(name: str, *arguments: Any) -> Any:
@@ -170,14 +164,6 @@ BEAMS = [
 ]
 
 
-def e8p_vectors(count: int) -> Tensor:
-    """Gaussian, with one of zeros, one far outside and, in the last half, some that are as near to several words."""
-    x_N8 = gaussian((count, 8), 5)
-    x_N8[count // 2 :] = (x_N8[count // 2 :] * 4).round() / 4
-    x_N8[:1], x_N8[1:2] = 0, x_N8[1:2] * 100
-    return x_N8
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rotate(interpreted: Call, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -241,12 +227,6 @@ def test_a_beam_search_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < max(largest) <= 200
 
 
-@pytest.mark.parametrize("vectors", [0, 1, 3, 17, 129])
-def test_e8p(interpreted: Call, vectors: int) -> None:
-    x_N8 = e8p_vectors(vectors)
-    assert torch.equal(interpreted(by_interpreter, "nearest_e8p", x_N8), lattice.nearest_e8p(x_N8)[0])
-
-
 def test_what_does_not_fit_is_refused() -> None:
     pytest.importorskip("triton")
     from vqcompress.methods.vq import kernel_nearest as search
@@ -261,8 +241,6 @@ def test_what_does_not_fit_is_refused() -> None:
         search.best(x_TI, torch.ones(4, 8), 1)
     with pytest.raises(ValueError, match="2 of 9, 4 of 9, 5"):
         search.best(x_TI, torch.ones(4, 9), 5)
-    with pytest.raises(ValueError, match=r"\(2, 9\) and \(8, 256\)"):
-        search.nearest_e8p(x_TI, torch.ones(8, 256))
 
 
 def _recorded(arch: int | str) -> Iterator[tuple[str, Any]]:
@@ -284,18 +262,16 @@ def _recorded(arch: int | str) -> Iterator[tuple[str, Any]]:
         search.best(empty(4096, 8), empty(1 << 16, 8), 1)
         search.best(empty(1 << 20, 1), empty(64, 1), 1)
         search.best(empty(1 << 20, 16), empty(4096, 16), 8)
-        search.nearest_e8p(empty(1 << 20, 8), empty(8, 256))
         nothing = empty(0, 64)
         rotation.rotate(nothing, empty(1, 8, dtype=torch.uint8))
         rotation.finish(nothing[None], empty(64), bf16, True)
         search.best(nothing[:, :8], empty(4, 8), 1)
-        search.nearest_e8p(nothing[:, :8], empty(8, 256))
-    assert len(calls) == 10
+    assert len(calls) == 9
     for call in calls:
         yield call.kernel.__name__, call
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=str)
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != 90)])
 def test_compiles_without_spills(arch: int | str) -> None:
     """For each device: loads of 16 bytes, no TF32 in a search, no fused operation where the CPU has none."""
     pytest.importorskip("triton")
@@ -314,21 +290,19 @@ def test_compiles_without_spills(arch: int | str) -> None:
             assert re.search(
                 r"ld\.global\.v4\.b32|ld\.global\.v8\.b32|global_load_dwordx4|buffer_load_dwordx4", text
             ), name
-        if name == "_e8p":
-            assert not re.search(r"fma\.rn\.f32|v_(pk_)?(fma|fmac|mad|mac)_(legacy_)?f32", text)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 14336), (129, 28672), (300, 13696), (2048, 4096), (7, 16384)], ids=str)
-def test_rotate_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    check_rotate(on_gpu, shape, dtype)
+@pytest.mark.parametrize("shape", [(1, 14336), (129, 28672), (3, 96)], ids=str)
+def test_rotate_on_a_gpu(shape: tuple[int, int]) -> None:
+    for dtype in DTYPES:
+        check_rotate(on_gpu, shape, dtype)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("shape", [(1, 4096), (17, 11008), (3, 32768), (5, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 11008), (3, 32768)], ids=str)
 def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
     import candidates
 
@@ -343,33 +317,24 @@ def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotated", [True, False])
-@pytest.mark.parametrize("sums", [1, 3, 8])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 4096), (17, 17), (129, 11008), (1, 32768), (1000, 4096)], ids=str)
-def test_finish_on_a_gpu(sums: int, shape: tuple[int, int], rotated: bool, dtype: torch.dtype) -> None:
-    check_finish(on_gpu, sums, shape, rotated, dtype)
+@pytest.mark.parametrize(("sums", "shape"), [(8, (1, 4096)), (3, (129, 11008)), (1, (17, 17))], ids=str)
+def test_finish_on_a_gpu(sums: int, shape: tuple[int, int], rotated: bool) -> None:
+    for dtype in DTYPES:
+        check_finish(on_gpu, sums, shape, rotated, dtype)
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("beam", [1, 4])
-@pytest.mark.parametrize("vectors", [0, 1, 17, 1000, 5000])
-@pytest.mark.parametrize(("count", "length"), [(5, 3), (64, 1), (256, 8), (300, 2), (4096, 16), (1 << 16, 8)])
-def test_best_on_a_gpu(vectors: int, count: int, length: int, beam: int) -> None:
-    check_best(on_gpu, min(vectors, (1 << 26) // count), count, length, beam)
+@pytest.mark.parametrize(("count", "length"), [(5, 3), (256, 8), (1 << 16, 8)])
+def test_best_on_a_gpu(count: int, length: int, beam: int) -> None:
+    for vectors in (1, 1000):
+        check_best(on_gpu, vectors, count, length, beam)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("vectors", "size", "beam"), [*BEAMS, (2000, (2, 256, 8), 8)])
+@pytest.mark.parametrize(("vectors", "size", "beam"), [BEAMS[3], (2000, (2, 256, 8), 8)])
 def test_beam_search_on_a_gpu(vectors: int, size: tuple[int, int, int], beam: int) -> None:
     check_beam_search(on_gpu, vectors, size, beam)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("vectors", [0, 1, 3, 17, 129, 5000, 100_000])
-def test_e8p_on_a_gpu(vectors: int) -> None:
-    x_N8 = e8p_vectors(vectors)
-    assert torch.equal(on_gpu("nearest_e8p", x_N8), lattice.nearest_e8p(x_N8)[0])

@@ -10,20 +10,20 @@ import pytest
 import torch
 from kernels import ARCHS, needs_gpu
 
-from vqcompress.methods.vq import trellis
+from vqcompress.methods.vq import bitshift
 
 
 def gaussian(sequences: int, length: int) -> np.ndarray:
     return np.random.default_rng(length + sequences).standard_normal((sequences, length), np.float32)
 
 
-def by_cpu(x_NT: np.ndarray, bits: int, states: int) -> np.ndarray:
+def by_cpu(x_NT: np.ndarray, bits: int, state_bits: int) -> np.ndarray:
     from vqcompress.methods.vq import viterbi_numba as compiled
 
-    return compiled.walks(x_NT, trellis.codewords(states).numpy(), states, bits, trellis.SHORTEST)
+    return compiled.paths(x_NT, bitshift.codewords(state_bits).numpy(), state_bits, bits, bitshift.SHORTEST)
 
 
-def by_interpreter(x_NT: np.ndarray, bits: int, states: int, settings: dict[str, int]) -> np.ndarray:
+def by_interpreter(x_NT: np.ndarray, bits: int, state_bits: int, settings: dict[str, int]) -> np.ndarray:
     """What the kernel answers under Triton's interpreter; to be called in a process that has it on."""
     import triton
 
@@ -34,8 +34,8 @@ def by_interpreter(x_NT: np.ndarray, bits: int, states: int, settings: dict[str,
     try:
         for name, value in settings.items():
             setattr(viterbi, name, value)
-        words_S = trellis.codewords(states)
-        return viterbi.walks(torch.from_numpy(x_NT), words_S, states, bits, trellis.SHORTEST).numpy()
+        words_S = bitshift.codewords(state_bits)
+        return viterbi.walks(torch.from_numpy(x_NT), words_S, state_bits, bits, bitshift.SHORTEST).numpy()
     finally:
         for name, value in before.items():
             setattr(viterbi, name, value)
@@ -46,17 +46,17 @@ def interpret(interpreted: Callable[..., np.ndarray]) -> Callable[..., np.ndarra
     return lambda *arguments: interpreted(by_interpreter, *arguments)
 
 
-@pytest.mark.parametrize("states", [8, 10])
+@pytest.mark.parametrize("state_bits", [8, 10])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_kernel_answers_what_the_cpu_does(interpret: Callable[..., np.ndarray], bits: int, states: int) -> None:
+def test_kernel_answers_what_the_cpu_does(interpret: Callable[..., np.ndarray], bits: int, state_bits: int) -> None:
     for sequences, length in ((3, 16), (1, 40), (1, 64)):
         x_NT = gaussian(sequences, length)
-        assert np.array_equal(interpret(x_NT, bits, states, {}), by_cpu(x_NT, bits, states))
+        assert np.array_equal(interpret(x_NT, bits, state_bits, {}), by_cpu(x_NT, bits, state_bits))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_costs_in_tiles(interpret: Callable[..., np.ndarray], bits: int) -> None:
-    """As for more states than registers hold; and back pointers for two sequences at a time."""
+    """As for more state_bits than registers hold; and back pointers for two sequences at a time."""
     rows, classes = 2 * 18, 1 << 10 - bits
     x_NT = gaussian(3, 18)
     found_NT = interpret(x_NT, bits, 10, {"IN_REGISTERS": 9, "TILE": 8, "SCRATCH": 2 * rows * classes})
@@ -64,11 +64,11 @@ def test_costs_in_tiles(interpret: Callable[..., np.ndarray], bits: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("arch", "bits", "states"),
-    [(arch, 2, states) for arch in ARCHS for states in (12, 14, 16)]
-    + [(90, bits, states) for bits in (1, 4) for states in (14, 16)],
+    ("arch", "bits", "state_bits"),
+    [(arch, 2, state_bits) for arch in ARCHS for state_bits in (12, 14, 16)]
+    + [(90, bits, state_bits) for bits in (1, 4) for state_bits in (14, 16)],
 )
-def test_compiles_without_spills(arch: int | str, bits: int, states: int) -> None:
+def test_compiles_without_spills(arch: int | str, bits: int, state_bits: int) -> None:
     """As launched: costs and words do stay in registers, a program fits a processor, and nothing becomes an fma."""
     pytest.importorskip("triton")
     import ahead
@@ -78,7 +78,7 @@ def test_compiles_without_spills(arch: int | str, bits: int, states: int) -> Non
 
     with launch.recording(arch) as calls:
         x_NT = torch.empty((3, 256), device="meta")
-        viterbi.walks(x_NT, torch.empty(1 << states, device="meta"), states, bits, trellis.SHORTEST)
+        viterbi.walks(x_NT, torch.empty(1 << state_bits, device="meta"), state_bits, bits, bitshift.SHORTEST)
     kernel = ahead.compile_call(calls[0], arch)
     used = ahead.resources(kernel)
     assert used.stack == 0
@@ -91,14 +91,14 @@ def test_compiles_without_spills(arch: int | str, bits: int, states: int) -> Non
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("states", [8, 12, 14, 15, 16])
+@pytest.mark.parametrize("state_bits", [8, 12, 14, 15, 16])
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_kernel_on_a_gpu(bits: int, states: int) -> None:
+def test_kernel_on_a_gpu(bits: int, state_bits: int) -> None:
     for sequences, length in ((5, 256), (2, 287), (1, 16), (3, 40)):
         x_NT = gaussian(sequences, length)
-        found_NT = trellis.Trellis(bits, states).walks(torch.from_numpy(x_NT).cuda())
+        found_NT = bitshift.PathSearch(bits, state_bits).paths(torch.from_numpy(x_NT).cuda())
         assert found_NT.is_cuda
-        assert np.array_equal(found_NT.cpu().numpy(), by_cpu(x_NT, bits, states))
+        assert np.array_equal(found_NT.cpu().numpy(), by_cpu(x_NT, bits, state_bits))
 
 
 @pytest.mark.gpu
@@ -108,5 +108,5 @@ def test_chunks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(viterbi, "SCRATCH", 150 * 256 * 4096)
     x_NT = gaussian(400, 256)
-    found_NT = trellis.Trellis(2, 14).walks(torch.from_numpy(x_NT).cuda())
+    found_NT = bitshift.PathSearch(2, 14).paths(torch.from_numpy(x_NT).cuda())
     assert np.array_equal(found_NT[::50].cpu().numpy(), by_cpu(x_NT[::50], 2, 14))

@@ -9,25 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcompress.methods import make
+from vqcompress.methods import from_description, make
 from vqcompress.methods.base import PackedTensors, layout_bits
 from vqcompress.methods.statistics import Statistics
-from vqcompress.methods.vq.ldlq import Metric, error_feedback, measure, pose
-from vqcompress.methods.vq.learned import Book, nearest, sum_entries
-from vqcompress.methods.vq.method import VQ
+from vqcompress.methods.vq.base import VectorQuantizer
+from vqcompress.methods.vq.codebook import Codebook, entry_uses
+from vqcompress.methods.vq.ldlq import HessianFactor, factorize_hessian, ldlq, ldlq_problem
+from vqcompress.methods.vq.learned import CodebookSearch, nearest, sum_entries
+from vqcompress.methods.vq.trellis import Trellis
 
-QUICK = {"iterations": 4, "refits": 1}
+QUICK = {"iterations": 4, "codebook_updates": 1}
 # One of each family of words, small and quick.
 FAMILIES = {
     "learned": {**QUICK},
     "learned, rotated": {"rotation": True, **QUICK},
-    "universal": {"codebook": "universal"},
-    "lattice": {"codebook": "lattice"},
-    "lattice, 3 bits": {"codebook": "lattice", "bits": 24},
-    "trellis": {"codebook": "trellis", "states": 8},
-    "trellis, unrotated": {"codebook": "trellis", "bits": 3, "states": 9, "rotation": False},
+    "trellis": {"codebook": "trellis", "state_bits": 8},
+    "trellis, unrotated": {"codebook": "trellis", "bits": 3, "state_bits": 9, "rotation": False},
 }
 each_family = pytest.mark.parametrize("knobs", FAMILIES.values(), ids=FAMILIES)
+
+
+def vq(options: dict[str, Any]) -> VectorQuantizer:
+    method = make("vq", options)
+    assert isinstance(method, VectorQuantizer)
+    return method
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -49,7 +54,7 @@ def correlated(columns: int) -> Statistics:
     return hessian_of(gaussian(4 * columns, columns, 6) @ mix_II)
 
 
-def encode(method: VQ, weight_OI: Tensor, statistics: Statistics, seed: int = 0) -> PackedTensors:
+def encode(method: VectorQuantizer, weight_OI: Tensor, statistics: Statistics, seed: int = 0) -> PackedTensors:
     """All parts, checked against the layouts."""
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     shared = method.fit_shared([weight_OI], [statistics], seeded(seed))
@@ -64,7 +69,7 @@ def relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
     return float((weight_OI - decoded_OI).square().sum() / weight_OI.square().sum())
 
 
-def decode(method: VQ, parts: PackedTensors, weight_OI: Tensor) -> Tensor:
+def decode(method: VectorQuantizer, parts: PackedTensors, weight_OI: Tensor) -> Tensor:
     decoded_OI = method.decode(parts, (weight_OI.shape[0], weight_OI.shape[1]))
     assert decoded_OI.dtype == torch.float32
     assert decoded_OI.shape == weight_OI.shape
@@ -81,26 +86,20 @@ def decode(method: VQ, parts: PackedTensors, weight_OI: Tensor) -> Tensor:
         ({"d": 2, "bits": 8}, 0.0082),
         ({"d": 1, "bits": 3}, 0.036),
         ({"d": 4, "bits": 4, "stages": 2}, 0.12),
-        ({"d": 8, "bits": 5, "stages": 3, "iterations": 6, "refits": 1}, 0.125),
-        ({"codebook": "universal", "d": 8, "bits": 8}, 0.33),
-        ({"codebook": "universal"}, 0.0995),
-        ({"codebook": "universal", "d": 1, "bits": 6}, 0.0008),
-        ({"codebook": "lattice"}, 0.093),
-        ({"codebook": "lattice", "bits": 24}, 0.031),
-        ({"codebook": "lattice", "bits": 32}, 0.0087),
-        ({"codebook": "trellis", "bits": 1, "states": 12}, 0.295),
-        ({"codebook": "trellis", "states": 12}, 0.077),
-        ({"codebook": "trellis", "states": 10, "bits": 4}, 0.0065),
+        ({"d": 8, "bits": 5, "stages": 3, "iterations": 6, "codebook_updates": 1}, 0.125),
+        ({"codebook": "trellis", "bits": 1, "state_bits": 12}, 0.295),
+        ({"codebook": "trellis", "state_bits": 12}, 0.077),
+        ({"codebook": "trellis", "state_bits": 10, "bits": 4}, 0.0065),
     ],
 )
 def test_error_on_a_gaussian(knobs: dict[str, Any], bound: float) -> None:
-    method = VQ(**knobs, feedback=False)
+    method = vq({**knobs, "feedback": False})
     weight_OI = gaussian(256, 256) * 0.02
     assert relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)) < bound
 
 
 def test_two_bits_are_two_bits() -> None:
-    method = VQ()
+    method = Codebook()
     layouts = [method.layout((256, 256)) for _ in range(6)] + [method.shared_layout()]
     assert sum(map(layout_bits, layouts)) / (6 * 256 * 256) <= 2.1
 
@@ -109,7 +108,7 @@ def test_wider_entries_matter_at_high_rates() -> None:
     weight_OI = gaussian(64, 256)
     errors = []
     for entry_bits in (8, 16):
-        method = VQ(d=1, bits=9, entry_bits=entry_bits, feedback=False, scope="target", **QUICK)
+        method = Codebook(d=1, bits=9, entry_bits=entry_bits, feedback=False, scope="target", **QUICK)
         errors.append(relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)))
     assert errors[1] < errors[0] / 2
 
@@ -119,15 +118,13 @@ def test_wider_entries_matter_at_high_rates() -> None:
     [
         {"scope": "target", "stages": 2, "bits": 5, **QUICK},
         {"scope": "block", "stages": 2, "bits": 5, **QUICK},
-        {"codebook": "universal"},
-        {"codebook": "lattice"},
-        {"codebook": "trellis", "states": 8},
+        {"codebook": "trellis", "state_bits": 8},
     ],
     ids=str,
 )
 def test_same_seed_same_bytes_whatever_the_threads(knobs: dict[str, Any]) -> None:
-    method = VQ(**knobs)
-    # More rows than one walk of a trellis, so that threads share them.
+    method = vq(knobs)
+    # More rows than one trellis path, so that threads share them.
     weight_OI, statistics = gaussian(600, 96), correlated(96)
     threads = torch.get_num_threads()
     try:
@@ -146,7 +143,7 @@ def test_feedback_lowers_the_error_of_the_output() -> None:
     weight_OI, statistics = gaussian(128, 128), correlated(128)
     errors = []
     for feedback in (False, True):
-        method = VQ(bits=6, feedback=feedback, **QUICK)
+        method = Codebook(bits=6, feedback=feedback, **QUICK)
         assert method.needs == {"hessian" if feedback else "sumsq"}
         errors.append(
             statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
@@ -158,13 +155,13 @@ def test_feedback_lowers_the_error_of_the_output() -> None:
 
 @pytest.mark.parametrize(
     ("knob", "low", "high"),
-    [("iterations", 0, 20), ("refits", 0, 4), ("beam", 1, 8), ("activation_order", False, True)],
+    [("iterations", 0, 20), ("codebook_updates", 0, 4), ("beam", 1, 8), ("activation_order", False, True)],
 )
 def test_effort_lowers_the_error(knob: str, low: Any, high: Any) -> None:
     weight_OI, statistics = gaussian(256, 64), correlated(64)
     errors = []
     for value in (low, high):
-        method = VQ(d=4, bits=4, stages=2, **{"iterations": 5, "refits": 0, "beam": 4} | {knob: value})
+        method = Codebook(d=4, bits=4, stages=2, **{"iterations": 5, "codebook_updates": 0, "beam": 4} | {knob: value})
         errors.append(
             statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
         )
@@ -200,7 +197,7 @@ def odd_weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", odd_weights())
 def test_odd_weights(name: str, knobs: dict[str, Any]) -> None:
     weight_OI = odd_weights()[name]
-    method = VQ(**knobs)
+    method = vq(knobs)
     decoded_OI = decode(method, encode(method, weight_OI, hessian_of(gaussian(64, weight_OI.shape[1], 1))), weight_OI)
     assert torch.equal(decoded_OI[(weight_OI == 0).all(1)], weight_OI[(weight_OI == 0).all(1)])
     size = weight_OI.abs().max().double().clamp(min=1e-300)
@@ -237,14 +234,14 @@ def odd_statistics(columns: int) -> dict[str, Statistics]:
 @pytest.mark.parametrize("name", odd_statistics(24))
 def test_odd_statistics(name: str, knobs: dict[str, Any]) -> None:
     weight_OI = gaussian(64, 24)
-    method = VQ(**knobs)
+    method = vq(knobs)
     decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)[name]), weight_OI)
     assert relative_error(weight_OI, decoded_OI) < 0.5
 
 
 def test_dead_channels_are_still_encoded() -> None:
     weight_OI = gaussian(64, 24)
-    method = VQ(bits=8, **QUICK)
+    method = Codebook(bits=8, **QUICK)
     decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)["dead channels"]), weight_OI)
     assert relative_error(weight_OI[:, ::3], decoded_OI[:, ::3]) < 0.5
 
@@ -253,7 +250,7 @@ def test_dead_channels_are_still_encoded() -> None:
 @pytest.mark.parametrize("scope", ["target", "block"])
 def test_weights_that_are_not_finite_are_refused(value: float, scope: str) -> None:
     weight_OI = gaussian(4, 8)
-    method = VQ(scope=scope, **QUICK)
+    method = Codebook(scope=scope, **QUICK)
     shared = method.fit_shared([weight_OI], [Statistics()], seeded())
     weight_OI[2, 3] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
@@ -262,11 +259,11 @@ def test_weights_that_are_not_finite_are_refused(value: float, scope: str) -> No
 
 def test_statistics_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="statistics"):
-        VQ(scope="target").encode(gaussian(4, 8), Statistics(hessian_II=torch.full((8, 8), math.inf)), seeded())
+        Codebook(scope="target").encode(gaussian(4, 8), Statistics(hessian_II=torch.full((8, 8), math.inf)), seeded())
 
 
 def test_block_shares_one_codebook() -> None:
-    method = VQ(bits=5, **QUICK)
+    method = Codebook(bits=5, **QUICK)
     weights = [gaussian(32, 64, 1), 1e-3 * gaussian(16, 30, 2)]
     statistics = [correlated(64), Statistics()]
     shared = method.fit_shared(weights, statistics, seeded())
@@ -277,13 +274,13 @@ def test_block_shares_one_codebook() -> None:
         assert relative_error(weight_OI, decode(method, stored | shared, weight_OI)) < 0.6
     with pytest.raises(ValueError, match="fit_shared"):
         method.encode(weights[0], statistics[0], seeded())
-    alone = VQ(scope="target", bits=5, **QUICK)
+    alone = Codebook(scope="target", bits=5, **QUICK)
     assert alone.shared_layout() == {}
     assert alone.fit_shared(weights, statistics, seeded()) == {}
 
 
 def test_entries_are_sorted_by_use() -> None:
-    method = VQ(bits=4, feedback=False, scope="target", training_vectors=10**6)
+    method = Codebook(bits=4, feedback=False, scope="target", training_vectors=10**6)
     weight_OI = gaussian(64, 64).sign() * gaussian(64, 64).square()
     parts = encode(method, weight_OI, Statistics())
     uses_K = torch.bincount(parts["codes"].flatten() & 15, minlength=16) + torch.bincount(parts["codes"].flatten() >> 4)
@@ -294,10 +291,10 @@ def test_entries_are_sorted_by_use() -> None:
 
 @pytest.mark.parametrize("knobs", [{"d": 3, "bits": 5}, {"d": 4, "bits": 3, "stages": 2, "scope": "target"}])
 def test_counts_are_of_the_stored_codes(knobs: dict[str, Any]) -> None:
-    method = VQ(**knobs, **QUICK)
+    method = Codebook(**knobs, **QUICK)
     weight_OI = gaussian(21, 50)
     parts = encode(method, weight_OI, correlated(50))
-    counts_RK = method.counts(parts, (21, 50))
+    counts_RK = entry_uses(method, parts, (21, 50))
     assert counts_RK is not None
     assert counts_RK.dtype == torch.int64
     assert counts_RK.shape == (method.stages, 1 << method.bits)
@@ -306,31 +303,12 @@ def test_counts_are_of_the_stored_codes(knobs: dict[str, Any]) -> None:
     parts = {**parts, "scale": torch.ones_like(parts["scale"])}
     book_RKd = parts["codebook"].float() * parts["step"][:, None, None]
     columns = -(-50 // method.d) * method.d
-    whole_OJ = VQ(**knobs).decode(parts, (21, columns))
+    whole_OJ = Codebook(**knobs).decode(parts, (21, columns))
     torch.testing.assert_close(whole_OJ.sum(), (counts_RK[..., None] * book_RKd).sum(), rtol=1e-4, atol=1e-3)
 
 
-def test_counts_of_tables_that_are_not_stored() -> None:
-    weight_OI = gaussian(30, 20)
-    universal = VQ(codebook="universal", rotation=False, feedback=False)
-    parts = encode(universal, weight_OI, Statistics())
-    counts_RK = universal.counts(parts, (30, 20))
-    # Eight bits a code: the bytes are the codes.
-    assert counts_RK is not None
-    assert torch.equal(counts_RK[0], torch.bincount(parts["codes"].flatten(), minlength=256))
-    lattice = VQ(codebook="lattice", bits=24)
-    parts = encode(lattice, weight_OI, Statistics())
-    counts_RK = lattice.counts(parts, (30, 20))
-    assert counts_RK is not None
-    assert counts_RK.sum() == 4 * 20
-    assert torch.equal(counts_RK[0], torch.bincount(parts["codes"][:, ::3].flatten(), minlength=256))
-    trellis = VQ(codebook="trellis", states=8)
-    assert trellis.counts(encode(trellis, weight_OI, Statistics()), (30, 20)) is None
-    assert make("int8", {}).counts({}, (30, 20)) is None
-
-
 def test_check_names_the_part() -> None:
-    method = VQ(d=3, bits=3, scope="target", **QUICK)
+    method = Codebook(d=3, bits=3, scope="target", **QUICK)
     shape = (4, 8)
     parts = encode(method, gaussian(*shape), Statistics())
     stray = parts["codes"].clone()
@@ -361,10 +339,10 @@ def test_nearest_against_all_sums(beam: int) -> None:
         torch.testing.assert_close(found_N, best_N)
 
 
-def naive_feedback(weight_OI: Tensor, metric: Metric, codebook_Kd: Tensor) -> Tensor:
+def naive_feedback(weight_OI: Tensor, factor: HessianFactor, codebook_Kd: Tensor) -> Tensor:
     """The codes by the textbook's inverse (GPTQ's, d columns at a time): error / R_gg pushed to all later columns."""
-    hessian_JJ = metric.factor_JJ.double() @ metric.factor_JJ.double().T
-    weight_OJ, d = weight_OI.double().clone(), metric.d
+    hessian_JJ = factor.factor_JJ.double() @ factor.factor_JJ.double().T
+    weight_OJ, d = weight_OI.double().clone(), factor.d
     codes = []
     for at in range(0, weight_OJ.shape[1], d):
         inverse_JJ = torch.linalg.inv(hessian_JJ[at:, at:])
@@ -380,19 +358,19 @@ def naive_feedback(weight_OI: Tensor, metric: Metric, codebook_Kd: Tensor) -> Te
 def test_error_feedback_is_that_of_the_inverse_hessian() -> None:
     # More columns than a span, so that both ways of carrying the error are used.
     weight_OI = gaussian(6, 160)
-    metric = measure(correlated(160), weight_OI, d=4, feedinverse=True, damping=0.01)
+    factor = factorize_hessian(correlated(160), weight_OI, d=4, feedback=True, damping=0.01)
     codebook_Kd = gaussian(16, 4, 3)
-    problem = pose(weight_OI, metric)
-    codes, value_OJ = error_feedback(problem, Book(codebook_Kd[None], 1))
+    problem = ldlq_problem(weight_OI, factor)
+    codes, value_OJ = ldlq(problem, CodebookSearch(codebook_Kd[None], 1))
     codes_OGR = torch.stack(codes, 1)
     torch.testing.assert_close(value_OJ, sum_entries(codes_OGR, codebook_Kd[None]))
-    assert (codes_OGR[..., 0] == naive_feedback(problem.unit_OJ, metric, codebook_Kd)).float().mean() > 0.99
+    assert (codes_OGR[..., 0] == naive_feedback(problem.unit_OJ, factor, codebook_Kd)).float().mean() > 0.99
 
 
 @each_family
 def test_what_is_stored_decodes_to_what_was_chosen(knobs: dict[str, Any]) -> None:
-    """300 rows: more than one walk of a trellis, and words of a lattice that reach over the end."""
-    method, weight_OI, statistics = VQ(**knobs), gaussian(299, 48), correlated(48)
+    """299 rows: more than one trellis path, and a group of columns that is cut."""
+    method, weight_OI, statistics = vq(knobs), gaussian(299, 48), correlated(48)
     parts = encode(method, weight_OI, statistics)
     error = statistics.proxy_error(weight_OI, decode(method, parts, weight_OI))
     blind = statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI))
@@ -407,13 +385,13 @@ def test_rotation_spreads_outliers() -> None:
     weight_OI[7] *= 40
     errors = []
     for rotation in (False, True):
-        method = VQ(codebook="universal", rotation=rotation, feedback=False)
+        method = Trellis(state_bits=8, rotation=rotation, feedback=False)
         errors.append(relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)))
     assert errors[1] < 0.11 < errors[0]
 
 
 def test_weights_of_one_input_are_rotated_by_the_same_signs() -> None:
-    method = VQ(codebook="universal")
+    method = Trellis(state_bits=8)
     weights = [gaussian(32, 64, 1), gaussian(48, 64, 2)]
     for seed, same in ((5, True), (None, False)):
         signs = [method.encode(w, Statistics(seed=seed), seeded(i))["signs"] for i, w in enumerate(weights)]
@@ -421,27 +399,25 @@ def test_weights_of_one_input_are_rotated_by_the_same_signs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "reason"),
+    ("options", "named"),
     [
-        ({"codebook": "universal", "d": 3, "bits": 7}, "no universal codebook for d 3 and bits 7"),
-        ({"codebook": "lattice", "bits": 20}, "bits 16, 24 or 32"),
-        ({"codebook": "trellis", "bits": 6}, "1 to 4 bits"),
-        ({"codebook": "trellis", "d": 2}, "d 1"),
-        ({"codebook": "trellis", "refits": 2}, "refits is a knob of learned codebooks"),
-        ({"codebook": "universal", "stages": 2}, "stages is a knob of learned codebooks"),
-        ({"states": 12}, "states is a knob of trellis codes"),
-        ({"bits": 20}, "at most 16 bits"),
-        ({"codebook": "lattices"}, "codebook='lattices' is not valid"),
+        ({"codebook": "trellis", "bits": 6}, "bits"),
+        ({"codebook": "trellis", "d": 1}, "d"),
+        ({"codebook": "trellis", "codebook_updates": 2}, "codebook_updates"),
+        ({"state_bits": 12}, "state_bits"),
+        ({"bits": 20}, "bits"),
+        ({"codebook": "lattice"}, "lattice"),
+        ({"codebook": ["trellis"]}, "codebook"),
     ],
     ids=str,
 )
-def test_what_has_no_meaning_is_refused_with_the_reason(knobs: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        make("vq", knobs)
+def test_unknown_options_and_values_are_refused_by_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make("vq", options)
 
 
-def test_a_family_brings_its_defaults() -> None:
-    method = VQ(codebook="lattice")
-    assert (method.d, method.bits, method.rotation) == (8, 16, True)
-    assert VQ(**method.model_dump()) == method
-    assert not VQ().rotation
+def test_the_codebook_chooses_the_method() -> None:
+    method = make("vq", {"codebook": "trellis"})
+    assert isinstance(method, Trellis)
+    assert from_description(method.describe()) == method
+    assert isinstance(make("vq", {}), Codebook)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 
-from vqcompress.cli.tables import console, inspected
+from vqcompress.cli.console import console
+from vqcompress.cli.tables import inspected
 from vqcompress.cli.tables import quantized as quantized_words
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.inspect import inspect
@@ -67,7 +68,7 @@ RECIPES = ["smoothquant-int8", "fp8-tile", "vq-small"]
 STATIC = "rules:\n  - {match: '*', method: int8, activations: per_tensor}\n"
 ALONE = "rules:\n  - {match: '*.experts.0.*', method: fp8}\n  - {match: '*', method: int8}\n"
 # 48 outputs are no multiple of 32.
-RAGGED = "rules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
+RAGGED = "rules:\n  - {match: '*', method: vq, codebook: trellis, state_bits: 8}\n"
 
 
 @torch.inference_mode()
@@ -198,9 +199,7 @@ def test_experts_that_are_stored_fused_stay_dense_and_are_named(toy: Make, tmp_p
 
 @stored_fused
 def test_experts_that_nothing_compresses_are_copied_as_they_are_stored(family: str, quantized: Make, toy: Make) -> None:
-    rules = (
-        "{match: '*.experts.*', method: keep}\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}"
-    )
+    rules = "{match: '*.experts.*', method: keep}\n  - {match: '*', method: vq, d: 2, bits: 4, iterations: 2}"
     folder = quantized(f"rules:\n  - {rules}\n", family)
     verify(str(folder))
     stored, source = Artifact(folder), Checkpoint(toy(family))
@@ -366,7 +365,7 @@ def test_a_process_that_did_not_import_vqcompress_fails_loudly(
 
 
 def test_a_shared_codebook_of_experts_alone_lies_under_the_block(quantized: Make) -> None:
-    rules = "{match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}"
+    rules = "{match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}"
     folder = quantized(f"rules:\n  - {rules}\n", "mixtral")
     assert "model.layers.1.shared_parts.0.codebook" in Artifact(folder).tensors
     assert torch.isfinite(logits(load(folder))).all()
@@ -532,7 +531,7 @@ def test_what_is_said_of_experts_is_part_of_a_recipe() -> None:
 def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
     lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
 ) -> None:
-    rules = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+    rules = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}\n"
     for knobs, counted in (("routed", None), ("all", [512] * 4)):
         out, recipe = tmp_path / knobs, recipe_file(f"experts: {{calibrate: {knobs}}}\n{rules}")
         report = quantize(str(lonely), out, recipe, [str(text)], samples=8, seqlen=64)
@@ -688,10 +687,8 @@ def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make)
 STORED = {
     "int8": ("method: int8", 2e-2),
     "fp8": ("method: fp8", 2e-2),
-    "learned": ("method: vq, d: 2, bits: 4, iterations: 2, refits: 0", 1e-3),
-    "universal": ("method: vq, codebook: universal", 1e-3),
-    "lattice": ("method: vq, codebook: lattice", 1e-3),
-    "trellis": ("method: vq, codebook: trellis, states: 8", 1e-3),
+    "learned": ("method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0", 1e-3),
+    "trellis": ("method: vq, codebook: trellis, state_bits: 8", 1e-3),
 }
 PROMPT = 6
 every_way_to_store = pytest.mark.parametrize("name", STORED)

@@ -171,7 +171,7 @@ def test_an_artifact_and_its_dense_export_are_the_rotated_model(
         "{match: '*', method: int8, smoothing: {alpha: 0.5, norm: fold, attention: fold, mlp: fold}}",
         "{match: '*', method: int8, smoothing: {alpha: auto, norm: runtime, attention: runtime, mlp: runtime}}",
         "{match: '*', method: fp8}",
-        "{match: '*', method: vq, d: 2, bits: 8, iterations: 3, refits: 1}",
+        "{match: '*', method: vq, d: 2, bits: 8, iterations: 3, codebook_updates: 1}",
         "{match: '*.mlp.*', method: int8, smoothing: {alpha: 0.5}}",
     ],
 )
@@ -289,7 +289,7 @@ def test_a_weight_that_is_nan_is_named_before_anything_is_rotated(lively: Make, 
         rotated(tmp_path)
 
 
-RULES = "{match: '*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0, scope: target}"
+RULES = "{match: '*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0, scope: target}"
 
 
 def test_another_seed_is_another_rotation(lively: Make) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import Killed, contents
 from processes import Processes
-from test_resume import Killed, contents
 from typer.testing import CliRunner
 
 from vqcompress.cli.main import app
@@ -31,9 +31,9 @@ from vqcompress.storage.writer import Writer
 CANDIDATES = """
 description: quick ones, one of them with a shared codebook, one without statistics
 candidates:
-  - {method: vq, d: 4, bits: 4, scope: target, iterations: 1, refits: 0}
-  - {method: vq, d: 2, bits: 4, scope: block, iterations: 1, refits: 0}
-  - {method: vq, d: 1, bits: 4, scope: target, iterations: 1, refits: 0, damping: 0.02}
+  - {method: vq, d: 4, bits: 4, scope: target, iterations: 1, codebook_updates: 0}
+  - {method: vq, d: 2, bits: 4, scope: block, iterations: 1, codebook_updates: 0}
+  - {method: vq, d: 1, bits: 4, scope: target, iterations: 1, codebook_updates: 0, damping: 0.02}
   - {method: fp8}
 """
 
@@ -148,14 +148,14 @@ def test_budgets_are_kept_and_the_dearest_is_the_best(job: Job, tmp_path: Path) 
 
 def test_damage_falls_with_bits_and_is_that_of_one_weight_alone(job: Job, tmp_path: Path) -> None:
     noted: dict[str, dict[str, list[float]]] = {}
-    keep = Writer.note
+    keep = Writer.save_measured
 
     def note(into: Writer, name: str, record: dict[str, list[float]]) -> None:
         noted[name] = record
         keep(into, name, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "note", note)
+        patch.setattr(Writer, "save_measured", note)
         job(tmp_path / "out")
     damage = np.array([row for record in noted.values() for row in record.values()])
     assert damage.shape == (14, 4)
@@ -263,7 +263,7 @@ def test_what_does_not_fit_together_is_refused(words: list[str], said: str, toy:
 
 def test_too_little_is_refused_with_the_least_there_is(toy: Callable[..., Path], job: Job, tmp_path: Path) -> None:
     dear = tmp_path / "dear.yaml"
-    dear.write_text("candidates:\n  - {method: vq, codebook: universal, d: 2, bits: 6}\n")
+    dear.write_text("candidates:\n  - {method: vq, codebook: trellis, bits: 3}\n")
     with pytest.raises(UsageError, match=r"1\.5 is too little: .* needs 3\.\d\d\d here"):
         dry_run(str(toy()), str(dear), target_bits=1.5)
     with pytest.raises(UsageError, match="too little"):

@@ -119,12 +119,12 @@ def test_bits_per_weight_are_the_bits_on_disk(family: str, recipe: str, quantize
 
 
 COUNTED = """rules:
-  - {match: '*.q_proj', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
-  - {match: '*.k_proj', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
-  - {match: '*.v_proj', method: vq, d: 2, bits: 3, iterations: 2, refits: 0, scope: target}
-  - {match: '*.o_proj', method: vq, codebook: trellis, states: 8}
+  - {match: '*.q_proj', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}
+  - {match: '*.k_proj', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}
+  - {match: '*.v_proj', method: vq, d: 2, bits: 3, iterations: 2, codebook_updates: 0, scope: target}
+  - {match: '*.o_proj', method: vq, codebook: trellis, state_bits: 8}
   - {match: '*.down_proj', method: int8}
-  - {match: '*', method: vq, codebook: universal}
+  - {match: '*', method: vq, codebook: trellis, state_bits: 8}
 """
 
 
@@ -134,12 +134,9 @@ def test_uses_of_entries_are_counted_where_a_codebook_lies(quantized: Make) -> N
     books = report["codebooks"]
     blocks = list(report["blocks"])[1:]
     for block in blocks:
-        (universal,) = [place for place in books if place.startswith(f"{block}: vq codebook=universal")]
         shared, own = f"{block}.shared_parts.0", f"{block}.self_attn.v_proj"
-        assert {place for place in books if place.startswith(f"{block}.") or place == universal} == {
-            shared, own, universal,
-        }  # fmt: skip
-        for place, members, d in ((shared, ("q_proj", "k_proj"), 2), (universal, ("gate_proj", "up_proj"), 4)):
+        assert {place for place in books if place.startswith(f"{block}.")} == {shared, own}
+        for place, members, d in ((shared, ("q_proj", "k_proj"), 2),):
             weights = sum(e.target.weights for name, e in artifact.entries.items() if name.endswith(members))
             (counts,) = books[place]["counts"]
             assert len(counts) == books[place]["entries"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import contents
+from kills import contents
 
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.perplexity import perplexity
@@ -28,7 +28,7 @@ from vqcompress.storage.recipe import dump, parse
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
 IDS = torch.randint(384, (4, 48), generator=torch.Generator().manual_seed(7))
-RULE = "{match: '*', method: vq, d: 2, bits: 7, iterations: 2, refits: 0%s}"
+RULE = "{match: '*', method: vq, d: 2, bits: 7, iterations: 2, codebook_updates: 0%s}"
 
 
 def recipe(folder: Path, knobs: str = "", tuning: str = "") -> str:
@@ -66,19 +66,19 @@ def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Pa
     """On a trained model: errors of a random one have no meaning that a least squares could find."""
     demo = resolve("demo")
     text, loss = str(demo / "evaluation.txt"), {}
-    original = perplexity("demo", text, 128, None, 24)["nll_per_token"]
+    original = perplexity("demo", text, seqlen=128, limit=24)["nll_per_token"]
     for name, knobs, head in (
         ("plain", ", compensate: false", ""),
         ("compensated", "", ""),
         ("distilled", "", "tuning: {distill_epochs: 1}"),
     ):
         file = tmp_path / f"{name}.yaml"
-        file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: universal{knobs}}}\n")
+        file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: trellis, state_bits: 8{knobs}}}\n")
         report = quantize("demo", tmp_path / name, str(file), samples=96, seqlen=128)
         closing = [row["name"] for row in report["targets"] if row["compensates"]]
         assert closing == ([] if name == "plain" else [f"model.layers.{i}.mlp.down_proj" for i in range(3)])
         assert verify(str(tmp_path / name))["targets"] == 21
-        loss[name] = perplexity(str(tmp_path / name), text, 128, None, 24)["nll_per_token"] - original
+        loss[name] = perplexity(str(tmp_path / name), text, seqlen=128, limit=24)["nll_per_token"] - original
     assert loss["compensated"] < 0.9 * loss["plain"]
     assert loss["distilled"] < loss["compensated"]
 
@@ -107,13 +107,13 @@ def test_codes_stay_and_scales_codebooks_and_norms_move(toy: Make, text: Path, t
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
-@pytest.mark.parametrize("method", ["", ", codebook: trellis, states: 8, d: 1, bits: 2"])
+@pytest.mark.parametrize("method", ["", ", codebook: trellis, state_bits: 8, bits: 2"])
 def test_tuned_artifacts_load_and_run(family: str, method: str, toy: Make, text: Path, tmp_path: Path) -> None:
     rule = f"{{match: '*', method: vq{method}}}" if method else RULE % ""
     file = tmp_path / "recipe.yaml"
     file.write_text(f"{TUNED}\nrules:\n  - {rule}\n", encoding="utf-8")
     run(toy(family), tmp_path / "out", str(file), text)
-    assert perplexity(str(tmp_path / "out"), str(text), 64, None, 4)["perplexity"] < 1e5
+    assert perplexity(str(tmp_path / "out"), str(text), seqlen=64, limit=4)["perplexity"] < 1e5
 
 
 class Killed(Exception):
@@ -137,7 +137,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
         elif at == "distillation":
             patch.setattr("vqcompress.pipeline.quantize.distill", die)
         elif at == "staged":
-            patch.setattr(writer.Writer, "settle", die)
+            patch.setattr(writer.Writer, "apply_staged", die)
         else:
             # The shard is in its place, the journal does not know yet.
             write, done = writer.Writer._write_journal, []
@@ -145,7 +145,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
             def mortal(into: writer.Writer) -> None:
                 if artifact.STAGED in into.done:
                     done.append(1)
-                if len(done) == 2:
+                if len(done) == 3:
                     raise Killed
                 write(into)
 

@@ -26,7 +26,7 @@ from vqcompress.storage.artifact import Artifact
 Make = Callable[..., Path]
 # Every projection of a merged layer stored in another way, some dense.
 DIFFERENT = """rules:
-  - {match: "*.q_proj", method: vq, d: 2, bits: 4, iterations: 2, refits: 0}
+  - {match: "*.q_proj", method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}
   - {match: "*.v_proj", method: int8, smoothing: {alpha: 0.5, norm: runtime}}
   - {match: "re:.*(gate|down)_proj", method: fp8}
   - {match: "*", method: keep}

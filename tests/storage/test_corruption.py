@@ -115,6 +115,7 @@ def test_every_flipped_bit_is_found(copy: Callable[..., Path]) -> None:
     verify(str(folder))
 
 
+@pytest.mark.slow
 def test_every_byte_counts(copy: Callable[..., Path]) -> None:
     """A bit of every byte of the text files and headers; of long ones every few bytes unless there is time for all."""
     folder, draw, tried = copy("vq-small"), random.Random(0), 0

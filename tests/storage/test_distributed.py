@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,19 +14,21 @@ from typing import Any
 import pytest
 import torch
 from distributed_jobs import BATCH_TOKENS
+from kills import sums
 
 from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.model import stream as blocks
 from vqcompress.pipeline.quantize import quantize
-from vqcompress.storage.distributed import ALONE, Team, add_up
+from vqcompress.storage.distributed import ALONE, ProcessGroup, reduce_statistics
 
 Make = Callable[..., Path]
 SCRIPT = Path(__file__).parent.parent / "distributed_jobs.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, states: 8}\n"
-MIXED = "candidates:\n  - {method: vq, codebook: universal}\n  - {method: vq, codebook: universal, d: 2}\n"
-EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, refits: 0}\n"
+TUNED = "tuning: {distill_epochs: 1}\nrules:\n  - {match: '*', method: vq, codebook: trellis, state_bits: 8}\n"
+MIXED = "candidates:\n  - {method: vq, codebook: trellis, state_bits: 8}\n"
+MIXED += "  - {method: vq, codebook: trellis, bits: 4, state_bits: 8}\n"
+EXPERTS = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}\n"
 SMOOTHED = (
     "experts: {calibrate: all}\nrules:\n  - {match: '*', method: int8, smoothing: {grid: [0.4, 0.6], mlp: fold}}\n"
 )
@@ -47,12 +48,6 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cache beside": ("vq-small", "llama", {"samples": 40, "kv_cache": "kv-small"}),
     "rotated": ("rotation: fold\nrules:\n  - {match: '*', method: int8}\n", "llama", {}),
 }
-
-
-def sums(folder: Path) -> dict[str, str]:
-    """SHA-256 of the shards and the config."""
-    kept = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == "config.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +109,7 @@ def several(
     return folders, dict(zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True)), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_many_processes_make_the_bytes_of_one(
     size: int, several: tuple[Any, ...], alone: Callable[[str], dict[str, str]]
@@ -124,6 +120,7 @@ def test_many_processes_make_the_bytes_of_one(
         assert sums(folders[size] / name) == alone(name), name
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(
     job: Callable[..., dict[str, Any]], alone: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -153,22 +150,22 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert sums(out) == alone("learned")
 
 
+@pytest.mark.slow
 def test_too_few_rows_for_all_are_refused(several: tuple[Any, ...]) -> None:
     _, statuses, said = several
     assert all(statuses[0])
     assert "1 batches of calibration rows are too few for 2 processes" in said
 
 
-def test_a_team_shares_everything_out_once() -> None:
+def test_a_group_shards_everything_once() -> None:
     items = list(range(11))
     for size in (1, 2, 3, 11):
-        teams = [Team(rank, size) for rank in range(size)]
-        assert [item for team in teams for item in team.share(items)] == items
-        assert max(len(team.share(items)) for team in teams) <= -(-len(items) // size)
-        assert [task for team in teams for task in team.mine(items[:size])] == items[:size]
-    assert ALONE.everyones(5) == [5]
+        groups = [ProcessGroup(rank, size) for rank in range(size)]
+        assert [item for group in groups for item in group.shard(items)] == items
+        assert max(len(group.shard(items)) for group in groups) <= -(-len(items) // size)
+    assert ALONE.all_gather(5) == [5]
     value = torch.ones(2)
-    ALONE.add(value)
+    ALONE.all_reduce(value)
     assert value.tolist() == [1, 1]
 
 
@@ -176,11 +173,11 @@ def test_a_sample_that_only_others_took_is_where_the_weight_is(monkeypatch: pyte
     """An expert to which none of this process's tokens came."""
     accumulator, rows = Accumulator(frozenset({"sample"}), 8, 4, "meta"), torch.ones(4, 8)
 
-    def everyones(team: Team, value: Any) -> list[Any]:
+    def all_gather(group: ProcessGroup, value: Any) -> list[Any]:
         return [value, [rows] if isinstance(value, list) else (4, 4, 4.0)]
 
-    monkeypatch.setattr(Team, "everyones", everyones)
-    add_up(Team(0, 2), accumulator)
+    monkeypatch.setattr(ProcessGroup, "all_gather", all_gather)
+    reduce_statistics(ProcessGroup(0, 2), accumulator)
     sample_SI = accumulator.statistics().sample_SI
     assert sample_SI is not None
     assert (sample_SI.device.type, sample_SI.shape) == ("meta", rows.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,10 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-import vqcompress
 from vqcompress import methods
 from vqcompress.storage.artifact import Artifact
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
-# "The table is vqcompress/codebooks/gaussian.bin, part of the format."
-TABLE = Path(vqcompress.__file__).parent / "methods" / "vq" / "gaussian.bin"
 TYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "F32": "<f4", "BF16": "<u2", "F8_E4M3": "u1"}
 
 
@@ -51,47 +47,6 @@ def codes_of(streams: np.ndarray, bits: int, count: int) -> np.ndarray:
     """(streams, count) codes of so many bits."""
     each = np.unpackbits(streams, axis=1, bitorder="little")[:, : count * bits].reshape(len(streams), count, bits)
     return each @ (1 << np.arange(bits))
-
-
-def universal(d: int, bits: int) -> np.ndarray:
-    """(2^bits, d) entries."""
-    start, numbers = 0, np.frombuffer(TABLE.read_bytes(), "<i2") * np.float32(2.0**-12)
-    for size in ((8, 8), (4, 8), (2, 6), (2, 8), (1, 5), (1, 6)):
-        if size == (d, bits):
-            return numbers[start : start + (d << bits)].reshape(-1, d)
-        start += size[0] << size[1]
-    raise ValueError(f"no universal codebook of d {d} and {bits} bits")
-
-
-def patterns() -> np.ndarray:
-    """The 256 patterns of E8P."""
-    every = list(itertools.product((0.5, 1.5, 2.5, 3.5), repeat=8))
-    squares = [sum(x * x for x in p) for p in every]
-    short = [p for norm in (2, 4, 6, 8, 10) for p, s in zip(every, squares, strict=True) if s == norm]
-    last = [p for p, s in zip(every, squares, strict=True) if s == 12 and 2.5 not in p]
-    return np.array((short + last)[:256])
-
-
-def e8p(code: np.ndarray) -> np.ndarray:
-    """(…, 8) words."""
-    pattern = patterns()[code & 255]
-    signs = np.where(code[..., None] >> np.arange(8, 15) & 1, -1, 1)
-    word = pattern * np.concatenate([signs, np.ones_like(signs[..., :1])], -1)
-    word[..., 7] *= np.where(word.sum(-1) % 2, -1, 1)
-    return word + np.where(code >> 15 & 1, -0.25, 0.25)[..., None]
-
-
-def lattice(streams: np.ndarray, bits: int) -> np.ndarray:
-    """(columns, rows) values."""
-    word = streams.reshape(len(streams), -1, bits // 8).astype(int)
-    first = e8p(word[..., 0] | word[..., 1] << 8)
-    if bits == 16:
-        value = 0.965 * first
-    elif bits == 24:
-        value = first + 0.30 * universal(8, 8)[word[..., 2]]
-    else:
-        value = 1.12 * first + 0.29 * e8p(word[..., 2] | word[..., 3] << 8)
-    return value.reshape(len(streams), -1)
 
 
 def trellis(streams: np.ndarray, bits: int, states: int, rows: int) -> np.ndarray:
@@ -127,18 +82,15 @@ def hadamard(n: int) -> np.ndarray:
 
 def vq(knobs: dict[str, Any], parts: dict[str, np.ndarray], rows: int, columns: int) -> np.ndarray:
     """The weight of a target of method vq."""
-    family, d, bits = knobs.get("codebook", "learned"), knobs["d"], knobs["bits"]
-    if family == "learned":
+    bits = knobs["bits"]
+    if knobs["codebook"] == "learned":
+        d = knobs["d"]
         stages, groups = knobs["stages"], -(-columns // d)
         code = codes_of(parts["codes"], bits, groups * stages).reshape(rows, groups, stages)
         entries = parts["step"][:, None, None] * parts["codebook"]
         value = sum(entries[r][code[..., r]] for r in range(stages)).reshape(rows, -1)[:, :columns]
-    elif family == "universal":
-        value = universal(d, bits)[codes_of(parts["codes"], bits, -(-rows // d))].reshape(columns, -1).T[:rows]
-    elif family == "lattice":
-        value = lattice(parts["codes"], bits).T[:rows]
     else:
-        value = trellis(parts["codes"], bits, knobs["states"], rows).T[:rows]
+        value = trellis(parts["codes"], bits, knobs["state_bits"], rows).T[:rows]
     if knobs.get("rotation", False):
         signs = 1 - 2.0 * codes_of(parts["signs"], 1, columns)[0]
         value = hadamard(rows) @ value @ hadamard(columns) * signs
@@ -170,16 +122,12 @@ def decoded(path: Path) -> dict[str, np.ndarray]:
 
 EVERY_FAMILY = """
 rules:
-  - {match: "*.0.self_attn.q_proj", method: vq, codebook: universal}
-  - {match: "*.0.self_attn.k_proj", method: vq, codebook: universal, d: 2, bits: 6, rotation: false}
-  - {match: "*.0.self_attn.v_proj", method: vq, codebook: lattice}
-  - {match: "*.0.self_attn.o_proj", method: vq, codebook: lattice, bits: 24}
-  - {match: "*.0.mlp.gate_proj", method: vq, codebook: lattice, bits: 32}
-  - {match: "*.0.mlp.up_proj", method: vq, codebook: trellis, bits: 1, states: 8}
-  - {match: "*.0.mlp.down_proj", method: vq, codebook: trellis, bits: 3, states: 9, rotation: false}
-  - {match: "*.1.self_attn.*", method: vq, d: 3, bits: 5, stages: 2, rotation: true, iterations: 2, refits: 0}
-  - {match: "*.1.mlp.gate_proj", method: vq, codebook: trellis, bits: 2, states: 8}
-  - {match: "*.1.mlp.up_proj", method: vq, codebook: universal, d: 8, bits: 8}
+  - {match: "*.0.self_attn.q_proj", method: vq, codebook: trellis, bits: 4, state_bits: 10}
+  - {match: "*.0.self_attn.k_proj", method: vq, codebook: learned, d: 1, bits: 5, scope: target, entry_bits: 16}
+  - {match: "*.0.mlp.up_proj", method: vq, codebook: trellis, bits: 1, state_bits: 8}
+  - {match: "*.0.mlp.down_proj", method: vq, codebook: trellis, bits: 3, state_bits: 9, rotation: false}
+  - {match: "*.1.self_attn.*", method: vq, d: 3, bits: 5, stages: 2, rotation: true, iterations: 2, codebook_updates: 0}
+  - {match: "*.1.mlp.gate_proj", method: vq, codebook: trellis, bits: 2, state_bits: 8}
   - {match: "*", method: fp8}
 """
 
@@ -219,6 +167,4 @@ def test_every_method_and_family_is_read(quantized: Callable[..., Path]) -> None
         for entry in Artifact(path).entries.values()
     ]
     assert {method.name for method in known} == methods.METHODS.keys() - {"keep"}
-    assert {method.codebook for method in known if isinstance(method, methods.VQ)} == {
-        "learned", "universal", "lattice", "trellis",
-    }  # fmt: skip
+    assert {type(method).__name__ for method in known if method.name == "vq"} == {"Codebook", "Trellis"}

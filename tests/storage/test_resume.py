@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from kills import Killed, contents
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,9 +27,6 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.quantize import quantize
 from vqcompress.storage import artifact, writer
 from vqcompress.storage.artifact import Artifact
-
-# What says how long the run took, and its checksums; everything else is a function of the inputs.
-TIMED = {"report.json", "report.html", "README.md", artifact.SUMS}
 
 # Forks once per kill, so that torch is imported once. Dies of SIGKILL before the n-th call that changes the directory;
 # a file that was written but not synced loses its second half first, as after a power cut.
@@ -105,15 +102,6 @@ print(json.dumps(log))
 """
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, of the files that the inputs determine."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name not in TIMED
-    }
-
-
 @pytest.fixture
 def job(toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path) -> Callable[..., dict[str, Any]]:
     """Quantize a toy with the mixed recipe into a directory; any argument of `quantize` can be replaced."""
@@ -123,10 +111,6 @@ def job(toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path)
         return quantize(**{**arguments, "out": out, "samples": 4, "seqlen": 32, **changes})
 
     return run
-
-
-class Killed(BaseException):
-    """Stands for a kill where the process of the tests must live on."""
 
 
 @pytest.fixture
@@ -148,7 +132,7 @@ def unfinished(job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: 
     return out
 
 
-@pytest.mark.parametrize("chain", ["each", "chain"])
+@pytest.mark.parametrize("chain", [pytest.param("each", marks=pytest.mark.slow), "chain"])
 def test_killed_at_every_write_and_resumed_gives_the_same_bytes(
     chain: str,
     toy: Callable[..., Path],
@@ -236,12 +220,13 @@ print(json.dumps({"log": log, "directories": number - (lives == 0)}))
 """
 TUNED = (
     "rules:\n"
-    "  - {match: '*.down_proj', method: vq, codebook: universal, d: 4, bits: 8}\n"
+    "  - {match: '*.down_proj', method: vq, codebook: trellis, state_bits: 8}\n"
     "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
     "tuning: {distill_epochs: 1}\n"
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "states", "kills"), [(TUNED, "memory", 25), (TUNED, "disk", 25), ("fp8-tile", "memory", 10)]
 )

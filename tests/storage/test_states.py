@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_resume import contents
+from kills import contents
 
 from vqcompress.errors import VQCompressError
 from vqcompress.pipeline.quantize import quantize
-from vqcompress.storage.hidden_states import OnDisk, keep
+from vqcompress.storage.hidden_states import StatesOnDisk, keep
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,23 +35,22 @@ def test_what_is_kept_on_disk_comes_back(dtype: torch.dtype, tmp_path: Path) -> 
 
 def test_what_does_not_fit_its_place_is_refused(tmp_path: Path) -> None:
     kept = keep([torch.zeros(1, 2, 4)], tmp_path)
-    with pytest.raises(ValueError, match="place 0 holds"):
+    with pytest.raises(ValueError, match="item 0"):
         kept[0] = torch.zeros(1, 2, 5)
     with pytest.raises(IndexError):
         kept[1]
 
 
-def test_a_full_disk_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(VQCompressError, match=r"No space left on device; a batch needs 32 bytes and .* are free"):
-        OnDisk([torch.zeros(1, 2, 4)], tmp_path)
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    states = StatesOnDisk([], tmp_path)
+    with open("/dev/full", "rb+", buffering=0) as full:
+        states._file = full
+        with pytest.raises(VQCompressError, match=re.escape(str(tmp_path))):
+            states.append(torch.zeros(1, 2, 4))
 
 
 # With a second stream, of the dense model, that the last layer of a block is corrected by.
-TUNED = "rules: [{match: '*', method: vq, codebook: universal, d: 4, bits: 8}]\ntuning: {distill_epochs: 1}\n"
+TUNED = "rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8}]\ntuning: {distill_epochs: 1}\n"
 
 
 @pytest.mark.parametrize("recipe", ["mixed", TUNED], ids=["mixed", "tuned"])

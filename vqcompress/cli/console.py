@@ -1,4 +1,4 @@
-"""What all commands have in common: one line for an error, a console, JSON, and libraries that keep quiet."""
+"""Shared by all commands: the console, errors in one line, JSON output and quiet libraries."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ BEGINS = "the same command again starts from the beginning"
 
 
 def leads() -> bool:
-    """Whether this process speaks for all that `torchrun` started together."""
+    """Whether this is the main process of those that `torchrun` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def console(stderr: bool = False, everyone: bool = False) -> Console:
-    """Where messages go: a terminal breaks lines between words, a log keeps them whole and is wide for tables."""
+    """A rich console. Off a terminal lines are not wrapped, and tables may be 160 columns wide."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -45,9 +45,9 @@ def console(stderr: bool = False, everyone: bool = False) -> Console:
 
 
 class Commands(TyperGroup):
-    """Turns whatever a command raises into one line on stderr and an exit code.
+    """Turns an exception of a command into one line on stderr and an exit code.
 
-    began: when its process began, by time.perf_counter, if `main` says so; else when the command did.
+    began: time.perf_counter() at the start of the process if `main` passed it, else of the command.
     """
 
     began = 0.0
@@ -58,7 +58,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (typer.Abort, BrokenPipeError):
-            # Typer ends quietly; the reader of a pipe had enough.
+            # Typer exits quietly, also when the reader closed the pipe.
             raise
         except KeyboardInterrupt as pressed:
             hint = "the same command again does the rest" if ctx.invoked_subcommand == "quantize" else BEGINS
@@ -66,7 +66,7 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
         except Exception as error:
             if hasattr(error, "exit_code"):
-                # Typer's own: an exit, or wrong usage that it explains itself.
+                # An exit or a usage error of typer, which prints it.
                 raise
             _fail(error, bool(ctx.meta.get(DEBUG)))
 
@@ -79,8 +79,8 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     if isinstance(error, VQCompressError):
         text = words
     elif kind in ("OutOfMemoryError", "MemoryError") or re.search("(Cannot|can't) allocate memory", words):
-        # torch and safetensors say so in words of their own.
-        text = f"out of memory; a smaller --seqlen, --samples or --batch, or --states disk, needs less ({words})"
+        # torch and safetensors raise a RuntimeError with this text.
+        text = f"out of memory; reduce --seqlen, --samples or --batch, or give --states disk ({words})"
     elif isinstance(error, OSError):
         text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else words
     else:
@@ -90,19 +90,19 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
 
 
 def output_file(option: str, name: str | Path) -> Path:
-    """The file to write to in the end; UsageError unless it can be, which is said before hours of work."""
+    """The path of an output file; UsageError before any work if it cannot be written."""
     path = Path(os.path.expanduser(name)).absolute()
     if path.is_dir():
-        raise UsageError(f"{option} {name}: is a directory; name a file in it")
+        raise UsageError(f"{option} {name}: is a directory, not a file")
     if not path.parent.is_dir():
-        raise UsageError(f"{option} {name}: its directory does not exist")
+        raise UsageError(f"{option} {name}: the directory does not exist")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"{option} {name}: may not be written by this user")
+        raise UsageError(f"{option} {name}: permission denied")
     return path
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """VQCompressError if OUT holds a finished artifact that is not to be replaced."""
+    """VQCompressError if OUT holds a finished artifact and --overwrite is not given."""
     config = out / "config.json"
     unfinished = overwrite or not config.is_file() or (out / "journal.json").exists()
     if not unfinished and '"quant_method": "vqcompress"' in config.read_text(errors="replace"):
@@ -110,7 +110,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def took() -> float:
-    """Seconds since the command began, imports and all."""
+    """Seconds since the command began, imports included."""
     return round(time.perf_counter() - Commands.began, 3)
 
 
@@ -121,10 +121,10 @@ def session(
     recipes: Iterable[str | None] = (),
     texts: Iterable[str] | None = None,
 ) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
-    """The console for people and the function that hands JSON to machines; libraries are quiet meanwhile.
+    """The console and a function that writes the result as JSON; libraries are quiet inside.
 
-    With `--json -` everything else, a library's stray print included, goes to stderr. models, recipes, texts: what the
-    command will read; a name of nothing is an error before anything heavy is imported.
+    With `--json -` everything but the JSON goes to stderr. models, recipes and texts are the inputs of the command: a
+    missing one is an error before the slow imports.
     """
     named = list(filter(None, models))
     for model in named:
@@ -143,7 +143,7 @@ def session(
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", Fallback)
         if leads():
-            # The imports take seconds.
+            # Printed now because the imports take seconds.
             print(f"reading {', '.join(named)}", file=sys.stderr, flush=True)
         _quiet()
 
@@ -161,7 +161,7 @@ def session(
 
 @contextlib.contextmanager
 def uploading(repo: str | None, private: bool) -> Iterator[Callable[[Path, Console], None]]:
-    """A function that uploads a finished directory, once it is known that this user may; without `repo` it does not."""
+    """A function that uploads a finished directory to `repo`, if given. Permission is checked first."""
     if private and repo is None:
         raise UsageError("--private needs --push-to-hub REPO")
     if repo is not None and leads():
@@ -175,7 +175,7 @@ def uploading(repo: str | None, private: bool) -> Iterator[Callable[[Path, Conso
 
 
 def _quiet() -> None:
-    """Silence transformers. The hub's bars stay on a terminal: a download may take an hour."""
+    """Silence transformers, but keep the download bars of the hub on a terminal."""
     import transformers
     from huggingface_hub.utils import enable_progress_bars
 

@@ -1,4 +1,4 @@
-"""The commands that measure: `eval perplexity`, `eval speed` and `compare`."""
+"""The commands `eval perplexity`, `eval speed` and `compare`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from vqcompress.cli.options import (
     pinned,
 )
 
-Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL, Parquet or dataset id.")]
-Window = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens a window. Default: the model's context.")]
-Stride = Annotated[
-    int | None, typer.Option("--stride", min=1, help="Tokens from window to window. Default: no overlap.")
+Text = Annotated[str, typer.Option("--text", metavar="FILE", help="Text, JSONL or Parquet file, or dataset id.")]
+Window = Annotated[
+    int | None, typer.Option("--seqlen", metavar="N", min=2, help="Tokens per window (default: model context).")
 ]
-Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many windows.")]
-evaluation = typer.Typer(no_args_is_help=True, help="Measure how good or how fast a model is.")
+Stride = Annotated[
+    int | None, typer.Option("--stride", metavar="N", min=1, help="Tokens between window starts (default: no overlap).")
+]
+Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="Evaluate the first N windows.")]
+evaluation = typer.Typer(no_args_is_help=True, help="Measure the quality or speed of a model.")
 
 
 @evaluation.command()
@@ -39,11 +41,12 @@ def perplexity(
     stride: Stride = None,
     windows: Windows = None,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="The original: also KL and top-1 agreement.")
+        str | None,
+        typer.Option("--baseline", metavar="MODEL", help="Original model: adds KL divergence and top-1."),
     ] = None,
     kv_cache: KVCache = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Add the result to the artifact's report.json, report.html and README.md.")
+        bool, typer.Option("--report", help="Add the result to the report and model card of the artifact.")
     ] = False,
     device: Where = Device.auto,
     revision: Revision = None,
@@ -51,37 +54,41 @@ def perplexity(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Perplexity on a text; with --baseline also KL divergence and top-1 agreement.
+    """Measure perplexity on a text; with --baseline also KL divergence and top-1 agreement.
 
     Example: vqcompress eval perplexity out --text test.txt --baseline demo
     """
     model = pinned(model, revision)
     with session([model, baseline], json_file, (kv_cache,), [text]) as (console, write):
         from vqcompress.cli import tables as show
+        from vqcompress.cli.progress import counting
         from vqcompress.evaluate import model_card as documents
         from vqcompress.evaluate import perplexity as evaluate
 
         if report:
             documents.check_writable(model)
-        with show.counting(f"perplexity of {model}") as watch:
-            result = evaluate.perplexity(model, text, seqlen, stride, windows, baseline, device.value, watch, kv_cache)
+        with counting(f"perplexity of {model}") as progress:
+            cut = evaluate.Windowing(seqlen=seqlen, stride=stride, limit=windows)
+            result = evaluate.perplexity(model, text, baseline, device.value, progress, kv_cache, **cut)
         result["seconds"] = took()
         write(result)
         show.perplexity(console, result, text)
         if report:
             told = documents.add_evaluation(model, result)
-            kept = "" if "README.md" in told else "; README.md has been edited, and stays as it is"
+            kept = "" if "README.md" in told else "; README.md was edited by hand and is left alone"
             console.print(f"report      added to {', '.join(told)} of {model}{kept}")
 
 
 @evaluation.command()
 def speed(
     model: Either,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to decode.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts at once.")] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens in the prompt.")
+    ] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=2, help="Tokens to generate.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Number of prompts.")] = 1,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="MODEL", help="The original, measured after it.")
+        str | None, typer.Option("--baseline", metavar="MODEL", help="Original model, to measure as well.")
     ] = None,
     kv_cache: KVCache = None,
     cpu_weights: CpuWeights = Weights.auto,
@@ -91,7 +98,7 @@ def speed(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Prefill and decode tokens per second, time to first token, peak memory.
+    """Measure prefill and decode speed, time to first token and peak memory.
 
     Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
     """
@@ -107,43 +114,46 @@ def speed(
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Artifacts or other models; ID@REV works.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Artifacts, directories or hub ids.")],
     text: Text,
     baseline: Annotated[
         str | None,
         typer.Option(
             "--baseline",
             metavar="MODEL",
-            help="The original. Default: the one MODEL that is no artifact, else what all artifacts were made from.",
+            help="Original model (default: the one MODEL that is not an artifact, or the source of all artifacts).",
         ),
     ] = None,
     seqlen: Window = None,
     stride: Stride = None,
     windows: Windows = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures there.")
+        Path | None, typer.Option("--html", metavar="FILE", help="Write an HTML page with charts.")
     ] = None,
     device: Where = Device.auto,
     trust_remote_code: Trust = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Bits per weight against perplexity, KL divergence and top-1 agreement of several models on one text.
+    """Compare the size, perplexity, KL divergence and top-1 agreement of several models.
 
     Example: vqcompress compare out-2bit out-4bit --text test.txt --html compared.html
     """
     page = html_file and output_file("--html", html_file)
     with session([*models, baseline], json_file, texts=[text]) as (console, write):
         from vqcompress.cli import tables as show
+        from vqcompress.cli.progress import counting
         from vqcompress.evaluate.compare import compare as run
         from vqcompress.evaluate.compare import only_caches
+        from vqcompress.evaluate.perplexity import Windowing
         from vqcompress.evaluate.report_html import comparison_page
 
-        with show.counting(f"comparing {len(models)} model{'s' * (len(models) > 1)}") as watch:
-            result = run(models, text, seqlen, stride, windows, baseline, device.value, watch)
+        with counting(f"comparing {len(models)} model{'s' * (len(models) > 1)}") as progress:
+            cut = Windowing(seqlen=seqlen, stride=stride, limit=windows)
+            result = run(models, text, baseline, device.value, progress, **cut)
         result["seconds"] = took()
         write(result)
         show.compared(console, result, only_caches(models))
         if page:
             page.write_text(comparison_page(result), encoding="utf-8")
-            console.print(f"pictures    {html_file}")
+            console.print(f"charts      {html_file}")

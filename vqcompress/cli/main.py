@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported inside a command, so that help answers at once."""
+"""The commands. Heavy modules are imported inside a command, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -74,16 +74,14 @@ def _options(
 def quantize(
     model: Model,
     recipe: Recipe = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Directory to write the artifact to.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Output directory.")] = None,
     target_bits: TargetBits = None,
     calibration: Calibration = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Seed = 0,
     device: Where = Device.auto,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     states: Kept = States.memory,
     kv_cache: KVCache = None,
     overwrite: Overwrite = False,
@@ -94,7 +92,7 @@ def quantize(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Compress a model; the same command again continues a run that was cut off.
+    """Compress a model. Running the same command again continues an interrupted run.
 
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
@@ -103,13 +101,13 @@ def quantize(
     job |= {"seed": seed, "device": device, "states": states, "kv_cache": kv_cache}
     if dry_run:
         if push_to_hub or private:
-            raise UsageError("--dry-run writes nothing to upload; leave it out, or --push-to-hub and --private")
+            raise UsageError("--dry-run cannot be combined with --push-to-hub or --private")
         plan(model, calibration=calibration, json_file=json_file, **job)
         return
     if output is None:
-        raise UsageError("-o OUT is missing: the directory to write the artifact to (or give --dry-run)")
+        raise UsageError("-o OUT is missing: give an output directory, or --dry-run")
     if str(output) == "demo":
-        raise UsageError("-o demo: every command takes that name for the packaged checkpoint; choose another")
+        raise UsageError("-o demo: this name means the packaged checkpoint; choose another directory")
     check_choice(recipe, target_bits, kv_cache)
     check_free(output, overwrite)
     given = session([model], json_file, (recipe, kv_cache), calibration)
@@ -143,7 +141,7 @@ def plan(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Show what quantize would do: targets, bits, sizes, memory. A config.json is enough.
+    """Show the targets, sizes and memory of a run of quantize. Needs only a config.json.
 
     Example: vqcompress plan demo --recipe vq-2bit
     """
@@ -167,16 +165,16 @@ app.command()(compare)
 def export(
     artifact: Source,
     format: Format,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to write to.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Load it with its own reader; compare logits.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Output directory.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with its own library; compare logits.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an earlier export.")] = False,
     trust_remote_code: Trust = False,
     push_to_hub: Push = None,
     private: Private = False,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Rewrite an artifact in a format that other runtimes load: docs/export.md says what each holds.
+    """Convert an artifact to a format that other runtimes load (see docs/export.md).
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
@@ -199,7 +197,7 @@ def inspect(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Show what an artifact holds, a row per compressed weight.
+    """Show the bits, errors and options of each compressed weight.
 
     Example: vqcompress inspect out
     """
@@ -214,15 +212,15 @@ def inspect(
 
 @app.command()
 def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json = None, debug: Debug = False) -> None:
-    """Check an artifact: checksums, shapes, ranges of codes, finiteness.
+    """Check the checksums, shapes and values of an artifact.
 
     Example: vqcompress verify out
     """
     with session([artifact], json_file) as (console, write):
         from rich.filesize import decimal as size
 
-        from vqcompress.evaluate.read_report import duration
         from vqcompress.evaluate.verify import verify as run
+        from vqcompress.evaluate.wording import duration
 
         facts = run(artifact) | {"seconds": took()}
         write(facts)
@@ -234,9 +232,13 @@ def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json =
 @app.command()
 def generate(
     artifact: Source,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="N", min=0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.0,
     seed: Seed = 0,
     kv_cache: KVCache = None,
     cpu_weights: CpuWeights = Weights.auto,
@@ -244,7 +246,7 @@ def generate(
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt; then tokens per second, on stderr.
+    """Continue a prompt.
 
     Example: vqcompress generate out --prompt "Once upon a time"
     """
@@ -267,7 +269,7 @@ def doctor(
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Try an architecture: does it run block by block, what can be compressed, what stays dense.
+    """Check whether an architecture is supported and which weights can be compressed.
 
     Example: vqcompress doctor demo
     """
@@ -296,12 +298,12 @@ def recipes(debug: Debug = False) -> None:
 
 
 def set_up_memory() -> None:
-    """Large tensors in large pages of Linux, given back when they are freed, unlike small ones: docs/performance.md."""
+    """Configure malloc: large tensors use huge pages and are returned when freed (docs/performance.md)."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        # M_MMAP_THRESHOLD of glibc, which otherwise grows to 32 MiB; what lies below the next thing then stays.
-        # M_TRIM_THRESHOLD: without it every strip of a weight takes its pages anew.
-        # M_ARENA_MAX: each of up to 8 heaps a core takes 64 MB of address space.
+        # M_MMAP_THRESHOLD: by default it grows to 32 MiB, and freed memory below a live block is never returned.
+        # M_TRIM_THRESHOLD: without it the pages of every strip of a weight are mapped again.
+        # M_ARENA_MAX: up to 8 arenas per core would take 64 MB of address space each.
         for option, value in ((-3, 8 * 2**20), (-1, 16 * 2**20), (-8, 2)):
             ctypes.CDLL(None).mallopt(option, value)
 

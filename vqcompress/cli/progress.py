@@ -1,178 +1,132 @@
-"""What people see while `quantize` runs: a live table on a terminal, a line per block where there is none."""
+"""Progress of long commands: a bar on a terminal, and lines on stderr that a log can keep."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Column, Table
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from vqcompress.cli.console import console, leads
-from vqcompress.evaluate.read_report import duration, mean
+from vqcompress.cli.console import console
+from vqcompress.evaluate.read_report import mean
+from vqcompress.evaluate.wording import duration
 
-Watch = Callable[[str, dict[str, Any]], None]
-# Rows of the table: the newest targets.
-RECENT = 8
+Callback = Callable[[str, dict[str, Any]], None]
+# Seconds over which speed is averaged. One large weight may take minutes.
+SPEED_PERIOD = 3600.0
+# Off a terminal, lines per counted step.
+LOG_LINES = 8
 
 
-class _Run:
-    """Counts what a run of quantize has done, in weights: blocks differ in size."""
+def plural(count: int, noun: str) -> str:
+    """'1 block', '2 blocks'."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
-    def __init__(self) -> None:
+
+class StepBar:
+    """One bar that shows the current step. Without a terminal nothing is drawn, but the time left is still known."""
+
+    def __init__(self, description: str):
+        columns = TextColumn("{task.description}", markup=False), BarColumn(24)
+        self.bars = Progress(
+            SpinnerColumn(),
+            *columns,
+            TextColumn("{task.fields[count]}"),
+            TimeRemainingColumn(),
+            console=console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+            speed_estimate_period=SPEED_PERIOD,
+        )
+        self.id = self.bars.add_task(description, total=None, count="")
+
+    def start(self, description: str, total: int) -> None:
+        """Begin another step, of `total` units."""
+        self.bars.reset(self.id, description=description, total=total)
+
+    def advance(self, amount: int) -> None:
+        """Count units of work that are done."""
+        self.bars.update(self.id, advance=amount)
+
+    def count(self, description: str, done: int, total: int) -> None:
+        """Show a step of which `done` of `total` units are done; in a log at most `LOG_LINES` times."""
+        task = self.bars.tasks[0]
+        if task.total != total or done == 0:
+            self.start(description, total)
+        before = task.completed
+        self.bars.update(self.id, description=description, completed=done)
+        if self.bars.disable and (done == 0 or done * LOG_LINES // total > before * LOG_LINES // total):
+            self.log(f"{description}: {done * 100 // total} %{self.time_left()}")
+
+    def time_left(self) -> str:
+        """', about 5 s left', or nothing where the speed is not known yet or nothing is left."""
+        seconds = self.bars.tasks[0].time_remaining
+        return f", about {duration(seconds)} left" if seconds else ""
+
+    def log(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self.bars.console.print(line)
+
+
+class QuantizeProgress:
+    """The progress callback of `quantize`: it counts in weights, because blocks differ in size."""
+
+    def __init__(self, bar: StepBar):
+        self.bar = bar
+        # Of the blocks that this run does, the weights of each target.
         self.weights: dict[str, int] = {}
         self.earlier: set[str] = set()
-        # What is left besides.
-        self.only = ""
-        self._begin(0)
 
-    def _begin(self, total: int) -> None:
-        self.done, self.total, self.start = 0, total, time.perf_counter()
-        # What was done at the end of the last block, and when.
-        self.mark = (0, self.start)
-
-    def plan(self, facts: dict[str, Any]) -> None:
-        """Start counting; what an earlier run did costs little and is left out."""
-        self.earlier, plan = set(facts["done"]), facts["plan"]
-        blocks = [block for block in plan.blocks if block.name not in self.earlier]
-        self.weights = {t.name: t.weights for block in blocks for t in plan.compressed(block)}
-        self.only = " for the blocks" if plan.goes_on else ""
-        self._begin(sum(self.weights.values()))
-
-    def after(self, facts: dict[str, Any]) -> bool:
-        """Count what comes after the blocks; whether a log tells it: the beginning, and each eighth."""
-        if not facts["done"]:
-            self.weights, self.only = {}, ""
-            self._begin(facts["total"])
-        before, self.done = self.done, facts["done"]
-        self.mark = self.done, time.perf_counter()
-        return not self.done or self.done * 8 // self.total > before * 8 // self.total
-
-    def rate(self) -> float:
-        """Weights per second so far."""
-        return self.done / max(time.perf_counter() - self.start, 1e-9)
-
-    def left(self) -> str:
-        """The time left by whole blocks, which take time before and after their weights; in the first by weights."""
-        if not 0 < self.done < self.total:
-            return ""
-        done, now = (self.done, time.perf_counter()) if not self.mark[0] else self.mark
-        rest = (self.total - done) / done * (now - self.start) - (time.perf_counter() - now)
-        return f"about {duration(max(rest, 0.0))} left{self.only}"
-
-
-class _Screen:
-    """The newest targets in a table, and below it a bar with what is done, the rate and the time left."""
-
-    def __init__(self) -> None:
-        self.run, self.recent = _Run(), deque[tuple[str, ...]](maxlen=RECENT)
-        # Target → number of its block, and its path there.
-        self.places: dict[str, tuple[str, str]] = {}
-        # In a narrow terminal the bar gets shorter, then the end of the other text goes.
-        texts = [
-            TextColumn(f"{{task.{field}}}", markup=False, table_column=Column(no_wrap=True, min_width=width))
-            for field, width in (("description", 11), ("fields[rest]", 0))
-        ]
-        self.bar = Progress(SpinnerColumn(), texts[0], BarColumn(20), texts[1])
-        self.task = self.bar.add_task("planning", total=None, rest="")
-
-    def __rich__(self) -> RenderableType:
-        """What is drawn ten times a second, so that the time left runs down."""
-        if self.run.done:
-            rest = f"{self.run.left()}  " + (f"{self.run.rate() / 1e6:.2f} M weights/s" if self.run.weights else "")
-            self.bar.update(self.task, rest=rest.strip())
-        rows = Table("block", "target", box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in ("bits", "error"):
-            rows.add_column(title, justify="right", min_width=len(title))
-        for column in rows.columns:
-            column.no_wrap = True
-        # Another thread draws, while rows are added.
-        for row in list(self.recent):
-            rows.add_row(*row)
-        return Group(rows, self.bar) if self.recent else self.bar
-
-    def draw(self, event: str, facts: dict[str, Any]) -> None:
-        """Take note of an event of `quantize`."""
-        place = f"{facts['index'] + 1}/{facts['count']}" if "index" in facts else ""
+    def __call__(self, event: str, facts: dict[str, Any]) -> None:
+        """Show one event of `quantize`."""
+        block = f"block {facts['index'] + 1}/{facts['count']}" if "index" in facts else ""
         if event == "measure":
-            text = f"choosing settings, block {place}"
-            self.bar.update(self.task, description=text, total=facts["count"], completed=facts["index"])
+            self.bar.count("measuring the error of each setting", facts["index"], facts["count"])
         elif event == "plan":
-            self.run.plan(facts)
-            blocks = facts["plan"].blocks
-            numbers = {block.name: f"{n}/{len(blocks)}" for n, block in enumerate(blocks, 1)}
-            self.places = {t.name: (numbers[block.name], block.local(t)) for block in blocks for t in block.targets}
-            self.bar.update(self.task, total=self.run.total or 1, completed=0)
+            self._plan(facts["plan"], set(facts["done"]))
         elif event == "block":
-            self.bar.update(self.task, description=f"block {place}")
+            self.bar.bars.update(self.bar.id, count=block)
         elif event == "target":
-            self.run.done += self.run.weights[facts["name"]]
-            row = facts["row"]
-            figures = f"{row['bits_per_weight']:.2f}", f"{row['relative_error']:.2e}"
-            self.recent.append((*self.places[facts["name"]], *figures))
-            self.bar.update(self.task, completed=self.run.done)
-        elif event == "done":
-            self.run.mark = self.run.done, time.perf_counter()
+            self.bar.advance(self.weights[facts["name"]])
+        elif event == "done" and (self.weights or facts["name"] in self.earlier):
+            self.bar.log(f"{block} {facts['name']}: {self._block(facts)}")
         elif event == "after":
-            self.run.after(facts)
-            text = f"{facts['what']} {facts['done']}/{facts['total']}"
-            self.bar.update(self.task, description=text, total=facts["total"], completed=facts["done"], rest="")
+            self.bar.bars.update(self.bar.id, count=f"{facts['done']}/{facts['total']}")
+            self.bar.count(facts["what"], facts["done"], facts["total"])
+
+    def _plan(self, plan: Any, earlier: set[str]) -> None:
+        blocks, self.earlier = [block for block in plan.blocks if block.name not in earlier], earlier
+        self.weights = {t.name: t.weights for block in blocks for t in plan.compressed(block)}
+        todo = f"{plural(len(self.weights), 'weight')} in {plural(len(blocks), 'block')} to compress"
+        if not plan.targets:
+            todo = f"{plural(len(blocks), 'block')} to copy, no weights to compress"
+        self.bar.log(todo + (f"; {plural(len(earlier), 'block')} done by an earlier run" if earlier else ""))
+        self.bar.start("compressing", sum(self.weights.values()))
+
+    def _block(self, facts: dict[str, Any]) -> str:
+        rows = facts["record"]["targets"]
+        if facts["name"] in self.earlier:
+            return "done by an earlier run"
+        if not rows:
+            return "nothing to compress"
+        bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
+        text = f"{plural(len(rows), 'weight')}, {bits:.2f} bits, relative error {error:.3g}"
+        return f"{text}, {duration(facts['record']['seconds'])}{self.bar.time_left()}"
 
 
 @contextmanager
-def watching() -> Iterator[Watch]:
-    """A `watch` for quantize: a live table on a terminal, else a line per block on stderr."""
-    if not leads():
-        yield lambda event, facts: None
-    elif sys.stderr.isatty():
-        screen = _Screen()
-        with Live(screen, console=console(stderr=True), transient=True, refresh_per_second=10):
-            yield screen.draw
-    else:
-        run = _Run()
-        yield lambda event, facts: _log(run, event, facts)
+def watching() -> Iterator[Callback]:
+    """The progress callback to give to `quantize`."""
+    bar = StepBar("planning")
+    with bar.bars:
+        yield QuantizeProgress(bar)
 
 
-def _blocks(count: int) -> str:
-    return f"{count} block{'s' * (count != 1)}"
-
-
-def _log(run: _Run, event: str, facts: dict[str, Any]) -> None:
-    if event == "measure":
-        text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: measuring what each setting costs"
-    elif event == "plan":
-        run.plan(facts)
-        done, left = len(run.earlier), len(facts["plan"].blocks) - len(run.earlier)
-        resumed = f", {_blocks(done)} {'is' if done == 1 else 'are'} done already" if done else ""
-        text = f"{len(run.weights)} weight{'s' * (len(run.weights) != 1)} in {_blocks(left)} to do{resumed}"
-        if not facts["plan"].targets:
-            text = f"the weights stay as they are: {_blocks(left)} to copy{resumed}"
-    elif event == "target":
-        run.done += run.weights[facts["name"]]
-        return
-    elif event == "after" and run.after(facts):
-        text = f"{facts['what']} {facts['done']}/{facts['total']}" + (f", {run.left()}" if run.left() else "")
-    elif event == "done":
-        run.mark = run.done, time.perf_counter()
-        text = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}: "
-        rows = facts["record"]["targets"]
-        if facts["name"] in run.earlier:
-            text += "done by an earlier run"
-        elif not run.weights:
-            return
-        elif not rows:
-            text += "nothing to compress"
-        else:
-            bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
-            text += f"{len(rows)} weight{'s' * (len(rows) != 1)}, {bits:.2f} bits, relative error {error:.3g}, "
-            text += duration(facts["record"]["seconds"]) + (f", {run.left()}" if run.left() else "")
-    else:
-        return
-    print(text, file=sys.stderr, flush=True)
+@contextmanager
+def counting(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress callback that takes the units done and their total."""
+    bar = StepBar(description)
+    with bar.bars:
+        yield lambda done, total: bar.count(description, done, total)

@@ -1,53 +1,30 @@
-"""What people see: progress, tables and closing lines. Machines read the JSON instead."""
+"""Results for people: tables and closing lines. Programs read the JSON instead."""
 
 from __future__ import annotations
 
 import math
-import re
 import shlex
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal as size
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from vqcompress.cli.console import console
-from vqcompress.evaluate.read_report import cache_line, duration, shrunk
-from vqcompress.evaluate.report_html import protocol, quality
+from vqcompress.evaluate.wording import cache_line, duration, protocol_line, quality_cells, shrunk
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
 
-# Letters of a name that a narrow table keeps in a line, if need be for a column less.
-LEAST_OF_A_NAME = 16
-
 
 def _table(to: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows with a name first. Where they do not fit titles break, then the last columns go, then names break."""
-    wide = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    narrow = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
-
-    def room(widths: list[int]) -> int:
-        # Three places between two columns, one at each end.
-        return to.width - 2 - sum(width + 3 for width in widths[1:])
-
-    widths = wide if room(wide) >= wide[0] else narrow
-    while len(widths) > 2 and room(widths) < min(widths[0], LEAST_OF_A_NAME):
-        widths = widths[:-1]
-    widths[0] = max(1, min(widths[0], room(widths)))
+    """Print rows whose first cell is a name; in a narrow terminal names are folded."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, width in zip(titles, widths, strict=False):
-        table.add_column(title, width=width, justify="right" if table.columns else "left", overflow="fold")
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        # After a dot of a name or a slash of a path where there is one.
-        lines = re.findall(rf".{{1,{widths[0]}}}$|.{{,{widths[0] - 1}}}[./]|.{{{widths[0]}}}", row[0])
-        table.add_row("\n".join(lines), *row[1 : len(widths)])
+        table.add_row(*row)
     to.print(table)
 
 
@@ -55,50 +32,19 @@ def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of work done and its total: a bar on a terminal, else a line on stderr at every quarter."""
-    first: list[tuple[float, int]] = []
-    quarters = [0]
-
-    def left(done: int, total: int) -> str:
-        now = time.perf_counter()
-        # The first step also reads files and warms up.
-        first[1:] = [] if first else [(now, done)]
-        since, before = first[0]
-        return (
-            f"about {duration((now - since) / (done - before) * (total - done))} left" if before < done < total else ""
-        )
-
-    if not sys.stderr.isatty():
-
-        def log(done: int, total: int) -> None:
-            text = left(done, total) or ("done" if done == total else "")
-            quarters.append(done * 4 // total)
-            if quarters[-1] > quarters[-2]:
-                print(f"{what}: {done * 100 // total} %{text and ', '}{text}", file=sys.stderr, flush=True)
-
-        yield log
-        return
-    text = TextColumn("{task.fields[left]}", markup=False)
-    with Progress(SpinnerColumn(), TextColumn(what), BarColumn(24), text, console=console(True), transient=True) as bar:
-        task = bar.add_task(what, total=None, left="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, left=left(done, total))
-
-
 def _experts(to: Console, facts: dict[str, Any], each: bool) -> None:
-    """Tokens per expert, of each mixture or of all together; what nothing is known of."""
-    mixtures = facts["experts"] if each else {"in all": _together(facts["experts"])} if facts["experts"] else {}
+    """Tokens per expert, for each mixture or for all together, and the weights that no calibration token reached."""
+    mixtures = facts["experts"] if each else {"total": _together(facts["experts"])} if facts["experts"] else {}
     for place, tokens in mixtures.items():
         text = f"{len(tokens['routed'])} experts, {min(tokens['routed']):,} to {max(tokens['routed']):,} tokens each"
         if tokens["counted"] != tokens["routed"]:
             text += f", counted {min(tokens['counted']):,} to {max(tokens['counted']):,}"
         if tokens["borrowed"]:
             which = ", ".join(map(str, tokens["borrowed"])) if each else f"{len(tokens['borrowed'])} of them"
-            text += f"; too few, so with those of all of a layer: {which}"
+            text += f"; too few tokens, so statistics of the whole layer are used: {which}"
         to.print(f"experts {place}: {text}")
     if names := facts["uncalibrated"]:
-        to.print(f"warning no token of the calibration came to {', '.join(names)}")
+        to.print(f"warning no calibration token reached {', '.join(names)}")
 
 
 def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]:
@@ -106,7 +52,7 @@ def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]
 
 
 def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None) -> None:
-    """The end of `quantize`: what came out and what to type next. texts: as given."""
+    """The result of `quantize` and the command to type next. texts: the --calibration options."""
     before, after = report["source_bytes"], report["artifact_bytes"]
     device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
     if report["target_bits"] is not None:
@@ -116,14 +62,13 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
     to.print(f"size    {size(before)} → {size(after)}, {shrunk(before, after)}")
     _experts(to, report, each=False)
     if texts and report["calibration"] is None:
-        to.print(f"note    {report['recipe']} needs no data: --calibration was not read")
+        to.print(f"note    {report['recipe']} needs no data, so --calibration was ignored")
     if worst := max(report["targets"], key=lambda row: row["relative_error"], default=None):
         to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
     if report["kv_cache"]:
-        turned_on = "; --kv-cache or vqcompress.load(…, kv_cache=True) turns it on"
-        to.print(f"cache   {cache_line(report['kv_cache'])}{turned_on}")
+        to.print(f"cache   {cache_line(report['kv_cache'])}; turn it on by --kv-cache {AS_STORED}")
     before = report["seconds_before"]
-    run = f", {duration(report['seconds'] - before)} of them in this run" if before else ""
+    run = f", {duration(report['seconds'] - before)} of it in this run" if before else ""
     to.print(f"took    {duration(report['seconds'])}{run}, peak memory {size(report['peak_rss_bytes'])}{device}")
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
     if report["kv_cache"]:
@@ -132,25 +77,25 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: 
 
 
 def _bits(facts: dict[str, Any]) -> str:
-    """Bits per weight, and of how many weights."""
+    """Bits per weight and the number of quantized weights."""
     if facts["bits_per_weight"] is None:
-        return "all weights as they are"
+        return "weights unchanged"
     return f"{facts['bits_per_weight']:.3f} bits per weight over {facts['weights_quantized']:,} weights"
 
 
 def _left(to: Console, left_dense: dict[str, str]) -> None:
-    """What stays dense and why, a line for each kind of weight."""
+    """Weights that stay dense and the reasons, a line per kind of weight."""
     for (name, why), count in Counter((kind(name), kind(why)) for name, why in left_dense.items()).items():
         to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}")
 
 
 def planned(to: Console, plan: dict[str, Any]) -> None:
-    """A plan: a row per kind of weight, sizes, memory, and what is left as it is."""
+    """A plan: a row per kind of weight, sizes, memory and the weights that stay dense."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     for row in plan["targets"]:
         shape = " × ".join(map(str, row["shape"]))
         bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
-        counts[kind(row["name"]), shape, row["method"] or "by its errors", bits] += 1
+        counts[kind(row["name"]), shape, row["method"] or "measured", bits] += 1
     rows = [(name, f"{count:,}", *others) for (name, *others), count in counts.items()]
     if rows:
         _table(to, ("weight", "count", "shape", "method", "bits per weight"), rows)
@@ -158,7 +103,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
         to.print(f"choice  {name}: {bits:.3f} bits per weight")
     before, after = plan["source_bytes"], plan["artifact_bytes"]
     if plan["rotation"]:
-        to.print("rotate  the residual stream and the heads' values, folded into the weights")
+        to.print("rotate  the residual stream and attention values, folded into the weights")
     to.print(f"total   {len(plan['targets'])} targets, {_bits(plan)}")
     if plan["kv_cache"]:
         to.print(f"cache   {cache_line(plan['kv_cache'])}; codebooks of {size(plan['codebook_bytes'])}")
@@ -170,7 +115,7 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
 
 
 def inspected(to: Console, facts: dict[str, Any]) -> None:
-    """An artifact: a row per target, the settings of its methods, totals."""
+    """An artifact: a row per target, the options of its methods and totals."""
     cells = []
     for row in facts["targets"]:
         tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
@@ -185,7 +130,7 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
         to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in options)}")
     if books := facts["codebooks"].values():
         means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
-        to.print(f"entries the first 1/8, 1/4, 1/2 of a codebook's take {means} % of its uses (mean of {len(books)})")
+        to.print(f"entries the most used 1/8, 1/4, 1/2 of a codebook cover {means} % of uses (mean of {len(books)})")
     _experts(to, facts, each=True)
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
     if facts["kv_cache"]:
@@ -195,37 +140,37 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
 
 
 def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
-    """A perplexity, and beside it how it was measured: figures of unequal protocols do not compare."""
+    """A perplexity and its protocol: figures of different protocols are not comparable."""
     to.print(f"perplexity  {facts['perplexity']:.4f}   ({facts['bits_per_byte']:.4f} bits per byte)")
     if "baseline" in facts:
         divergence = facts["kl_divergence"]
         to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
         to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
         to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    to.print(f"protocol    {text}: {protocol(facts)}, float32")
+    to.print(f"protocol    {text}: {protocol_line(facts)}, float32")
     to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
 
 
 def speed(to: Console, facts: dict[str, Any]) -> None:
-    """Tokens per second, and on what."""
+    """Tokens per second, memory and the conditions they were measured under."""
     device = f", {size(facts['peak_device_bytes'])} on the GPU" if facts["peak_device_bytes"] else ""
     to.print(f"prefill              {facts['prefill_tokens_per_second']:,.1f} tokens/s")
     to.print(f"decode               {facts['decode_tokens_per_second']:,.1f} tokens/s")
     to.print(f"time to first token  {1000 * facts['time_to_first_token']:.1f} ms")
     to.print(f"peak memory          {size(facts['peak_rss_bytes'])}{device}")
-    to.print(f"cache                {size(facts['cache_bytes'])}, {facts['kv_cache'] or 'as it is'}")
+    to.print(f"cache                {size(facts['cache_bytes'])}, {facts['kv_cache'] or 'plain'}")
     shape = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
     to.print(f"measured             {shape}, on {facts['device']} in {facts['dtype']}")
     if other := facts.get("baseline"):
         ratios = (f"{kind} {facts[f'{kind}_relative_to_baseline']:.2f}" for kind in ("prefill", "decode"))
-        to.print(f"speed relative to {other['model']}: {', '.join(ratios)}")
+        to.print(f"relative to baseline {other['model']}: {', '.join(ratios)}")
         memory = size(other["peak_device_bytes"] or other["peak_rss_bytes"])
         theirs = f"peak memory {memory}, cache {size(other['cache_bytes'])}"
-        to.print(f"  whose decode is {other['decode_tokens_per_second']:,.1f} tokens/s, {theirs}")
+        to.print(f"baseline             decode {other['decode_tokens_per_second']:,.1f} tokens/s, {theirs}")
 
 
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:
-    """What an export wrote, what it had to decode, and how far its reader's logits are from the artifact's."""
+    """The files of an export, the weights that it decoded, and the result of --verify."""
     written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
     to.print(f"{out}: {facts['format']}, {written}")
     _left(to, facts["left_dense"])
@@ -238,12 +183,12 @@ def exported(to: Console, facts: dict[str, Any], out: str) -> None:
 
 
 def examined(to: Console, facts: dict[str, Any]) -> None:
-    """The doctor's checks, and what is left as it is."""
+    """The checks of `doctor`, and the weights that stay dense."""
     to.print(f"{facts['architecture']}: {'ok' if facts['ok'] else 'FAIL'}")
     for check in facts["checks"]:
         to.print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}")
-    to.print(f"{facts['targets']} targets hold {100 * facts['coverage']:.1f} % of the weights of the blocks")
-    # The experts of a mixture in one line.
+    to.print(f"{facts['targets']} targets hold {100 * facts['coverage']:.1f} % of the weights in blocks")
+    # All experts of a mixture share a line.
     kinds = (([kind(path) for path in f["input"].split(", ")], kind(f["producer"] or "")) for f in facts["folds"])
     for reads, producer in dict.fromkeys((", ".join(dict.fromkeys(paths)), producer) for paths, producer in kinds):
         to.print(f"smooth  {reads}: {f'folds into {producer}' if producer else 'at run time'}")
@@ -251,16 +196,16 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
 
 
 def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> None:
-    """A row for each model, from the most bits to the fewest, with a bar of what it loses; legible in 80 columns.
+    """A row per model, from the most bits to the fewest, and a bar of its KL divergence.
 
-    caches: models of dense weights whose cache alone is coded.
+    caches: models with dense weights that hold codebooks for the KV cache.
     """
     models = found["models"]
     titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
-    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality(row)) for row in models]
+    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in models]
     _table(to, titles, rows)
     if found["baseline"] is None:
-        to.print("note        no KL divergence: no original is among the models or named by all; give --baseline")
+        to.print("note        no KL divergence without an original; give --baseline")
     else:
         to.print("mean KL by bits per weight")
         losses = [row["kl_divergence"]["mean"] for row in models]
@@ -271,6 +216,6 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
             to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}")
     for model in caches:
         how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
-        to.print(f"note        {model} codes only its cache, not used here; `{how}` measures it")
-    to.print(f"protocol    {found['text']}: {protocol(found['protocol'])}, float32")
+        to.print(f"note        {model} quantizes only the KV cache, which is off here; measure it by `{how}`")
+    to.print(f"protocol    {found['text']}: {protocol_line(found['protocol'])}, float32")
     to.print(f"took        {duration(found['seconds'])}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.evaluate.perplexity import score
+from vqcompress.evaluate.perplexity import Progress, Windowing, score
 from vqcompress.evaluate.read_report import named, read_report
 from vqcompress.storage import hub
 from vqcompress.storage.artifact import Artifact, stored_bits
@@ -19,12 +18,10 @@ from vqcompress.storage.checkpoint import Checkpoint, resolve
 def compare(
     models: list[str],
     text: str,
-    seqlen: int | None = None,
-    stride: int | None = None,
-    limit: int | None = None,
     baseline: str | None = None,
     device: str = "auto",
-    watch: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
+    **cut: Unpack[Windowing],
 ) -> dict[str, Any]:
     """What each of several models costs and loses, JSON: bits per weight, bytes, and all that `perplexity` measures.
 
@@ -37,7 +34,7 @@ def compare(
         models = [model for model in models if resolve(model) != resolve(baseline)]
     if not models:
         raise UsageError(f"{baseline} is the original; name models to compare with it")
-    found, protocol = score(models, text, seqlen, stride, limit, baseline, device, watch)
+    found, protocol = score(models, text, baseline, device, progress, **cut)
     nothing = {"ratio": None, "kl_divergence": None, "top1_agreement": None}
     rows = [
         {"model": model, **_footprint(model), "perplexity": scores.perplexity}

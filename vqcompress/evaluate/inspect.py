@@ -28,7 +28,7 @@ def inspect(path: str) -> dict[str, Any]:
             {
                 "name": name,
                 "method": entry.method.name,
-                "options": entry.method.read_knobs(),
+                "options": entry.method.model_dump(mode="json"),
                 "shape": list(entry.target.shape),
                 "smoothed": entry.smoothed,
                 "bits_per_weight": stored[name] / entry.target.weights,

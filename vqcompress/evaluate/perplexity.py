@@ -5,11 +5,12 @@ Shape legend: N windows, L tokens of a window, P predictions, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import Checkpoint, resolve
 from vqcompress.storage.text import fingerprint, read_text
 
+# Called with the steps done and their total.
+Progress = Callable[[int, int], None]
 # Numbers in the float32 logits that are scored at once.
 LOGITS = 2**24
 # Characters of the text by which tokenizers are compared.
@@ -60,8 +63,16 @@ def _loaded_bytes(source: Checkpoint, dtype: torch.dtype) -> int:
     return sum(t.bytes if t.dtype.itemsize == 1 else t.bytes // t.dtype.itemsize * dtype.itemsize for t in tensors)
 
 
+class Windowing(TypedDict, total=False):
+    """How a text is cut: tokens of a window, tokens from one window to the next, the most windows."""
+
+    seqlen: int | None
+    stride: int | None
+    limit: int | None
+
+
 def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tensor:
-    """Windows (N, L) of a text's tokens (n,), one every `stride`; the tail that fills none is dropped."""
+    """Windows (N, L) of a text's tokens (n,), one every `stride`; a tail shorter than a window is dropped."""
     if stride > seqlen:
         raise UsageError(f"--stride {stride} is more than --seqlen {seqlen}: tokens in between would not count")
     if seqlen < 2 or stride < 1 or (limit is not None and limit < 1):
@@ -73,30 +84,36 @@ def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tens
     return cut[:limit] if limit else cut
 
 
-def scored(number: int, seqlen: int, stride: int) -> int:
+def first_scored(number: int, seqlen: int, stride: int) -> int:
     """The first position of a window's predictions that counts: later windows score only what is new to them."""
     return 0 if number == 0 else max(seqlen - stride - 1, 0)
 
 
-class Pass:
-    """One model streamed over windows block by block; then logits, window by window."""
-
-    def __init__(self, stream: BlockStream, windows_NL: Tensor, step: Callable[[float], None]):
-        self.stream = stream
-        states = [stream.embed(batch) for batch in stream.batches(windows_NL)]
-        for i, block in enumerate(stream.blocks):
-            stream.forward(stream.load_block(i), i, states)
-            step(sum(target.weights for target in block.targets))
-        self.windows_NL = windows_NL
-        self.rows = [row for state in states for row in state.split(1)]
+class Logits(Protocol):
+    """The logits of one model, window by window."""
 
     def logits(self, number: int, first: int) -> Tensor:
         """The logits (P, V) that predict the tokens after position `first` of a window."""
+
+
+class StreamedLogits:
+    """Logits of a model that is streamed over all windows block by block: one block at a time is in memory."""
+
+    def __init__(self, stream: BlockStream, windows_NL: Tensor, step: Callable[[], None]):
+        self.stream, self.windows_NL = stream, windows_NL
+        states = [stream.embed(batch) for batch in stream.batches(windows_NL)]
+        for i in range(len(stream.blocks)):
+            stream.forward(stream.load_block(i), i, states)
+            step()
+        self.rows = [row for state in states for row in state.split(1)]
+
+    def logits(self, number: int, first: int) -> Tensor:
+        """As `Logits` says."""
         return self.stream.logits(self.windows_NL[number : number + 1], self.rows[number])[0, first:-1]
 
 
-class CodedPass:
-    """Logits of a model in memory whose tokens attend to coded keys and values, window by window."""
+class CodedCacheLogits:
+    """Logits of a model in memory whose tokens attend to coded keys and values."""
 
     def __init__(self, model: str, recipe: str, device: str, windows_NL: Tensor):
         self.network, self.windows_NL = load_any(model, device), windows_NL
@@ -104,10 +121,12 @@ class CodedPass:
 
     @torch.inference_mode()
     def logits(self, number: int, first: int) -> Tensor:
-        """As those of a `Pass`; tokens go one by one where the attention of the model cannot be replaced."""
-        ids_BL, network = self.windows_NL[number : number + 1].to(self.network.device), cast(Any, self.network)
-        at_once = AttentionHook(self.network).covers_all_layers
-        cache = KVCache(self.network, self.config, strict=at_once)
+        """As `Logits` says; tokens go one by one where the attention of the model cannot be replaced."""
+        ids_BL, at_once = (
+            self.windows_NL[number : number + 1].to(self.network.device),
+            AttentionHook(self.network).covers_all_layers,
+        )
+        cache, network = KVCache(self.network, self.config, strict=at_once), cast(Any, self.network)
         with decoding(self.network) if at_once else nullcontext():
             parts = [ids_BL] if at_once else ids_BL.split(1, 1)
             found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
@@ -160,67 +179,50 @@ class Scores:
 def score(
     models: list[str],
     text: str,
-    seqlen: int | None = None,
-    stride: int | None = None,
-    limit: int | None = None,
     baseline: str | None = None,
     device: str = "auto",
-    watch: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     kv_cache: str | None = None,
+    **cut: Unpack[Windowing],
 ) -> tuple[list[Scores], dict[str, Any]]:
-    """The scores of each model on the windows of a text, against a baseline that runs once; and the protocol, JSON.
+    """The scores of each model on the windows of a text, and the protocol as JSON. Arguments as of `perplexity`.
 
-    Of every model one block at a time is in memory, and its hidden states of all windows. Other arguments: as those of
-    `perplexity`; kv_cache: for the first model.
+    The baseline is streamed first and its final hidden states stay in memory; then one model at a time.
+    kv_cache: for the first model.
     """
     chosen = choose_device(device)
     names = [*models, *([baseline] if baseline is not None else [])]
     sources = [open_model(name) for name in names]
-    length = seqlen if seqlen is not None else sources[0].default_seqlen
-    step = stride if stride is not None else length
+    length = sources[0].default_seqlen if (given := cut.get("seqlen")) is None else given
+    stride = length if (given := cut.get("stride")) is None else given
     tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
-    starts = [tokenize(tokenizer, content[:SAMPLE]) for tokenizer in tokenizers]
-    for name, start in zip(names, starts, strict=True):
-        if not torch.equal(start, starts[0]):
-            raise VQCompressError(f"{names[0]} and {name} have other tokens or vocabularies, so they do not compare")
-    windows_NL = windows(tokenize(tokenizers[0], content), length, step, limit)
+    _check_tokenizers(names, tokenizers, content)
+    windows_NL = windows(tokenize(tokenizers[0], content), length, stride, cut.get("limit"))
     for source in sources:
         source.check_length(length)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     if kv_cache is not None:
         needed = _loaded_bytes(sources[0], streams[0].dtype)
         check_fits(needed, chosen, "eval perplexity --kv-cache", "without --kv-cache it reads block by block")
-    # Work is counted in weights: a block passes all windows at once, the output head one after the other.
-    inside = sum(target.weights for stream in streams for block in stream.blocks for target in block.targets)
-    # A model whose cache is coded is whole in memory, and passes them one after the other, too.
-    coded = sum(t.weights for block in streams[0].blocks for t in block.targets) if kv_cache is not None else 0
-    heads = sum(stream.model.get_output_embeddings().weight.numel() for stream in streams)
-    done = 0.0
-
-    def tell(work: float) -> None:
-        nonlocal done
-        done += work
-        watch(round(done), inside + heads)
-
-    passes: list[Any] = [Pass(s, windows_NL, tell) for s in (streams if kv_cache is None else streams[1:])]
-    if kv_cache is not None:
-        passes.insert(0, CodedPass(models[0], kv_cache, device, windows_NL))
-    found, labels = [Scores() for _ in models], []
-    for number, window_L in enumerate(windows_NL):
-        first = scored(number, length, step)
-        labels.append(window_L[first + 1 :])
-        truth = passes[-1].logits(number, first) if baseline is not None else None
-        for scores, each in zip(found, passes, strict=False):
-            logits = each.logits(number, first)
-            if truth is not None and logits.shape != truth.shape:
-                raise VQCompressError(f"{', '.join(models)} and {baseline} have vocabularies of different sizes")
-            scores.add(logits, labels[-1].to(chosen), truth)
-        tell((heads + coded) / len(windows_NL))
+    # A model with a coded cache is not streamed, so its blocks are no steps.
+    streamed = streams if kv_cache is None else streams[1:]
+    step = _counter(progress, sum(len(stream.blocks) for stream in streamed) + len(models) * len(windows_NL))
+    reference = StreamedLogits(streams[-1], windows_NL, step) if baseline is not None else None
+    firsts = [first_scored(number, length, stride) for number in range(len(windows_NL))]
+    found = []
+    for n, model in enumerate(models):
+        own: Logits
+        if n == 0 and kv_cache is not None:
+            own = CodedCacheLogits(model, kv_cache, device, windows_NL)
+        else:
+            own = StreamedLogits(streams[n], windows_NL, step)
+        found.append(_score_windows(own, reference, windows_NL, firsts, step))
+    labels = [window_L[first + 1 :] for window_L, first in zip(windows_NL, firsts, strict=True)]
     return found, {
         "tokens": found[0].tokens,
         "windows": len(windows_NL),
         "seqlen": length,
-        "stride": step,
+        "stride": stride,
         "bos": False,
         "kv_cache": kv_cache,
         "device": chosen.type,
@@ -229,16 +231,44 @@ def score(
     }
 
 
+def _counter(progress: Progress, total: int) -> Callable[[], None]:
+    """A function that reports one more step of `total`."""
+    done = itertools.count(1)
+    return lambda: progress(next(done), total)
+
+
+def _check_tokenizers(names: list[str], tokenizers: list[Any], content: str) -> None:
+    """VQCompressError naming the first model that cuts the text into other tokens than the first model does."""
+    starts = [tokenize(tokenizer, content[:SAMPLE]) for tokenizer in tokenizers]
+    for name, start in zip(names, starts, strict=True):
+        if not torch.equal(start, starts[0]):
+            raise VQCompressError(f"{names[0]} and {name} have other tokens or vocabularies, so they do not compare")
+
+
+def _score_windows(
+    own: Logits, reference: Logits | None, windows_NL: Tensor, firsts: list[int], step: Callable[[], None]
+) -> Scores:
+    """The scores of one model, against a reference if there is one. firsts: of each window, as `first_scored`."""
+    scores = Scores()
+    for number, first in enumerate(firsts):
+        logits_PV = own.logits(number, first)
+        reference_PV = reference.logits(number, first) if reference is not None else None
+        if reference_PV is not None and logits_PV.shape != reference_PV.shape:
+            sizes = f"{logits_PV.shape[1]} and {reference_PV.shape[1]}"
+            raise VQCompressError(f"model and baseline have vocabularies of different sizes, {sizes} tokens")
+        scores.add(logits_PV, windows_NL[number, first + 1 :].to(logits_PV.device), reference_PV)
+        step()
+    return scores
+
+
 def perplexity(
     model: str,
     text: str,
-    seqlen: int | None = None,
-    stride: int | None = None,
-    limit: int | None = None,
     baseline: str | None = None,
     device: str = "auto",
-    watch: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     kv_cache: str | None = None,
+    **cut: Unpack[Windowing],
 ) -> dict[str, Any]:
     """Perplexity of a model on a text, by the protocol of the GPTQ and AQLM papers; with a baseline also KL and top-1.
 
@@ -246,10 +276,10 @@ def perplexity(
     tail dropped; tokens 2…seqlen of each are predicted; the mean negative log-likelihood over all of them, in float32,
     is exponentiated. With a smaller `stride` a window scores only the tokens that the one before it did not.
     kv_cache: a recipe with a `cache`: every token attends to the past as it would be stored by then, as in decoding;
-    the whole model is in memory. watch: called with the work done and its total.
+    the whole model is in memory. progress: called with the steps done and their total.
     """
     start = time.perf_counter()
-    (scores,), protocol = score([model], text, seqlen, stride, limit, baseline, device, watch, kv_cache)
+    (scores,), protocol = score([model], text, baseline, device, progress, kv_cache, **cut)
     seconds = time.perf_counter() - start
     return {
         "text": named(text),

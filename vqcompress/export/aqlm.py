@@ -14,7 +14,7 @@ from torch import Tensor
 from vqcompress.export.fp8 import misfit
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, tensors
 from vqcompress.methods import PackedTensors
-from vqcompress.methods.vq.method import VQ
+from vqcompress.methods.vq.codebook import Codebook
 from vqcompress.methods.vq.packing import unpack
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact, Entry
@@ -38,10 +38,9 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
 
     def why(entry: Entry) -> str:
         own = entry.method
-        if not isinstance(own, VQ) or not isinstance(method, VQ):
-            return f"is compressed by {own.name}"
-        if own.codebook != "learned":
-            return f"has {own.codebook} words, not learned ones"
+        if not isinstance(own, Codebook) or not isinstance(method, Codebook):
+            codewords = "" if own.name != "vq" else " with other codewords than learned ones"
+            return f"is compressed by {own.name}{codewords}"
         if own.rotation:
             return "is rotated at run time"
         if (own.d, own.bits, own.stages) != (method.d, method.bits, method.stages):
@@ -53,7 +52,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
         return misfit(stream, entry)
 
     refuse(artifact, "aqlm", why, "quantize with vq-2bit-aqlm, or keep such weights in a recipe like it")
-    assert isinstance(method, VQ)
+    assert isinstance(method, Codebook)
     held = frozenset(artifact.entries)
     dense = dense_modules(stream, held)
     config = {
@@ -71,7 +70,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
 
 def _write(entry: Entry, parts: PackedTensors) -> dict[str, Tensor]:
     method, (rows, columns) = entry.method, entry.target.shape
-    assert isinstance(method, VQ)
+    assert isinstance(method, Codebook)
     codes_OGR = unpack(parts["codes"], method.bits, columns // method.d * method.stages)
     codes_OGR = codes_OGR.view(rows, -1, method.stages)
     signed = torch.where(codes_OGR >= 1 << (method.bits - 1), codes_OGR - (1 << method.bits), codes_OGR)

@@ -28,7 +28,7 @@ KINDS = ("keys", "values")
 
 
 @dataclass(frozen=True)
-class KVCacheConfig:
+class KVCacheSpec:
     """How a model's keys and values are stored.
 
     quantizers: for each layer those of keys and values. rotary: for each layer the module of the rotary embedding that
@@ -48,7 +48,7 @@ class KVCache(Cache):
     too, attends to the past as stored (needs `attention.decoding`), for measuring.
     """
 
-    def __init__(self, model: PreTrainedModel, config: KVCacheConfig, length: int | None = None, strict: bool = False):
+    def __init__(self, model: PreTrainedModel, config: KVCacheSpec, length: int | None = None, strict: bool = False):
         hooked = not strict and AttentionHook(model).install()
         self.shared = Shared(config.window, config.sinks, length or (1 << 60), strict, hooked)
         # The thread whose forward uses this cache: others may run the model at the same time.
@@ -131,7 +131,7 @@ def _call(method: WeakMethod[Any], *arguments: Any) -> None:
 
 def make_config(
     model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tensor] | None = None
-) -> KVCacheConfig:
+) -> KVCacheSpec:
     """The cache config of a model for settings, the JSON of a recipe's `cache`.
 
     settings: with `before`, which `quantize` writes: the layers whose keys were learned without their rotary embedding.
@@ -159,10 +159,10 @@ def make_config(
                 Learned(b.to(device) if device.type == "cuda" else b.float()) for b in pair if b is not None
             )
             quantizers.append((keys, values))
-    return KVCacheConfig(quantizers, rotary, settings["window"], settings["sinks"])
+    return KVCacheSpec(quantizers, rotary, settings["window"], settings["sinks"])
 
 
-def use_kv_cache(model: PreTrainedModel, config: KVCacheConfig) -> None:
+def use_kv_cache(model: PreTrainedModel, config: KVCacheSpec) -> None:
     """Let `model.generate` make a coded cache for each call that is given no other."""
     if model.generation_config is not None:
         # The checkpoint's choice gives way; a caller's does not.
@@ -170,7 +170,7 @@ def use_kv_cache(model: PreTrainedModel, config: KVCacheConfig) -> None:
     model.generate = partial(_generate, model, config)  # type: ignore[assignment]
 
 
-def _generate(model: Any, config: KVCacheConfig, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: Any, config: KVCacheSpec, *args: Any, **kwargs: Any) -> Any:
     chosen = [kwargs.get(name) for name in (CACHE, "past_key_values", "cache_implementation")]
     chosen += [getattr(given, "cache_implementation", None) for given in (*args, kwargs.get("generation_config"))]
     if all(choice is None for choice in chosen):

@@ -20,8 +20,8 @@ from vqcompress.errors import VQCompressError
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, find_rotary
 from vqcompress.kv_cache.cache import KINDS
-from vqcompress.storage.distributed import ALONE, Team
-from vqcompress.storage.recipe import CacheKnobs
+from vqcompress.storage.distributed import ALONE, ProcessGroup
+from vqcompress.storage.recipe import KVCacheConfig
 
 # Tokens that a codebook is learned from at most, spread evenly over all rows: 64 for each entry.
 TOKENS = 64 * kv.ENTRIES
@@ -56,7 +56,7 @@ def calibrate(
     seed: int = 0,
     gradients: bool = True,
     rounds: int = 12,
-    team: Team = ALONE,
+    group: ProcessGroup = ALONE,
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer the codebooks (H, G, E, d) float16 of its keys and of its values.
@@ -66,37 +66,37 @@ def calibrate(
     else all errors weigh the same. rounds: of k-means. tell: called with what is done, and how often of how many times,
     before each and at the end. VQCompressError if the heads' channels are no multiple of d.
     """
-    found, samples = dict[int, tuple[Tensor, Tensor]](), _gather(model, rows_NL, d, rotary, gradients, team, tell)
+    found, samples = dict[int, tuple[Tensor, Tensor]](), _gather(model, rows_NL, d, rotary, gradients, group, tell)
     learning = "learning codebooks of keys and values, layer"
-    for first in range(0, len(samples), team.size):
+    for first in range(0, len(samples), group.size):
         tell(learning, first, len(samples))
         own: list[list[Samples]] = []
-        for rank, pair in enumerate(samples[first : first + team.size]):
-            shares = [team.to_rank(rank, parts) for parts in pair]
-            own = shares if rank == team.rank else own
+        for rank, pair in enumerate(samples[first : first + group.size]):
+            shares = [group.gather(rank, parts) for parts in pair]
+            own = shares if rank == group.rank else own
             pair.clear()
         draw = torch.Generator().manual_seed(seed)
         books = [kv.learn(*_joined(shares, model.device), d, rounds, draw).cpu() for shares in own]
-        found |= {first + team.rank: (books[0], books[1])} if books else {}
+        found |= {first + group.rank: (books[0], books[1])} if books else {}
     tell(learning, len(samples), len(samples))
-    every = {layer: books for each in team.everyones(found) for layer, books in each.items()}
+    every = {layer: books for each in group.all_gather(found) for layer, books in each.items()}
     return [every[layer] for layer in range(len(samples))]
 
 
 def cache_books(
     model: PreTrainedModel,
     rows_NL: Tensor,
-    knobs: CacheKnobs,
+    knobs: KVCacheConfig,
     seed: int,
-    team: Team,
+    group: ProcessGroup,
     tell: Callable[[str, int, int], None],
 ) -> Books:
-    """What an artifact holds of a calibrated cache; all processes of a team make it."""
+    """What an artifact holds of a calibrated cache; all processes of a group make it."""
     rotary = find_rotary(model)
     if knobs.keys == "after":
         rotary = [None] * len(rotary)
     gradients = knobs.weights == "gradient"
-    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, gradients, knobs.rounds, team, tell)
+    books = calibrate(model, rows_NL, 8 // knobs.bits, rotary, seed, gradients, knobs.rounds, group, tell)
     named = {f"{n}.{kind}": book for n, pair in enumerate(books) for kind, book in zip(KINDS, pair, strict=True)}
     return named, [module is not None for module in rotary]
 
@@ -113,7 +113,7 @@ def _gather(
     d: int,
     rotary: list[nn.Module | None],
     gradients: bool,
-    team: Team,
+    group: ProcessGroup,
     tell: Callable[[str, int, int], None],
 ) -> list[list[Samples]]:
     """Of every layer the samples of its keys and of its values in this process's share of the rows."""
@@ -127,7 +127,7 @@ def _gather(
     model.requires_grad_(False)
     embeddings = model.get_input_embeddings()
     try:
-        share = team.share(batches)
+        share = group.shard(batches)
         gathering = f"gathering keys and values for the codebooks of {len(rotary)} layers, batch"
         for place, (number, batch) in enumerate(share):
             tell(gathering, place, len(share))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from vqcompress.kv_cache.gaussian import entries
 from vqcompress.methods.hadamard import hadamard, random_signs
-from vqcompress.methods.vq.universal import entries
 
 BITS = 8
 ENTRIES = 1 << BITS
@@ -73,7 +73,7 @@ def decode(codes_BHTG: Tensor, book_HGEd: Tensor) -> Tensor:
 def gaussian(d: int, device: torch.device) -> Tensor:
     """The universal codebook (1, 1, E, d) of 8 / d bits a channel."""
     with torch.inference_mode(False):
-        return entries(d, BITS).to(device)[None, None]
+        return entries(d).to(device)[None, None]
 
 
 @cache

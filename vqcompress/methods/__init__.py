@@ -1,4 +1,4 @@
-"""The methods by name. A new one is a file here and one line in `METHODS`."""
+"""The methods by name. To add one, add a folder here and its class to `METHODS`."""
 
 from __future__ import annotations
 
@@ -11,59 +11,71 @@ from vqcompress.methods.base import Layout, Method, PackedTensors, layout_bits
 from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.int8.method import INT8
 from vqcompress.methods.keep import Keep
-from vqcompress.methods.vq.method import VQ
+from vqcompress.methods.vq.codebook import Codebook
+from vqcompress.methods.vq.trellis import Trellis
 
 __all__ = ["METHODS", "Layout", "Method", "PackedTensors", "explain", "from_description", "layout_bits", "make"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Keep, INT8, FP8, VQ)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Keep, INT8, FP8, Codebook)}
+# The methods that recipes call `vq`, by their option `codebook`.
+CODEBOOKS: dict[str, type[Method]] = {"learned": Codebook, "trellis": Trellis}
 
 
-def make(name: str, knobs: dict[str, Any]) -> Method:
-    """The method called `name` with these knobs, the others at their defaults.
+def make(name: str, options: dict[str, Any]) -> Method:
+    """The method called `name` with these options, the others at their defaults.
 
-    Raises ValueError, in one line, for an unknown method or knob (with the nearest known name) or a value out of range.
+    Raises ValueError, in one line, for an unknown method or option (with the nearest known name) or a value out of
+    range.
     """
-    method = _named(name)
-    for knob in knobs:
-        if knob not in method.model_fields:
-            raise ValueError(f"{name} has no knob '{knob}'.{did_you_mean(knob, method.model_fields)}")
+    method = _class_of(name, options)
+    for option in options:
+        if option not in method.model_fields:
+            kind = f"{name} with codebook {options.get('codebook', 'learned')}" if name == "vq" else name
+            raise ValueError(f"{kind} has no option '{option}'.{did_you_mean(option, method.model_fields)}")
     try:
-        return method(**knobs)
+        return method(**options)
     except ValidationError as error:
-        raise ValueError(explain(name, knobs, error)) from None
+        raise ValueError(explain(name, options, error)) from None
 
 
 def from_description(description: dict[str, Any]) -> Method:
     """The method that `Method.describe` described. Raises ValueError for another version or a broken description."""
-    knobs = dict(description)
-    if missing := {"method", "version"} - knobs.keys():
+    options = dict(description)
+    if missing := {"method", "version"} - options.keys():
         raise ValueError(f"the description of a method lacks {' and '.join(sorted(missing))}: {description}")
-    name, version = str(knobs.pop("method")), knobs.pop("version")
-    # Before the knobs: those of another version may well have other names.
-    if version != _named(name).version:
+    name, version = str(options.pop("method")), options.pop("version")
+    method = _class_of(name, options)
+    # Checked before the options: another version may have other ones.
+    if version != method.version:
         raise ValueError(
-            f"{name} is stored in version {version}, but this vqcompress reads version {_named(name).version}: "
+            f"{name} is stored in version {version}, but this vqcompress reads version {method.version}: "
             "install a vqcompress that reads it, or quantize the model again"
         )
-    return make(name, knobs)
+    return make(name, options)
 
 
-def _named(name: str) -> type[Method]:
+def _class_of(name: str, options: dict[str, Any]) -> type[Method]:
     if name not in METHODS:
         raise ValueError(f"no method '{name}'.{did_you_mean(name, METHODS)}")
-    return METHODS[name]
+    if name != "vq":
+        return METHODS[name]
+    codebook = options.get("codebook", "learned")
+    if not isinstance(codebook, str) or codebook not in CODEBOOKS:
+        hint = did_you_mean(str(codebook), CODEBOOKS)
+        raise ValueError(f"vq: codebook={codebook!r} is not valid: it is {' or '.join(CODEBOOKS)}.{hint}")
+    return CODEBOOKS[codebook]
 
 
-def explain(name: str, knobs: dict[str, Any], error: ValidationError) -> str:
-    """What pydantic found wrong with a group of knobs, as: name, knob, value, what is wrong."""
-    return "; ".join(dict.fromkeys(_line(name, knobs, detail) for detail in error.errors()))
+def explain(name: str, options: dict[str, Any], error: ValidationError) -> str:
+    """One line for pydantic's errors about a group of options: its name, the option, the value, the reason."""
+    return "; ".join(dict.fromkeys(_line(name, options, detail) for detail in error.errors()))
 
 
-def _line(name: str, knobs: dict[str, Any], detail: Any) -> str:
+def _line(name: str, options: dict[str, Any], detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
-        # A rule about several knobs together has no place of its own.
-        return f"{' '.join([name, *(f'{knob}={value}' for knob, value in knobs.items())])}: {message}"
-    # Of a knob that may be of several types pydantic adds which it tried.
-    knob = ".".join(str(part) for part in detail["loc"] if part in knobs or isinstance(part, int))
-    return f"{name}: {knob}={detail['input']!r} is not valid: {message}"
+        # A rule about several options together belongs to none of them.
+        return f"{' '.join([name, *(f'{option}={value}' for option, value in options.items())])}: {message}"
+    # For an option of several types pydantic also lists the types that it tried.
+    option = ".".join(str(key) for key in detail["loc"] if key in options or isinstance(key, int))
+    return f"{name}: {option}={detail['input']!r} is not valid: {message}"

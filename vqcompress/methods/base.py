@@ -1,4 +1,4 @@
-"""The contract of a compression method: a frozen description of its knobs with `encode` and `decode` on one 2-D weight.
+"""The contract of a compression method: its options, frozen, with `encode` and `decode` on one 2-D weight.
 
 Defaults go through `decode`, so a method works end to end before it has a kernel. Methods see tensors only: never a
 path, a module, a model's name or a rank.
@@ -7,7 +7,7 @@ Shape legend: O output rows, I input columns, T tokens, E experts, S rows sorted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +22,11 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Method(BaseModel):
-    """Knobs, validated and frozen; a subclass adds fields for them and overrides what differs from storing a matrix.
+    """Options, validated and frozen. A subclass adds fields for them and defines at least `layout`, `encode`, `decode`.
 
-    name: what recipes call it. version: raised when the meaning of the stored parts changes. dense: an artifact holds
-    the weight itself, under its own name. any_float: encode takes a weight in any float type as it
-    is stored, and looks for NaN and Inf itself.
+    name: the method's name in recipes. version: raise it when stored tensors change their meaning. dense: an artifact
+    holds the weight itself, under its own name. any_float: `encode` takes a weight of any float type and refuses NaN
+    and Inf itself; other methods get float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class Method(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The names of the `statistics` that encode wants; empty means data-free."""
+        """The names of the `statistics` that `encode` reads; empty for a method that needs no data."""
         return frozenset()
 
     @property
@@ -47,112 +47,70 @@ class Method(BaseModel):
 
     @property
     def compensates(self) -> bool:
-        """Whether a weight that closes its block is moved first, to make good the errors before it."""
+        """Whether a weight that closes its block is changed before `encode`, to correct the block's earlier errors."""
         return False
 
     def layout(self, shape: Shape) -> Layout:
-        """Type and shape of every part that `encode` stores for an (O, I) weight, without the shared ones."""
+        """Type and shape of every tensor that `encode` returns for an (O, I) weight."""
         raise TypeError(f"{type(self).__name__} does not define layout")
 
     def shared_layout(self) -> Layout:
-        """Type and shape of the parts that all targets of a block with these knobs share; usually none."""
+        """Type and shape of the tensors that all targets of a block with these options share; usually none."""
         return {}
 
     def fit_shared(
         self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator
     ) -> PackedTensors:
-        """The shared parts of a block, fitted on its (O, I) float32 weights; called if `shared_layout` names any."""
+        """The shared tensors of a block, fitted on its (O, I) float32 weights; called if `shared_layout` names any."""
         return {}
 
     def encode(
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
-        """The parts to store for a finite float32 weight. Deterministic in its arguments and `generator`."""
+        """The tensors to store for a finite float32 weight. Deterministic in its arguments and `generator`."""
         raise TypeError(f"{type(self).__name__} does not define encode")
 
-    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
-        """The float32 (O, I) weight that was stored, by definition. `parts` includes the shared ones."""
+    def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
+        """The float32 (O, I) weight that was stored, by definition. `tensors` includes the shared ones."""
         raise TypeError(f"{type(self).__name__} does not define decode")
 
-    def decode_rows(self, parts: PackedTensors, shape: Shape) -> Iterator[Tensor]:
-        """What `decode` gives, some rows after the other where that is faster."""
-        yield self.decode(parts, shape)
-
-    def check(self, parts: PackedTensors, shape: Shape) -> None:
-        """Raise ValueError naming the part if a stored value is out of its range or not finite."""
-        for name, part in parts.items():
-            if not is_finite(part):
+    def check(self, tensors: PackedTensors, shape: Shape) -> None:
+        """Raise ValueError naming the tensor if a stored value is out of its range or not finite."""
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
                 raise ValueError(f"{name} holds NaN or Inf")
 
     def prepare(
-        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+        self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
-        """What `linear` reads for inputs of a type, made once and never stored. Default: the decoded weight.
+        """The tensors that `linear` reads, made once and never stored. Default: the decoded weight in `dtype`.
 
-        packed: nothing larger than what is stored; a CPU then decodes at every call, a GPU has kernels for that anyway.
+        packed: return nothing larger than the stored tensors; without a kernel every call then decodes.
         """
-        return dict(parts) if packed else {"weight": self.decode(parts, shape).to(dtype)}
+        return dict(tensors) if packed else {"weight": self.decode(tensors, shape).to(dtype)}
 
     def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """x Wᵀ, (T, O) in the type of x, from the prepared parts."""
+        """x Wᵀ, (T, O) in the type of x, from the prepared tensors."""
         weight_OI = prepared["weight"] if "weight" in prepared else self.decode(prepared, shape).to(x_TI.dtype)
         return x_TI @ weight_OI.T
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """`linear` of the rows of every expert, (S, O), from the prepared parts of all experts, stacked (E, …).
+        """`linear` of the rows of every expert, (S, O), from the prepared tensors of all experts, stacked (E, …).
 
-        x_SI: sorted by expert. ends_E: int32, where the rows of each one end. What rows behind the last get is not
-        specified.
+        x_SI: sorted by expert. ends_E: int32, where the rows of each expert end. Rows behind the last are undefined.
         """
 
         def linear(x_TI: Tensor, e: int) -> Tensor:
-            return self.linear(x_TI, {name: part[e] for name, part in prepared.items()}, shape)
+            return self.linear(x_TI, {name: tensor[e] for name, tensor in prepared.items()}, shape)
 
         return by_expert(x_SI, ends_E, shape[0], linear)
 
     def has_kernel(self, shape: Shape) -> bool:
-        """Whether a GPU multiplies with the stored parts, not with a decoded weight."""
+        """Whether a GPU multiplies with the stored tensors, not with a decoded weight."""
         return False
 
-    @property
-    def ungrouped(self) -> str:
-        """Why `grouped` goes from expert to expert on every device, for people to read; empty if it does not."""
-        return ""
-
-    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
-        """How `linear` or `grouped` multiplies so many rows on a device, for people to read. packed: see `prepare`."""
-        return f"decoded {'at every call' if packed else 'once'}, then a dense product"
-
-    def counts(self, parts: PackedTensors, shape: Shape) -> Tensor | None:
-        """How often each entry of a codebook is used by a weight, int64 (stages, entries); None without a table.
-
-        The table is the part `codebook`, shared or the target's own; without such a part it ships with the package.
-        """
-        return None
-
-    @property
-    def compiled_bytes(self) -> int:
-        """Memory of code that encoding compiles on a CPU."""
-        return 0
-
-    def encode_bytes(self, shape: Shape) -> int:
-        """About how much memory `encode` and `decode` take beside the weight and its statistics."""
-        return 16 * shape[0] * shape[1]
-
-    def encode_flops(self, shape: Shape) -> float:
-        """About how much arithmetic `encode` does, for estimates of time."""
-        return 50.0 * shape[0] * shape[1]
-
-    def fit_flops(self, shape: Shape) -> float:
-        """The share of a weight in what `fit_shared` does."""
-        return 0.0
-
-    def read_knobs(self) -> dict[str, Any]:
-        """JSON: the knobs that mean something beside the others."""
-        return self.model_dump(mode="json")
-
     def describe(self) -> dict[str, Any]:
-        """JSON for an artifact's config: the method's name, version and every knob."""
+        """JSON for an artifact's config: the method's name, version and every option."""
         return {"method": self.name, "version": self.version, **self.model_dump(mode="json")}
 
 
@@ -180,5 +138,5 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def layout_bits(layout: Layout) -> int:
-    """Number of bits that the parts of a layout take."""
+    """Number of bits that the tensors of a layout take."""
     return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())

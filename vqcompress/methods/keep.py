@@ -28,10 +28,10 @@ class Keep(Method):
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
         """A copy of the weight. ValueError if it holds NaN or Inf."""
-        parts = {"weight": weight_OI.float().clone()}
-        self.check(parts, (weight_OI.shape[0], weight_OI.shape[1]))
-        return parts
+        tensors = {"weight": weight_OI.float().clone()}
+        self.check(tensors, (weight_OI.shape[0], weight_OI.shape[1]))
+        return tensors
 
-    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
+    def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """The weight, float32 (O, I)."""
-        return parts["weight"].float()
+        return tensors["weight"].float()

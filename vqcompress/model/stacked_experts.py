@@ -68,7 +68,7 @@ def refusal(layers: Sequence[Any], device: torch.device) -> str:
     reasons = {
         "different settings": any((e.method, e.target.shape, e.target.bias) != alike for e in entries),
         "smoothing at run time": any(e.smoothed for e in entries),
-        first.method.ungrouped: bool(first.method.ungrouped),
+        "stored scales of activations": "input_scale" in first.layout(),
         "decoded weights": not all(layer.keeps_parts(device) for layer in layers),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

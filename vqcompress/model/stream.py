@@ -25,7 +25,7 @@ from vqcompress.model.targets import blocks_of, find_blocks
 from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
 from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
-from vqcompress.storage.distributed import ALONE, Team
+from vqcompress.storage.distributed import ALONE, ProcessGroup
 from vqcompress.storage.hidden_states import States
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -93,7 +93,7 @@ class BlockStream:
     """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
-    model's. fused_reason: why the experts of a mixture are no targets, or nothing. team: the processes that share the
+    model's. fused_reason: why the experts of a mixture are no targets, or nothing. group: the processes that share the
     rows. scratch: where hidden states are kept, if not in memory. Tensors are read when needed.
     """
 
@@ -102,10 +102,10 @@ class BlockStream:
         source: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
-        team: Team = ALONE,
+        group: ProcessGroup = ALONE,
         scratch: Path | None = None,
     ):
-        self.source, self.team, self.scratch = source, team, scratch
+        self.source, self.group, self.scratch = source, group, scratch
         self.device, self.dtype = device, dtype
         config = load_config(self.source.path)
         if self.source.config.get("tie_word_embeddings") is False:

@@ -24,10 +24,10 @@ from vqcompress.pipeline.plan import Plan, make_plan
 from vqcompress.pipeline.statistics import gather
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import stored_bits
-from vqcompress.storage.distributed import SharedWriter
 from vqcompress.storage.hidden_states import States
 from vqcompress.storage.recipe import Recipe
 from vqcompress.storage.recipe_files import check_choice
+from vqcompress.storage.writer import Writer
 
 Watch = Callable[[str, dict[str, Any]], None]
 CANDIDATES = "mixed"
@@ -40,7 +40,7 @@ def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | N
     kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
     """
     check_choice(name, target_bits, kv_cache)
-    knobs = recipes.cache_knobs(kv_cache) if kv_cache else None
+    knobs = recipes.cache_config(kv_cache) if kv_cache else None
     recipe = recipes.load(name or CANDIDATES)
     if knobs and recipe.cache not in (None, knobs):
         raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")
@@ -69,9 +69,7 @@ def make_plans(stream: BlockStream, recipe: Recipe, target_bits: float | None) -
     return [replace(plan, target_bits=float(target_bits)) for plan in plans]
 
 
-def allocate(
-    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
-) -> Plan:
+def allocate(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> Plan:
     """The plan of the least summed damage whose stored bits are within the budget, as a recipe with a rule per target.
 
     plans: of `make_plans`. What the writer knows as measured is not measured again.
@@ -129,9 +127,7 @@ def _bits(plans: list[Plan]) -> np.ndarray:
     return np.array(each, dtype=np.float64).T
 
 
-def _measure(
-    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: SharedWriter, seed: int, watch: Watch
-) -> None:
+def _measure(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> None:
     """Note the damage of every candidate to every target, block by block, in one pass of the dense model."""
     few = max(1, MEASURED_TOKENS // rows_NL.shape[1])
     # So that it is also known how blocks are called with these rows alone.
@@ -143,7 +139,7 @@ def _measure(
             module = stream.load_block(i)
         else:
             module, damage = _measure_block(stream, plans, i, states, probe_of(stream, states, few, None), seed)
-            writer.note(block.name, damage)
+            writer.save_measured(block.name, damage)
         stream.forward(module, i, states)
         # Gone before the next one comes.
         del module

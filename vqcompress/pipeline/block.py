@@ -6,7 +6,7 @@ Shape legend: O output rows, I input channels, R rows of a producer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,17 +59,17 @@ def first_states(stream: BlockStream, rows_NL: Tensor) -> States:
     """The hidden states that enter the first block, by batch; of several processes each has some of the batches."""
     # Also learns how blocks are called with the few tokens that folds are proven on.
     stream.embed(rows_NL[:1, :PROBE_TOKENS])
-    batches, team = stream.batches(rows_NL), stream.team
-    if len(batches) < team.size:
+    batches, group = stream.batches(rows_NL), stream.group
+    if len(batches) < group.size:
         raise UsageError(
-            f"{len(batches)} batches of calibration rows are too few for {team.size} processes; start fewer"
+            f"{len(batches)} batches of calibration rows are too few for {group.size} processes; start fewer"
         )
-    return keep((stream.embed(batch) for batch in team.share(batches)), stream.scratch)
+    return keep((stream.embed(batch) for batch in group.shard(batches)), stream.scratch)
 
 
 def probe_of(stream: BlockStream, states: States, rows: int = 1, tokens: int | None = PROBE_TOKENS) -> Tensor:
     """The first few hidden states of the run, the same for all processes."""
-    return stream.team.from_rank(0, states[0][:rows, :tokens].cpu()).to(stream.device)
+    return stream.group.broadcast(0, states[0][:rows, :tokens].cpu()).to(stream.device)
 
 
 def compress_block(
@@ -293,12 +293,12 @@ def encode(
     rows: dict[str, dict[str, Any]] = {}
     # Those of about equal cost at once, one for each process.
     ordered = sorted((p for p in targets if p != last), key=lambda p: -targets[p].weights)
-    team = stream.team
-    for n in range(0, len(ordered), team.size):
-        at_once = ordered[n : n + team.size]
-        found = {path: one(path) for path in team.mine(at_once)}
+    group = stream.group
+    for n in range(0, len(ordered), group.size):
+        at_once = ordered[n : n + group.size]
+        found = {path: one(path) for path in at_once[group.rank : group.rank + 1]}
         for rank, path in enumerate(at_once):
-            parts, row = team.from_rank(rank, found.get(path))
+            parts, row = group.broadcast(rank, found.get(path))
             put(path, parts, row)
     if last is not None:
         # It sums over the rows of all processes, so all of them make it.
@@ -367,24 +367,23 @@ def _errors(
     shape = entry.target.shape
     if weight is original and facts.hessian_II is None and facts.sample_SI is None:
         return {
-            "relative_error": _relative_error(original, entry.method.decode_rows(parts, shape)),
+            "relative_error": _relative_error(original, entry.method.decode(parts, shape)),
             "proxy_error": None,
         }
     decoded = entry.method.decode(parts, shape)
-    relative_error = _relative_error(original, [rescaled(decoded, inverse=True)])
+    relative_error = _relative_error(original, rescaled(decoded, back=True))
     return {"relative_error": relative_error, "proxy_error": facts.proxy_error(weight, decoded)}
 
 
-def _relative_error(weight_OI: Tensor, pieces: Iterable[Tensor]) -> float:
-    """Σ (w − ŵ)² / Σ w² of a weight whose decoded rows come piece by piece."""
-    error, energy, at = 0.0, 0.0, 0
-    for piece in pieces:
-        # In a CPU's cache this takes a fraction of the time.
-        for decoded in piece.split(max(1, 2**19 // weight_OI.shape[1])):
-            rows = weight_OI[at : at + len(decoded)].float()
-            energy += torch.linalg.vector_norm(rows).double().square().item()
-            error += torch.linalg.vector_norm(rows - decoded).double().square().item()
-            at += len(decoded)
+def _relative_error(weight_OI: Tensor, decoded_OI: Tensor) -> float:
+    """Σ (w − ŵ)² / Σ w²."""
+    error, energy = 0.0, 0.0
+    # Rows that fit into a CPU's cache take a fraction of the time.
+    rows = max(1, 2**19 // weight_OI.shape[1])
+    for weight, decoded in zip(weight_OI.split(rows), decoded_OI.split(rows), strict=True):
+        weight = weight.float()
+        energy += torch.linalg.vector_norm(weight).double().square().item()
+        error += torch.linalg.vector_norm(weight - decoded).double().square().item()
     return error / max(energy, 1e-30)
 
 

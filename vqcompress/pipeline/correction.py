@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vqcompress.methods.statistics import Accumulator, Statistics
 from vqcompress.model.folds import Input
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.distributed import add_up
+from vqcompress.storage.distributed import reduce_statistics
 from vqcompress.storage.hidden_states import States
 
 TOLERANCE = 0.02
@@ -73,9 +73,9 @@ class Compensation:
 
         module: the block, all but the closing layer as stored. facts: what was known of the input.
         """
-        layer, team = module.get_submodule(self.path), self.stream.team
-        counts = team.everyones(sum(t.shape[0] * t.shape[1] for t in self.states))
-        tokens, before = sum(counts), sum(counts[: team.rank])
+        layer, group = module.get_submodule(self.path), self.stream.group
+        counts = group.all_gather(sum(t.shape[0] * t.shape[1] for t in self.states))
+        tokens, before = sum(counts), sum(counts[: group.rank])
         seen = Accumulator(needs | {"hessian"}, weight_OI.shape[1], tokens, self.stream.device, before)
         # In float64, as in an accumulator.
         missing_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
@@ -89,8 +89,8 @@ class Compensation:
                 missing_OI += gap_TO.T @ x.reshape(len(gap_TO), -1).float()
         finally:
             handle.remove()
-        add_up(team, seen)
-        team.add(missing_OI)
+        reduce_statistics(group, seen)
+        group.all_reduce(missing_OI)
         known = seen.statistics(facts.seed)
         # Its sums are as large as all that follows.
         del seen

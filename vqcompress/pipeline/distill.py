@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import SMOOTHING, Entry
-from vqcompress.storage.distributed import Team
+from vqcompress.storage.distributed import ProcessGroup
 from vqcompress.storage.recipe import Tuning
 
 # Of a step; smaller ones make more of the same passes.
@@ -114,12 +114,12 @@ def _fit(
     batches: int,
     seed: int,
     loss_of: Callable[[int], Tensor | None],
-    team: Team,
+    group: ProcessGroup,
     tell: Callable[[int, int], None] = lambda step, steps: None,
 ) -> None:
     """Adam on the masters, each with steps in its own unit; the rate falls to nothing.
 
-    loss_of: of a batch's number; None if another process of the team has that batch. tell: called before every step,
+    loss_of: of a batch's number; None if another process of the group has that batch. tell: called before every step,
     with its number and how many there are.
     """
     groups = [{"params": [m.parameter], "lr": 0.0} for m in masters]
@@ -130,17 +130,17 @@ def _fit(
         for step, k in enumerate(order):
             tell(step, steps)
             now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-            for group, master in zip(optimizer.param_groups, masters, strict=True):
-                group["lr"] = now * master.unit
+            for settings, master in zip(optimizer.param_groups, masters, strict=True):
+                settings["lr"] = now * master.unit
             optimizer.zero_grad()
             loss = loss_of(k)
             if loss is not None:
                 loss.backward()
-            for master in masters if team.size > 1 else ():
+            for master in masters if group.size > 1 else ():
                 gradient = master.parameter.grad
                 master.parameter.grad = torch.zeros_like(master.parameter) if gradient is None else gradient
                 # All but one add zeros.
-                team.add(master.parameter.grad)
+                group.all_reduce(master.parameter.grad)
             optimizer.step()
 
 
@@ -164,12 +164,12 @@ def distill(
     batches = rows_NL.to(device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
 
     def loss_of(k: int) -> Tensor | None:
-        if k % stream.team.size != stream.team.rank:
+        if k % stream.group.size != stream.group.rank:
             return None
         with torch.no_grad():
             wanted_BLV = teacher(batches[k]).logits.float().log_softmax(-1)
         found_BLV = student(batches[k]).logits.float().log_softmax(-1)
         return (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean()
 
-    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, stream.team, tell)
+    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, stream.group, tell)
     return {master.name: master.stored() for master in masters}

@@ -86,12 +86,8 @@ class Plan:
         return self.learns_cache or self.recipe.tuning is not None
 
     def ahead(self, device: torch.device) -> int:
-        """How many blocks are made while another is written, at most: more than none only where nothing is in between.
-
-        That is no calibration, no rotated module, no compiled search with threads of its own, and no GPU.
-        """
-        searching = any(self.rules[target.name].method.name == "vq" for target in self.targets)
-        return 0 if self.calibrated or self.recipe.rotation or searching or device.type != "cpu" else AHEAD
+        """How many blocks may be made while another is written: none with calibration, a rotated model or a GPU."""
+        return 0 if self.calibrated or self.recipe.rotation or device.type != "cpu" else AHEAD
 
     def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
         """How the target will be stored."""

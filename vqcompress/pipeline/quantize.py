@@ -44,7 +44,7 @@ from vqcompress.storage.artifact import (
     tensors_of,
 )
 from vqcompress.storage.checkpoint import Checkpoint, check_finite
-from vqcompress.storage.distributed import ALONE, SharedWriter, Team, join
+from vqcompress.storage.distributed import ALONE, ProcessGroup, process_group
 from vqcompress.storage.hidden_states import States, keep
 from vqcompress.storage.recipe import Recipe
 from vqcompress.storage.text import DEFAULT_SAMPLES, calibration_rows, fingerprint
@@ -119,19 +119,19 @@ def quantize(
     start = time.perf_counter() if began is None else began
     wanted, chosen = choose_recipe(recipe, target_bits, kv_cache), choose_device(device)
     stream, (plan, *others) = _prepare(model, out, wanted, target_bits, chosen, seed, states)
-    source, team = stream.source, stream.team
+    source, group = stream.source, stream.group
     rows = calibration(source, texts or [], samples, seqlen, seed) if plan.reads_text else None
     _check_memory(plan, stream, rows)
     if not plan.calibrated:
         # Nothing to add up: each process has whole blocks for itself.
-        stream.team = ALONE
+        stream.group = ALONE
 
     def source_of(name: str) -> str:
         """The fingerprint of a block's weights."""
         return source.digest(stream.non_block_weights if name == REST else stream.names.under(name))
 
     inputs = _inputs(source, plan, rows, seed, stream)
-    with SharedWriter(team, out, inputs, source_of, overwrite, start) as writer, ThreadPoolExecutor(1) as aside:
+    with Writer(out, inputs, source_of, overwrite, start, group) as writer, ThreadPoolExecutor(1) as aside:
         if plan.target_bits is not None and rows is not None:
             plan = allocate(stream, [plan, *others], rows, writer, seed, watch)
         watch("plan", {"plan": plan, "done": [b.name for b in plan.blocks if b.name in writer.done]})
@@ -146,7 +146,7 @@ def quantize(
 
         todo = [j for j, block in enumerate(blocks) if block.name not in writer.done]
         # Without rows each process has every so many blocks, and they do not wait for what is written.
-        mine, ahead = (todo, 0) if hidden else (todo[team.rank :: team.size], plan.ahead(chosen))
+        mine, ahead = (todo, 0) if hidden else (todo[group.rank :: group.size], plan.ahead(chosen))
         following = dict(zip(mine, mine[max(1, ahead) :], strict=False))
 
         def make(j: int) -> tuple[str, Made]:
@@ -180,9 +180,10 @@ def quantize(
         hidden.clear()
         truth.clear()
         _distill(plan, stream, model, writer, entries, rows, seed, partial(after, "distilling, step"))
-        books = _cache_books(plan, stream, team, writer, entries, rows, seed, after)
+        books = _cache_books(plan, stream, group, writer, entries, rows, seed, after)
         finish = partial(_finish, model, plan, stream, entries=entries, rows=rows, seed=seed, learned=writer.lap())
-        return team.from_rank(0, finish(writer.writer, texts=texts or [], books=books) if writer.writer else None)
+        writer.apply_staged()
+        return group.broadcast(0, finish(writer, texts=texts or [], books=books) if group.is_main else None)
 
 
 def _prepare(
@@ -195,18 +196,18 @@ def _prepare(
     states: str,
 ) -> tuple[BlockStream, list[Plan]]:
     """The stream of a dense checkpoint, rotated if the recipe says so, and the plans for it."""
-    source, team, scratch = open_checkpoint(model), join(device), {"memory": None, "disk": out}[states]
-    stream = BlockStream(source, device, model_dtype(source.config, device), team, scratch)
+    source, group, scratch = open_checkpoint(model), process_group(device), {"memory": None, "disk": out}[states]
+    stream = BlockStream(source, device, model_dtype(source.config, device), group, scratch)
     plans = make_plans(stream, recipe, target_bits)
     if recipe.rotation:
         rotated = RotatedCheckpoint(stream, partial(generator_for, seed))
-        stream = BlockStream(rotated, device, stream.dtype, team, scratch)
+        stream = BlockStream(rotated, device, stream.dtype, group, scratch)
     return stream, plans
 
 
-def _commit_rest(writer: SharedWriter, stream: BlockStream, plan: Plan, digest: str) -> None:
+def _commit_rest(writer: Writer, stream: BlockStream, plan: Plan, digest: str) -> None:
     """Write what lies outside of the blocks, and what stops a loader that does not know the format."""
-    rest = stream.source.read(stream.non_block_weights) if writer.writer else {}
+    rest = stream.source.read(stream.non_block_weights) if writer.group.is_main else {}
     check_finite(rest)
     # A model of dense weights loads right without the import, too.
     marked = rest | ({HINT: MARKER} if plan.targets else {})
@@ -226,7 +227,7 @@ def _distill(
     plan: Plan,
     stream: BlockStream,
     model: str,
-    writer: SharedWriter,
+    writer: Writer,
     entries: list[Entry],
     rows: Tensor | None,
     seed: int,
@@ -244,8 +245,8 @@ def _distill(
 def _cache_books(
     plan: Plan,
     stream: BlockStream,
-    team: Team,
-    writer: SharedWriter,
+    group: ProcessGroup,
+    writer: Writer,
     entries: list[Entry],
     rows: Tensor | None,
     seed: int,
@@ -255,11 +256,11 @@ def _cache_books(
     knobs = plan.recipe.cache
     if knobs is None or rows is None or not plan.learns_cache:
         return None
-    writer.settle()
+    writer.apply_staged()
     files = [record["file"] for name, record in writer.done.items() if name != STAGED]
     network = build_model(stream.config, entries, writer.out, files, stream.dtype, stream.device)
     decode_layers(network)
-    return cache_books(network, rows, knobs, seed, team, tell)
+    return cache_books(network, rows, knobs, seed, group, tell)
 
 
 def _finish(
@@ -275,13 +276,12 @@ def _finish(
     learned: float,
 ) -> dict[str, Any]:
     """Make what was committed an artifact; returns the report. learned: the seconds that the books took."""
-    writer.settle()
     source, settings = stream.source, quantization_config(entries, vqcompress.__version__)
     if (knobs := plan.recipe.cache) is not None:
         settings["kv_cache"] = knobs.model_dump(mode="json")
     if books is not None:
         named, settings["kv_cache"]["before"] = books
-        writer.write_beside(KV_CACHE, named)
+        writer.write_extra(KV_CACHE, named)
     config = {**source.config, "quantization_config": settings}
     report = run_report(model, plan, source, writer, rows, texts, seed, learned if books is not None else None)
     choice = recipes.dump(plan.recipe) if plan.target_bits is not None else ""

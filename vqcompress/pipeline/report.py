@@ -14,6 +14,7 @@ from torch import Tensor
 import vqcompress
 from vqcompress.evaluate.read_report import mean, named
 from vqcompress.methods import PackedTensors
+from vqcompress.methods.vq.codebook import entry_uses
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.pipeline.plan import Plan
 from vqcompress.storage.artifact import STAGED, Entry
@@ -35,7 +36,7 @@ class Uses:
 
     def add(self, entry: Entry, parts: PackedTensors, common: PackedTensors) -> None:
         """Count the codes of a target. parts: its own; common: those that it shares."""
-        own, uses_RK = "codebook" in parts, entry.method.counts(parts | common, entry.target.shape)
+        own, uses_RK = "codebook" in parts, entry_uses(entry.method, parts, entry.target.shape)
         place = entry.target.name if own else entry.shared or f"{self.block.name}: {setting(entry.method)}"
         if uses_RK is not None:
             self.sums[place, own] = self.sums.get((place, own), 0) + uses_RK
@@ -84,7 +85,7 @@ def run_report(
     after = {"(distillation)": writer.done[STAGED]["seconds"]} if STAGED in writer.done else {}
     after |= {"(codebooks of keys and values)": learned} if learned is not None else {}
     sources = [record["source"] for record in shards.values()]
-    files = [record["file"] for record in shards.values()] + list(writer.beside)
+    files = [record["file"] for record in shards.values()] + list(writer.extra_files)
     return {
         "recipe": named(plan.recipe.name),
         "rotation": plan.recipe.rotation,
@@ -98,7 +99,7 @@ def run_report(
         "source_bytes": source.bytes,
         "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),
         "seconds": writer.seconds,
-        "seconds_before": writer.before,
+        "seconds_before": writer.seconds_before,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
         "calibration": None

@@ -20,7 +20,7 @@ from vqcompress.model.experts import Experts
 from vqcompress.model.folds import Input
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.plan import Plan
-from vqcompress.storage.distributed import add_up
+from vqcompress.storage.distributed import reduce_statistics
 from vqcompress.storage.hidden_states import States
 from vqcompress.storage.recipe import ExpertCalibration
 
@@ -75,8 +75,8 @@ def gather(
     rules = {block.local(t): plan.rules[t.name] for t in plan.compressed(block)}
     mixtures = {path: _Mixture(m, options) for path, m in module.named_modules() if isinstance(m, Experts)}
     apart = [path for path, m in mixtures.items() if options.calibrate == "weighted" or m.experts.scaled]
-    counts = stream.team.everyones(sum(state.shape[0] * state.shape[1] for state in states))
-    total, before = sum(counts), sum(counts[: stream.team.rank])
+    counts = stream.group.all_gather(sum(state.shape[0] * state.shape[1] for state in states))
+    total, before = sum(counts), sum(counts[: stream.group.rank])
     groups: list[tuple[Input, tuple[str, ...], Accumulator]] = []
     handles = [module.get_submodule(path).register_forward_pre_hook(m.enter) for path, m in mixtures.items()]
     for entrance in inputs:
@@ -110,7 +110,7 @@ def gather(
             handle.remove()
     found: dict[str, Statistics] = {}
     for entrance, consumers, accumulator in groups:
-        add_up(stream.team, accumulator)
+        reduce_statistics(stream.group, accumulator)
         totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
         found |= dict.fromkeys(consumers, totals)
     pooled = [(entrance, accumulator) for entrance, _, accumulator in groups if entrance.mixture]

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.kv_cache.cache import KVCacheConfig, make_config, use_kv_cache
+from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.linear import keep_packed, replace_linears
 from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
 from vqcompress.runtime.hf_quantizer import attach
 from vqcompress.storage.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
 from vqcompress.storage.checkpoint import Checkpoint, resolve
-from vqcompress.storage.recipe import cache_knobs
+from vqcompress.storage.recipe import cache_config
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.trust import trusted, trusting
 
@@ -57,13 +57,13 @@ def load(
     return model
 
 
-def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheConfig:
+def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheSpec:
     """The cache config of a recipe, or of the artifact at `path` if the recipe is `artifact`.
 
     UsageError where the codebooks that this takes are not there.
     """
     stored = cache_settings(Checkpoint(path).config, str(path))
-    wanted = stored if recipe == AS_STORED else cache_knobs(recipe).model_dump(mode="json")
+    wanted = stored if recipe == AS_STORED else cache_config(recipe).model_dump(mode="json")
     if wanted is None:
         raise UsageError(f"{path} says nothing of its cache; name a recipe that does, such as kv-fp8")
     if wanted["codebook"] != "learned":

@@ -35,7 +35,7 @@ from vqcompress import methods
 from vqcompress.errors import VQCompressError, first_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
 from vqcompress.storage.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, resolve, sha256
-from vqcompress.storage.recipe import CacheKnobs
+from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
 
 QUANT_METHOD = "vqcompress"
@@ -160,22 +160,22 @@ def _shape(value: object) -> tuple[int, int]:
 
 
 def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """How an artifact keeps keys and values, by its config.json: knobs and `before`; VQCompressError if damaged."""
+    """How an artifact keeps keys and values, by its config.json: options and `before`; VQCompressError if damaged."""
     outer = config.get("quantization_config")
     stored = outer.get("kv_cache") if isinstance(outer, dict) else None
     if stored is None:
         return None
     try:
         before = stored.get("before")
-        knobs = CacheKnobs(**{key: value for key, value in stored.items() if key != "before"})
+        options = KVCacheConfig(**{key: value for key, value in stored.items() if key != "before"})
         # Of learned codebooks only, which mean nothing without it.
-        layers = before if isinstance(before, list) and knobs.codebook == "learned" else [before]
-        if not all(type(layer) is (bool if knobs.codebook == "learned" else type(None)) for layer in layers):
+        layers = before if isinstance(before, list) and options.codebook == "learned" else [before]
+        if not all(type(layer) is (bool if options.codebook == "learned" else type(None)) for layer in layers):
             raise ValueError(f"before is {str(before)[:40]}")
     except (TypeError, AttributeError, ValueError) as error:
         why = methods.explain("cache", stored, error) if isinstance(error, ValidationError) else first_line(error)
         raise VQCompressError(f"the kv_cache of {where} is damaged: {why}") from error
-    return knobs.model_dump(mode="json") | ({} if before is None else {"before": before})
+    return options.model_dump(mode="json") | ({} if before is None else {"before": before})
 
 
 def stored_bits(entries: Iterable[Entry]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Recipes: YAML rules, first match wins, from the names of modules to a method, its knobs and a transform."""
+"""Recipes: YAML rules, first match wins, from the names of modules to a method, its options and a transform."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ExpertCalibration(BaseModel):
     min_tokens: int | None = Field(None, ge=1)
 
 
-class CacheKnobs(BaseModel):
+class KVCacheConfig(BaseModel):
     """How keys and values are kept while a model runs, see `runtime.cache`.
 
     bits: per channel. codebook: `learned` ones of each layer, head and group of channels, which `quantize` calibrates
@@ -73,7 +73,7 @@ class CacheKnobs(BaseModel):
     sinks: int = Field(4, ge=0, le=1 << 20)
 
     @model_validator(mode="after")
-    def _fit_together(self) -> CacheKnobs:
+    def _fit_together(self) -> KVCacheConfig:
         """8 bits are E4M3 and the other way round."""
         if (self.bits == 8) != (self.codebook == "fp8"):
             raise ValueError("fp8 has 8 bits, learned and universal codebooks 1, 2 or 4")
@@ -127,7 +127,7 @@ class Recipe:
     candidates: tuple[Rule, ...] = ()
     tuning: Tuning | None = None
     experts: ExpertCalibration | None = None
-    cache: CacheKnobs | None = None
+    cache: KVCacheConfig | None = None
 
     def assign(self, blocks: list[Block]) -> dict[str, Rule]:
         """Target name → first rule that matches; UsageError for a rule that decides about none of the targets."""
@@ -186,7 +186,7 @@ def load(name: str) -> Recipe:
         raise UsageError(f"recipe {name} cannot be read: {error.strerror}") from error
 
 
-def cache_knobs(name: str) -> CacheKnobs:
+def cache_config(name: str) -> KVCacheConfig:
     """The `cache` of a recipe; UsageError if it has none."""
     recipe = load(name)
     if recipe.cache is None:
@@ -217,11 +217,11 @@ def parse(text: str, name: str) -> Recipe:
     _only(data, {"description", "rules", "candidates", "rotation", "tuning", "experts", "cache"}, f"recipe {name}")
     rotation = data.get("rotation")
     if rotation not in (None, "fold"):
-        hint = "rotation at run time is a knob of a vq rule"
+        hint = "rotation at run time is an option of a vq rule"
         raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
-    tuning = _knobs(Tuning, data.get("tuning"), f"recipe {name}", "tuning")
-    experts = _knobs(ExpertCalibration, data.get("experts"), f"recipe {name}", "experts")
-    cache = _knobs(CacheKnobs, data.get("cache"), f"recipe {name}", "cache")
+    tuning = _options(Tuning, data.get("tuning"), f"recipe {name}", "tuning")
+    experts = _options(ExpertCalibration, data.get("experts"), f"recipe {name}", "experts")
+    cache = _options(KVCacheConfig, data.get("cache"), f"recipe {name}", "cache")
     if cache and not {"rules", "candidates", "rotation", "tuning", "experts"} & data.keys():
         return Recipe(name, str(data.get("description", "")), (), cache=cache)
     if {"rules", "candidates"} <= data.keys():
@@ -235,7 +235,7 @@ def parse(text: str, name: str) -> Recipe:
         return _tunable(Recipe(name, description, rules, rotation, (), tuning, experts, cache))
     if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
         raise UsageError(
-            f"recipe {name}: a candidate is a mapping with 'method', then the method's knobs, nothing else"
+            f"recipe {name}: a candidate is a mapping with 'method', then the method's options, nothing else"
         )
     candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
     return _tunable(Recipe(name, description, (), rotation, candidates, tuning, experts, cache))
@@ -248,11 +248,11 @@ def _tunable(recipe: Recipe) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The text that `parse` reads as the same rules, a line for each; of knobs, what the rules were given."""
+    """The text that `parse` reads as the same rules, a line for each; of options, what the rules were given."""
     rules = []
     for rule in recipe.rules:
-        knobs = rule.method.model_dump(mode="json", exclude_unset=True)
-        rules.append({"match": rule.match, "method": rule.method.name, **knobs})
+        options = rule.method.model_dump(mode="json", exclude_unset=True)
+        rules.append({"match": rule.match, "method": rule.method.name, **options})
         if rule.smoothing:
             rules[-1]["smoothing"] = rule.smoothing.model_dump(mode="json")
     data: dict[str, Any] = {"description": recipe.description}
@@ -266,9 +266,9 @@ def dump(recipe: Recipe) -> str:
 
 
 def setting(method: Method) -> str:
-    """A method and the knobs that it was given, for people: vq d=4 bits=8."""
-    knobs = method.model_dump(mode="json", exclude_unset=True)
-    return " ".join([method.name, *(f"{knob}={value}" for knob, value in knobs.items())])
+    """A method and the options that it was given, for people: vq d=4 bits=8."""
+    options = method.model_dump(mode="json", exclude_unset=True)
+    return " ".join([method.name, *(f"{option}={value}" for option, value in options.items())])
 
 
 def _only(data: dict[str, Any], known: set[str], where: str) -> None:
@@ -283,28 +283,28 @@ def _rule(data: object, number: int, recipe: str) -> Rule:
         keys = set(map(str, data)) if isinstance(data, dict) else set()
         near = {name: nearest(name, keys - NAMES) for name in NAMES - keys}
         hint = "".join(f"; is '{key}' meant to be '{name}'?" for name, key in near.items() if key)
-        raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's knobs{hint}")
+        raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's options{hint}")
     if data["match"].startswith("re:"):
         try:
             regex.compile(data["match"][3:])
         except regex.error as error:
             raise UsageError(f"{where}: '{data['match']}' is no regular expression: {error}") from error
-    knobs = {key: value for key, value in data.items() if key not in ("match", "method", "smoothing")}
+    options = {key: value for key, value in data.items() if key not in ("match", "method", "smoothing")}
     try:
-        method = methods.make(data["method"], knobs)
+        method = methods.make(data["method"], options)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
-    smoothing = _knobs(Smoothing, data.get("smoothing"), where, "smoothing")
+    smoothing = _options(Smoothing, data.get("smoothing"), where, "smoothing")
     if smoothing and method.dense:
         raise UsageError(f"{where}: {method.name} leaves a weight as it is, so there is nothing to smooth for")
     return Rule(data["match"], method, smoothing)
 
 
-Knobs = TypeVar("Knobs", bound=BaseModel)
+Options = TypeVar("Options", bound=BaseModel)
 
 
-def _knobs(kind: type[Knobs], data: object, where: str, key: str) -> Knobs | None:
-    """A group of knobs under a key; None if it is left out or false."""
+def _options(kind: type[Options], data: object, where: str, key: str) -> Options | None:
+    """A group of options under a key; None if it is left out or false."""
     if data is None or data is False:
         return None
     if not isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""Writes an artifact shard by shard, so that a kill at any moment loses nothing that was committed."""
+"""Writes an artifact shard by shard. A run that is killed resumes at the last committed block."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ from vqcompress.storage.artifact import (
     tensors_of,
 )
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, sha256
+from vqcompress.storage.distributed import ALONE, ProcessGroup
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C inside counts only at the end, so that what was begun to be committed is."""
+    """Delay Ctrl-C until the block under `with` is done, so that a commit is not cut off."""
     before = signal.getsignal(signal.SIGINT)
     if before is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +58,7 @@ def undisturbed() -> Iterator[None]:
 
 
 class Shards:
-    """Writes shards into a directory, each so that it is whole or absent. Several processes may, each its own."""
+    """Writes files into a directory atomically: a file is complete or absent. Processes may write different shards."""
 
     def __init__(self, out: Path):
         self.out = out
@@ -69,11 +70,11 @@ class Shards:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         try:
             save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
-            # safetensors makes files that only their owner may read.
+            # safetensors creates files with mode 600.
             partial.chmod(0o644)
-            with ThreadPoolExecutor(1) as aside, partial.open("rb+") as stream:
-                # The processor hashes while the disk writes.
-                hashed = aside.submit(sha256, partial)
+            with ThreadPoolExecutor(1) as pool, partial.open("rb+") as stream:
+                # Hash on the CPU while the disk writes.
+                hashed = pool.submit(sha256, partial)
                 os.fsync(stream.fileno())
                 digest = hashed.result()
             partial.replace(self.out / file)
@@ -83,7 +84,7 @@ class Shards:
         return {"file": file, "sha256": digest}
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file of the directory, so that it is there as before or whole."""
+        """Replace a file of the directory atomically."""
         partial = self.out / f"{name}.partial"
         try:
             with partial.open("wb") as stream:
@@ -117,9 +118,9 @@ class Shards:
 
 
 def refresh_sums(path: Path, names: Iterable[str]) -> None:
-    """Take what these files of a finished artifact hold now, or that they are gone, into its SHA256SUMS if it has one.
+    """Update the checksums of these files, which may be gone, in an artifact's SHA256SUMS; no-op without one.
 
-    To be called by whoever rewrites a report, after the last one.
+    Call it once after the last rewritten report.
     """
     if not (path / SUMS).exists():
         return
@@ -132,7 +133,10 @@ def refresh_sums(path: Path, names: Iterable[str]) -> None:
 
 
 def clear(out: Path, listed: Collection[str], kept: Collection[str | None] = ()) -> None:
-    """Delete what vqcompress wrote into a directory, the config first: shards, the listed files, and halves of them."""
+    """Delete the files of an artifact, partial ones too: shards and those that SHA256SUMS lists, the config first.
+
+    listed: names in SHA256SUMS. kept: names to leave in place. Other files are left alone.
+    """
     for path in sorted(out.iterdir(), key=lambda path: path.name != "config.json"):
         ours = OURS.fullmatch(path.name) or path.name.removesuffix(".partial") in listed
         if ours and path.is_file() and path.name not in kept:
@@ -142,45 +146,63 @@ def clear(out: Path, listed: Collection[str], kept: Collection[str | None] = ())
 class Writer(Shards):
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
-    inputs: names → fingerprints of all that determines the bytes, but for the weights: source_of gives that of a block.
-    A directory with a journal of the same inputs is continued: `done` then holds the records of the blocks that are on
-    disk, `measured` what was noted, `before` the seconds that it took. Weights of blocks that are not done yet may have
-    been mended meanwhile. A context manager: the directory is locked against other processes until it is left. start:
-    of this run, by time.perf_counter.
+    A directory whose journal has the same inputs is continued. Rank 0 writes and the others keep the same state, so
+    every process of `group` makes the same calls; the directory must be visible to all. A context manager: the
+    directory is locked against other runs until it exits.
+
+    done: block name → record of a shard on disk. measured: block name → figures saved by `save_measured`.
+    extra_files: name → SHA-256 of files written by `write_extra`.
     """
 
     def __init__(
-        self, out: Path, inputs: dict[str, str], source_of: Callable[[str], str], overwrite: bool, start: float
+        self,
+        out: Path,
+        inputs: dict[str, str],
+        source_of: Callable[[str], str],
+        overwrite: bool,
+        began: float,
+        group: ProcessGroup = ALONE,
     ):
+        """Open or continue a run.
+
+        inputs: name → fingerprint of everything that determines the bytes, except the weights. source_of: returns the
+        fingerprint of a block's weights. overwrite: replace a run of other inputs or an artifact. began: time of
+        time.perf_counter() at the start of the run.
+        """
         super().__init__(out)
-        self.start, self.before = start, 0.0
-        self.inputs, self.source_of = inputs, source_of
-        # Files that are no shards, by name: their checksums.
-        self.beside: dict[str, str] = {}
+        self.group, self.inputs, self.source_of = group, inputs, source_of
+        self.began, self.seconds_before, self._lap_began = began, 0.0, began
+        self.extra_files: dict[str, str] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
-        if out.is_file():
-            raise VQCompressError(f"{out} is a file, not a directory to write an artifact to")
-        # A run that is killed in its very first write leaves only this.
-        if out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in out.iterdir()):
+        if group.is_main:
+            self._open(overwrite)
+        self.done, self.measured = group.broadcast(0, (self.done, self.measured))
+
+    def _open(self, overwrite: bool) -> None:
+        """Lock the directory, read its journal, and delete files that do not belong to the run."""
+        if self.out.is_file():
+            raise VQCompressError(f"{self.out} is a file, not a directory to write an artifact to")
+        # A run killed during its very first write leaves only a partial journal.
+        if self.out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in self.out.iterdir()):
             self._continue_or_clear(overwrite)
-        listed = read_sums(out) if (out / SUMS).exists() else {}
+        listed = read_sums(self.out) if (self.out / SUMS).exists() else {}
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise VQCompressError(f"cannot make the directory {out}: {error}") from error
-        self._lock = os.open(out, os.O_RDONLY)
+            raise VQCompressError(f"cannot make the directory {self.out}: {error}") from error
+        self._lock = os.open(self.out, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise VQCompressError(f"another process is writing to {out}") from error
+            raise VQCompressError(f"another process is writing to {self.out}") from error
         try:
-            self._write_journal()
             # From here on the directory holds an unfinished run of these inputs, whatever it held before.
-            clear(out, listed, {record.get("file") for record in self.done.values()})
-            # Only now: a kill before it leaves the list of what is still to be deleted.
-            (out / SUMS).unlink(missing_ok=True)
+            self._write_journal()
+            clear(self.out, listed, {record.get("file") for record in self.done.values()})
+            # Last: if the run is killed before this, the list says what is still to be deleted.
+            (self.out / SUMS).unlink(missing_ok=True)
         except BaseException:
             os.close(self._lock)
             raise
@@ -189,13 +211,15 @@ class Writer(Shards):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self.group.is_main:
+            return
         os.close(self._lock)
-        # The first record is of what lies outside of the blocks.
+        # The first record holds the weights outside of the blocks.
         if isinstance(error, KeyboardInterrupt) and len(self.done) > 1:
-            error.args = ("the finished blocks are kept, the same command again continues after them",)
+            error.args = ("finished blocks are kept; give the same command again to continue",)
 
     def _continue_or_clear(self, overwrite: bool) -> None:
-        """Find the blocks that an earlier run of the same inputs left; VQCompressError if this is another directory."""
+        """Load the blocks of an earlier run with the same inputs; VQCompressError if the directory may not be used."""
         if (self.out / JOURNAL).is_file():
             try:
                 differing = self._read_journal()
@@ -209,120 +233,158 @@ class Writer(Shards):
         elif Artifact.is_one(self.out) and (self.out / SUMS).exists():
             holds = "a finished artifact"
         else:
-            # Nobody knows which of the files could be spared.
-            raise VQCompressError(f"{self.out} holds something else than what quantize wrote; choose another directory")
+            # There is no list of our files, so none may be deleted.
+            raise VQCompressError(f"{self.out} holds files that quantize did not write; choose another directory")
         if not overwrite:
             raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
 
     def _read_journal(self) -> list[str]:
-        """The inputs in which an earlier run differs; if there are none, `done` holds its blocks that are intact."""
-        earlier = read_json(self.out / JOURNAL)
+        """The names of inputs in which the earlier run differs; if none, its intact blocks are now in `done`."""
+        journal = read_json(self.out / JOURNAL)
         try:
-            differing = sorted(name for name, value in self.inputs.items() if earlier["inputs"].get(name) != value)
-            if "seed" in differing and "calibration" in differing:
-                # Rows are drawn by the seed, so those of the same text differ too.
-                differing.remove("calibration")
-            if earlier["format_version"] != FORMAT_VERSION:
-                differing.append("format version")
-            if not differing:
-                self.measured = {name: dict(record) for name, record in earlier.get("measured", {}).items()}
-            blocks = earlier["blocks"] if not differing else {}
-            if any(Path(record.get("file", "x")).name != record.get("file", "x") for record in blocks.values()):
-                raise ValueError("a record names a file outside of the directory")
-            # A kill may have left one shard that has taken in what is staged while its record has not.
-            staged = blocks.get(STAGED, {})
-            unsure = 1 if "file" in staged and self._intact(staged) else 0
-            for name, record in blocks.items():
-                # A record of what was staged that names no file says that it is in its place.
-                settled = name == STAGED and "file" not in record
-                if not settled and not self._intact(record):
-                    unsure -= 1
-                    if unsure < 0 or name == STAGED or not (self.out / Path(record["file"]).name).is_file():
-                        # What follows was made from this block's output, so it is made again too.
-                        break
+            if differing := self._differing_inputs(journal):
+                return differing
+            intact = self._intact_blocks(journal["blocks"])
+            for name, record in intact.items():
                 if name != STAGED and record["source"] != self.source_of(name):
-                    self.done, self.measured = {}, {}
                     return [f"checkpoint: {name} has changed"]
-                self.done[name] = record
-            self.before = float(earlier.get("seconds", 0.0)) if not differing else 0.0
+            self.done = intact
+            self.measured = {name: dict(figures) for name, figures in journal["measured"].items()}
+            self.seconds_before = float(journal["seconds"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
-        return differing
+        return []
 
-    def _intact(self, record: dict[str, Any]) -> bool:
-        file = self.out / Path(record["file"]).name
+    def _differing_inputs(self, journal: dict[str, Any]) -> list[str]:
+        differing = sorted(name for name, value in self.inputs.items() if journal["inputs"].get(name) != value)
+        if "seed" in differing and "calibration" in differing:
+            # The seed draws the rows, so another seed alone changes them too.
+            differing.remove("calibration")
+        return differing + (["format version"] if journal["format_version"] != FORMAT_VERSION else [])
+
+    def _intact_blocks(self, blocks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The records up to the first shard that is missing or damaged: later blocks were made from its output."""
+        if any(Path(record.get("file", "x")).name != record.get("file", "x") for record in blocks.values()):
+            raise ValueError("a record names a file outside of the directory")
+        staged = blocks.get(STAGED, {})
+        intact = {}
+        for name, record in blocks.items():
+            applied = name == STAGED and "file" not in record
+            # The shard being rewritten may hold the staged values while its record does not say so yet.
+            rewriting = name == staged.get("applying") and (self.out / record["file"]).is_file()
+            if not (applied or rewriting or self._matches(record)):
+                break
+            intact[name] = record
+        if STAGED not in intact and ("applying" in staged or "file" not in staged) and staged:
+            # Earlier shards hold staged values already, so later blocks cannot be made again as they were.
+            return {}
+        return intact
+
+    def _matches(self, record: dict[str, Any]) -> bool:
+        file = self.out / record["file"]
         return file.is_file() and sha256(file) == record["sha256"]
 
     @property
     def seconds(self) -> float:
-        """What this run has taken, and those before that it continues."""
-        return round(self.before + time.perf_counter() - self.start, 3)
+        """Duration of this run and of the earlier ones that it continues."""
+        return round(self.seconds_before + time.perf_counter() - self.began, 3)
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the run began."""
+        before, self._lap_began = self._lap_began, time.perf_counter()
+        return round(self._lap_began - before, 3)
 
     def _write_journal(self) -> None:
-        journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
-        self.write(
-            JOURNAL, json.dumps(journal | {"measured": self.measured, "seconds": self.seconds}, indent=1).encode()
-        )
+        if self.group.is_main:
+            journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
+            journal |= {"measured": self.measured, "seconds": self.seconds}
+            self.write(JOURNAL, json.dumps(journal, indent=1).encode())
 
-    def note(self, name: str, record: dict[str, list[float]]) -> None:
-        """Keep what was measured of a block, so that a run that is cut off need not measure it again."""
-        self.measured[name] = record
+    def save_measured(self, name: str, figures: dict[str, list[float]]) -> None:
+        """Journal the figures measured of a block, so that a resumed run does not measure it again."""
+        self.measured[name] = figures
         self._write_journal()
-
-    def commit(self, name: str, number: int, count: int, tensors: PackedTensors, record: dict[str, Any]) -> None:
-        """Write a shard, then journal it. name: the block's. number of count: the shard's place. record: JSON kept."""
-        self.journal(name, self.write_shard(number, count, tensors) | record)
-
-    def journal(self, name: str, record: dict[str, Any]) -> None:
-        """Keep the record of a block whose shard is written."""
-        self.done[name] = record
-        self._write_journal()
-
-    def stage(self, tensors: PackedTensors, seconds: float) -> None:
-        """Keep new values for tensors of the shards, as a file of its own; `settle` puts them in their places."""
-        self.commit(STAGED, 0, 0, tensors, {"targets": [], "seconds": seconds})
-
-    def write_beside(self, name: str, tensors: PackedTensors) -> None:
-        """Write tensors that belong to no shard; `finish` lists them. Nothing is kept of it in the journal."""
-        self.write(name, save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
-        self.beside[name] = sha256(self.out / name)
 
     @undisturbed()
-    def settle(self) -> None:
-        """Put what was staged, if anything, into the shards; done again after a kill: nothing else reads them then."""
-        if STAGED not in self.done or "file" not in self.done[STAGED]:
-            return
-        staged = tensors_of(self.out / self.done[STAGED]["file"])
+    def commit(self, name: str, number: int, count: int, tensors: PackedTensors, record: dict[str, Any]) -> None:
+        """Write shard `number` of `count` from tensors that all processes have, then journal its record.
+
+        name: the block's. record: JSON to keep; file, sha256 and the seconds since the last `lap` are added.
+        """
+        record = self.write_shard(number, count, tensors) | record if self.group.is_main else {}
+        self._journal(name, self.group.broadcast(0, record), self.lap())
+
+    @undisturbed()
+    def commit_all(self, blocks: dict[str, tuple[int, int, PackedTensors, dict[str, Any]]]) -> None:
+        """Write the shards of every process; if several have the same block, the lowest rank writes it.
+
+        blocks: name → number, count, tensors and record as for `commit`.
+        """
+        earlier = [name for names in self.group.all_gather(list(blocks))[: self.group.rank] for name in names]
+        written = {
+            name: self.write_shard(number, count, tensors) | record
+            for name, (number, count, tensors, record) in blocks.items()
+            if name not in earlier
+        }
+        records = [item for each in self.group.all_gather(written) for item in each.items()]
+        seconds = self.lap()
+        for name, record in records:
+            self._journal(name, record, seconds / len(records))
+
+    def _journal(self, name: str, record: dict[str, Any], seconds: float) -> None:
+        self.done[name] = record | {"seconds": round(seconds, 3)}
+        self._write_journal()
+
+    def stage(self, tensors: PackedTensors) -> None:
+        """Write new values of tensors to a file of their own, from which `apply_staged` puts them into the shards."""
+        self.commit(STAGED, 0, 0, tensors, {"targets": []})
+
+    @undisturbed()
+    def apply_staged(self) -> None:
+        """Put the staged values, if any, into the shards; a run that was killed in between does it again."""
+        staged = self.done.get(STAGED, {})
+        if self.group.is_main and "file" in staged:
+            self._apply(tensors_of(self.out / staged["file"]))
+            # The record stays without a file: the model is distilled already.
+            self.done[STAGED] = {"targets": [], "seconds": staged["seconds"]}
+            self._write_journal()
+            (self.out / staged["file"]).unlink()
+        self.done = self.group.broadcast(0, self.done)
+
+    def _apply(self, staged: PackedTensors) -> None:
         for name, record in list(self.done.items()):
             shard = tensors_of(self.out / record["file"]) if name != STAGED else {}
-            if shard.keys() & staged.keys():
-                # Whatever of the two is found after a kill is right.
-                number, count = (int(n) for n in re.findall(r"\d{5}", record["file"]))
-                update = {k: staged.get(k, tensor) for k, tensor in shard.items()}
-                self.commit(
-                    name, number, count, update, {k: v for k, v in record.items() if k not in ("file", "sha256")}
-                )
-        # The record stays: it says that nothing is to be distilled again.
-        file = self.out / self.done[STAGED]["file"]
-        self.done[STAGED] = {"targets": [], "seconds": self.done[STAGED]["seconds"]}
-        self._write_journal()
-        file.unlink()
+            if not shard.keys() & staged.keys():
+                continue
+            self.done[STAGED]["applying"] = name
+            self._write_journal()
+            number, count = (int(n) for n in re.findall(r"\d{5}", record["file"]))
+            self.done[name] = record | self.write_shard(number, count, {k: staged.get(k, t) for k, t in shard.items()})
+            self._write_journal()
 
-    def finish(self, config: dict[str, Any], companions: list[Path], told: dict[str, bytes], recipe: str = "") -> None:
-        """Write everything beside the shards, the config last, and drop the journal. recipe: the choice, if any.
+    def write_extra(self, name: str, tensors: PackedTensors) -> None:
+        """Write tensors that belong to no shard; `finish` lists the file in SHA256SUMS. It is not journaled."""
+        if self.group.is_main:
+            self.write(name, save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
+            self.extra_files[name] = sha256(self.out / name)
 
-        told: files that say what was done, see `documents`.
+    def finish(self, config: dict[str, Any], companions: list[Path], reports: dict[str, bytes], recipe: str) -> None:
+        """Write all files but the shards, the config last, and delete the journal.
+
+        companions: files of the source to copy. reports: name → content. recipe: text of recipe.yaml, or empty.
         """
+        if not self.group.is_main:
+            return
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
-        sums |= self.beside
+        sums |= self.extra_files
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
-        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode(), **told}
+        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode(), **reports}
         files |= {RECIPE: recipe.encode()} if recipe else {}
         files["config.json"] = json.dumps(config, indent=2).encode()
         sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        # First, since it says which files are ours.
+        # The checksums come first, since they say which files are ours.
         for name, data in {SUMS: checksum_lines(sums).encode(), **files}.items():
             self.write(name, data)
         (self.out / JOURNAL).unlink()

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqcompress.methods.int8.kernel import ALIGNED, FINISHED, aligned, largest, most_stages, place, split_for, wide
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
-from vqcompress.methods.triton.tiles import rows_of, tiles_of
+from vqcompress.methods.triton.product import Product, multiply
+from vqcompress.methods.triton.tiles import ALIGNED, absmax, most_stages, rows_of, split_for, tile_of, wide
 
 # The side of a tile, here and in kernels.
 SIDE = 128
@@ -70,7 +70,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     j_J = tl.program_id(1) * TILES + tl.arange(0, TILES)
     i_JC = j_J[:, None] * TILE + tl.arange(0, TILE)[None, :]
     x_JC = tl.load(x_TI + t * inputs + i_JC, mask=i_JC < inputs, other=0.0).to(tl.float32)
-    scale_J = tl.div_rn(largest(x_JC, 1), E4M3_MAX)
+    scale_J = tl.div_rn(absmax(x_JC, 1), E4M3_MAX)
     scale_J = tl.where(scale_J < SCALE_MIN, SCALE_MIN, scale_J)
     if POWER_OF_TWO:
         # As `reference.power_of_two_ceil`.
@@ -85,7 +85,7 @@ def _quantize(  # type: ignore[no-untyped-def]
         tl.store(codes_TI + t * inputs + i_JC, code_JC, mask=i_JC < inputs)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles_T"])
+@triton.jit(do_not_specialize=["tokens"])
 def _multiply(  # type: ignore[no-untyped-def]
     codes_TI,
     scale_TJ,
@@ -96,20 +96,18 @@ def _multiply(  # type: ignore[no-untyped-def]
     tokens,
     outputs,
     inputs,
-    experts,
-    tiles_T,
+    EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
-    EXPERTS: tl.constexpr,
 ):
     """One tile of y, or of the s-th of SPLIT float32 sums. out: y (T, O) or the sums (SPLIT, T, O).
 
     codes: both E4M3; or those of x as float16 and those of the weight as int8, which has the same bytes.
     """
-    tile_T, tile_O = place(tiles_T, tl.cdiv(outputs, BLOCK_O), GROUP)
-    expert, first, last = rows_of(tile_T, ends_E, experts, tokens, BLOCK_T, EXPERTS)
+    tile_T, tile_O = tile_of(outputs, BLOCK_O, GROUP)
+    expert, first, last = rows_of(tile_T, ends_E, tokens, BLOCK_T, EXPERTS)
     if first >= last:
         return
     s = tl.program_id(1)
@@ -139,17 +137,6 @@ def _multiply(  # type: ignore[no-untyped-def]
     tl.store(out_TO, acc_TO.to(out.dtype.element_ty), mask=has_T[:, None] & has_O[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _finish(sums, y_TO, tokens, outputs, BLOCK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A part of a row of y from SPLIT sums (SPLIT, T, O), added in their order."""
-    t = tl.program_id(0).to(tl.int64)
-    o_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc_B = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLIT):
-        acc_B += tl.load(sums + (s * tokens.to(tl.int64) + t) * outputs + o_B, mask=o_B < outputs, other=0.0)
-    tl.store(y_TO + t * outputs + o_B, acc_B.to(y_TO.dtype.element_ty), mask=o_B < outputs)
-
-
 def quantize(x_TI: Tensor, power_of_two: bool = False, half: bool = False) -> tuple[Tensor, Tensor]:
     """Codes float8_e4m3fn (T, I) and scales float32 (T, J): `reference.fp8_quantize`, exactly.
 
@@ -172,7 +159,7 @@ def linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool)
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
-    return _product("fp8.linear", x_TI, None, codes_OI, scale_PJ, power_of_two)
+    return _multiplied(x_TI, None, codes_OI, scale_PJ, power_of_two)
 
 
 def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
@@ -181,39 +168,13 @@ def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, 
     x_SI: rows sorted by expert. ends_E: int32, the row after the last of each expert; the last of them is S, and equal
     neighbours mean an expert without rows. It is read on the device only. E: about a thousand at most.
     """
-    return _product("fp8.grouped", x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)
+    return _multiplied(x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)
 
 
-def _product(
-    name: str, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, power_of_two: bool
-) -> Tensor:
-    tokens, outputs = len(x_TI), codes.shape[-2]
-    y_TO = x_TI.new_empty((tokens, outputs))
-    if not tokens:
-        return y_TO
-    experts = 0 if ends_E is None else len(ends_E)
-    # An expert has so many rows on average.
-    rows = triton.cdiv(tokens, max(1, experts))
-    x_TI, codes = aligned(x_TI, codes, rows)
-    shape = (outputs, inputs := x_TI.shape[1])
-    of_all = (experts, *shape) if experts else shape
-    config = dict(launch.get_config(name, x_TI.device, tokens, of_all, lambda gpu: default_config(gpu, rows, *shape)))
-    if experts:
-        config["SPLIT"] = 1
-    split, tiles_T = config["SPLIT"], tiles_of(tokens, config["BLOCK_T"], experts)
+def _multiplied(x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, power_of_two: bool) -> Tensor:
     half = not launch.device_properties(x_TI.device).has_fp8
-    codes_TI, scale_TJ = quantize(x_TI, power_of_two, half)
-    codes = codes.contiguous().view(torch.int8) if half else codes.contiguous()
-    out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=torch.float32)
-    tensors = (codes_TI, scale_TJ, codes, scale.contiguous(), ends_E, out)
-    grid = (tiles_T * triton.cdiv(outputs, config["BLOCK_O"]), split)
-    config["EXPERTS"] = experts and triton.next_power_of_2(experts)
-    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **config)
-    if split > 1:
-        grid = (tokens, triton.cdiv(outputs, FINISHED))
-        constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
-        launch.run(_finish, grid, out, y_TO, tokens, outputs, **constants)
-    return y_TO
+    product = Product("fp8", _multiply, torch.float32, default_config)
+    return multiply(product, x_TI, ends_E, codes, scale, lambda x_TI: quantize(x_TI, power_of_two, half))
 
 
 def make_config(block_T: int, block_O: int, split: int, warps: int, stages: int) -> Config:

@@ -88,52 +88,41 @@ class FP8(Method):
     def encode(
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
-        """The parts of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
+        """The tensors of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
         codes_OI, scale_PJ = quantize_tiles(weight_OI, self.power_of_two_scales)
         return {"codes": codes_OI, "scale": scale_PJ}
 
-    def encode_bytes(self, shape: Shape) -> int:
-        """The codes, the decoded weight, and some strips."""
-        return 5 * shape[0] * shape[1] + 40 * STRIP
-
-    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
+    def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
-        weight_OI, at = parts["scale"].new_empty(shape), 0
-        for rows in self.decode_rows(parts, shape):
-            weight_OI[at : at + len(rows)] = rows
-            at += len(rows)
+        weight_OI = tensors["scale"].new_empty(shape)
+        for strip in _strips(tensors["codes"]):
+            codes, tiles = (
+                tensors["codes"][strip],
+                slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE)),
+            )
+            scale = expand_tiles(tensors["scale"][tiles], (len(codes), shape[1]))
+            weight_OI[strip] = _e4m3_to_half(codes).float().mul_(256).mul_(scale)
         return weight_OI
 
-    def decode_rows(self, parts: PackedTensors, shape: Shape) -> Iterator[Tensor]:
-        """What `decode` gives, strip by strip."""
-        for strip in _strips(parts["codes"]):
-            codes, tiles = parts["codes"][strip], slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE))
-            scale = expand_tiles(parts["scale"][tiles], (len(codes), shape[1]))
-            yield _e4m3_to_half(codes).float().mul_(256).mul_(scale)
-
-    def check(self, parts: PackedTensors, shape: Shape) -> None:
+    def check(self, tensors: PackedTensors, shape: Shape) -> None:
         """Raise ValueError for NaN codes and for scales that are not positive, finite and, if asked, powers of two."""
-        super().check(parts, shape)
-        scale_PJ = parts["scale"]
+        super().check(tensors, shape)
+        scale_PJ = tensors["scale"]
         if not (scale_PJ > 0).all():
             raise ValueError("scale holds a value that is not positive")
         if self.power_of_two_scales and not (torch.frexp(scale_PJ).mantissa == 0.5).all():
             raise ValueError("scale holds a value that is not a power of two, but power_of_two_scales is on")
 
     def prepare(
-        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+        self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
         """The parts; on a CPU, which has no FP8 product, the float32 weight that they stand for."""
-        on_cpu = parts["codes"].device.type == "cpu"
-        return {"weight": self.decode(parts, shape)} if on_cpu and not packed else dict(parts)
+        on_cpu = tensors["codes"].device.type == "cpu"
+        return {"weight": self.decode(tensors, shape)} if on_cpu and not packed else dict(tensors)
 
     def has_kernel(self, shape: Shape) -> bool:
         """Always."""
         return True
-
-    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
-        """The kernel; on a CPU a product of the codes as floats."""
-        return super().path(shape, rows, device, packed) if device.type == "cpu" else "tile-wise FP8 product of codes"
 
     def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ of `reference.fp8_linear`, the activation in 1×128 tiles; a decoded weight times x rounded as there."""

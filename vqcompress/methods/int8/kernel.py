@@ -22,33 +22,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
-from vqcompress.methods.triton.tiles import rows_of, tiles_of
+from vqcompress.methods.triton.product import Product, multiply
+from vqcompress.methods.triton.tiles import ALIGNED, absmax, most_stages, rows_of, split_for, tile_of
 
 # Columns of a row that a program holds in registers; longer rows are read twice.
 HELD = 16384
-# Outputs of a row that a program of `_finish` writes.
-FINISHED = 512
-# Inputs must be a multiple of this for loads of 16 bytes, since a row of codes begins where the last one ends. If they
-# are not, up to so many rows of x are multiplied by what is loaded byte by byte; for more, codes are copied with zeros.
-ALIGNED, FEW = 16, 16
 INT8_MAX = tl.constexpr(127.0)
 SCALE_MIN = tl.constexpr(2.0**-126)
-# The bits of infinity; those of NaN without its sign are greater.
-INFINITY = tl.constexpr(0x7F800000)
 # 1.5 · 2²³. A float32 of that size has a step of 1, so adding it rounds a small number to an integer, half to even, and
 # leaves it in the lowest bits.
 TO_INTEGER = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def largest(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest magnitude along an axis of float32 numbers; NaN if one is."""
-    # Magnitudes are in the order of their bits with NaN on top, whereas a maximum of floats would drop NaN.
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -68,7 +54,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     i_B = tl.arange(0, BLOCK)
     if ONCE:
         x_B = tl.load(x_I + i_B, mask=i_B < inputs, other=0.0).to(tl.float32)
-        amax = largest(x_B, 0)
+        amax = absmax(x_B, 0)
     else:
         most_B = tl.zeros((BLOCK,), tl.int32)
         for i in range(0, inputs, BLOCK):
@@ -90,17 +76,7 @@ def _quantize(  # type: ignore[no-untyped-def]
             tl.store(codes_I + i + i_B, _code(x_B, scale), mask=i + i_B < inputs)
 
 
-@triton.jit
-def place(tiles_T, tiles_O, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which tile of rows and which of columns this program makes: down GROUP tiles of rows, then the next column."""
-    of_a_group = GROUP * tiles_O
-    first = tl.program_id(0) // of_a_group * GROUP
-    height = tl.minimum(tiles_T - first, GROUP)
-    inside = tl.program_id(0) % of_a_group
-    return first + inside % height, inside // height
-
-
-@triton.jit(do_not_specialize=["tokens", "tiles_T"])
+@triton.jit(do_not_specialize=["tokens"])
 def _multiply(  # type: ignore[no-untyped-def]
     codes_TI,
     scale_T,
@@ -111,18 +87,16 @@ def _multiply(  # type: ignore[no-untyped-def]
     tokens,
     outputs,
     inputs,
-    experts,
-    tiles_T,
+    EXPERTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
-    EXPERTS: tl.constexpr,
 ):
     """One tile of y, or of the s-th of SPLIT int32 sums. out: y (T, O) or the sums (SPLIT, T, O)."""
-    tile_T, tile_O = place(tiles_T, tl.cdiv(outputs, BLOCK_O), GROUP)
-    expert, first, last = rows_of(tile_T, ends_E, experts, tokens, BLOCK_T, EXPERTS)
+    tile_T, tile_O = tile_of(outputs, BLOCK_O, GROUP)
+    expert, first, last = rows_of(tile_T, ends_E, tokens, BLOCK_T, EXPERTS)
     if first >= last:
         return
     s = tl.program_id(1)
@@ -153,19 +127,6 @@ def _multiply(  # type: ignore[no-untyped-def]
         tl.store(out_TO, (acc_TO.to(tl.float32) * scale_TO).to(out.dtype.element_ty), mask=has_TO)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _finish(sums, scale_T, scale_O, y_TO, tokens, outputs, BLOCK: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A part of a row of y from SPLIT sums (SPLIT, T, O)."""
-    t = tl.program_id(0).to(tl.int64)
-    o_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    has_B = o_B < outputs
-    acc_B = tl.zeros((BLOCK,), tl.int32)
-    for s in tl.static_range(SPLIT):
-        acc_B += tl.load(sums + (s * tokens.to(tl.int64) + t) * outputs + o_B, mask=has_B, other=0)
-    y_B = acc_B.to(tl.float32) * (tl.load(scale_T + t) * tl.load(scale_O + o_B, mask=has_B, other=0.0))
-    tl.store(y_TO + t * outputs + o_B, y_B.to(y_TO.dtype.element_ty), mask=has_B)
-
-
 def quantize(x_TI: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes int8 (T, I) and scales float32 (T, 1): `reference.int8_quantize`, exactly.
 
@@ -189,7 +150,7 @@ def linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor 
 
     Source: SmoothQuant, arXiv 2211.10438, section 4.
     """
-    return _product("int8.linear", x_TI, None, codes_OI, scale_O, input_scale)
+    return multiply(_product(), x_TI, None, codes_OI, scale_O, lambda x_TI: quantize(x_TI, input_scale))
 
 
 def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
@@ -198,75 +159,11 @@ def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -
     x_SI: rows sorted by expert. ends_E: int32, the row after the last of each expert; the last of them is S, and equal
     neighbours mean an expert without rows. It is read on the device only. E: about a thousand at most.
     """
-    return _product("int8.grouped", x_SI, ends_E, codes_EOI, scale_EO, None)
+    return multiply(_product(), x_SI, ends_E, codes_EOI, scale_EO, quantize)
 
 
-def _product(
-    name: str, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, input_scale: Tensor | None
-) -> Tensor:
-    tokens, outputs = len(x_TI), codes.shape[-2]
-    y_TO = x_TI.new_empty((tokens, outputs))
-    if not tokens:
-        return y_TO
-    experts = 0 if ends_E is None else len(ends_E)
-    # An expert has so many rows on average.
-    rows = triton.cdiv(tokens, max(1, experts))
-    x_TI, codes = aligned(x_TI, codes, rows)
-    shape = (outputs, inputs := x_TI.shape[1])
-    of_all = (experts, *shape) if experts else shape
-    config = dict(launch.get_config(name, x_TI.device, tokens, of_all, lambda gpu: default_config(gpu, rows, *shape)))
-    if experts:
-        config["SPLIT"] = 1
-    split, tiles_T = config["SPLIT"], tiles_of(tokens, config["BLOCK_T"], experts)
-    codes_TI, scale_T1 = quantize(x_TI, input_scale)
-    out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=torch.int32)
-    tensors = (codes_TI, scale_T1, codes.contiguous(), scale.contiguous(), ends_E, out)
-    grid = (tiles_T * triton.cdiv(outputs, config["BLOCK_O"]), split)
-    config["EXPERTS"] = experts and triton.next_power_of_2(experts)
-    launch.run(_multiply, grid, *tensors, tokens, outputs, inputs, experts, tiles_T, **config)
-    if split > 1:
-        grid = (tokens, triton.cdiv(outputs, FINISHED))
-        constants = {"BLOCK": FINISHED, "SPLIT": split, "enable_fp_fusion": False}
-        launch.run(_finish, grid, out, scale_T1, scale, y_TO, tokens, outputs, **constants)
-    return y_TO
-
-
-def aligned(x_TI: Tensor, codes: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """x and the codes of a weight; for many rows with inputs of zeros, so that each row is loaded 16 bytes at once.
-
-    Addresses of single bytes for tiles of many rows would not fit the registers; a copy takes two more passes over the
-    weight, too much for few rows.
-    """
-    if rows <= FEW or x_TI.shape[1] % ALIGNED == 0:
-        return x_TI, codes
-    more = (0, -x_TI.shape[1] % ALIGNED)
-    # Zero is the byte 0 in INT8 and in E4M3, which not every torch can pad.
-    return pad(x_TI, more), pad(codes.view(torch.int8), more).view(codes.dtype)
-
-
-def split_for(gpu: DeviceProperties, tiles: int, rows: int, inputs: int, block_I: int) -> int:
-    """Over how many programs the inputs of each of `tiles` tiles are split, for two programs on each processor.
-
-    As long as each has two blocks, and the sums that are written and read again, 8 bytes a row, are not more than half
-    of the weight's bytes.
-    """
-    blocks = triton.cdiv(inputs, block_I)
-    most = min(triton.cdiv(2 * gpu.processors, tiles), inputs // (16 * rows), blocks // 2)
-    # Fewer, if that leaves the longest share as it is: then none is empty.
-    return triton.cdiv(blocks, triton.cdiv(blocks, max(1, most)))
-
-
-def wide(gpu: DeviceProperties) -> bool:
-    """Whether the accumulators of a product may take half of a thread's registers.
-
-    From Hopper on operands come from shared memory, and AMD's threads have twice the registers.
-    """
-    return not isinstance(gpu.arch, int) or gpu.arch >= 90
-
-
-def most_stages(gpu: DeviceProperties, bytes_of_a_block: int) -> int:
-    """Stages of the loop whose blocks of loads fit the shared memory; on AMD one more lies in registers."""
-    return gpu.shared // bytes_of_a_block + (gpu.warp == 64)
+def _product() -> Product:
+    return Product("int8", _multiply, torch.int32, default_config)
 
 
 def make_config(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Config:

@@ -43,13 +43,13 @@ class INT8(Method):
     def encode(
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
-        """The parts of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration token to go by."""
+        """The tensors of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration tokens."""
         super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
         codes_OI, scale_O1 = reference.int8_quantize(weight_OI)
-        parts = {"codes": codes_OI, "scale": scale_O1.flatten()}
+        tensors = {"codes": codes_OI, "scale": scale_O1.flatten()}
         if self.activations == "per_tensor":
-            parts["input_scale"] = self._input_scale(statistics).to(weight_OI.device)
-        return parts
+            tensors["input_scale"] = self._input_scale(statistics).to(weight_OI.device)
+        return tensors
 
     def _input_scale(self, statistics: Statistics) -> Tensor:
         if statistics.absmax_I is None or statistics.tokens == 0:
@@ -60,41 +60,30 @@ class INT8(Method):
         super().check({"statistics.absmax": statistics.absmax_I}, (1, len(statistics.absmax_I)))
         return (statistics.absmax_I.float().max() / reference.INT8_MAX).clamp_min(reference.SCALE_MIN)
 
-    def decode(self, parts: PackedTensors, shape: Shape) -> Tensor:
+    def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its row, float32 (O, I)."""
-        return parts["codes"].float() * parts["scale"][:, None]
+        return tensors["codes"].float() * tensors["scale"][:, None]
 
-    def check(self, parts: PackedTensors, shape: Shape) -> None:
+    def check(self, tensors: PackedTensors, shape: Shape) -> None:
         """Raise ValueError for a code of −128 and for scales that are not positive and finite."""
-        super().check(parts, shape)
-        if (parts["codes"] == -128).any():
+        super().check(tensors, shape)
+        if (tensors["codes"] == -128).any():
             raise ValueError("codes holds -128; INT8 codes are in ±127")
-        for name in parts.keys() & {"scale", "input_scale"}:
-            if not (parts[name] > 0).all():
+        for name in tensors.keys() & {"scale", "input_scale"}:
+            if not (tensors[name] > 0).all():
                 raise ValueError(f"{name} holds a value that is not positive")
 
     def prepare(
-        self, parts: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+        self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
         """The parts; on a CPU that multiplies floats faster than bytes, with `codes` as float32 made once."""
-        if packed or reference.BYTE_PRODUCTS or parts["codes"].device.type != "cpu":
-            return dict(parts)
-        return {**parts, "codes": parts["codes"].float()}
+        if packed or reference.BYTE_PRODUCTS or tensors["codes"].device.type != "cpu":
+            return dict(tensors)
+        return {**tensors, "codes": tensors["codes"].float()}
 
     def has_kernel(self, shape: Shape) -> bool:
         """Always."""
         return True
-
-    @property
-    def ungrouped(self) -> str:
-        """Scales of activations that are stored differ from expert to expert."""
-        return "static scales of activations" if self.activations == "per_tensor" else ""
-
-    def path(self, shape: Shape, rows: int, device: torch.device, packed: bool = False, grouped: bool = False) -> str:
-        """The kernel, or a CPU's instructions; on a CPU without them a product of the codes as floats."""
-        if device.type != "cpu" or reference.BYTE_PRODUCTS:
-            return "W8A8 product of codes"
-        return f"codes as float32{' at every call' if packed else ''}, then a dense product"
 
     def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ of `reference.int8_linear`, the activation per token or with the stored scale."""

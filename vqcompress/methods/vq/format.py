@@ -47,17 +47,19 @@ class Format:
 
     def view(self, codes: Tensor) -> Tensor:
         """Stored codes (…, bytes) as what the kernels load: whole words where a unit is one."""
-        if self.family == "trellis" or (self.family == "lattice" and self.bits == 32):
+        if self.family == "trellis":
             return codes.view(torch.int32)
-        if self.bits == 16 and self.family in ("lattice", "learned"):
+        if self.bits == 16:
             return codes.view(torch.int16)
-        if self.by_rows and self.bits == 8 and self.depth in (2, 4):
-            # The codes of all stages of a word.
+        if self.bits == 8 and self.depth in (2, 4):
+            # The codes of all stages of a codeword.
             return codes.view(torch.int16 if self.depth == 2 else torch.int32)
         return codes
 
     def refusal(self, shape: tuple[int, int]) -> str:
         """Why the kernels cannot multiply with such a weight; empty if they can."""
+        if self.family not in ("learned", "trellis"):
+            return f"{self.family} codewords have no kernels"
         if self.family == "trellis" and shape[0] % 32:
             return f"{shape[0]} outputs are no multiple of 32, so walks do not end on whole words"
         return ""

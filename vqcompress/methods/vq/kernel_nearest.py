@@ -1,6 +1,6 @@
-"""Searches of quantization itself: the nearest entries of a table, and the nearest word of the E8 lattice.
+"""The nearest entries of a codebook, for learning and encoding.
 
-What `codebooks.learned.nearest` asks of one stage is the least |c|²/2 − x·c over K entries, for each of N vectors. In
+One stage of `learned.nearest` asks for the least |c|²/2 − x·c over K entries, for each of N vectors. In
 torch that is a matrix (N, K), written and read again; here it never leaves the registers. A thread has two entries of
 a tile, all vectors of its program, and the best that it has met of each pair; threads talk to each other once, at the
 end. Half of the loop over the table are multiply-adds, and none of it waits. They go to the ordinary units: tensor
@@ -10,9 +10,7 @@ x·c is a chain of fused multiply-adds in the order of the coordinates. That is 
 to the last bit where this was tried. |c|²/2 is such a chain too, but torch adds it up in another order; hence codes are
 those of a CPU except where float32 cannot tell which entry is nearer. Of equals in float32 the lowest wins.
 
-`nearest_e8p` takes the steps of `codebooks.compiled.e8p` in their order and without fused multiply-adds: its codes are
-the same to the last bit.
-Shape legend: N vectors, d their length, K entries, b of them wanted, P = 256 patterns. Of a tile: V vectors, E entries.
+Shape legend: N vectors, d their length, K entries, b of them wanted. Of a tile: V vectors, E entries.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from vqcompress.methods.triton import launch
 
-LONGEST, MOST, PATTERNS = 16, 1 << 16, 256
+LONGEST, MOST = 16, 1 << 16
 NO_ENTRY = tl.constexpr(0x7FFFFFFF)
 
 
@@ -71,63 +69,13 @@ def _best(  # type: ignore[no-untyped-def]
         tl.store(score_Nb + n_V * BEAM + place, last_V, mask=valid_V)
 
 
-@triton.jit(do_not_specialize_on_alignment=["x_N8", "pattern_8P"])
-def _e8p(x_N8, pattern_8P, code_N, rows, V: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    n_V, p_P = tl.program_id(0) * V + tl.arange(0, V), tl.arange(0, P)
-    valid_V, n_V = n_V < rows, n_V.to(tl.int64)
-    norm_P, sum_P = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
-    for i in tl.static_range(8):
-        pattern_P = tl.load(pattern_8P + i * P + p_P)
-        norm_P += pattern_P * pattern_P * 0.5
-        sum_P += pattern_P
-    least_V, code_V = tl.full((V,), float("inf"), tl.float32), tl.zeros((V,), tl.int32)
-    for minus in tl.static_range(2):
-        square_V, minuses_V = tl.zeros((V,), tl.float32), tl.zeros((V,), tl.int32)
-        gain_VP = tl.zeros((V, P), tl.float32) - norm_P[None, :]
-        cheapest_VP = tl.full((V, P), float("inf"), tl.float32)
-        for i in tl.static_range(8):
-            y_V = tl.load(x_N8 + n_V * 8 + i, mask=valid_V, other=0) - (0.25 - 0.5 * minus)
-            square_V += y_V * y_V * 0.5
-            minuses_V |= (y_V < 0).to(tl.int32) << i
-            # With the signs of y the product is as large as can be.
-            product_VP = tl.abs(y_V)[:, None] * tl.load(pattern_8P + i * P + p_P)[None, :]
-            gain_VP += product_VP
-            cheapest_VP = tl.minimum(cheapest_VP, product_VP)
-        # If they break the parity, the cheapest one flips.
-        odd_V = minuses_V ^ (minuses_V >> 4)
-        odd_V = odd_V ^ (odd_V >> 2)
-        odd_V = odd_V ^ (odd_V >> 1)
-        flips_VP = (odd_V[:, None] ^ sum_P.to(tl.int32)[None, :]) & 1
-        gain_V, index_V = tl.max(tl.where(flips_VP != 0, gain_VP - 2 * cheapest_VP, gain_VP), 1, return_indices=True)
-        cheapest_V, flip_V, sum_V = tl.full((V,), float("inf"), tl.float32), index_V * 0, gain_V * 0
-        for i in tl.static_range(8):
-            y_V = tl.load(x_N8 + n_V * 8 + i, mask=valid_V, other=0) - (0.25 - 0.5 * minus)
-            pattern_V = tl.load(pattern_8P + i * P + index_V)
-            sum_V += pattern_V
-            flip_V = tl.where(tl.abs(y_V) * pattern_V < cheapest_V, 1 << i, flip_V)
-            cheapest_V = tl.minimum(cheapest_V, tl.abs(y_V) * pattern_V)
-        minuses_V = tl.where((odd_V ^ sum_V.to(tl.int32)) & 1 != 0, minuses_V ^ flip_V, minuses_V)
-        better_V = square_V - gain_V < least_V
-        code_V = tl.where(better_V, index_V | (minuses_V & 127) << 8 | minus << 15, code_V)
-        least_V = tl.where(better_V, square_V - gain_V, least_V)
-    tl.store(code_N + n_V, code_V, mask=valid_V)
-
-
 def default_config(gpu: launch.DeviceProperties, vectors: int, count: int, length: int) -> launch.Config:
     """Config of `best`: vectors as registers hold their coordinates, two entries of a tile for each thread."""
     tile = min(256, max(32, triton.next_power_of_2(count)))
     most = min(16, 64 // triton.next_power_of_2(length))
-    return _settings(vectors, most, 2 * gpu.processors) | {"E": tile, "num_warps": max(1, tile // (2 * gpu.warp))}
-
-
-def default_e8p_config(gpu: launch.DeviceProperties, vectors: int) -> launch.Config:
-    """Config of `nearest_e8p`: programs of one warp, so that nobody waits for another."""
-    return _settings(vectors, 4, 4 * gpu.processors) | {"num_warps": 1}
-
-
-def _settings(vectors: int, most: int, programs: int) -> launch.Config:
-    """As many vectors of a program, a power of two, as leave that many programs."""
-    return {"V": min(most, 1 << max(1, vectors // programs).bit_length() - 1)}
+    # As many vectors of a program, a power of two, as leave two programs for each processor.
+    per_program = min(most, 1 << max(1, vectors // (2 * gpu.processors)).bit_length() - 1)
+    return {"V": per_program, "E": tile, "num_warps": max(1, tile // (2 * gpu.warp))}
 
 
 def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
@@ -155,23 +103,3 @@ def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
         grid = (triton.cdiv(vectors, config["V"]),)
         launch.run(_best, grid, *tensors, vectors, count, **constants, **config)
     return code_Nb, score_Nb
-
-
-def nearest_e8p(x_N8: Tensor, pattern_8P: Tensor) -> Tensor:
-    """Codes (N,) int32 of the E8P words nearest to float32 vectors, those of `codebooks.lattice.nearest_e8p`.
-
-    pattern_8P: `codebooks.lattice.patterns()` transposed, float32 (8, 256). ValueError for other shapes.
-    """
-    if x_N8.shape[1:] != (8,) or pattern_8P.shape != (8, PATTERNS):
-        found = f"{tuple(x_N8.shape)} and {tuple(pattern_8P.shape)}"
-        raise ValueError(f"vectors and patterns are {found}; they must be (N, 8) and {(8, PATTERNS)}")
-    code_N = x_N8.new_empty((len(x_N8),), dtype=torch.int32)
-    if len(x_N8):
-        vectors, shape = len(x_N8), (PATTERNS, 8)
-        config = launch.get_config(
-            "nearest_e8p", x_N8.device, vectors, shape, lambda gpu: default_e8p_config(gpu, vectors)
-        )
-        tensors = (x_N8.float().contiguous(), pattern_8P.float().contiguous(), code_N)
-        constants = {"P": PATTERNS, "num_stages": 1, "enable_fp_fusion": False}
-        launch.run(_e8p, (triton.cdiv(len(x_N8), config["V"]),), *tensors, len(x_N8), **constants, **config)
-    return code_N

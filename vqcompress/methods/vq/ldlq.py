@@ -1,4 +1,4 @@
-"""Error feedback: a weight is quantized a few columns at a time, and later columns make good the error of earlier ones.
+"""Error feedback: a weight is quantized a few columns at a time, and later columns correct the error of earlier ones.
 
 Block LDLQ (QuIP#, arXiv 2402.04396, section 4.1; its d = 1 is GPTQ, arXiv 2210.17323; GPTVQ, arXiv 2402.15319, section
 3, uses it with learned codebooks), written without an inverse. With H = B Bᵀ, B upper triangular, an error E costs
@@ -30,28 +30,28 @@ SCALE = torch.bfloat16
 
 
 class Quantizer(Protocol):
-    """What knows the words of a code."""
+    """A search for codewords."""
 
     @property
     def d(self) -> int:
-        """Columns that it takes at a time."""
+        """Columns of a group."""
 
     def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, int, any shape, and values (O, d) whose images, value @ block, are near to the target."""
 
 
 @dataclass(frozen=True)
-class Metric:
-    """What an error E of a weight with this input costs: |E B|², and the order in which its groups are encoded.
+class HessianFactor:
+    """An error E of a weight with this input costs |E B|²; groups of columns are encoded in an order of their own.
 
-    factor_JJ: upper triangular B with B Bᵀ = damped H / mean(diag H), float32; zero rows for padding. order_G: which
-    group of the weight is encoded g-th. d: columns of a group. feeds: B has more than its diagonal.
+    factor_JJ: upper triangular B with B Bᵀ = damped H / mean(diag H), float32; zero rows for padding. order_G: the
+    group of the weight that is encoded g-th. d: columns of a group. has_feedback: B has more than its diagonal.
     """
 
     factor_JJ: Tensor
     order_G: Tensor
     d: int
-    feeds: bool
+    has_feedback: bool
 
     def blocks_Gdd(self) -> Tensor:
         """The diagonal blocks B_gg."""
@@ -60,25 +60,25 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LDLQProblem:
     """A weight ready for the search. unit_OJ: weight / scale, rotated if asked, 0 in rows with scale 0, float32.
 
-    scale_O: float32, as stored; with a rotation it carries the signs of the outputs. weight_O: what a unit error of a
-    row costs, mean 1, float64.
+    scale_O: float32, as stored; with a rotation it carries the signs of the outputs. weight_O: the cost of a unit
+    error in a row, mean 1, float64.
     """
 
     unit_OJ: Tensor
     scale_O: Tensor
     weight_O: Tensor
-    metric: Metric
+    factor: HessianFactor
     rotated: bool
 
     def weight_OG(self) -> Tensor:
-        """What a unit error of a vector costs."""
-        return self.weight_O[:, None] * self.metric.blocks_Gdd().double().square().sum((1, 2))
+        """The cost of a unit error in a vector, float64."""
+        return self.weight_O[:, None] * self.factor.blocks_Gdd().double().square().sum((1, 2))
 
 
-def measure(
+def factorize_hessian(
     statistics: Statistics,
     weight_OI: Tensor,
     d: int,
@@ -86,14 +86,14 @@ def measure(
     damping: float,
     ordered: bool = True,
     signs_I: Tensor | None = None,
-) -> Metric:
-    """The metric of an input: its Hessian if there is one and feedback is wanted, else its diagonal, else all equal.
+) -> HessianFactor:
+    """The factor of an input's Hessian if there is one and feedback is wanted; else of its diagonal; else of 1.
 
-    ordered: the columns that weigh most are encoded first. signs_I: of the rotation of the input, if it is rotated.
+    ordered: the columns with the largest diagonal are encoded first. signs_I: of the input's rotation, if there is one.
     """
     columns, device = weight_OI.shape[1], weight_OI.device
     hessian_II = statistics.hessian_II if feedback else None
-    feeds = hessian_II is not None
+    has_feedback = hessian_II is not None
     if hessian_II is None:
         diagonal_I = statistics.sumsq_I
         if diagonal_I is None and statistics.hessian_II is not None:
@@ -101,14 +101,14 @@ def measure(
         hessian_II = torch.ones(columns).diag() if diagonal_I is None else diagonal_I.diag()
     if not torch.stack(hessian_II.aminmax()).isfinite().all():
         raise ValueError("the statistics of the input hold NaN or Inf")
-    # Of a wide input a single copy takes tens of GB: there are never more than two in float64.
+    # A wide input's Hessian takes tens of GB in float64: there are never more than two copies.
     hessian_JJ = hessian_II.to(device, torch.float64, copy=True)
     if signs_I is not None:
         _rotate(hessian_JJ, signs_I.to(hessian_JJ))
     if columns % d:
         hessian_JJ = pad(hessian_JJ, (0, -columns % d) * 2)
-    # Errors go from early to late groups, so the heavy ones come first (the "act-order" of GPTQ's code). The order is
-    # only that of encoding: it is not stored.
+    # Later groups correct earlier ones, so the heavy ones come first ("act-order" in GPTQ's code). Nothing stored
+    # depends on the order.
     weight_G = hessian_JJ.diagonal().reshape(-1, d).sum(1)
     order_G = weight_G.argsort(descending=True, stable=True) if ordered else torch.arange(len(weight_G), device=device)
     index_J = (order_G[:, None] * d + torch.arange(d, device=device)).flatten()
@@ -116,11 +116,11 @@ def measure(
     hessian_JJ = hessian_JJ[index_J.flip(0)[:, None], index_J.flip(0)]
     factor_JJ = _factorize(hessian_JJ, damping).flip(0, 1).contiguous()
     factor_JJ[index_J >= columns] = 0
-    return Metric(factor_JJ, order_G, d, feeds)
+    return HessianFactor(factor_JJ, order_G, d, has_feedback)
 
 
 def _rotate(hessian_II: Tensor, signs_I: Tensor) -> None:
-    """Make the Hessian that of the rotated input, in place."""
+    """Turn the Hessian into that of the rotated input, in place."""
     hessian_II *= signs_I[:, None]
     hessian_II *= signs_I
     for dim in (0, 1):
@@ -129,7 +129,7 @@ def _rotate(hessian_II: Tensor, signs_I: Tensor) -> None:
 
 
 def _factorize(hessian_JJ: Tensor, damping: float) -> Tensor:
-    """Lower triangular L, float32, with L Lᵀ = H / mean(diag H) + damping · 1; more damping if H is not definite then.
+    """Lower triangular L, float32, with L Lᵀ = H / mean(diag H) + damping · 1; more damping while that is not definite.
 
     A Hessian of zeros counts as the identity. Channels that were never active weigh `damping`. H is overwritten.
     """
@@ -148,7 +148,7 @@ def _factorize(hessian_JJ: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def pose(weight_OI: Tensor, metric: Metric, signs: tuple[Tensor, Tensor] | None = None) -> Problem:
+def ldlq_problem(weight_OI: Tensor, factor: HessianFactor, signs: tuple[Tensor, Tensor] | None = None) -> LDLQProblem:
     """The weight with mean square 1, padded and in the order of encoding. ValueError if it holds NaN or Inf.
 
     Each row has a scale of its own. signs: of the inputs (I,) and outputs (O,) of a rotation; then all rows start with
@@ -164,21 +164,21 @@ def pose(weight_OI: Tensor, metric: Metric, signs: tuple[Tensor, Tensor] | None 
     unit_OI = weight_OI.float() / torch.where(scale_O != 0, scale_O, torch.inf)[:, None]
     if signs is not None:
         unit_OI = hadamard(hadamard(unit_OI * signs[0].to(unit_OI)), 0)
-    padding = (0, len(metric.factor_JJ) - weight_OI.shape[1])
-    unit_OJ = pad(unit_OI, padding).view(len(unit_OI), -1, metric.d)[:, metric.order_G].flatten(1)
+    padding = (0, len(factor.factor_JJ) - weight_OI.shape[1])
+    unit_OJ = pad(unit_OI, padding).view(len(unit_OI), -1, factor.d)[:, factor.order_G].flatten(1)
     weight_O = scale_O.double().square()
     weight_O = weight_O / weight_O.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return Problem(unit_OJ, scale_O, weight_O, metric, signs is not None)
+    return LDLQProblem(unit_OJ, scale_O, weight_O, factor, signs is not None)
 
 
-def error_feedback(problem: Problem, quantizer: Quantizer) -> tuple[list[Tensor], Tensor]:
+def ldlq(problem: LDLQProblem, quantizer: Quantizer) -> tuple[list[Tensor], Tensor]:
     """The codes of every group in the order of encoding, and the values chosen for the unit weight, float32 (O, J)."""
-    unit_OJ, factor_JJ, d = problem.unit_OJ, problem.metric.factor_JJ, problem.metric.d
+    unit_OJ, factor_JJ, d = problem.unit_OJ, problem.factor.factor_JJ, problem.factor.d
     error_OJ, value_OJ = torch.zeros_like(unit_OJ), torch.empty_like(unit_OJ)
     codes = []
     for start in range(0, unit_OJ.shape[1], SPAN // d * d):
         end = min(start + SPAN // d * d, unit_OJ.shape[1])
-        carry_OJ = error_OJ[:, :start] @ factor_JJ[:start, start:end] if problem.metric.feeds else None
+        carry_OJ = error_OJ[:, :start] @ factor_JJ[:start, start:end] if problem.factor.has_feedback else None
         for at in range(start, end, d):
             group = slice(at, at + d)
             block_dd = factor_JJ[group, group]
@@ -192,13 +192,13 @@ def error_feedback(problem: Problem, quantizer: Quantizer) -> tuple[list[Tensor]
     return codes, value_OJ
 
 
-def fit_scales(problem: Problem, value_OJ: Tensor) -> Tensor:
+def fit_scales(problem: LDLQProblem, value_OJ: Tensor) -> Tensor:
     """Scales, float32 (O,), rounded as stored, with the least error for given codes: scale · (v H w) / (v H v)."""
     unit_OJ = problem.unit_OJ
     if problem.rotated:
         # The scales stand behind the rotation of the outputs, where rows that carry little get much of the noise.
         unit_OJ, value_OJ = hadamard(unit_OJ, 0), hadamard(value_OJ, 0)
-    value_OJ, unit_OJ = value_OJ @ problem.metric.factor_JJ, unit_OJ @ problem.metric.factor_JJ
+    value_OJ, unit_OJ = value_OJ @ problem.factor.factor_JJ, unit_OJ @ problem.factor.factor_JJ
     energy_O = value_OJ.square().sum(1)
     gain_O = torch.where(energy_O > 0, (value_OJ * unit_OJ).sum(1) / energy_O, 1.0)
     limit = torch.finfo(SCALE).max

@@ -5,7 +5,6 @@ Shape legend: T rows of x, O outputs, I inputs, K entries of a table.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,39 +13,21 @@ from torch import Tensor
 from vqcompress.methods.base import by_expert
 from vqcompress.methods.hadamard import hadamard
 from vqcompress.methods.triton import launch
-from vqcompress.methods.vq import lattice, trellis, universal
+from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.format import Format
 from vqcompress.methods.vq.learned import sum_entries
 from vqcompress.methods.vq.packing import unpack
 
 
 def values(codes: Tensor, table: Tensor, form: Format, shape: tuple[int, int]) -> Tensor:
-    """The float32 (O, I) values of stored codes, before scales and rotation. table: the entries of learned words."""
+    """The float32 (O, I) values of stored codes, before scales and rotation. table: learned entries."""
     rows, columns = shape
-    if form.family == "lattice":
-        words_N8 = lattice.decode(codes.reshape(-1, form.bits // 8))
-        return words_N8.view(columns, -1).T[:rows]
     if form.family == "trellis":
-        walks_IC = unpack(codes, form.bits, trellis.padded(rows))
-        return trellis.decode(walks_IC, form.bits, form.depth).T[:rows]
-    if form.family == "universal":
-        codes_IV = unpack(codes, form.bits, form.units(shape))
-        return universal.entries(form.d, form.bits).to(codes.device)[codes_IV].flatten(1).T[:rows]
+        codes_IC = unpack(codes, form.bits, bitshift.padded(rows))
+        return bitshift.decode(codes_IC, form.bits, form.depth).T[:rows]
     codes_OC = unpack(codes, form.bits, form.units(shape) * form.depth)
     entries_RKd = table.view(form.depth, -1, form.d)
     return sum_entries(codes_OC.view(rows, -1, form.depth), entries_RKd)[:, :columns]
-
-
-@cache
-def table(form: Format, device: torch.device) -> Tensor:
-    """What the kernels look words up in, float32 (·,): entries (K, d), what `lattice.table` says, of a trellis nothing.
-
-    Learned entries are an artifact's own, not here.
-    """
-    with torch.inference_mode(False):
-        if form.family == "universal":
-            return universal.entries(form.d, form.bits).to(device).flatten()
-        return lattice.table(form.bits // 8).to(device) if form.family == "lattice" else torch.zeros(1, device=device)
 
 
 def reference(
@@ -79,9 +60,9 @@ def vq_linear(
     """x Wᵀ, (T, O) in the type of x, for W = diag(scale) · V, with signs diag(scale) · H · V · H · diag(signs).
 
     V (O, I) are the values of the codes, in float32; H is the orthonormal block Hadamard transform (see `hadamard`).
-    codes: as stored. table: float32, see `table`; of learned words their entries. scale_O: bfloat16. signs: packed bits
-    (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may round x H and V to the
-    type of x first, and the order of additions is free.
+    codes: as stored. table: float32, the entries of learned codebooks; one zero for a trellis. scale_O: bfloat16.
+    signs: packed bits (1, ·), a set one is −1. family, d, bits, depth: see `Format`. Sums are float32; a kernel may
+    round x H and V to the type of x first, and the order of additions is free.
     """
     return reference(x_TI, codes, table, scale_O, signs, Format(family, d, bits, depth))
 
@@ -92,12 +73,12 @@ def _(x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, *_: Any) -> T
 
 
 def path(form: Format, device: torch.device, rows: int, shape: tuple[int, int]) -> str:
-    """How x (rows, I) is multiplied on a GPU: `multiply`, `lut_gemv` or `dequantize` (see `kernels.words`).
+    """How a GPU multiplies x (rows, I): `fused` (decoded tile by tile), `lut_gemv` or `dequantize`, then dense.
 
-    Where it was not measured, tiles are decoded for up to 64 rows; above, every tile of x would decode them once more.
+    Without a measurement up to 64 rows are fused; above, every tile of x would decode the weight once more.
     """
-    guess = {"path": "multiply" if rows <= 64 else "dequantize"}
-    return str(launch.get_config(f"words.path.{form.name}", device, rows, shape, lambda gpu: guess)["path"])
+    default = {"path": "fused" if rows <= 64 else "dequantize"}
+    return str(launch.get_config(f"vq.path.{form.name}", device, rows, shape, lambda gpu: default)["path"])
 
 
 @vq_linear.register_kernel("cuda")
@@ -108,24 +89,25 @@ def _(x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, signs: Tensor
 def on_gpu(
     x_TI: Tensor, codes: Tensor, table: Tensor, scale_O: Tensor, signs: Tensor | None, form: Format, way: str = ""
 ) -> Tensor:
-    """`vq_linear` by the kernels. way: a `path`, instead of the one that was measured to be the best."""
-    from vqcompress.methods.vq import kernel_rotate as rotate
-    from vqcompress.methods.vq import kernel_words as words
+    """`vq_linear` by the kernels. way: a `path`, in place of the measured one."""
+    from vqcompress.methods.vq.kernel_dequantize import dequantize
+    from vqcompress.methods.vq.kernel_gemm import gemm
+    from vqcompress.methods.vq.kernel_gemv import gemv, lut_gemv
+    from vqcompress.methods.vq.kernel_rotate import finish, rotate
 
     shape = (len(scale_O), x_TI.shape[1])
     way = way or path(form, x_TI.device, len(x_TI), shape)
     if signs is not None:
-        x_TI = rotate.rotate(x_TI, signs)
+        x_TI = rotate(x_TI, signs)
     if way == "dequantize":
-        value_IO = words.dequantize(codes, table, shape, form, x_TI.dtype).T
+        value_IO = dequantize(codes, table, shape, form, x_TI.dtype).T
         short = x_TI.is_cuda and x_TI.dtype != torch.float32
         # Before the scales a sum may be more than float16 holds.
-        sums = (torch.mm(x_TI, value_IO, out_dtype=torch.float32) if short else x_TI @ value_IO)[None]
-    elif way == "lut_gemv":
-        sums = words.lut_gemv(x_TI, codes, table, shape[0], form)
+        sums_STO = (torch.mm(x_TI, value_IO, out_dtype=torch.float32) if short else x_TI @ value_IO)[None]
     else:
-        sums = words.multiply(x_TI, codes, table, shape[0], form)
-    return rotate.finish(sums, scale_O, x_TI.dtype, signs is not None)
+        multiply = lut_gemv if way == "lut_gemv" else gemv if len(x_TI) == 1 else gemm
+        sums_STO = multiply(x_TI, codes, table, shape[0], form)
+    return finish(sums_STO, scale_O, x_TI.dtype, signs is not None)
 
 
 @torch.library.custom_op("vqcompress::vq_grouped", mutates_args=())
@@ -171,13 +153,13 @@ def grouped_on_gpu(
     x_SI: Tensor, ends_E: Tensor, codes: Tensor, table: Tensor, scale_EO: Tensor, signs: Tensor | None, form: Format
 ) -> Tensor:
     """`vq_grouped` by the kernels: tiles of all experts are decoded and multiplied in one launch."""
-    from vqcompress.methods.vq import kernel_rotate as rotate
-    from vqcompress.methods.vq import kernel_words as words
+    from vqcompress.methods.vq.kernel_gemm import gemm
+    from vqcompress.methods.vq.kernel_rotate import finish, rotate
 
     row_S = torch.arange(len(x_SI), device=x_SI.device, dtype=torch.int32)
-    # Rows behind the last expert's count as its own here; what they get is thrown away.
+    # Rows behind the last expert's count as its own here; their results are not specified.
     expert_S = torch.searchsorted(ends_E, row_S, right=True, out_int32=True).clamp(max=len(ends_E) - 1)
     if signs is not None:
-        x_SI = rotate.rotate(x_SI, signs[:, 0], expert_T=expert_S)
-    sums_sSO = words.multiply(x_SI, codes, table, scale_EO.shape[1], form, ends_E)
-    return rotate.finish(sums_sSO, scale_EO, x_SI.dtype, signs is not None, expert_T=expert_S)
+        x_SI = rotate(x_SI, signs[:, 0], expert_T=expert_S)
+    sums_sSO = gemm(x_SI, codes, table, scale_EO.shape[1], form, ends_E)
+    return finish(sums_sSO, scale_EO, x_SI.dtype, signs is not None, expert_T=expert_S)

@@ -1,12 +1,11 @@
-"""What wants compiled code on a CPU, by numba: Viterbi's algorithm, words of E8P, attention to coded keys and values.
+"""Viterbi's algorithm on a CPU, compiled by numba.
 
-Viterbi. A state is a window of a stream, its oldest bit lowest: s' = (s >> k) | (new bits << (states − k)). So the
+A state is a window of a stream, its oldest bit lowest: s' = (s >> k) | (new bits << (states − k)). So the
 states that lead to one class q of states are P·q … P·q + P − 1, P = 2**k, and class q holds the states q + u·Q, u < P.
 Costs are laid out as (P, Q), state s at [s mod P, s div P]: then all inner loops run over neighbours in memory, and
 vectorize.
 Which predecessor was best rides in the lowest k bits of a cost, so that a minimum finds both.
-Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above; A patterns of E8P. Of
-attention: as in `codebooks.kv`, W = d / 2 pairs of channels of an entry.
+Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def _steps(x_T, words, k, cost, back_TQ):  # type: ignore[no-untyped-def]  # pra
 
 
 @njit(nogil=True, cache=True)
-def walks(x_NT, words_S, states, k, margin):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
+def paths(x_NT, words_S, states, k, margin):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
     """Codes (N, T), int32 below 2**k: for each sequence a cyclic stream whose values have nearly the least squares.
 
     A first pass over `margin` weights on either side of the seam chooses the bits that both ends share; with them
@@ -123,45 +122,3 @@ def walks(x_NT, words_S, states, k, margin):  # type: ignore[no-untyped-def]  # 
             codes_NT[n, t] = state & (ways - 1)
             state = ((state & (classes - 1)) << k) | back_TQ[t, state & (classes - 1)]
     return codes_NT
-
-
-@njit(nogil=True, cache=True)
-def e8p(x_N8, pattern_8A, norm_A, odd_A):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
-    """What `lattice.nearest_e8p` answers: codes (N,) int32. norm_A: half the squared norms. odd_A: sums modulo 2."""
-    count = len(norm_A)
-    size, gain, least = np.empty(8, np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
-    code_N = np.empty(len(x_N8), np.int32)
-    for n in range(len(x_N8)):
-        best_cost = np.float32(np.inf)
-        for minus in range(2):
-            shift = np.float32(0.25 - 0.5 * minus)
-            square, negative = np.float32(0), 0
-            for i in range(8):
-                y = x_N8[n, i] - shift
-                size[i] = abs(y)
-                square += y * y / np.float32(2)
-                negative |= (y < 0) << i
-            ones = 0
-            for i in range(8):
-                ones ^= negative >> i & 1
-            gain[:], least[:] = -norm_A, np.float32(np.inf)
-            for i in range(8):
-                row, a = pattern_8A[i], size[i]
-                for p in range(count):
-                    product = a * row[p]
-                    gain[p] += product
-                    least[p] = min(least[p], product)
-            for p in range(count):
-                gain[p] -= 2 * least[p] * np.float32(odd_A[p] ^ ones)
-            best = np.argmax(gain)
-            if square - gain[best] < best_cost:
-                best_cost = square - gain[best]
-                signs = negative
-                if odd_A[best] ^ ones:
-                    flip = 0
-                    for i in range(1, 8):
-                        if size[i] * pattern_8A[i, best] < size[flip] * pattern_8A[flip, best]:
-                            flip = i
-                    signs ^= 1 << flip
-                code_N[n] = best | (signs & 127) << 8 | minus << 15
-    return code_N

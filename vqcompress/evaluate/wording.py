@@ -1,0 +1,86 @@
+"""Figures and settings of a report in words, as the terminal, the pages and the model card show them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+LOAD = """import vqcompress  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({here!r})
+tokenizer = AutoTokenizer.from_pretrained({here!r})
+inputs = tokenizer("The first thing to know is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
+# Titles of `quality_cells`.
+QUALITY = ("perplexity", "ratio", "mean KL", "same top-1")
+
+
+def cache_line(settings: dict[str, Any]) -> str:
+    """How keys and values are stored."""
+    exact = f"the newest {settings['window']} and the first {settings['sinks']} tokens as they are"
+    return f"keys and values in {settings['bits']} bits, {settings['codebook']}, {exact}"
+
+
+def calibration_line(rows: dict[str, Any] | None) -> str:
+    """The calibration rows of a run and the texts that they are from."""
+    if rows is None:
+        return "none"
+    texts = ", ".join(rows["texts"]) or "the built-in text"
+    return f"{rows['samples']} rows of {rows['seqlen']} tokens of {texts}"
+
+
+def protocol_line(found: dict[str, Any]) -> str:
+    """How a perplexity was measured: figures of different protocols do not compare."""
+    cache = f", cache {found['kv_cache']}" if found["kv_cache"] else ""
+    cut = f"{found['windows']} windows × {found['seqlen']} tokens, stride {found['stride']}"
+    return f"{cut}, {'BOS' if found['bos'] else 'no BOS'}{cache}, {found['tokens']:,} tokens predicted"
+
+
+def quality_cells(found: dict[str, Any]) -> list[str]:
+    """Perplexity, its ratio to the original's, mean KL divergence and top-1 agreement; a dash where unknown."""
+    ratio, kl, same = (found.get(key) for key in ("ratio", "kl_divergence", "top1_agreement"))
+    cells = [f"{found['perplexity']:.3f}", "-" if ratio is None else f"{ratio:.4f}"]
+    return [*cells, "-" if kl is None else f"{kl['mean']:.5f}", "-" if same is None else f"{100 * same:.2f} %"]
+
+
+def evaluation_table(found: list[dict[str, Any]]) -> list[list[str]]:
+    """The results of `eval perplexity --report` as rows of a table, its titles first; empty without results."""
+    originals = [f"{e['baseline']['perplexity']:.3f}" if "baseline" in e else "-" for e in found]
+    rows = [
+        [e["text"], *quality_cells(e), original, protocol_line(e)] for e, original in zip(found, originals, strict=True)
+    ]
+    return [["text", *QUALITY, "original", "protocol"], *rows] if rows else []
+
+
+def names_of(report: dict[str, Any]) -> tuple[str, str]:
+    """Names of the model and the recipe; of a local path only its last part."""
+    return report["base_model"] or Path(report["model"]).name, Path(report["recipe"]).name
+
+
+def shell_commands(report: dict[str, Any], here: str) -> str:
+    """Commands to try an artifact, one a line. here: the name of its directory."""
+    name, original = shlex.quote(here), shlex.quote(report["model"] if report["base_model"] else names_of(report)[0])
+    return f"""vqcompress generate {name} --prompt "The first thing to know is"
+vqcompress eval perplexity {name} --text FILE --baseline {original}
+vqcompress verify {name}"""
+
+
+def duration(seconds: float) -> str:
+    """A time: 0.8 s, 42 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def shrunk(before: float, after: float) -> str:
+    """How a size has changed: 3.03 times smaller."""
+    larger = after > before
+    return f"{max(before, after) / max(min(before, after), 1):.2f} times {'larger' if larger else 'smaller'}"
+
+
+def short(value: float) -> str:
+    """A number in three digits: 0.0123, 1.2e-5, 12,300."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}".replace("e-0", "e-")

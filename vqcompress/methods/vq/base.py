@@ -1,0 +1,176 @@
+"""What the two methods of vector quantization share: rotation, error feedback, scales, and products with packed codes.
+
+A weight is diag(scale) · H · V · H · diag(signs), where the rows of V (O, I) are codewords for the unit Gaussian and H
+is the orthonormal block Hadamard transform; without rotation it is diag(scale) · V. The rotation makes weights look
+Gaussian, whatever they were (incoherence processing: QuIP#, arXiv 2402.04396, section 3).
+
+Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, J columns padded to whole groups, G
+groups of columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vqcompress.errors import Fallback
+from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
+from vqcompress.methods.hadamard import hadamard, random_signs
+from vqcompress.methods.statistics import Statistics
+from vqcompress.methods.vq import reference
+from vqcompress.methods.vq.format import Format
+from vqcompress.methods.vq.ldlq import (
+    SCALE,
+    HessianFactor,
+    Quantizer,
+    factorize_hessian,
+    fit_scales,
+    ldlq,
+    ldlq_problem,
+)
+from vqcompress.methods.vq.packing import check_padding, pack, packed_width, unpack
+
+
+class VectorQuantizer(Method):
+    """Packed tensors of both methods: `codes` uint8, one bit stream per row or column of the weight (see `packing`);
+    `scale` bfloat16 (O,); with a rotation `signs` uint8 (1, packed_width(I, 1)), where a set bit is −1. The signs of
+    the outputs are those of `scale`.
+    """
+
+    name: ClassVar[str] = "vq"
+    rotation: bool = Field(True, description="randomized Hadamard transform on both sides, undone at run time")
+    feedback: bool = Field(True, description="let later columns correct the error of earlier ones; needs the Hessian")
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal that is added to the Hessian")
+    activation_order: bool = Field(True, description="encode the columns with the loudest inputs first")
+    compensate: bool = Field(True, description="let the last layer of a block correct the errors of those before it")
+
+    @property
+    def form(self) -> Format:
+        """How codes become values."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian for error feedback, else its diagonal only."""
+        return frozenset({"hessian" if self.feedback else "sumsq"})
+
+    @property
+    def tunable(self) -> tuple[str, ...]:
+        """The scales."""
+        return ("scale",)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether `compensate` is on and feedback gathers the Hessian that the correction needs."""
+        return self.compensate and self.feedback
+
+    def _codes_layout(self, shape: Shape) -> tuple[int, int, int]:
+        """Number of bit streams, codes of one, and bits of a code."""
+        raise NotImplementedError
+
+    def layout(self, shape: Shape) -> Layout:
+        """codes, scale, and the signs of a rotation."""
+        streams, count, bits = self._codes_layout(shape)
+        layout: Layout = {"codes": (torch.uint8, (streams, packed_width(count, bits))), "scale": (SCALE, (shape[0],))}
+        if self.rotation:
+            layout["signs"] = (torch.uint8, (1, packed_width(shape[1], 1)))
+        return layout
+
+    def _table(self, tensors: PackedTensors) -> Tensor:
+        """The float32 entries that the operator reads; one zero where codewords are computed."""
+        raise NotImplementedError
+
+    def _search(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, quantizer: Quantizer
+    ) -> tuple[Tensor, PackedTensors]:
+        """Codes (G, …) in the order of the columns, and the packed tensors but for them."""
+        signs = self._signs(weight_OI, statistics, generator)
+        factor = self._factor(statistics, weight_OI, quantizer.d, signs)
+        problem = ldlq_problem(weight_OI, factor, signs)
+        codes, value_OJ = ldlq(problem, quantizer)
+        tensors = {"scale": fit_scales(problem, value_OJ).to(SCALE)}
+        if signs:
+            tensors["signs"] = pack((signs[0][None] < 0).int(), 1).to(weight_OI.device)
+        return torch.stack(codes)[factor.order_G.argsort()], tensors
+
+    def _signs(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor] | None:
+        """The signs of a rotation, (I,) by the input's seed and (O,) by the generator; None without one."""
+        if not self.rotation:
+            return None
+        of_input = generator if statistics.seed is None else torch.Generator().manual_seed(statistics.seed)
+        rows, columns = weight_OI.shape
+        return random_signs(columns, of_input), random_signs(rows, generator)
+
+    def _factor(
+        self, statistics: Statistics, weight_OI: Tensor, d: int, signs: tuple[Tensor, Tensor] | None
+    ) -> HessianFactor:
+        of_input = signs[0] if signs else None
+        return factorize_hessian(statistics, weight_OI, d, self.feedback, self.damping, self.activation_order, of_input)
+
+    def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
+        """The float32 (O, I) weight that was stored."""
+        value_OI = reference.values(tensors["codes"], self._table(tensors), self.form, shape)
+        scale_O1 = tensors["scale"].float()[:, None]
+        if not self.rotation:
+            return value_OI * scale_O1
+        signs_I = 1.0 - 2.0 * unpack(tensors["signs"], 1, shape[1])[0]
+        # The scale comes last, so that nothing overflows on the way.
+        weight_OI = hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
+        limit = torch.finfo(torch.float32).max
+        return weight_OI.clamp(-limit, limit)
+
+    def check(self, tensors: PackedTensors, shape: Shape) -> None:
+        """Raise ValueError naming the tensor if it is missing, misshapen, not finite or has bits behind its codes."""
+        for name, (dtype, size) in (self.layout(shape) | self.shared_layout()).items():
+            if name not in tensors:
+                raise ValueError(f"{name} is missing")
+            if tensors[name].dtype != dtype or tensors[name].shape != size:
+                found = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
+                raise ValueError(f"{name} is {found}; it must be {dtype} {size}")
+        super().check(tensors, shape)
+        _, count, bits = self._codes_layout(shape)
+        check_padding(tensors["codes"], bits, count)
+        if self.rotation:
+            check_padding(tensors["signs"], 1, shape[1])
+
+    def has_kernel(self, shape: Shape) -> bool:
+        """Whether the kernels accept the shape."""
+        return not self.form.refusal(shape)
+
+    def prepare(
+        self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
+    ) -> PackedTensors:
+        """codes, scale, signs and a table of entries; the decoded weight on a CPU and where the kernels refuse."""
+        on_cpu, refusal = tensors["codes"].device.type == "cpu", self.form.refusal(shape)
+        if refusal and not on_cpu:
+            # Python shows the same message once.
+            warnings.warn(f"a weight is decoded once and multiplied dense: {refusal}", Fallback, stacklevel=2)
+        if (on_cpu and not packed) or (not on_cpu and refusal):
+            return super().prepare(tensors, shape, dtype)
+        return {name: tensors[name] for name in ("codes", "scale", "signs") if name in tensors} | {
+            "table": self._table(tensors)
+        }
+
+    def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
+        """x Wᵀ by a dense product, or by `reference.vq_linear`."""
+        if "weight" in prepared:
+            return super().linear(x_TI, prepared, shape)
+        form, stored = self.form, (prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs"))
+        if x_TI.requires_grad and torch.is_grad_enabled():
+            return reference.reference(x_TI, *stored, form)
+        y_TO: Tensor = reference.vq_linear(x_TI, *stored, form.family, form.d, form.bits, form.depth)
+        return y_TO
+
+    def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
+        """`linear` of the rows of every expert, by `reference.vq_grouped`."""
+        if "weight" in prepared or (x_SI.requires_grad and torch.is_grad_enabled()):
+            return super().grouped(x_SI, ends_E, prepared, shape)
+        form, stored = self.form, (prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs"))
+        y_SO: Tensor = reference.vq_grouped(x_SI, ends_E, *stored, form.family, form.d, form.bits, form.depth)
+        return y_SO
