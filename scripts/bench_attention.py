@@ -22,6 +22,7 @@ from kernel_cases import CACHES, TINY_CACHES, Cache
 
 from vqcompress.kv_cache import codes as reference
 from vqcompress.kv_cache import kernel as kv
+from vqcompress.kv_cache import kernel_encode
 
 
 class Bench(Figures):
@@ -65,7 +66,7 @@ class Bench(Figures):
         size, turned = (cache.batch, cache.heads, tokens, cache.channels), ", turned back" if cache.turned else ""
         x_BHTD = torch.randn(size, device=self.device, dtype=self.dtype)
         angles = [cos[:, :tokens], sin[:, :tokens]] if cache.turned else []
-        codes = kv.encode(x_BHTD, book, *angles)
+        codes = kernel_encode.encode(x_BHTD, book, *angles)
         plain = reference.apply_rope(x_BHTD, *angles, inverse=True) if cache.turned else x_BHTD
         few = slice(0, 64)
         other = (codes[:1, :, few] != reference.encode(plain[:1, :, few], book)).float().mean().item()
@@ -74,7 +75,7 @@ class Bench(Figures):
         )
         # Where float32 cannot tell which entry is nearer, codes may differ.
         if self.right(label, other) and not self.a.interpret:
-            took = seconds(lambda x: kv.encode(x, book, *angles), [x_BHTD] * LEAST) / (cache.batch * tokens)
+            took = seconds(lambda x: kernel_encode.encode(x, book, *angles), [x_BHTD] * LEAST) / (cache.batch * tokens)
             print(f"{label}: {took * 1e6:.3f} µs a token", flush=True)
             self.write({"figure": label, "microseconds": round(took * 1e6, 4)})
 

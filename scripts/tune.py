@@ -47,6 +47,7 @@ from kernel_cases import (
 )
 
 from vqcompress.kv_cache import kernel as kv
+from vqcompress.kv_cache import kernel_encode
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
@@ -217,9 +218,9 @@ class Places:
             rows, near = cache.batch * count, [a if a is None else a[:, :count] for a in angles]
             x_BHTD = random_rows(rows * cache.heads, channels, self.device, self.dtype)
             x_BHTD = x_BHTD.view(cache.batch, cache.heads, count, channels)
-            options = candidates.distinct([kv.default_encode_config(self.gpu, rows)], candidates.of_encode(rows))
+            options = candidates.distinct([kernel_encode.default_config(self.gpu, rows)], candidates.of_encode(rows))
             place = cache.heads * channels // d, d
-            coded = lambda x, near=near: kv.encode(x, book, *near)  # noqa: E731
+            coded = lambda x, near=near: kernel_encode.encode(x, book, *near)  # noqa: E731
             yield Place("kv.encode", rows, place, options, coded, x_BHTD, lambda x=x_BHTD: [x] * LEAST)
 
     def parts(self, cache: Cache, seed: int) -> Any:

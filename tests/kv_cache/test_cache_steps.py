@@ -112,6 +112,7 @@ def test_a_sliding_window_forgets_what_no_token_reads() -> None:
 def logits_by_kernels(kind: str, padding: int, cuda: bool = False) -> Tensor:
     """Of a prompt and a few steps. Without CUDA: called in the interpreter, where launchers stand for operators."""
     from vqcompress.kv_cache import kernel as kernels
+    from vqcompress.kv_cache import kernel_encode
 
     model = model_of("llama", hidden=64)
     coders, rotary = coders_of(model, kind)
@@ -125,7 +126,7 @@ def logits_by_kernels(kind: str, padding: int, cuda: bool = False) -> Tensor:
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         if not cuda:
             patch.setattr(kv, "attend_by_kernel", kernels.attend)
-            patch.setattr(kv, "encode_unrotated", kernels.encode)
+            patch.setattr(kv, "encode_unrotated", kernel_encode.encode)
         return run(model, new_cache(model, coders, rotary, 4, 2, length=16), ids, mask, 8).cpu()
 
 

@@ -95,7 +95,7 @@ def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], con
 
 
 def encode(*arguments: Any) -> Tensor:
-    from vqcompress.kv_cache import kernel as module
+    from vqcompress.kv_cache import kernel_encode as module
 
     return module.encode(*arguments)
 
@@ -106,7 +106,7 @@ def by_interpreter(name: str, *arguments: Any) -> Any:
 
     from vqcompress.kv_cache import kernel as module
 
-    assert not isinstance(module._attend, triton.JITFunction)
+    assert not isinstance(module._attend_one, triton.JITFunction)
     return globals()[name](*arguments)
 
 
@@ -228,15 +228,14 @@ def test_attend(interpret: Call, size: Size, dtype: torch.dtype, span: tuple[int
 def test_every_way_to_attend(interpret: Call, config: dict[str, int], masked: bool, angles: int) -> None:
     """In several slices, some of them empty, and some tiles with nothing to attend to."""
     angles = 0 if config["TABLES"] else angles
-    for tokens in (33, 70):
-        size = Size(tokens=tokens, repeat=2, heads=1, angles=angles, masked=masked, scaled=masked)
-        check_attend(interpret, size, torch.bfloat16, (1, tokens - 1), config)
+    size = Size(tokens=70, repeat=2, heads=1, batch=1 + masked, angles=angles, masked=masked, scaled=masked)
+    check_attend(interpret, size, torch.bfloat16, (1, 69), config)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17, 33])
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("d", "angles", "dtype"), CODED, ids=str)
 def test_encode(interpret: Call, tokens: int, d: int, angles: int, dtype: torch.dtype) -> None:
-    check_encode(interpret, Size(tokens=tokens, heads=2 if tokens < 33 else 1, d=d, angles=angles), dtype)
+    check_encode(interpret, Size(tokens=tokens, d=d, angles=angles), dtype)
 
 
 def test_the_operators() -> None:
@@ -284,12 +283,12 @@ REAL = [
 ]
 
 
-def _recorded(arch: int | str) -> Iterator[tuple[Size | int, Any]]:
+def _recorded(arch: int | str, sizes: list[Size]) -> Iterator[tuple[Size | int, Any]]:
     """What is launched for real sizes."""
     from vqcompress.methods.triton import launch
 
-    for size in REAL:
-        for dtype in (torch.bfloat16, torch.float32) if size.d == 4 else (torch.float16,):
+    for size in sizes:
+        for dtype in (torch.bfloat16, torch.float32) if size.d == 4 and sizes is REAL else (torch.bfloat16,):
             arguments, more = drawn(size, dtype, META)
             with launch.recording(arch) as calls:
                 attend(arguments, 4, torch.empty(1, dtype=torch.int32, device=META) if size.batch == 1 else 30000, more)
@@ -301,27 +300,37 @@ def _recorded(arch: int | str) -> Iterator[tuple[Size | int, Any]]:
         yield tokens, calls[0]
 
 
-@pytest.mark.parametrize("arch", ARCHS, ids=str)
+@pytest.mark.parametrize("arch", [90, "gfx942"])
 def test_compiles_without_spills(arch: int | str) -> None:
+    check_compiled(arch, [REAL[1], REAL[3]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_size_compiles_without_spills(arch: int | str) -> None:
+    check_compiled(arch, REAL)
+
+
+def check_compiled(arch: int | str, sizes: list[Size]) -> None:
     """For each device; with one query of a program the loop over tiles has no barrier, and entries come in one load."""
     version = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
     import ahead
 
     from vqcompress.methods.triton import launch
 
-    for what, call in _recorded(arch):
+    for what, call in _recorded(arch, sizes):
         compiled = ahead.compile_call(call, arch)
         found, name = ahead.resources(compiled), call.kernel.__name__
         assert found.stack == 0, (name, what)
         assert found.shared <= launch.DEVICES[arch].shared // 2, (name, what)
-        if name != "_attend" or arch == "gfx942":
+        if not name.startswith("_attend") or arch == "gfx942":
             continue
         text = compiled.asm["ptx"]
-        assert ("mma" in text) == (call.config["M"] == 16), what
-        if call.config["LENGTH"] > 2:
+        assert ("mma" in text) == (name == "_attend_group"), what
+        if call.config["SHAPE"][0] > 2:
             assert re.search(r"ld\.global\.v2\.b(16|32)|ld\.global\.v4\.b(16|32)|ld\.global\.b64", text), what
         # Older Tritons give lanes to other numbers than those that they load.
-        if call.config["M"] == 1 and version >= (3, 9):
+        if name == "_attend_one" and version >= (3, 9):
             jumps = re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB0_\d+);", text)
             loops = [text[text.index(f"{j[1]}:") : j.start()] for j in jumps if text.index(f"{j[1]}:") < j.start()]
             assert len(loops) == 1, what
@@ -333,7 +342,7 @@ def test_compiles_without_spills(arch: int | str) -> None:
 @pytest.mark.parametrize(
     ("size", "dtype", "span"),
     [
-        *SIZES,
+        *SIZES[1:4],
         (Size(8, 8, 4, 700, 128, masked=True), torch.bfloat16, (4, 650)),
         (Size(1, 32, 1, 900, 128), DTYPES[1], None),
     ],
@@ -353,7 +362,7 @@ def test_every_way_on_a_gpu(config: dict[str, int]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("tokens", [1, 3, 129, 1000])
+@pytest.mark.parametrize("tokens", [3, 1000])
 @pytest.mark.parametrize(("d", "angles", "dtype"), CODED, ids=str)
 def test_encode_on_a_gpu(tokens: int, d: int, angles: int, dtype: torch.dtype) -> None:
     check_encode(on_gpu, Size(tokens=tokens, d=d, angles=angles, channels=128), dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, LINEAR_REFERENCES, gaussian, generator, inputs
+from cases import LINEAR_REFERENCES, gaussian, generator, inputs
 from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
@@ -28,7 +28,7 @@ Shape = tuple[int, int]
 
 # Tokens, outputs and inputs: ragged, in one block, in several tiles either way; and split over programs, of which the
 # last has less to do: in whole blocks, of int8 and of fp8, and not.
-PRODUCTS = [(1, 1, 1), (3, 33, 129), (17, 130, 257), (129, 64, 128), (1, 64, 1280), (3, 130, 1408), (1, 64, 1100)]
+PRODUCTS = [(1, 1, 1), (3, 33, 129), (17, 130, 257), (65, 64, 128), (1, 64, 1280), (3, 130, 1408), (1, 64, 1100)]
 
 
 def answer(
@@ -114,7 +114,7 @@ def activations(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return x_TI.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_int8_quantize(call: Call, dtype: torch.dtype) -> None:
     for tokens, columns in ((0, 5), (1, 1), (17, 257), (3, 20_000)):
         x_TI = activations(tokens, columns, dtype)
@@ -148,8 +148,9 @@ def test_int8_rounds_everything_as_torch_does(either: Call) -> None:
         assert torch.equal(codes_TI.float(), (x_TI / scale_T1).round().clamp(-127, 127))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("dtype", "static"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)], ids=str
+)
 def test_int8_linear_is_exact(either: Call, dtype: torch.dtype, static: bool) -> None:
     for tokens, outputs, columns in PRODUCTS:
         x_TI, (codes_OI, scale_O) = activations(tokens, columns, dtype), int8_weight(outputs, columns)
@@ -160,8 +161,7 @@ def test_int8_linear_is_exact(either: Call, dtype: torch.dtype, static: bool) ->
         assert torch.equal(found_TO, rounded(either, expected_TO, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(("dtype", "power_of_two"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_fp8_quantize(either: Call, dtype: torch.dtype, power_of_two: bool) -> None:
     for tokens, columns in ((0, 5), (1, 1), (17, 257), (3, 1100)):
         x_TI = activations(tokens, columns, dtype)
@@ -221,8 +221,7 @@ def check_fp8_linear(
     assert relative_rms(found_TO, exact_TO) <= tolerance(call, x_TI.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("arch", [90, 80], ids=["fp8", "half"])
+@pytest.mark.parametrize(("dtype", "arch"), [(torch.float32, 90), (torch.float16, 80), (torch.bfloat16, 90)], ids=str)
 def test_fp8_linear(either: Call, dtype: torch.dtype, arch: int) -> None:
     for n, (tokens, outputs, columns) in enumerate(PRODUCTS):
         x_TI, (codes_OI, scale_PJ) = activations(tokens, columns, dtype), fp8_weight(outputs, columns)

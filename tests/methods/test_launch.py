@@ -55,13 +55,14 @@ def test_no_kernel_with_settings_is_left_to_its_guess(arch: int | str, monkeypat
         return ask(*arguments)
 
     monkeypatch.setattr(launch, "get_config", asked)
-    count, default = tune.dry_run(arch, CASES, (1, 16, 512))
-    assert count > 200
+    count, default = tune.dry_run(arch, CASES, (1, 16))
+    assert count > 100
     assert default == set()
     assert visited == lookups()
     assert len(visited) >= 10
 
 
+@pytest.mark.slow
 def test_a_lookup_without_a_measurement_is_noticed() -> None:
     import tune
     from kernel_cases import CASES

@@ -261,9 +261,9 @@ def _(q_BQD: Tensor, *others: object) -> tuple[Tensor, Tensor]:
 
 @kv_encode.register_kernel("cuda")
 def _(*arguments: Any) -> Tensor:
-    from vqcompress.kv_cache import kernel
+    from vqcompress.kv_cache import kernel_encode
 
-    return kernel.encode(*arguments)
+    return kernel_encode.encode(*arguments)
 
 
 @kv_attend.register_kernel("cuda")

@@ -1,16 +1,15 @@
-"""Keys and values as codes: coding new ones, and attention of one query a row over the codes of all earlier ones.
+"""Attention of one query per row over coded keys and values; the contract is `codes.attend`.
 
-What `codes.encode` and `codes.attend` mean. Attention splits the tokens, so that few heads fill a device
+Attention splits the tokens, so that few heads fill a device
 (flash-decoding): programs of a slice leave the largest score, the sum of weights and the weighted values, and a second
-launch merges them. Memory brings a byte for d channels; what takes time are the look-ups in the codebooks, through L1:
+launch merges them. Memory brings a byte for d channels; the time goes into look-ups in the codebooks, through L1:
 
-- M = 1: a program has one query, and rows of lanes a token each. Lanes keep the maximum, sum and values of their own
-  tokens until the end, so that the loop knows no shared memory and no barrier, only the sum of a score over lanes.
-- M = 16: a program has the queries of one head of keys, and decodes once for all; products are of matrix units.
-- TABLES (M = 1): the products of a query with all entries come first, in a launch of their own for all slices. A score
-  is then the sum of G of them: four bytes a look-up instead of 2 d, and no multiplication. For keys coded after their
-  rotary embedding only: one that is turned when it is read has other products at every position. (`tl.gather` from
-  registers would copy the table into shared memory for every tile.)
+- `_attend_one`: a program has one query, and rows of lanes a token each. Lanes keep the maximum, sum and values of
+  their own tokens until the end, so that the loop has no shared memory and no barrier, only the sum of a score over
+  lanes. Optionally the products of a query with all entries come first (`_table`), once for all slices. A score is then
+  the sum of G of them: four bytes a look-up instead of 2 d, and no multiplication. For keys coded after their rotary
+  embedding only: products with keys that are rotated when they are read differ at every position.
+- `_attend_group`: a program has the queries of one head of keys and decodes once for all; matrix units multiply.
 
 Channel i is turned with channel i + D/2, so groups are looked up in two halves, by the same lanes. Of the cosines and
 sines `attend` reads the first half only: transformers repeats it.
@@ -21,7 +20,6 @@ E entries, S slices. Of a tile: M queries, C tokens, N groups of a half (a power
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -29,62 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vqcompress.kv_cache.codes import CodedTokens
+from vqcompress.kv_cache.kernel_encode import ENTRIES, angles_of, books_of
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
 
-MOST_SLICES, ENTRIES, LOG2_E = 128, tl.constexpr(256), math.log2(math.e)
-
-
-@triton.jit
-def _turned_back(x_V1, cos_BTD, sin_BTD, angle_V, c, valid_V, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Channel c of tokens without their rotary embedding."""
-    x_V = tl.load(x_V1 + c, valid_V, 0.0).to(tl.float32)
-    if cos_BTD is not None:
-        other_V = tl.load(x_V1 + tl.where(c < HALF, c + HALF, c - HALF), valid_V, 0.0).to(tl.float32)
-        cos_V = tl.load(cos_BTD + angle_V + c, valid_V, 1.0).to(tl.float32)
-        sin_V = tl.load(sin_BTD + angle_V + c, valid_V, 0.0).to(tl.float32)
-        size_V = cos_V * cos_V + sin_V * sin_V
-        x_V = x_V * (cos_V / size_V) + tl.where(c < HALF, other_V, -other_V) * (sin_V / size_V)
-    return x_V
-
-
-@triton.jit
-def _encode(  # type: ignore[no-untyped-def]
-    x,
-    book,
-    cos,
-    sin,
-    out,
-    rows,
-    tokens,
-    x_b,
-    x_h,
-    x_t,
-    book_h,
-    book_g,
-    cos_b,
-    groups,
-    LENGTH: tl.constexpr,
-    HALF: tl.constexpr,
-    V: tl.constexpr,
-):
-    """Of one group of one head. Sums are in the order of the channels, as in `kernels.nearest`."""
-    n_V, e_E = tl.program_id(0) * V + tl.arange(0, V), tl.arange(0, ENTRIES)
-    h, g = tl.program_id(1) // groups, tl.program_id(1) % groups
-    valid_V, b_V, t_V = n_V < rows, (n_V // tokens).to(tl.int64), n_V % tokens
-    x_V1 = x + b_V * x_b + h.to(tl.int64) * x_h + t_V.to(tl.int64) * x_t
-    book += h * book_h + g * book_g
-    angle_V = b_V * cos_b + t_V.to(tl.int64) * 2 * HALF
-    dot_VE, square_E = tl.zeros((V, ENTRIES), tl.float32), tl.zeros((ENTRIES,), tl.float32)
-    for i in tl.static_range(LENGTH):
-        x_V = _turned_back(x_V1, cos, sin, angle_V, g * LENGTH + i, valid_V, HALF)
-        entry_E = tl.load(book + e_E * LENGTH + i).to(tl.float32)
-        dot_VE += x_V[:, None] * entry_E[None, :]
-        square_E += entry_E * entry_E
-    code_V = tl.argmin((square_E * 0.5)[None, :] - dot_VE, 1)
-    heads = tl.num_programs(1) // groups
-    out_V = ((b_V * heads + h) * tokens + t_V) * groups + g
-    tl.store(out + out_V, code_V.to(tl.uint8), valid_V)
+MOST_SLICES, LOG2_E = 128, math.log2(math.e)
 
 
 @triton.jit
@@ -183,96 +130,157 @@ def _together(one_CNd, two_CNd, most_C, total_C):  # type: ignore[no-untyped-def
     return _operand(one_Nd, tl.float32), _operand(two_Nd, tl.float32), top, total
 
 
+@triton.jit
+def _looked_up(table_GE, k_one, k_two, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores (C,) as sums of a query's products with the entries of codes, from their table."""
+    n_N = tl.arange(0, k_one.shape[1])
+    at_1N = table_GE + (n_N % HALF * ENTRIES)[None, :]
+    product_CN = tl.load(at_1N + k_one.to(tl.int32)) + tl.load(at_1N + HALF * ENTRIES + k_two.to(tl.int32))
+    return tl.sum(tl.where((n_N < HALF)[None, :], product_CN, 0.0), 1)
+
+
+@triton.jit
+def _keys(books, h, k_one, k_two, angles, b, t_C, seen_C, HALF: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves of the keys of codes, with their rotary embedding if they were coded without it."""
+    x_one, x_two = _entries(books[0] + h * books[2], k_one, k_two, books[3], HALF, LENGTH)
+    if angles[0] is not None:
+        cos, sin = angles[0] + b * angles[2], angles[1] + b * angles[2]
+        x_one, x_two = _turned(x_one, x_two, cos, sin, t_C, seen_C, HALF)
+    return x_one, x_two
+
+
+@triton.jit
+def _seen(mask_BT, b, tokens, t_C, last):  # type: ignore[no-untyped-def]
+    """Whether tokens count: before the end, and not masked."""
+    seen_C = t_C < last
+    if mask_BT is not None:
+        seen_C &= tl.load(mask_BT + b * tokens + t_C, seen_C, 0) != 0
+    return seen_C
+
+
+# The kernels of attention take tuples: books (of keys, of values, strides of H and G), angles (cosines, sines, stride
+# of B), scales (of keys, of values), out (sums, parts), sizes (T, H, R), SHAPE (d, G / 2, N); None for what is absent.
 # Unaligned, codes are loaded one by one by the lanes that look them up; else they would change lanes for every tile.
 @triton.jit(do_not_specialize=["start", "end"], do_not_specialize_on_alignment=["codes_k", "codes_v"])
-def _attend(  # type: ignore[no-untyped-def]
+def _attend_one(  # type: ignore[no-untyped-def]
     q_RD,
     table_RGE,
     codes_k,
     codes_v,
-    book_k,
-    book_v,
+    books,
     mask_BT,
-    cos_BTD,
-    sin_BTD,
-    scale_k,
-    scale_v,
-    sum_RSD,
-    part_RS2,
+    angles,
+    scales,
+    out,
     factor,
     start,
     end,
-    tokens,
-    heads,
-    repeat,
-    book_h,
-    book_g,
-    cos_b,
-    LENGTH: tl.constexpr,
-    HALF: tl.constexpr,
-    DTYPE: tl.constexpr,
-    TABLES: tl.constexpr,
-    M: tl.constexpr,
+    sizes,
+    SHAPE: tl.constexpr,
     C: tl.constexpr,
-    N: tl.constexpr,
 ):
-    """Of a slice of the tokens: values weighted by exp2(score − most); `most`, and the sum of the weights."""
-    n_N, c_C, tiles = tl.arange(0, N), tl.arange(0, C), (repeat + M - 1) // M
-    pair, r_M = tl.program_id(1) // tiles, tl.program_id(1) % tiles * M + tl.arange(0, M)
+    """One query, one slice of the tokens: values weighted by exp2(score − most); `most`, and the sum of the weights.
+
+    Lanes keep a maximum and sums of their own tokens until the end. table_RGE: see `_table`, or None.
+    """
+    LENGTH: tl.constexpr = SHAPE[0]
+    HALF: tl.constexpr = SHAPE[1]
+    N: tl.constexpr = SHAPE[2]
+    tokens, heads, repeat = sizes
+    row, r_M, c_C = tl.program_id(1), tl.program_id(1) % repeat + tl.arange(0, 1), tl.arange(0, C)
+    pair = row // repeat
     b, h, of_pair = (pair // heads).to(tl.int64), pair % heads, pair.to(tl.int64) * tokens
     q_one, q_two = _query(q_RD + pair * repeat * (2 * HALF * LENGTH), r_M, repeat, factor, HALF, LENGTH, N)
-    # With one query, lanes keep a maximum and sums of their own tokens.
-    ROWS: tl.constexpr = C if M == 1 else M
-    most, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    one = tl.zeros((ROWS, N, LENGTH) if M == 1 else (ROWS, N * LENGTH), tl.float32)
-    two = tl.zeros((ROWS, N, LENGTH) if M == 1 else (ROWS, N * LENGTH), tl.float32)
-    if M > 1:
-        q_one, q_two = _operand(q_one, DTYPE), _operand(q_two, DTYPE)
+    most_C, total_C = tl.full((C,), -float("inf"), tl.float32), tl.zeros((C,), tl.float32)
+    one, two = tl.zeros((C, N, LENGTH), tl.float32), tl.zeros((C, N, LENGTH), tl.float32)
     codes_k, codes_v = codes_k + of_pair * (2 * HALF), codes_v + of_pair * (2 * HALF)
     first, last = _span(start, end, tokens, C)
     k_one, k_two = _codes(codes_k, first + c_C, last, HALF, N)
     v_one, v_two = _codes(codes_v, first + c_C, last, HALF, N)
     for at in range(first, last, C):
-        t_C, seen_C = at + c_C, at + c_C < last
+        t_C = at + c_C
         # The next tile's codes are under way while this one's are looked up.
         next_k_one, next_k_two = _codes(codes_k, t_C + C, last, HALF, N)
         next_v_one, next_v_two = _codes(codes_v, t_C + C, last, HALF, N)
-        if mask_BT is not None:
-            seen_C &= tl.load(mask_BT + b * tokens + t_C, seen_C, 0) != 0
-        if TABLES:
-            at_1N = table_RGE + tl.program_id(1).to(tl.int64) * (2 * HALF * ENTRIES) + (n_N % HALF * ENTRIES)[None, :]
-            product_CN = tl.load(at_1N + k_one.to(tl.int32)) + tl.load(at_1N + HALF * ENTRIES + k_two.to(tl.int32))
-            score = tl.sum(tl.where((n_N < HALF)[None, :], product_CN, 0.0), 1)
+        seen_C = _seen(mask_BT, b, tokens, t_C, last)
+        if table_RGE is not None:
+            score_C = _looked_up(table_RGE + row.to(tl.int64) * (2 * HALF * ENTRIES), k_one, k_two, HALF)
         else:
-            x_one, x_two = _entries(book_k + h * book_h, k_one, k_two, book_g, HALF, LENGTH)
-            if cos_BTD is not None:
-                x_one, x_two = _turned(x_one, x_two, cos_BTD + b * cos_b, sin_BTD + b * cos_b, t_C, seen_C, HALF)
-            if M == 1:
-                score = tl.sum(tl.sum(q_one * x_one + q_two * x_two, 2), 1)
-            else:
-                score = tl.dot(q_one, tl.trans(_operand(x_one, DTYPE)), input_precision="ieee")
-                score = tl.dot(q_two, tl.trans(_operand(x_two, DTYPE)), score, input_precision="ieee")
-        if scale_k is not None:
-            score *= tl.load(scale_k + of_pair + t_C, seen_C, 0.0)
-        score = tl.where(seen_C, score, -float("inf"))
-        top = tl.maximum(most, score if M == 1 else tl.max(score, 1))
-        kept = tl.exp2(most - _finite(top))
-        weight = tl.exp2(score - (_finite(top) if M == 1 else _finite(top)[:, None]))
-        total, most = total * kept + (weight if M == 1 else tl.sum(weight, 1)), top
-        if scale_v is not None:
-            weight *= tl.load(scale_v + of_pair + t_C, seen_C, 0.0)
-        x_one, x_two = _entries(book_v + h * book_h, v_one, v_two, book_g, HALF, LENGTH)
-        if M == 1:
-            kept, weight = kept[:, None, None], weight[:, None, None]
-            one, two = one * kept + weight * x_one, two * kept + weight * x_two
-        else:
-            kept, weight = kept[:, None], weight.to(DTYPE)
-            one = tl.dot(weight, _operand(x_one, DTYPE), one * kept, input_precision="ieee")
-            two = tl.dot(weight, _operand(x_two, DTYPE), two * kept, input_precision="ieee")
+            x_one, x_two = _keys(books, h, k_one, k_two, angles, b, t_C, seen_C, HALF, LENGTH)
+            score_C = tl.sum(tl.sum(q_one * x_one + q_two * x_two, 2), 1)
+        if scales[0] is not None:
+            score_C *= tl.load(scales[0] + of_pair + t_C, seen_C, 0.0)
+        score_C = tl.where(seen_C, score_C, -float("inf"))
+        top_C = tl.maximum(most_C, score_C)
+        kept_C, weight_C = tl.exp2(most_C - _finite(top_C)), tl.exp2(score_C - _finite(top_C))
+        total_C, most_C = total_C * kept_C + weight_C, top_C
+        if scales[1] is not None:
+            weight_C *= tl.load(scales[1] + of_pair + t_C, seen_C, 0.0)
+        x_one, x_two = _entries(books[1] + h * books[2], v_one, v_two, books[3], HALF, LENGTH)
+        kept_C11, weight_C11 = kept_C[:, None, None], weight_C[:, None, None]
+        one, two = one * kept_C11 + weight_C11 * x_one, two * kept_C11 + weight_C11 * x_two
         k_one, k_two, v_one, v_two = next_k_one, next_k_two, next_v_one, next_v_two
-    if M == 1:
-        one, two, most, total = _together(one, two, most, total)
-    _leave(one, two, most, total, sum_RSD, part_RS2, pair * repeat + r_M, r_M < repeat, HALF * LENGTH)
+    one, two, most, total = _together(one, two, most_C, total_C)
+    _leave(one, two, most, total, out[0], out[1], pair * repeat + r_M, r_M < repeat, HALF * LENGTH)
+
+
+@triton.jit(do_not_specialize=["start", "end"], do_not_specialize_on_alignment=["codes_k", "codes_v"])
+def _attend_group(  # type: ignore[no-untyped-def]
+    q_RD,
+    codes_k,
+    codes_v,
+    books,
+    mask_BT,
+    angles,
+    scales,
+    out,
+    factor,
+    start,
+    end,
+    sizes,
+    SHAPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+):
+    """As `_attend_one` for M queries that share a head of keys: it is decoded once, and matrix units multiply."""
+    LENGTH: tl.constexpr = SHAPE[0]
+    HALF: tl.constexpr = SHAPE[1]
+    N: tl.constexpr = SHAPE[2]
+    tokens, heads, repeat = sizes
+    tiles, c_C = (repeat + M - 1) // M, tl.arange(0, C)
+    pair, r_M = tl.program_id(1) // tiles, tl.program_id(1) % tiles * M + tl.arange(0, M)
+    b, h, of_pair = (pair // heads).to(tl.int64), pair % heads, pair.to(tl.int64) * tokens
+    q_one, q_two = _query(q_RD + pair * repeat * (2 * HALF * LENGTH), r_M, repeat, factor, HALF, LENGTH, N)
+    q_one, q_two = _operand(q_one, DTYPE), _operand(q_two, DTYPE)
+    most_M, total_M = tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
+    one, two = tl.zeros((M, N * LENGTH), tl.float32), tl.zeros((M, N * LENGTH), tl.float32)
+    codes_k, codes_v = codes_k + of_pair * (2 * HALF), codes_v + of_pair * (2 * HALF)
+    first, last = _span(start, end, tokens, C)
+    k_one, k_two = _codes(codes_k, first + c_C, last, HALF, N)
+    v_one, v_two = _codes(codes_v, first + c_C, last, HALF, N)
+    for at in range(first, last, C):
+        t_C = at + c_C
+        next_k_one, next_k_two = _codes(codes_k, t_C + C, last, HALF, N)
+        next_v_one, next_v_two = _codes(codes_v, t_C + C, last, HALF, N)
+        seen_C = _seen(mask_BT, b, tokens, t_C, last)
+        x_one, x_two = _keys(books, h, k_one, k_two, angles, b, t_C, seen_C, HALF, LENGTH)
+        score_MC = tl.dot(q_one, tl.trans(_operand(x_one, DTYPE)), input_precision="ieee")
+        score_MC = tl.dot(q_two, tl.trans(_operand(x_two, DTYPE)), score_MC, input_precision="ieee")
+        if scales[0] is not None:
+            score_MC *= tl.load(scales[0] + of_pair + t_C, seen_C, 0.0)
+        score_MC = tl.where(seen_C, score_MC, -float("inf"))
+        top_M = tl.maximum(most_M, tl.max(score_MC, 1))
+        kept_M, weight_MC = tl.exp2(most_M - _finite(top_M)), tl.exp2(score_MC - _finite(top_M)[:, None])
+        total_M, most_M = total_M * kept_M + tl.sum(weight_MC, 1), top_M
+        if scales[1] is not None:
+            weight_MC *= tl.load(scales[1] + of_pair + t_C, seen_C, 0.0)
+        x_one, x_two = _entries(books[1] + h * books[2], v_one, v_two, books[3], HALF, LENGTH)
+        kept_M1, weight_MC = kept_M[:, None], weight_MC.to(DTYPE)
+        one = tl.dot(weight_MC, _operand(x_one, DTYPE), one * kept_M1, input_precision="ieee")
+        two = tl.dot(weight_MC, _operand(x_two, DTYPE), two * kept_M1, input_precision="ieee")
+        k_one, k_two, v_one, v_two = next_k_one, next_k_two, next_v_one, next_v_two
+    _leave(one, two, most_M, total_M, out[0], out[1], pair * repeat + r_M, r_M < repeat, HALF * LENGTH)
 
 
 @triton.jit
@@ -289,31 +297,6 @@ def _merge(sum_RSD, part_RS2, out_RD, lse_R, slices, channels, S: tl.constexpr, 
     tl.store(out_RD + row * channels + c_C, out_C, there_C)
     # Both are logarithms to the base 2.
     tl.store(lse_R + row, (top + tl.log2(total)) * 0.6931471805599453)
-
-
-def default_encode_config(gpu: DeviceProperties, rows: int) -> Config:
-    """Config of `encode` where nothing was measured: so many tokens of a program, whose lanes have the entries."""
-    return {"V": min(8, triton.next_power_of_2(rows)), "num_warps": max(1, min(rows, 4) * 32 // gpu.warp)}
-
-
-def encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
-    """Codes, uint8 (B, H, T, G): `codes.encode` of x, turned back first if it has cosines and sines.
-
-    ValueError for shapes that do not fit.
-    """
-    (batch, heads, tokens, channels), length = x_BHTD.shape, book_HGEd.shape[-1]
-    groups, rows = channels // length, batch * tokens
-    book = _book(book_HGEd, heads, groups)
-    x = x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
-    out = x.new_empty((batch, heads, tokens, groups), dtype=torch.uint8)
-    cos, sin, cos_b = _angles(cos_BTD, sin_BTD, batch, tokens, channels)
-    place = heads * groups, length
-    config = launch.get_config("kv.encode", x.device, rows, place, lambda gpu: default_encode_config(gpu, rows))
-    strides = *x.stride()[:3], *book.stride()[:2], cos_b
-    constants = {"LENGTH": length, "HALF": channels // 2, "num_stages": 1}
-    grid = triton.cdiv(rows, config["V"]), heads * groups
-    launch.run(_encode, grid, x, book, cos, sin, out, rows, tokens, *strides, groups, **constants, **config)
-    return out
 
 
 def make_config(
@@ -341,7 +324,7 @@ def attend(q_BQD: Tensor, coded: CodedTokens, scaling: float) -> tuple[Tensor, T
     """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codes.attend`.
 
     Slices are merged in a fixed order.
-    With M = 16 operands are rounded to float16, as entries are: queries and turned keys, and weights times scale_v,
+    In `_attend_group` operands are rounded to float16, as entries are (queries, rotated keys, weights times scale_v),
     by 2⁻¹² each; float32 queries stay. ValueError for shapes that do not fit.
     """
     codes_k, book_k, codes_v, book_v, start, end, mask_BT, cos_BTD, sin_BTD, scale_k, scale_v = coded
@@ -356,8 +339,8 @@ def attend(q_BQD: Tensor, coded: CodedTokens, scaling: float) -> tuple[Tensor, T
         raise ValueError(
             f"{queries} queries of {channels} do not fit {heads} heads of {groups} codes of {length} channels"
         )
-    cos, sin, cos_b = _angles(cos_BTD, sin_BTD, batch, tokens, channels)
-    q, books = q_BQD.contiguous(), (_book(book_k, heads, groups), _book(book_v, heads, groups))
+    angles = angles_of(cos_BTD, sin_BTD, batch, tokens, channels)
+    q, books = q_BQD.contiguous(), (books_of(book_k, heads, groups), books_of(book_v, heads, groups))
     codes = codes_k.contiguous(), codes_v.contiguous()
     mask = None if mask_BT is None else mask_BT.contiguous().view(torch.uint8)
     scales = tuple(scale if scale is None else scale.contiguous() for scale in (scale_k, scale_v))
@@ -367,44 +350,24 @@ def attend(q_BQD: Tensor, coded: CodedTokens, scaling: float) -> tuple[Tensor, T
     chosen = dict(launch.get_config(kernel, q.device, batch, place, default))
     slices, factor, rows, repeat = chosen.pop("SPLIT"), scaling * LOG2_E, batch * queries, queries // heads
     table, strides = None, books[0].stride()[:2]
-    if chosen["TABLES"]:
+    if chosen.pop("TABLES"):
         table = q.new_empty((rows, groups, ENTRIES.value), dtype=torch.float32)
         of_table = q, books[0], table, factor, heads, repeat, *strides
         launch.run(_table, (rows, groups), *of_table, D=channels, LENGTH=length, num_warps=2)
     sum_RSD = q.new_empty((rows, slices, channels), dtype=torch.float32)
     part_RS2 = sum_RSD.new_empty((rows, slices, 2))
-    # The interpreter multiplies no bfloat16, and has no need of float16.
-    operand = tl.float32 if q.itemsize == 4 or q.device.type == "cpu" else tl.float16
-    constants = {"LENGTH": length, "HALF": groups // 2, "N": triton.next_power_of_2(groups // 2), "DTYPE": operand}
-    tensors = q, table, *codes, *books, mask, cos, sin, *scales, sum_RSD, part_RS2
-    sizes = factor, start, end, tokens, heads, repeat, *strides, cos_b
-    grid = slices, batch * heads * triton.cdiv(repeat, chosen["M"])
-    launch.run(_attend, grid, *tensors, *sizes, **constants, num_stages=1, **chosen)
+    tensors = (*codes, (*books, *strides), mask, angles, scales, (sum_RSD, part_RS2))
+    sizes = factor, start, end, (tokens, heads, repeat)
+    shape = (length, groups // 2, triton.next_power_of_2(groups // 2))
+    if (m := chosen.pop("M")) == 1:
+        launch.run(_attend_one, (slices, rows), q, table, *tensors, *sizes, SHAPE=shape, num_stages=1, **chosen)
+    else:
+        # The interpreter multiplies no bfloat16, and has no need of float16.
+        operand = tl.float32 if q.itemsize == 4 or q.device.type == "cpu" else tl.float16
+        constants = {"SHAPE": shape, "DTYPE": operand, "M": m, "num_stages": 1}
+        grid = slices, batch * heads * triton.cdiv(repeat, m)
+        launch.run(_attend_group, grid, q, *tensors, *sizes, **constants, **chosen)
     out_BQD, lse_BQ = sum_RSD.new_empty((batch, queries, channels)), sum_RSD.new_empty((batch, queries))
     grid, tile = (rows, triton.cdiv(channels, 32)), {"S": triton.next_power_of_2(slices), "C": 32}
     launch.run(_merge, grid, sum_RSD, part_RS2, out_BQD, lse_BQ, slices, channels, **tile)
     return out_BQD, lse_BQ
-
-
-def _book(book_HGEd: Tensor, heads: int, groups: int) -> Tensor:
-    """A codebook for every head and group, a view."""
-    of_heads, of_groups, entries, length = book_HGEd.shape
-    if (
-        of_heads not in (1, heads)
-        or of_groups not in (1, groups)
-        or entries != ENTRIES.value
-        or length not in (2, 4, 8)
-    ):
-        wanted = f"(1 or {heads}, 1 or {groups}, {ENTRIES.value}, 2, 4 or 8)"
-        raise ValueError(f"codebooks are {tuple(book_HGEd.shape)}; they must be {wanted}")
-    return book_HGEd.contiguous().expand(heads, groups, -1, -1)
-
-
-def _angles(cos_BTD: Tensor | None, sin_BTD: Tensor | None, batch: int, tokens: int, channels: int) -> tuple[Any, ...]:
-    """Cosines and sines, contiguous or None, and how far those of the next row are."""
-    if cos_BTD is None or sin_BTD is None:
-        return None, None, 0
-    if cos_BTD.shape != sin_BTD.shape or cos_BTD.shape[0] not in (1, batch) or cos_BTD.shape[1:] != (tokens, channels):
-        found = f"cos and sin are {tuple(cos_BTD.shape)} and {tuple(sin_BTD.shape)}"
-        raise ValueError(f"{found}; they must be (1 or {batch}, {tokens}, {channels})")
-    return cos_BTD.contiguous(), sin_BTD.contiguous(), tokens * channels if len(cos_BTD) > 1 else 0

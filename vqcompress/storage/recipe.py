@@ -160,17 +160,18 @@ class Recipe:
         return {name: self.rules[found[0]] if found else Rule("*", KEEP) for name, found in matching.items()}
 
     def fingerprint(self) -> str:
-        """SHA-256 over what the rules mean (not over the file's words)."""
-        meaning: list[Any] = [
+        """SHA-256 of the parsed recipe, so that comments and spacing do not count."""
+        rules: list[Any] = [
             [rule.match, rule.method.describe(), rule.smoothing.model_dump(mode="json") if rule.smoothing else None]
             for rule in self.rules + self.candidates
         ]
-        # Only where there is one: what recipes meant before rotations existed keeps its fingerprint.
-        meaning += [{"rotation": self.rotation}] if self.rotation else []
-        meaning += [{"tuning": self.tuning.model_dump()}] if self.tuning else []
-        meaning += [{"experts": self.experts.model_dump()}] if self.experts else []
-        meaning += [{"cache": self.cache.model_dump()}] if self.cache else []
-        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([rules, self.model_options()], sort_keys=True).encode()).hexdigest()
+
+    def model_options(self) -> dict[str, Any]:
+        """JSON of the options that apply to the whole model, by their key in a recipe file; unset ones are left out."""
+        groups = {"tuning": self.tuning, "experts": self.experts, "cache": self.cache}
+        options = {key: group.model_dump(mode="json") for key, group in groups.items() if group}
+        return ({"rotation": self.rotation} if self.rotation else {}) | options
 
 
 def load(name: str) -> Recipe:
@@ -255,14 +256,8 @@ def dump(recipe: Recipe) -> str:
         rules.append({"match": rule.match, "method": rule.method.name, **options})
         if rule.smoothing:
             rules[-1]["smoothing"] = rule.smoothing.model_dump(mode="json")
-    data: dict[str, Any] = {"description": recipe.description}
-    data |= {"rotation": recipe.rotation} if recipe.rotation else {}
-    data |= {"tuning": recipe.tuning.model_dump()} if recipe.tuning else {}
-    data |= {"experts": recipe.experts.model_dump()} if recipe.experts else {}
-    data |= {"cache": recipe.cache.model_dump()} if recipe.cache else {}
-    return yaml.safe_dump(
-        data | {"rules": rules}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000
-    )
+    data = {"description": recipe.description, **recipe.model_options(), "rules": rules}
+    return yaml.safe_dump(data, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def setting(method: Method) -> str:

@@ -7,7 +7,7 @@ cores keep of a sum of FP8 products (DeepSeek-V3, arXiv 2412.19437, section 3.3.
 The scale of a slice is that of x times that of the weight: one number for a row of a tile, since no tile of y is wider
 than one of the weight.
 
-Few rows and experts are as in `kernels.int8`; the float32 sums of a split are added in a fixed order, so that y is
+Few rows and experts are as in `int8.kernel`; the float32 sums of a split are added in a fixed order, so that y is
 always the same. Where tensor cores have no E4M3, x is rounded all the same, but both operands are multiplied as
 float16, which holds every E4M3 number: the products are exact there too.
 Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, E experts, P = ceil(O / 128) and

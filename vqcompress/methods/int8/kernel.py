@@ -9,7 +9,7 @@ therefore exact in any order; so how the work is divided is free:
 - Few rows: reading the weight is all the time there is, and y has fewer tiles than the device has processors. Each
   tile's inputs are split over SPLIT programs, and `_finish` adds their int32 sums and scales them.
 - Experts (`grouped`): rows come sorted by expert. How many tiles each has is only known on the device, so as many
-  programs start as there could ever be, and each looks for its expert; those that find none return at once.
+  programs start as there could ever be, and each looks for its expert; surplus ones return at once.
 
 A tensor's offset may exceed 2³¹, so offsets of rows are 64 bits wide; nothing else is.
 Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, E experts. Within a kernel T, O and I

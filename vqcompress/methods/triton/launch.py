@@ -1,7 +1,7 @@
-"""Launching kernels: on which device, with which config, and what would be launched on a device that is not here.
+"""Launches of kernels: the device, the config, and the recording of launches for a device that is not here.
 
-Config (block sizes, warps, stages) are measured offline by scripts/tune.py, which writes `launches/DEVICE.json`. No
-table ships yet: a shape or device without one gets its kernel's guess. Nothing is ever tuned while a model runs.
+Configs (block sizes, warps, stages) are measured offline by scripts/tune.py, which writes `launches/DEVICE.json`. No
+table ships yet: a shape or device without an entry gets its kernel's default. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 Config = dict[str, Any]
 Shape = tuple[int, ...]
 Table = dict[str, dict[str, Config]]
-# Numbers of rows that config are measured at; a product of other sizes takes the next larger one's.
+# Numbers of rows that configs are measured at; a product of other sizes takes the next larger one's.
 BUCKETS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """What config depend on. name: of the device as its maker calls it; arch: 80, 90, 100 … or gfx942.
+    """Facts about a device that configs depend on. name: its maker's name for it; arch: 80, 90, 100 … or gfx942.
 
     processors: multiprocessors or compute units. warp: threads of a warp. shared: bytes that one program may have.
     Of a multiprocessor: memory, shared bytes; registers; threads.
@@ -102,7 +102,7 @@ def _properties(device: torch.device) -> DeviceProperties:
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
-    """What is known of a tensor's device."""
+    """The properties of a tensor's device, or of the one that launches are recorded for."""
     return _recorder.gpu if _recorder else _properties(device)
 
 
@@ -113,7 +113,7 @@ def table_name(gpu: DeviceProperties) -> str:
 
 @cache
 def table(gpu: DeviceProperties) -> Table:
-    """What was measured on a device, read once: kernel → `key` → config. A tuner writes into it."""
+    """The configs measured on a device, read once: kernel → `key` → config. The tuner writes into it."""
     try:
         data = pkgutil.get_data(__package__, table_name(gpu))
     except FileNotFoundError:
@@ -135,7 +135,7 @@ def key(rows: int, shape: Shape) -> str:
 def get_config(
     kernel: str, device: torch.device, rows: int, shape: Shape, default: Callable[[DeviceProperties], Config]
 ) -> Config:
-    """The config that were measured on a device at `key(rows, shape)`, or the guess."""
+    """The config measured on a device at `key(rows, shape)`, or the kernel's default."""
     known = device_properties(device)
     return table(known).get(kernel, {}).get(key(rows, shape)) or default(known)
 
@@ -143,7 +143,7 @@ def get_config(
 def run(kernel: Any, grid: Sequence[int], *arguments: Any, **config: Any) -> None:
     """Launch on the device of the first argument, or record the launch.
 
-    A multiplication and an addition may become one unless the config say `enable_fp_fusion` False.
+    A multiplication and an addition may become one unless the config has `enable_fp_fusion` False.
     """
     config = {"enable_fp_fusion": True, **config}
     if _recorder:

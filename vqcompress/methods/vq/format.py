@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Format:
-    """How codes become values. family: learned, universal, lattice or trellis. d: weights of a code; of a trellis 1.
+    """How codes become values. family: learned or trellis. d: weights of a code; 1 for a trellis.
 
-    bits: of a code. depth: stages of learned words, bits of a state of a trellis, else 1.
+    bits: of a code. depth: stages of learned codewords, or bits of a state of a trellis.
     """
 
     family: str
@@ -32,12 +32,12 @@ class Format:
 
     @property
     def name(self) -> str:
-        """For tables of settings and messages."""
+        """The name in launch tables."""
         return f"{self.family}.{self.d}.{self.bits}.{self.depth}"
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of codes."""
+        """Bits of codes per weight."""
         stages = self.depth if self.family == "learned" else 1
         return self.bits * stages / self.d
 
@@ -58,8 +58,6 @@ class Format:
 
     def refusal(self, shape: tuple[int, int]) -> str:
         """Why the kernels cannot multiply with such a weight; empty if they can."""
-        if self.family not in ("learned", "trellis"):
-            return f"{self.family} codewords have no kernels"
         if self.family == "trellis" and shape[0] % 32:
-            return f"{shape[0]} outputs are no multiple of 32, so walks do not end on whole words"
+            return f"{shape[0]} outputs are no multiple of 32, so its paths do not end on whole words"
         return ""
