@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_llama
 
 from vqcompress.cli.main import set_up_memory
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
 # As the command line does, before torch takes memory.
 set_up_memory()
@@ -58,7 +58,7 @@ def compress(model: Path, out: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     forget(model)
     start = time.perf_counter()
-    quantize(str(model), out, "fp8-tile", device="cpu")
+    quantize(QuantizeOptions(str(model), out, "fp8-tile", device="cpu"))
     return time.perf_counter() - start
 
 

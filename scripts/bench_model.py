@@ -24,7 +24,7 @@ import vqcompress
 from vqcompress.evaluate.speed import speed
 from vqcompress.methods.triton import launch
 from vqcompress.model.device import choose_device
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
 DEMO = Path(vqcompress.__file__).parent / "demo"
 
@@ -76,7 +76,9 @@ def main() -> None:
         print(f"{parameters:,} parameters on {facts['device']}", flush=True)
         for recipe in a.recipes:
             start = time.perf_counter()
-            report = quantize(str(model), out, recipe, [str(DEMO / "calibration.txt")], 16, 512, 0, a.device, True)
+            report = quantize(
+                QuantizeOptions(str(model), out, recipe, [str(DEMO / "calibration.txt")], 16, 512, 0, a.device, True)
+            )
             took = time.perf_counter() - start
             read = report["source_bytes"] / took / 1e6
             print(f"{recipe}: {took:.1f} s for {report['bits_per_weight']:.3f} bits, {read:.0f} MB/s", flush=True)

@@ -31,7 +31,7 @@ from rich.table import Table
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.methods import make
 from vqcompress.methods.statistics import Statistics
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
 YARDSTICK = "scalar GPTQ"
 # By name the options of `vq`, as in a recipe.
@@ -116,7 +116,9 @@ class Bench:
         a, out = self.a, self.folder / "artifact"
         forget_peak()
         start = cpu_seconds()
-        report = quantize(a.model, out, recipe, [a.calibration], a.samples, a.seqlen, seed, overwrite=True)
+        report = quantize(
+            QuantizeOptions(a.model, out, recipe, [a.calibration], a.samples, a.seqlen, seed, overwrite=True)
+        )
         seconds = cpu_seconds() - start
         figure = self._perplexity(str(out))
         return {

@@ -450,12 +450,12 @@ KINDS: list[tuple[str, Callable[..., str]]] = [
 
 def demos(folder: Path) -> list[Path]:
     """Three artifacts of the demo checkpoint."""
-    from vqcompress.pipeline.quantize import quantize
+    from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
     text = str(Path(vqcompress.__file__).parent / "demo" / "calibration.txt")
     for name in ("smoothquant-int8", "fp8-tile", "vq-2bit"):
         cache = "kv-vq-4bit" if name == "vq-2bit" else None
-        quantize("demo", folder / name, name, [text], samples=8, seqlen=128, kv_cache=cache)
+        quantize(QuantizeOptions("demo", folder / name, name, [text], samples=8, seqlen=128, kv_cache=cache))
     return sorted(folder.iterdir())
 
 

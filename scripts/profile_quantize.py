@@ -22,13 +22,16 @@ import cProfile, json, pstats, resource, sys, time
 from pathlib import Path
 from vqcompress.cli import main as cli
 getattr(cli, "set_up_memory", lambda: None)()
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 import vqcompress.pipeline.block
 before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
 profile = cProfile.Profile()
 if {top}:
     profile.enable()
-report = quantize({model!r}, Path({out!r}), {recipe!r}, None, {samples}, {seqlen}, device="cpu", overwrite=True)
+options = QuantizeOptions(
+    {model!r}, Path({out!r}), {recipe!r}, None, {samples}, {seqlen}, device="cpu", overwrite=True
+)
+report = quantize(options)
 if {top}:
     profile.disable()
     pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats({top})

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vqcompress.cli.progress import watching
 from vqcompress.evaluate.perplexity import perplexity
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.checkpoint import resolve
 
@@ -69,7 +69,9 @@ def main() -> None:
             start, cpu = time.perf_counter(), time.process_time()
             texts = [a.calibration] if a.calibration else []
             with watching() as watch:
-                report = quantize(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True, watch=watch)
+                report = quantize(
+                    QuantizeOptions(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True), watch
+                )
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
             figure = perplexity(str(out), text, seqlen=a.seqlen, limit=a.windows)["perplexity"]
             rows.append(

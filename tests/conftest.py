@@ -119,7 +119,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 @pytest.fixture(scope="session")
 def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """quantized(recipe, family, seed=0, **of toy_checkpoint) → an artifact, made once; do not write into it."""
-    from vqcompress.pipeline.quantize import quantize
+    from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
     made: dict[str, Path] = {}
 
@@ -128,7 +128,9 @@ def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, tmp_path_
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / "artifact"
             model = toy(family, **arguments)
-            quantize(str(model), out, recipe_file(recipe), [str(text)], samples=8, seqlen=64, seed=seed)
+            quantize(
+                QuantizeOptions(str(model), out, recipe_file(recipe), [str(text)], samples=8, seqlen=64, seed=seed)
+            )
             made[key] = out
         return made[key]
 

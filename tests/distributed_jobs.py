@@ -17,7 +17,7 @@ import torch
 
 from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.model import stream as blocks
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
 # So that a few rows are several batches.
 BATCH_TOKENS = 512
@@ -29,7 +29,7 @@ def run(jobs: str) -> None:
     blocks.BATCH_TOKENS = cache_calibration.BATCH_TOKENS = BATCH_TOKENS
     for line in Path(jobs).read_text().splitlines():
         job = json.loads(line)
-        quantize(job.pop("model"), Path(job.pop("out")), **job)
+        quantize(QuantizeOptions(job.pop("model"), Path(job.pop("out")), **job))
 
 
 def rank(number: int, size: int, port: int, jobs: str) -> int:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from toys import toy_checkpoint, toy_text
 
 import vqcompress
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage.artifact import FORMAT_VERSION, REPORTS
 from vqcompress.storage.writer import refresh_sums
 
@@ -38,7 +38,7 @@ def main() -> None:
         toy_checkpoint(model, "llama", layers=2, hidden=64)
         (Path(folder) / "recipe.yaml").write_text(RECIPE)
         (Path(folder) / "text.txt").write_text(toy_text(4000, 1))
-        quantize(str(model), out, f"{folder}/recipe.yaml", [f"{folder}/text.txt"], 16, 64)
+        quantize(QuantizeOptions(str(model), out, f"{folder}/recipe.yaml", [f"{folder}/text.txt"], 16, 64))
     for name in ("report.json", "report.html", "README.md"):
         # They name a folder that is gone.
         (out / name).unlink()

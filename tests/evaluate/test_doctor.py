@@ -14,7 +14,7 @@ from processes import Processes
 
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.doctor import examine
-from vqcompress.pipeline.quantize import dry_run
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
 from vqcompress.runtime.load import load_any
 from vqcompress.storage import trust
 
@@ -66,8 +66,8 @@ import json, sys, time
 from pathlib import Path
 start = time.process_time()
 from vqcompress.evaluate.doctor import examine
-from vqcompress.pipeline.quantize import dry_run
-found = examine(sys.argv[2]) if sys.argv[1] == "doctor" else dry_run(sys.argv[2], sys.argv[3])
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
+found = examine(sys.argv[2]) if sys.argv[1] == "doctor" else dry_run(QuantizeOptions(sys.argv[2], None, sys.argv[3]))
 peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"found": found, "seconds": time.process_time() - start, "peak": peak}))
 """
@@ -167,7 +167,7 @@ def test_what_is_no_causal_language_model_is_refused_by_name(
     config = getattr(transformers, f"{kind}Config")()
     config.architectures = [architecture]
     config.save_pretrained(tmp_path)
-    for job in (examine, lambda model: dry_run(model, "fp8-tile"), load_any):
+    for job in (examine, lambda model: dry_run(QuantizeOptions(model, None, "fp8-tile")), load_any):
         with pytest.raises(VQCompressError, match=f"{architecture} is {words}.*; only causal language models can be"):
             job(str(tmp_path))
 
@@ -231,7 +231,7 @@ def test_671_billion_weights_are_planned_from_a_config_in_seconds(alone: Alone) 
 
 
 def test_a_plan_agrees_with_what_is_done(quantized: Make, toy: Make, text: Path) -> None:
-    planned = dry_run(str(toy()), "vq-2bit", [str(text)], samples=8, seqlen=64)
+    planned = dry_run(QuantizeOptions(str(toy()), None, "vq-2bit", [str(text)], samples=8, seqlen=64))
     done = json.loads((quantized("vq-2bit") / "report.json").read_text())
     for key in ("bits_per_weight", "weights_quantized", "source_bytes", "left_dense"):
         assert planned[key] == pytest.approx(done[key]) if key != "left_dense" else planned[key] == done[key]
@@ -243,6 +243,6 @@ def test_a_plan_agrees_with_what_is_done(quantized: Make, toy: Make, text: Path)
 def test_a_plan_writes_nothing(toy: Make, text: Path) -> None:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir())
     start = time.perf_counter()
-    dry_run(str(toy()), "fp8-tile")
+    dry_run(QuantizeOptions(str(toy()), None, "fp8-tile"))
     assert sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir()) == before
     assert time.perf_counter() - start < 20

@@ -24,7 +24,7 @@ from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
 from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import KV_CACHE
 from vqcompress.storage.recipe import dump, parse
@@ -289,7 +289,11 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path
     source = toy_checkpoint(folder, "llama", hidden=64)
     text = folder / "text.txt"
     text.write_text(toy_text(3000))
-    quantize(str(source), folder / "out", "fp8-tile", [str(text)], samples=24, seqlen=64, kv_cache="kv-vq-4bit")
+    quantize(
+        QuantizeOptions(
+            str(source), folder / "out", "fp8-tile", [str(text)], samples=24, seqlen=64, kv_cache="kv-vq-4bit"
+        )
+    )
     return source, text, folder / "out"
 
 
@@ -307,7 +311,9 @@ def test_quantize_writes_codebooks_and_says_how_to_use_them(artifact: tuple[Path
     assert (settings["bits"], settings["codebook"], settings["before"]) == (4, "learned", [True, True])
     assert json.loads((out / "report.json").read_text())["kv_cache"]["window"] == settings["window"]
     assert "kv_cache.safetensors" in (out / "SHA256SUMS").read_text()
-    again = quantize(str(source), tmp_path, "fp8-tile", [str(text)], samples=24, seqlen=64, kv_cache="kv-vq-4bit")
+    again = quantize(
+        QuantizeOptions(str(source), tmp_path, "fp8-tile", [str(text)], samples=24, seqlen=64, kv_cache="kv-vq-4bit")
+    )
     assert again["kv_cache"]["bits"] == 4
     for name in (KV_CACHE, "config.json"):
         assert (out / name).read_bytes() == (tmp_path / name).read_bytes()

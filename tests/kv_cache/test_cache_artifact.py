@@ -30,7 +30,7 @@ from vqcompress.kv_cache.attention import CACHE
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import quantize as running
 from vqcompress.pipeline.bit_allocation import make_plans
-from vqcompress.pipeline.quantize import dry_run, quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
 from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import distributed
 from vqcompress.storage.artifact import HINT, KV_CACHE, open_checkpoint
@@ -63,7 +63,7 @@ def coded(toy: Make, text: Path, small: str, tmp_path_factory: pytest.TempPathFa
             made[family] = tmp_path_factory.mktemp("coded") / "out"
             # Whatever mode the test is in that asks first.
             with torch.inference_mode(False):
-                quantize(str(toy(family)), made[family], small, [str(text)], samples=8, seqlen=64)
+                quantize(QuantizeOptions(str(toy(family)), made[family], small, [str(text)], samples=8, seqlen=64))
         return made[family]
 
     return make
@@ -165,7 +165,7 @@ def test_a_cache_that_needs_no_data_needs_none(recipe: str, toy: Make, tmp_path:
 def test_nothing_at_all_is_still_refused(toy: Make, tmp_path: Path) -> None:
     (tmp_path / "keep.yaml").write_text("rules: [{match: '*', method: keep}]")
     with pytest.raises(UsageError, match="compresses nothing in this model"):
-        quantize(str(toy()), tmp_path / "out", str(tmp_path / "keep.yaml"))
+        quantize(QuantizeOptions(str(toy()), tmp_path / "out", str(tmp_path / "keep.yaml")))
 
 
 @pytest.mark.parametrize(("name", "change"), [("1.keys", "nan"), ("1.keys", "gone"), ("2.keys", "new")])
@@ -191,9 +191,9 @@ def test_a_run_that_died_while_it_learned_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(running, "cache_books", die)
         with pytest.raises(KeyboardInterrupt):
-            quantize(*job)
+            quantize(QuantizeOptions(*job))
     assert not (tmp_path / "out" / "config.json").exists()
-    quantize(*job)
+    quantize(QuantizeOptions(*job))
     assert sums(tmp_path / "out") == sums(coded())
 
 
@@ -203,7 +203,7 @@ def test_codebooks_are_learned_beside_weights_without_gradients(
 ) -> None:
     """INT8 rounds its activations, and no kernel has a gradient."""
     job = (str(toy("mixtral")), tmp_path / "out", recipe_file(recipe), [str(text)])
-    quantize(*job, samples=8, seqlen=64, kv_cache=small)
+    quantize(QuantizeOptions(*job, samples=8, seqlen=64, kv_cache=small))
     books = load_file(tmp_path / "out" / KV_CACHE)
     assert all(book.isfinite().all() and book.std() > 0 for book in books.values())
 
@@ -229,8 +229,8 @@ def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.Monkey
 def test_the_codebooks_that_are_planned_are_those_that_are_written(
     family: str, toy: Make, text: Path, small: str, tmp_path: Path
 ) -> None:
-    plan = dry_run(str(toy(family)), small, [str(text)], 8, 64)
-    quantize(str(toy(family)), tmp_path / "out", small, [str(text)], 8, 64)
+    plan = dry_run(QuantizeOptions(str(toy(family)), None, small, [str(text)], 8, 64))
+    quantize(QuantizeOptions(str(toy(family)), tmp_path / "out", small, [str(text)], 8, 64))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert plan["codebook_bytes"] == sum(book.nbytes for book in load_file(tmp_path / "out" / KV_CACHE).values())
     # But for headers.
@@ -244,7 +244,7 @@ def test_a_cache_is_planned_from_a_config_alone(tmp_path: Path) -> None:
         "max_position_embeddings": 131072, "tie_word_embeddings": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = {name: dry_run(str(tmp_path), name) for name in ("kv-vq-4bit", "kv-fp8", "fp8-tile")}
+    found = {name: dry_run(QuantizeOptions(str(tmp_path), None, name)) for name in ("kv-vq-4bit", "kv-fp8", "fp8-tile")}
     cached, plain = found["kv-vq-4bit"], found["kv-fp8"]
     # 2 · 8 heads of 128 channels in 32 layers, 256 entries of 2 bytes each.
     assert cached["codebook_bytes"] == 32 * 2 * 8 * 128 * 256 * 2
@@ -265,7 +265,7 @@ def test_too_little_memory_is_said_before_the_work(
     monkeypatch.setattr("vqcompress.model.device.available_bytes", lambda: 100_000)
     message = "to learn the codebooks of a cache takes the whole model in memory, about .* GB are free; take a recipe"
     with pytest.raises(VQCompressError, match=message):
-        quantize(str(toy()), tmp_path / "out", "kv-vq-4bit", [str(text)], 8, 64)
+        quantize(QuantizeOptions(str(toy()), tmp_path / "out", "kv-vq-4bit", [str(text)], 8, 64))
     assert not (tmp_path / "out").exists()
     with pytest.raises(
         VQCompressError, match=r"eval perplexity --kv-cache takes the whole model .*; without --kv-cache"

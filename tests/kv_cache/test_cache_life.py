@@ -25,7 +25,7 @@ from vqcompress.kv_cache.attention import CACHE, AttentionHook, find_rotary
 from vqcompress.kv_cache.cache import KVCache, KVCacheSpec, use_kv_cache
 from vqcompress.kv_cache.layer import KVLayer
 from vqcompress.kv_cache.quantizers import FP8, Universal
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.runtime.load import load
 
 
@@ -185,7 +185,7 @@ def test_what_is_saved_again_has_no_codebooks_and_does_not_say_so(
     out, saved = tmp_path / "out", tmp_path / "saved"
     cache = tmp_path / "small.yaml"
     cache.write_text("cache: {bits: 4, rounds: 2}\n")
-    quantize(str(toy()), out, "fp8-tile", [str(text)], samples=8, seqlen=64, kv_cache=str(cache))
+    quantize(QuantizeOptions(str(toy()), out, "fp8-tile", [str(text)], samples=8, seqlen=64, kv_cache=str(cache)))
     (load(out) if where == "load" else AutoModelForCausalLM.from_pretrained(out)).save_pretrained(saved)
     assert verify(str(saved))["targets"] == verify(str(out))["targets"]
     ids = ids_of(1, 8)

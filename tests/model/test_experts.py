@@ -38,9 +38,10 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import blocks_of, find_blocks
 from vqcompress.model.weights import skeleton
 from vqcompress.pipeline.bit_allocation import make_plans
-from vqcompress.pipeline.block import first_states, smooth, study
+from vqcompress.pipeline.block import first_states, study
 from vqcompress.pipeline.plan import make_plan
-from vqcompress.pipeline.quantize import dry_run, quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
+from vqcompress.pipeline.smoothing import smooth
 from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import writer
@@ -152,7 +153,10 @@ def test_every_expert_is_three_targets_named_as_in_the_checkpoint(family: str, t
 @every_family
 def test_a_config_alone_counts_the_same_targets(family: str, toy: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((toy(family) / "config.json").read_bytes())
-    planned, found = dry_run(str(tmp_path), "fp8-tile"), dry_run(str(toy(family)), "fp8-tile")
+    planned, found = (
+        dry_run(QuantizeOptions(str(tmp_path), None, "fp8-tile")),
+        dry_run(QuantizeOptions(str(toy(family)), None, "fp8-tile")),
+    )
     assert planned["targets"] == found["targets"]
     assert any(".experts.3." in target["name"] for target in planned["targets"])
     assert not any("expert" in why for why in planned["left_dense"].values())
@@ -189,7 +193,7 @@ def test_experts_that_are_stored_fused_stay_dense_and_are_named(toy: Make, tmp_p
         tensors.update({name: tensor.clone() for name, tensor in state.items()})
 
     source = rewritten(toy("mixtral"), tmp_path / "fused", fuse)
-    report = quantize(str(source), tmp_path / "out", "fp8-tile")
+    report = quantize(QuantizeOptions(str(source), tmp_path / "out", "fp8-tile"))
     assert report["left_dense"].keys() >= {f"model.layers.*.mlp.experts.{n}_proj" for n in ("gate_up", "down")}
     assert any("does not store them one by one" in why for why in report["left_dense"].values())
     verify(str(tmp_path / "out"))
@@ -244,7 +248,7 @@ def test_a_prefix_of_the_checkpoint_is_kept(toy: Make, recipe_file: Any, tmp_pat
             tensors[f"language_model.{name}"] = tensors.pop(name)
 
     source = rewritten(toy("llama4"), tmp_path / "spelled", spell)
-    quantize(str(source), tmp_path / "out", recipe_file("rules: [{match: '*', method: fp8}]"))
+    quantize(QuantizeOptions(str(source), tmp_path / "out", recipe_file("rules: [{match: '*', method: fp8}]")))
     assert (
         "language_model.model.layers.1.feed_forward.experts.0.up_proj.weight_codes"
         in Artifact(tmp_path / "out").tensors
@@ -375,7 +379,9 @@ def test_a_shared_codebook_of_experts_alone_lies_under_the_block(quantized: Make
 def test_idle_and_empty_experts_do_no_harm(
     recipe: str, lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
 ) -> None:
-    report = quantize(str(lonely), tmp_path / "out", recipe_file(recipe), [str(text)], samples=8, seqlen=64)
+    report = quantize(
+        QuantizeOptions(str(lonely), tmp_path / "out", recipe_file(recipe), [str(text)], samples=8, seqlen=64)
+    )
     verify(str(tmp_path / "out"))
     for row in report["targets"]:
         assert math.isfinite(row["relative_error"])
@@ -517,7 +523,7 @@ def test_what_is_said_of_experts_in_vain_is_refused(
     family: str, recipe: str, said: str, toy: Make, recipe_file: Any
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        dry_run(str(toy(family)), recipe_file(recipe))
+        dry_run(QuantizeOptions(str(toy(family)), None, recipe_file(recipe)))
 
 
 def test_what_is_said_of_experts_is_part_of_a_recipe() -> None:
@@ -534,7 +540,7 @@ def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
     rules = "rules:\n  - {match: '*.experts.*', method: vq, d: 2, bits: 4, iterations: 2, codebook_updates: 0}\n"
     for knobs, counted in (("routed", None), ("all", [512] * 4)):
         out, recipe = tmp_path / knobs, recipe_file(f"experts: {{calibrate: {knobs}}}\n{rules}")
-        report = quantize(str(lonely), out, recipe, [str(text)], samples=8, seqlen=64)
+        report = quantize(QuantizeOptions(str(lonely), out, recipe, [str(text)], samples=8, seqlen=64))
         facts = inspect(str(out))
         for i in range(2):
             tokens = facts["experts"][f"model.layers.{i}.mlp.experts"]
@@ -562,7 +568,9 @@ def test_experts_to_which_nothing_came_are_named(
 
     monkeypatch.setattr(Experts, "routing", nowhere)
     out = tmp_path / "out"
-    report = quantize(str(toy("mixtral")), out, recipe_file("vq-small"), [str(text)], samples=2, seqlen=32)
+    report = quantize(
+        QuantizeOptions(str(toy("mixtral")), out, recipe_file("vq-small"), [str(text)], samples=2, seqlen=32)
+    )
     assert report["uncalibrated"] == [f"model.layers.{i}.mlp.experts.{e}.w2" for i in range(2) for e in range(4)]
     shown = console()
     with shown.capture() as seen:
@@ -614,7 +622,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     recipe: str, family: str, toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: str) -> None:
-        quantize(str(toy(family)), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
+        quantize(
+            QuantizeOptions(str(toy(family)), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
+        )
 
     save, saved = writer.save_file, []
 

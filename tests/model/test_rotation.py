@@ -22,7 +22,7 @@ from vqcompress.methods.hadamard import block_size
 from vqcompress.model.rotation import RotatedCheckpoint, _watch
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.block import generator_for
-from vqcompress.pipeline.quantize import dry_run, quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
 from vqcompress.runtime.load import load
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage import writer
@@ -73,7 +73,9 @@ def fold(recipe_file: Callable[[str], str], text: Path, tmp_path: Path) -> Calla
 
     def run(model: Path, rules: str, name: str = "out", **changes: Any) -> Path:
         recipe = recipe_file(f"rotation: fold\nrules:\n  - {rules}\n")
-        quantize(str(model), tmp_path / name, recipe, [str(text)], **{"samples": 8, "seqlen": 64, **changes})
+        quantize(
+            QuantizeOptions(str(model), tmp_path / name, recipe, [str(text)], **{"samples": 8, "seqlen": 64, **changes})
+        )
         return tmp_path / name
 
     return run
@@ -273,7 +275,7 @@ def test_what_a_rotation_cannot_pass_is_refused_by_name(
         model = toy(family)
     recipe = recipe_file("rotation: fold\nrules:\n  - {match: '*', method: fp8}\n")
     with pytest.raises(VQCompressError, match=f"{said}.*'rotation: true'") as caught:
-        quantize(str(model), tmp_path / "out", recipe)
+        quantize(QuantizeOptions(str(model), tmp_path / "out", recipe))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -357,7 +359,7 @@ def test_a_plan_says_it_and_counts_the_head(
 ) -> None:
     model = toy("llama", tie_word_embeddings=tied)
     rules = "{match: '*', method: fp8}"
-    planned = dry_run(str(model), recipe_file(f"rotation: fold\nrules:\n  - {rules}\n"))
+    planned = dry_run(QuantizeOptions(str(model), None, recipe_file(f"rotation: fold\nrules:\n  - {rules}\n")))
     report = json.loads((fold(model, rules) / "report.json").read_text())
     assert planned["rotation"] == "fold"
     assert planned["source_bytes"] == report["source_bytes"]

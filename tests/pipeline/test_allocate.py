@@ -23,7 +23,7 @@ from vqcompress.evaluate.verify import verify
 from vqcompress.pipeline import bit_allocation as allocate
 from vqcompress.pipeline import block as compress
 from vqcompress.pipeline.bit_allocation import choose
-from vqcompress.pipeline.quantize import dry_run, quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
 from vqcompress.storage import artifact
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.writer import Writer
@@ -53,7 +53,9 @@ def job(toy: Callable[..., Path], candidates: str, text: Path) -> Job:
 
     def run(out: Path, **changes: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"model": str(toy()), "recipe": candidates, "texts": [str(text)]}
-        return quantize(**{**arguments, "out": out, "samples": 4, "seqlen": 32, "target_bits": 3.5, **changes})
+        return quantize(
+            QuantizeOptions(**{**arguments, "out": out, "samples": 4, "seqlen": 32, "target_bits": 3.5, **changes})
+        )
 
     return run
 
@@ -200,7 +202,7 @@ def test_a_kill_at_any_moment_loses_nothing(
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 left, sync = int(sys.argv[1]), os.fsync
 def mortal(handle):
     global left
@@ -209,7 +211,8 @@ def mortal(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(handle)
 os.fsync = mortal
-quantize({str(toy())!r}, Path({str(tmp_path / "out")!r}), {candidates!r}, [{str(text)!r}], 4, 32, target_bits=3.5)
+out = Path({str(tmp_path / "out")!r})
+quantize(QuantizeOptions({str(toy())!r}, out, {candidates!r}, [{str(text)!r}], 4, 32, target_bits=3.5))
 """
     # The journal takes two syncs: 4 dies in the note of the first block, 7 later in that of the second, and so on.
     statuses = [processes.python(script, limit).returncode for limit in (4, 5, 9, 0)]
@@ -220,11 +223,14 @@ quantize({str(toy())!r}, Path({str(tmp_path / "out")!r}), {candidates!r}, [{str(
 def test_the_plan_shows_the_budget_and_what_there_is_to_choose(
     toy: Callable[..., Path], candidates: str, text: Path
 ) -> None:
-    facts = dry_run(str(toy()), candidates, [str(text)], target_bits=3)
+    facts = dry_run(QuantizeOptions(str(toy()), None, candidates, [str(text)], target_bits=3))
     assert facts["bits_per_weight"] == facts["target_bits"] == 3
     assert len(facts["candidates"]) == 4
     assert {row["bits_per_weight"] for row in facts["targets"]} == {None}
-    small, large = (dry_run(str(toy()), candidates, [str(text)], target_bits=b)["artifact_bytes"] for b in (2, 6))
+    small, large = (
+        dry_run(QuantizeOptions(str(toy()), None, candidates, [str(text)], target_bits=b))["artifact_bytes"]
+        for b in (2, 6)
+    )
     assert large - small == pytest.approx(4 / 8 * facts["weights_quantized"], abs=2)
     words = ["--calibration", str(text)]
     shown = CliRunner().invoke(app, ["plan", str(toy()), *words, "--recipe", candidates, "--target-bits", "3"])
@@ -265,7 +271,7 @@ def test_too_little_is_refused_with_the_least_there_is(toy: Callable[..., Path],
     dear = tmp_path / "dear.yaml"
     dear.write_text("candidates:\n  - {method: vq, codebook: trellis, bits: 3}\n")
     with pytest.raises(UsageError, match=r"1\.5 is too little: .* needs 3\.\d\d\d here"):
-        dry_run(str(toy()), str(dear), target_bits=1.5)
+        dry_run(QuantizeOptions(str(toy()), None, str(dear), target_bits=1.5))
     with pytest.raises(UsageError, match="too little"):
         job(tmp_path / "out", recipe=str(dear), target_bits=1.5)
     assert not (tmp_path / "out").exists()
@@ -291,7 +297,7 @@ def test_a_broken_list_of_candidates_is_refused(text: str, said: str) -> None:
 def test_a_candidate_that_compresses_nothing_is_refused(toy: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "keep.yaml").write_text("candidates: [{method: fp8}, {method: keep}]")
     with pytest.raises(UsageError, match="compresses nothing"):
-        dry_run(str(toy()), str(tmp_path / "keep.yaml"), target_bits=3)
+        dry_run(QuantizeOptions(str(toy()), None, str(tmp_path / "keep.yaml"), target_bits=3))
 
 
 def test_a_dumped_recipe_is_read_as_what_it_was() -> None:

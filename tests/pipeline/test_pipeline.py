@@ -21,7 +21,7 @@ from vqcompress.cli.tables import inspected
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.inspect import inspect
 from vqcompress.evaluate.verify import verify
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage.artifact import HINT, SUMS, Artifact
 from vqcompress.storage.checkpoint import INDEX, Checkpoint
 
@@ -179,7 +179,7 @@ def contents(folder: Path, skip: set[str] = TIMED) -> dict[str, bytes]:
 def test_the_same_seed_gives_the_same_bytes(
     recipe: str, quantized: Make, toy: Make, recipe_file: Callable[[str], str], text: Path, tmp_path: Path
 ) -> None:
-    quantize(str(toy()), tmp_path / "out", recipe_file(recipe), [str(text)], samples=8, seqlen=64)
+    quantize(QuantizeOptions(str(toy()), tmp_path / "out", recipe_file(recipe), [str(text)], samples=8, seqlen=64))
     assert contents(tmp_path / "out") == contents(quantized(recipe))
 
 
@@ -217,7 +217,7 @@ def test_a_recipe_that_misses_the_model_is_refused(
     rules: str, said: str, toy: Make, recipe_file: Callable[[str], str], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        quantize(str(toy()), tmp_path / "out", recipe_file(f"rules:\n  - {rules}\n"))
+        quantize(QuantizeOptions(str(toy()), tmp_path / "out", recipe_file(f"rules:\n  - {rules}\n")))
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_with_nan_is_refused_by_name(
     damaged[name][3, 4] = value
     save_file(damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VQCompressError, match=name):
-        quantize(str(tmp_path), tmp_path / "out", recipe_file("int8-plain"))
+        quantize(QuantizeOptions(str(tmp_path), tmp_path / "out", recipe_file("int8-plain")))
 
 
 @pytest.mark.parametrize(
@@ -261,20 +261,20 @@ def test_wrong_arguments_are_named_errors(
 ) -> None:
     arguments: dict[str, Any] = {"model": str(toy()), "recipe": "vq-2bit", "texts": [str(text)], "seqlen": 64}
     with pytest.raises(VQCompressError, match=said):
-        quantize(**{**arguments, "out": tmp_path / "out", **change})
+        quantize(QuantizeOptions(**{**arguments, "out": tmp_path / "out", **change}))
 
 
 def test_an_artifact_cannot_be_quantized_again(quantized: Make, tmp_path: Path) -> None:
     with pytest.raises(VQCompressError, match="artifact already"):
-        quantize(str(quantized()), tmp_path / "out", "fp8-tile")
+        quantize(QuantizeOptions(str(quantized()), tmp_path / "out", "fp8-tile"))
 
 
 MEASURE = """
 import sys
 from pathlib import Path
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 model, out, recipe, text = sys.argv[1:]
-quantize(model, Path(out), recipe, [text], samples=8, seqlen=64)
+quantize(QuantizeOptions(model, Path(out), recipe, [text], samples=8, seqlen=64))
 # Not ru_maxrss, in which Linux counts the process that started this one.
 status = Path("/proc/self/status").read_text()
 print(int(status.split("VmHWM:")[1].split()[0]) * 1024)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import VQCOMPRESS, Processes
 
-from vqcompress.pipeline.quantize import dry_run
+from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
 
 COMMON = {"torch_dtype": "bfloat16", "tie_word_embeddings": False}
 # Config, and parameters as published (DeepSeek-V3 without the layer that predicts a second token).
@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
 def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: Path) -> None:
     config, published = MODELS[name]
     (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
-    plan = dry_run(str(tmp_path), "vq-2bit", samples=128, seqlen=2048, device="cpu")
+    plan = dry_run(QuantizeOptions(str(tmp_path), None, "vq-2bit", samples=128, seqlen=2048, device="cpu"))
     assert plan["parameters"] == pytest.approx(published, rel=0.005)
     assert plan["source_bytes"] == 2 * plan["parameters"]
     quantized = plan["weights_quantized"]
@@ -56,7 +56,7 @@ def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: 
     # Two streams of hidden states in float32, and a block in 16 bits and in float32.
     assert plan["states_bytes"] == 2 * 4 * config["hidden_size"] * 128 * 2048
     block = published / config["num_hidden_layers"]
-    assert plan["states_bytes"] + 6 * block < plan["peak_rss_bytes"] < plan["states_bytes"] + 30 * block
+    assert plan["states_bytes"] + 6 * block < plan["peak_rss_bytes"] < plan["states_bytes"] + 50 * block
     assert plan["peak_device_bytes"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
 # The protocol of docs and README: 200 windows for evaluation, 128 rows for calibration.
 WINDOWS, SEQLEN, SAMPLES = 200, 512, 128
@@ -60,7 +60,7 @@ def test_a_recipe_costs_no_more_than_it_promises(
     model: str, recipe: str, bits: float, ratio: float, shared: Path, dense: dict[int, float], tmp_path: Path
 ) -> None:
     texts = [str(shared / "text" / "calibration.txt")]
-    report = quantize(str(shared / "models" / model), tmp_path / "out", recipe, texts, SAMPLES, SEQLEN)
+    report = quantize(QuantizeOptions(str(shared / "models" / model), tmp_path / "out", recipe, texts, SAMPLES, SEQLEN))
     verify(str(tmp_path / "out"))
     text = str(shared / "text" / "wikitext2-test.txt")
     found = perplexity(str(tmp_path / "out"), text, seqlen=SEQLEN, limit=WINDOWS)

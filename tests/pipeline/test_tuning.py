@@ -19,7 +19,7 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import block as compress
 from vqcompress.pipeline.block import first_states
 from vqcompress.pipeline.correction import closing_layer
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage import artifact, writer
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import Checkpoint, resolve
@@ -38,7 +38,7 @@ def recipe(folder: Path, knobs: str = "", tuning: str = "") -> str:
 
 
 def run(model: Path, out: Path, file: str, text: Path, **more: Any) -> dict[str, Any]:
-    return quantize(str(model), out, file, [str(text)], samples=24, seqlen=64, **more)
+    return quantize(QuantizeOptions(str(model), out, file, [str(text)], samples=24, seqlen=64, **more))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Pa
     ):
         file = tmp_path / f"{name}.yaml"
         file.write_text(f"{head}\nrules:\n  - {{match: '*', method: vq, codebook: trellis, state_bits: 8{knobs}}}\n")
-        report = quantize("demo", tmp_path / name, str(file), samples=96, seqlen=128)
+        report = quantize(QuantizeOptions("demo", tmp_path / name, str(file), samples=96, seqlen=128))
         closing = [row["name"] for row in report["targets"] if row["compensates"]]
         assert closing == ([] if name == "plain" else [f"model.layers.{i}.mlp.down_proj" for i in range(3)])
         assert verify(str(tmp_path / name))["targets"] == 21

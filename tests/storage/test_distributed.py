@@ -19,7 +19,7 @@ from kills import sums
 from vqcompress.kv_cache import calibrate as cache_calibration
 from vqcompress.methods.statistics import Accumulator
 from vqcompress.model import stream as blocks
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage.distributed import ALONE, ProcessGroup, reduce_statistics
 
 Make = Callable[..., Path]
@@ -80,7 +80,7 @@ def alone(
         if name not in made:
             out = tmp_path_factory.mktemp("alone") / "artifact"
             arguments = job(name, out)
-            quantize(arguments.pop("model"), Path(arguments.pop("out")), **arguments)
+            quantize(QuantizeOptions(arguments.pop("model"), Path(arguments.pop("out")), **arguments))
             made[name] = sums(out)
         return made[name]
 
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         assert (out / "journal.json").is_file(), said
     arguments = job("learned", out)
     if (out / "journal.json").is_file():
-        quantize(arguments.pop("model"), Path(arguments.pop("out")), **arguments)
+        quantize(QuantizeOptions(arguments.pop("model"), Path(arguments.pop("out")), **arguments))
     assert sums(out) == alone("learned")
 
 

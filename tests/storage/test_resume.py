@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from vqcompress.cli import tables as show
 from vqcompress.errors import VQCompressError
 from vqcompress.model.stream import BlockStream
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage import artifact, writer
 from vqcompress.storage.artifact import Artifact
 
@@ -41,10 +41,10 @@ from vqcompress.storage import writer
 from vqcompress.storage.artifact import Artifact
 from vqcompress.model.stream import BlockStream
 from vqcompress.errors import VQCompressError
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 model, recipe, text, folder, chain = sys.argv[1:]
 # What each life would load anew.
-quantize(model, Path(folder) / "000", recipe, [text], samples=2, seqlen=16)
+quantize(QuantizeOptions(model, Path(folder) / "000", recipe, [text], samples=2, seqlen=16))
 
 def run(out, limit):
     child = os.fork()
@@ -64,7 +64,7 @@ def run(out, limit):
     os.fsync, Path.replace, Path.unlink = mortal(os.fsync), mortal(Path.replace), mortal(Path.unlink)
     writer.save_file = mortal(writer.save_file)
     try:
-        quantize(model, Path(out), recipe, [text], samples=2, seqlen=16)
+        quantize(QuantizeOptions(model, Path(out), recipe, [text], samples=2, seqlen=16))
     except BaseException as error:
         print(f"limit {limit}: {error!r}", flush=True)
         os._exit(3)
@@ -108,7 +108,8 @@ def job(toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path)
 
     def run(out: Path, **changes: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"model": str(toy()), "recipe": recipe_file("mixed"), "texts": [str(text)]}
-        return quantize(**{**arguments, "out": out, "samples": 4, "seqlen": 32, **changes})
+        progress = changes.pop("progress", lambda event, facts: None)
+        return quantize(QuantizeOptions(**{**arguments, "out": out, "samples": 4, "seqlen": 32, **changes}), progress)
 
     return run
 
@@ -148,7 +149,9 @@ def test_killed_at_every_write_and_resumed_gives_the_same_bytes(
     assert all(resumed == 0 for _, _, resumed, _ in log), done.stdout[-2000:]
     assert len(log) > 20
     folders = sorted(path for path in tmp_path.iterdir() if not path.name.startswith("early"))
-    quantize(str(toy()), tmp_path / "straight", recipe_file("mixed"), [str(text)], samples=2, seqlen=16)
+    quantize(
+        QuantizeOptions(str(toy()), tmp_path / "straight", recipe_file("mixed"), [str(text)], samples=2, seqlen=16)
+    )
     expected = contents(tmp_path / "straight")
     for folder in folders:
         assert contents(folder) == expected, folder.name
@@ -165,14 +168,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from vqcompress.storage.artifact import JOURNAL, STAGED
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 model, recipe, text, folder, states, kills = sys.argv[1:]
 
 def live(out):
     child = os.fork()
     if not child:
         try:
-            quantize(model, out, recipe, [text], samples=4, seqlen=32, states=states)
+            quantize(QuantizeOptions(model, out, recipe, [text], samples=4, seqlen=32, states=states))
         except BaseException as error:
             print(repr(error), flush=True)
             os._exit(3)
@@ -190,7 +193,7 @@ def over(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 # What each life would load anew.
-quantize(model, Path(folder) / "0", recipe, [text], samples=4, seqlen=32, states=states)
+quantize(QuantizeOptions(model, Path(folder) / "0", recipe, [text], samples=4, seqlen=32, states=states))
 start = time.perf_counter()
 assert os.waitpid(live(Path(folder) / "1"), 0)[1] == 0
 whole, draw, log, number, lives = time.perf_counter() - start, random.Random(0), [], 2, 0
@@ -271,7 +274,7 @@ def test_a_resumed_run_does_not_encode_again_what_is_done(
     unfinished: Path, job: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     encoded: list[str] = []
-    job(unfinished, watch=lambda event, facts: encoded.append(facts["name"]) if event == "block" else None)
+    job(unfinished, progress=lambda event, facts: encoded.append(facts["name"]) if event == "block" else None)
     assert encoded == ["model.layers.1"]
 
 
@@ -510,7 +513,7 @@ def test_nan_in_a_late_block_is_named_and_once_mended_the_run_goes_on(
     assert sum(name in json.loads((out / artifact.JOURNAL).read_text())["blocks"] for name in blocks_named(18)) == 17
     tensors[name] = sound
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    job(out, model=str(model), watch=lambda event, facts: seen.append(facts["name"]) if event == "block" else None)
+    job(out, model=str(model), progress=lambda event, facts: seen.append(facts["name"]) if event == "block" else None)
     assert seen == ["model.layers.17"]
     job(tmp_path / "straight", model=str(source))
     assert contents(out) == contents(tmp_path / "straight")

@@ -11,7 +11,7 @@ import torch
 from kills import contents
 
 from vqcompress.errors import VQCompressError
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage.hidden_states import StatesOnDisk, keep
 
 
@@ -59,5 +59,7 @@ def test_states_on_disk_make_the_same_artifact(
 ) -> None:
     for states in ("memory", "disk"):
         out = tmp_path / states
-        quantize(str(toy()), out, recipe_file(recipe), [str(text)], samples=4, seqlen=32, states=states)
+        quantize(
+            QuantizeOptions(str(toy()), out, recipe_file(recipe), [str(text)], samples=4, seqlen=32, states=states)
+        )
     assert contents(tmp_path / "disk") == contents(tmp_path / "memory")

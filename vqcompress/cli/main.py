@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -97,12 +97,22 @@ def quantize(
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
     model = pinned(model, revision)
-    job: dict[str, Any] = {"recipe": recipe, "target_bits": target_bits, "samples": samples, "seqlen": seqlen}
-    job |= {"seed": seed, "device": device, "states": states, "kv_cache": kv_cache}
     if dry_run:
         if push_to_hub or private:
             raise UsageError("--dry-run cannot be combined with --push-to-hub or --private")
-        plan(model, calibration=calibration, json_file=json_file, **job)
+        plan(
+            model,
+            recipe,
+            target_bits,
+            calibration,
+            samples,
+            seqlen,
+            seed,
+            device,
+            states,
+            kv_cache,
+            json_file=json_file,
+        )  # fmt: skip
         return
     if output is None:
         raise UsageError("-o OUT is missing: give an output directory, or --dry-run")
@@ -114,11 +124,15 @@ def quantize(
     with uploading(push_to_hub, private) as upload, given as (console, write):
         from vqcompress.cli import tables as show
         from vqcompress.cli.progress import watching
+        from vqcompress.pipeline.quantize import QuantizeOptions
         from vqcompress.pipeline.quantize import quantize as run
 
+        options = QuantizeOptions(
+            model, output, recipe, calibration, samples, seqlen, seed, device.value, overwrite, target_bits,
+            states.value, kv_cache,
+        )  # fmt: skip
         with watching() as watch:
-            how: dict[str, Any] = {"overwrite": overwrite, "watch": watch, "began": Commands.began, **job}
-            report = run(model, output, texts=calibration, **how)
+            report = run(options, watch, Commands.began)
         write(report)
         show.quantized(console, report, str(output), model, calibration)
         upload(output, console)
@@ -149,11 +163,13 @@ def plan(
     check_choice(recipe, target_bits, kv_cache)
     with session([model], json_file, (recipe, kv_cache), calibration) as (console, write):
         from vqcompress.cli import tables as show
-        from vqcompress.pipeline.quantize import dry_run
+        from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
 
-        summary = dry_run(
-            model, recipe, calibration, samples, seqlen, seed, device.value, target_bits, states.value, kv_cache
-        )
+        options = QuantizeOptions(
+            model, None, recipe, calibration, samples, seqlen, seed, device.value, False, target_bits,
+            states.value, kv_cache,
+        )  # fmt: skip
+        summary = dry_run(options)
         write(summary)
         show.planned(console, summary)
 

@@ -1,4 +1,4 @@
-"""Exact rewrites of W x that make a weight or its input easier to quantize. Today: smoothing.
+"""SmoothQuant: an exact rewrite of W x that moves outliers from an input into the weights that read it.
 
 Shape legend: O output rows, I input channels, R rows of the producer that the factors fold into (R = I but for
 grouped-query attention, where several inputs of o_proj come from one row of v_proj), S sampled tokens.
@@ -19,11 +19,11 @@ Place = Literal["fold", "runtime", "none"]
 
 
 class Smoothing(BaseModel):
-    """The knobs of SmoothQuant (arXiv 2211.10438, section 4): W x = (W diag s)(diag(1/s) x).
+    """The options of SmoothQuant (arXiv 2211.10438, section 4): W x = (W diag s)(diag(1/s) x).
 
     alpha: the migration strength, 0 to 1, or "auto" to take per input the one of `grid` (or no smoothing at all) whose
-    quantized output is nearest to the dense one on calibration rows. norm, attention, mlp: what becomes of 1/s where
-    the input comes from a normalization, from attention (v_proj → o_proj) or from inside the MLP (up_proj →
+    quantized output is nearest to the dense one on calibration rows. norm, attention, mlp: where 1/s goes if the
+    input comes from a normalization, from attention (v_proj → o_proj) or from inside the MLP (up_proj →
     down_proj): `fold` it into the producer where that is proven exact and else apply it at run time, always apply it
     at `runtime`, or `none` (no smoothing there).
     """
@@ -86,14 +86,14 @@ def fit_smoothing(
     methods: list[Method],
     statistics: Statistics,
     rows_I: Tensor,
-    exact_in_any_format: bool,
+    powers_of_two: bool,
     seed: int,
-) -> tuple[Tensor, float]:
-    """The factors s (R,) for an input, and the α that made them (NaN: not smoothing at all was best).
+) -> tuple[Tensor, float | None]:
+    """The factors s (R,) for an input, and the α that made them; None if no smoothing had the least output error.
 
     weights, methods: of every target that reads the input. rows_I: the producer's row of each input channel; channels
-    of one row share a factor. exact_in_any_format: round the factors to powers of two, since something that they
-    multiply is stored in a short format.
+    of one row share a factor. powers_of_two: round the factors to these, because a tensor that they multiply is stored
+    in a 16-bit type.
     """
     assert statistics.absmax_I is not None
     rows = int(rows_I.max()) + 1
@@ -102,13 +102,14 @@ def fit_smoothing(
 
     def factors(alpha: float) -> Tensor:
         s_R = smoothing_factors(absmax_R, weight_absmax_R, alpha)
-        return s_R.log2().round().exp2() if exact_in_any_format else s_R
+        return s_R.log2().round().exp2() if powers_of_two else s_R
 
     if smoothing.alpha != "auto":
         return factors(smoothing.alpha), smoothing.alpha
-    candidates = [(torch.ones_like(absmax_R), float("nan")), *((factors(a), a) for a in smoothing.grid)]
+    candidates: list[tuple[Tensor, float | None]] = [(torch.ones_like(absmax_R), None)]
+    candidates += [(factors(alpha), alpha) for alpha in smoothing.grid]
     errors = [
         output_error(weights, methods, statistics, s_R[rows_I], torch.Generator().manual_seed(seed))
         for s_R, _ in candidates
     ]
-    return candidates[min(range(len(errors)), key=errors.__getitem__)]
+    return candidates[errors.index(min(errors))]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
 from vqcompress.model.stream import BlockStream
-from vqcompress.pipeline.block import Rewrites, encode, first_states, probe_of, study
+from vqcompress.pipeline.block import BlockEncoder, first_states, probe_of, study
 from vqcompress.pipeline.plan import Plan, make_plan
+from vqcompress.pipeline.smoothing import Rewrites
 from vqcompress.pipeline.statistics import gather
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import stored_bits
@@ -158,7 +159,7 @@ def _measure_block(
         needs, encoded = plan.methods[0].needs, dict(tensors)
         if needs not in gathered:
             gathered[needs] = gather(stream, plan, index, module, states, inputs, seed)
-        encode(stream, plan, block, encoded, gathered[needs], Rewrites(), seed)
+        BlockEncoder(stream, plan, block, encoded, gathered[needs], Rewrites(), seed).encode()
         stored = stream.load_block(index, encoded, [e for e in plan.entries if e.target.name in damage])
         for target in plan.compressed(block):
             path = block.local(target)

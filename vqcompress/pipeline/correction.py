@@ -1,11 +1,11 @@
-"""The last layer of a block makes good what all errors before it did to the hidden states.
+"""Output correction: the last layer of a block corrects the errors of all weights before it.
 
-Beside the hidden states that the stored model makes runs a second stream of those that the dense model makes. Once
-the other weights of a block are stored, its last linear layer, which adds its output to the block's, is moved to the
-least squares of what is missing: with D = dense output − output so far and x its input, W + (Σ D xᵀ)(Σ x xᵀ + λ)⁻¹,
-and then quantized. So errors are made up for where that costs no bit, instead of adding up from block to block (the
-asymmetric calibration of GPTAQ, arXiv 2504.02692, section 4, asks each layer for its own dense output; asking the last
-one for the block's, residual stream included, measured better: docs/vq.md).
+Beside the hidden states of the stored model run those of the dense model (the reference). Once the other weights of a
+block are stored, its last linear layer, which adds its output to the block's, is moved by least squares before it is
+quantized: with D = reference − output so far and x its input, W + (Σ D xᵀ)(Σ x xᵀ + λ)⁻¹. This costs no bit and keeps
+errors from adding up over the blocks. (The asymmetric calibration of GPTAQ, arXiv 2504.02692, section 4, fits each
+layer to its own dense output; fitting the last one to the block's, residual stream included, measured better:
+docs/vq.md.)
 Shape legend: O output rows, I input channels, T tokens.
 """
 
@@ -54,24 +54,25 @@ def closing_layer(stream: BlockStream, index: int, module: nn.Module, inputs: li
 
 
 @dataclass(frozen=True)
-class Compensation:
-    """What it takes to make good the drift of a block. path: of its closing layer inside the block.
+class OutputCorrection:
+    """What corrects the output of a block. path: of its closing layer inside the block.
 
-    states: the hidden states that enter the stored block, by batch. truth: those that the dense model's block puts out.
+    states: the hidden states that enter the stored block, by batch. reference: the outputs of the dense block.
     """
 
     stream: BlockStream
     index: int
     path: str
     states: States
-    truth: States
+    reference: States
 
+    @torch.no_grad()
     def __call__(
-        self, module: nn.Module, weight_OI: Tensor, needs: frozenset[str], facts: Statistics
+        self, module: nn.Module, weight_OI: Tensor, needs: frozenset[str], statistics: Statistics
     ) -> tuple[Tensor, Statistics]:
-        """The weight that is to be quantized in place of the closing layer's, and the statistics of its input.
+        """The weight that brings the block's output nearest to the dense one's, and the statistics of its input.
 
-        module: the block, all but the closing layer as stored. facts: what was known of the input.
+        module: the block, all but the closing layer as stored. statistics: of the input in the dense block.
         """
         layer, group = module.get_submodule(self.path), self.stream.group
         counts = group.all_gather(sum(t.shape[0] * t.shape[1] for t in self.states))
@@ -82,8 +83,8 @@ class Compensation:
         entering: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
         try:
-            for state, truth in zip(self.states, self.truth, strict=True):
-                gap_TO = (truth.float() - self.stream.run(module, self.index, state).float()).flatten(0, -2)
+            for state, dense in zip(self.states, self.reference, strict=True):
+                gap_TO = (dense.float() - self.stream.run(module, self.index, state).float()).flatten(0, -2)
                 x = entering.pop()
                 seen.add(x)
                 missing_OI += gap_TO.T @ x.reshape(len(gap_TO), -1).float()
@@ -91,12 +92,12 @@ class Compensation:
             handle.remove()
         reduce_statistics(group, seen)
         group.all_reduce(missing_OI)
-        known = seen.statistics(facts.seed)
-        # Its sums are as large as all that follows.
+        known = seen.statistics(statistics.seed)
+        # Free its sums: they are as large as what follows.
         del seen
         assert known.hessian_II is not None
         hessian_II = known.hessian_II.double()
-        # As much damping as the noise of so many tokens is worth, so that few of them are not learned by heart.
+        # Damping in proportion to channels / tokens, so that a few tokens are not overfitted.
         damping = max(1e-3, len(hessian_II) / tokens) * hessian_II.diagonal().mean().clamp(min=1e-30)
         hessian_II.diagonal().add_(damping)
         move_OI = torch.linalg.solve(hessian_II, missing_OI.double().T / tokens).T

@@ -95,7 +95,7 @@ def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str)
     hidden = stream.model.config.get_text_config().hidden_size
     size, outside, targets = max(_sizes(stream)), _outside(stream), plan.targets
     width = max((max(t.shape) for t in targets), default=hidden)
-    states = rows * seqlen * hidden * itemsize * (1 + plan.asks_for_truth) if plan.calibrated else 0
+    states = rows * seqlen * hidden * itemsize * (1 + plan.needs_reference) if plan.calibrated else 0
     # Both at once: the block as stored (a rotated one is float32, and turned in a copy), and its largest weight.
     read = size * (stored + 8 * rotated)
     work = max((t.weights for t in targets), default=0) * ENCODE_BYTES

@@ -36,14 +36,14 @@ class Plan:
         """The targets of a block whose rule is more than to keep them."""
         return [t for t in block.targets if not self.rules[t.name].method.dense]
 
-    def compensating(self, block: Block) -> set[str]:
-        """Paths of the targets of a block that make good the errors before them, if they close it."""
+    def correcting(self, block: Block) -> set[str]:
+        """Paths of the targets of a block that correct its output if they close it."""
         return {block.local(t) for t in self.compressed(block) if self.rules[t.name].method.compensates}
 
     @property
-    def asks_for_truth(self) -> bool:
-        """Whether the dense model's hidden states are needed too, to compensate by."""
-        return any(self.compensating(block) for block in self.blocks)
+    def needs_reference(self) -> bool:
+        """Whether the dense model's hidden states are needed too, to correct the output of blocks by."""
+        return any(self.correcting(block) for block in self.blocks)
 
     @property
     def targets(self) -> list[Target]:

@@ -24,7 +24,7 @@ from vqcompress.storage.targets import Block, kind
 from vqcompress.storage.writer import Writer
 
 
-class Uses:
+class CodebookUses:
     """How often the entries of codebooks are used by the weights of a block, each codebook in its place.
 
     Places: the path of shared parts, a target with its own, or the settings whose table ships with the package.
@@ -78,7 +78,7 @@ def run_report(
     shards = {name: record for name, record in writer.done.items() if name != STAGED}
     targets = [row for record in shards.values() for row in record["targets"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in targets)
-    asked = {target.name: plan.rules[target.name].needs for target in plan.targets}
+    unseen = (row["name"] for row in targets if row["tokens"] == 0 and not row["borrowed"])
     chosen: dict[str, list[int]] = {}
     for target in plan.targets:
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
@@ -116,7 +116,7 @@ def run_report(
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
         "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},
         "experts": {place: tokens for r in shards.values() for place, tokens in r.get("experts", {}).items()},
-        "uncalibrated": [row["name"] for row in targets if asked[row["name"]] and not row["tokens"] | row["borrowed"]],
+        "uncalibrated": [name for name in unseen if plan.rules[name].needs],
         "blocks": {name: record["seconds"] for name, record in shards.items()} | after,
         "peaks": {name: record["peaks"] for name, record in shards.items() if "peaks" in record},
         "targets": targets,

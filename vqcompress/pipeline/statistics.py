@@ -1,16 +1,17 @@
 """Statistics of what enters the weights of a block, gathered while the calibration rows run through it.
 
-The gate and up matrices of all experts share what enters their mixture; each last matrix has what its expert makes of
-the tokens that came to it. Shape legend: T tokens, K experts of a token, I input channels.
+The gate and up matrices of all experts share the input of their mixture; the last matrix of each expert has its own,
+from the tokens that were routed to it. Shape legend: T tokens, K experts of a token, I input channels.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ def seed_for(seed: int, name: str) -> int:
 
 @dataclass
 class _Mixture:
-    """What experts see. shared: of their input, if it is not counted as others that read it count it. lasts: of what
-    enters the last layer of each expert. weight_TK: squared, of the last call, where rows are weighted by it.
+    """What the experts of a mixture see.
+
+    shared: of their input, if its other readers count it differently. lasts: of the input of each expert's last layer.
+    index_TK: chosen experts of the last call. weight_TK: their squared weights, where rows are weighted by them.
     """
 
     experts: Experts
@@ -44,7 +47,7 @@ class _Mixture:
     weight_TK: Tensor | None = None
 
     def enter(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Before the experts run: count their input, and for the last layers whatever does not come by itself."""
+        """Before the experts run: count their input, and with `all` what every expert's last layer would read."""
         x_TI, self.index_TK, weight_TK = self.experts.routing(*args)
         chosen_TK = self.index_TK < len(self.experts.leaves())
         rows_T = chosen_TK.any(1)
@@ -64,44 +67,73 @@ class _Mixture:
         self.lasts[e].routed = self.lasts[e].tokens
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What is to be counted for some readers of one input.
+
+    kind: "input", what enters the reader; "mixture", the tokens that enter the mixture `module`, which counts them
+    itself; "expert", the tokens that its router sends to the last layer of an expert. needs: names of statistics.
+    """
+
+    entrance: Input
+    paths: tuple[str, ...]
+    needs: frozenset[str]
+    kind: Literal["input", "mixture", "expert"]
+    module: str
+
+
+def observations(inputs: list[Input], needs: dict[str, frozenset[str]], apart: list[str]) -> list[Observation]:
+    """What is to be counted for the inputs of a block.
+
+    needs: by the path of a target. apart: mixtures that do not count their input as its other readers do.
+    """
+    found = []
+    for entrance in inputs:
+        if entrance.mixture:
+            asked = frozenset[str]().union(*(needs.get(path, frozenset()) for path in entrance.consumers))
+            # Also without needs: coverage counts its tokens.
+            found.append(Observation(entrance, tuple(entrance.consumers), asked, "expert", entrance.mixture))
+            continue
+        groups: dict[str | None, list[str]] = defaultdict(list)
+        for path in entrance.consumers:
+            groups[next((m for m in apart if path.startswith(f"{m}.")), None)].append(path)
+        for mixture, paths in groups.items():
+            if asked := frozenset[str]().union(*(needs.get(path, frozenset()) for path in paths)):
+                kind: Literal["input", "mixture"] = "mixture" if mixture else "input"
+                found.append(Observation(entrance, tuple(paths), asked, kind, mixture or entrance.reader))
+    return found
+
+
 def gather(
     stream: BlockStream, plan: Plan, index: int, module: nn.Module, states: States, inputs: list[Input], seed: int
 ) -> dict[str, Statistics]:
     """Run the calibration rows through a dense block; statistics by the path of each target that reads an input.
 
-    Targets of one input share one object, but where experts see a part of it or count it by other weights.
+    Targets of one input share one object, except where experts see a part of it or count it by other weights.
     """
     block, options = plan.blocks[index], plan.recipe.experts or ExpertCalibration(min_tokens=None)
-    rules = {block.local(t): plan.rules[t.name] for t in plan.compressed(block)}
+    needs = {block.local(t): plan.rules[t.name].needs for t in plan.compressed(block)}
     mixtures = {path: _Mixture(m, options) for path, m in module.named_modules() if isinstance(m, Experts)}
     apart = [path for path, m in mixtures.items() if options.calibrate == "weighted" or m.experts.scaled]
     counts = stream.group.all_gather(sum(state.shape[0] * state.shape[1] for state in states))
     total, before = sum(counts), sum(counts[: stream.group.rank])
-    groups: list[tuple[Input, tuple[str, ...], Accumulator]] = []
-    handles = [module.get_submodule(path).register_forward_pre_hook(m.enter) for path, m in mixtures.items()]
-    for entrance in inputs:
-        members: dict[str | None, list[str]] = defaultdict(list)
-        for path in entrance.consumers:
-            members[entrance.mixture or next((m for m in apart if path.startswith(f"{m}.")), None)].append(path)
-        for place, paths in members.items():
-            needs = frozenset().union(*(rules[path].needs for path in paths if path in rules))
-            if not needs and not entrance.mixture:
-                continue
-            # Which tokens come to an expert nobody knows before.
-            accumulator = Accumulator(needs, entrance.channels, total, stream.device, None if place else before)
-            groups.append((entrance, tuple(paths), accumulator))
-            if entrance.mixture:
-                mixture = mixtures[entrance.mixture]
-                mixture.lasts.append(accumulator)
-                if options.calibrate == "all":
-                    continue
-                hook: Any = partial(mixture.leave, len(mixture.lasts) - 1)
-            elif place:
-                mixtures[place].shared = accumulator
-                continue
-            else:
-                hook = partial(_read, accumulator)
-            handles.append(module.get_submodule(entrance.reader).register_forward_pre_hook(hook))
+    counted: list[tuple[Observation, Accumulator]] = []
+    hooks: list[tuple[str, Callable[[nn.Module, Any], None]]] = [(path, m.enter) for path, m in mixtures.items()]
+    for seen in observations(inputs, needs, apart):
+        # How many tokens earlier processes send to an expert is not known.
+        start = before if seen.kind == "input" else None
+        accumulator = Accumulator(seen.needs, seen.entrance.channels, total, stream.device, start)
+        counted.append((seen, accumulator))
+        if seen.kind == "input":
+            hooks.append((seen.module, partial(_read, accumulator)))
+        elif seen.kind == "mixture":
+            mixtures[seen.module].shared = accumulator
+        else:
+            mixture = mixtures[seen.module]
+            if options.calibrate != "all":
+                hooks.append((seen.entrance.reader, partial(mixture.leave, len(mixture.lasts))))
+            mixture.lasts.append(accumulator)
+    handles = [module.get_submodule(path).register_forward_pre_hook(hook) for path, hook in hooks]
     try:
         for state in states:
             stream.run(module, index, state)
@@ -109,12 +141,12 @@ def gather(
         for handle in handles:
             handle.remove()
     found: dict[str, Statistics] = {}
-    for entrance, consumers, accumulator in groups:
+    for seen, accumulator in counted:
         reduce_statistics(stream.group, accumulator)
-        totals = accumulator.statistics(seed_for(seed, f"{block.name}.{entrance.consumers[0]}"))
-        found |= dict.fromkeys(consumers, totals)
-    pooled = [(entrance, accumulator) for entrance, _, accumulator in groups if entrance.mixture]
-    return found | _borrowed(pooled, found, total, stream.device, options.min_tokens)
+        totals = accumulator.statistics(seed_for(seed, f"{block.name}.{seen.entrance.consumers[0]}"))
+        found |= dict.fromkeys(seen.paths, totals)
+    experts = [(seen.entrance, accumulator) for seen, accumulator in counted if seen.kind == "expert"]
+    return found | _borrowed(experts, found, total, stream.device, options.min_tokens)
 
 
 def _read(accumulator: Accumulator, _: nn.Module, args: tuple[Tensor, ...]) -> None:
