@@ -18,6 +18,7 @@ from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.kv_cache import codes as kv
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 
 Call = Callable[..., Any]
 META = torch.device("meta")
@@ -74,9 +75,9 @@ def drawn(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu") ->
     return [q_BQD.to(dtype), codes[0], books[0], codes[1], books[1], size.channels**-0.5], more
 
 
-def tokens(arguments: list[Any], start: int, end: int, more: dict[str, Any]) -> tuple[Tensor, kv.CodedTokens, float]:
+def tokens(arguments: list[Any], start: int, end: int, more: dict[str, Any]) -> tuple[Tensor, CodedTokens, float]:
     q_BQD, *stored, scaling = arguments
-    return q_BQD, kv.CodedTokens(*stored, start, end, **more), scaling
+    return q_BQD, CodedTokens(*stored, start, end, **more), scaling
 
 
 def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], config: Any = None) -> Any:

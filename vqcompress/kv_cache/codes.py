@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.kv_cache.gaussian import entries
 from vqcompress.methods.hadamard import hadamard, random_signs
 
@@ -190,27 +191,6 @@ def weigh(
     if scale_v is not None:
         weight_BHRT *= scale_v[:, :, None]
     return (weight_BHRT @ v_BHTD.to(dtype)).flatten(1, 2), lse_BHR.flatten(1)
-
-
-class CodedTokens(NamedTuple):
-    """Keys and values of one layer as codes, and what attention to them needs.
-
-    codes_k, codes_v: uint8 (B, H, T, G). book_k, book_v: codebooks (H or 1, G or 1, E, d). start, end: the tokens that
-    are attended to. mask_BT: True where a token counts, None for all. cos_BTD, sin_BTD: (B or 1, T, D) if keys were
-    coded before their rotary embedding. scale_k, scale_v: (B, H, T), factors of a token's entries.
-    """
-
-    codes_k: Tensor
-    book_k: Tensor
-    codes_v: Tensor
-    book_v: Tensor
-    start: int
-    end: int
-    mask_BT: Tensor | None = None
-    cos_BTD: Tensor | None = None
-    sin_BTD: Tensor | None = None
-    scale_k: Tensor | None = None
-    scale_v: Tensor | None = None
 
 
 def attend(q_BQD: Tensor, tokens: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqcompress.kv_cache.codes import CodedTokens
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.kv_cache.kernel_encode import ENTRIES, angles_of, books_of
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import READERS, STORED, Stored
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.kv_cache.quantizers import KVQuantizer, Learned
 
 # The least growth of memory for codes, in tokens, and the room of a sliding window beyond its length.
@@ -217,6 +218,7 @@ class KVLayer(CacheLayerMixin):
             STORED[key_states] = Stored(*self._decode(0, self.length), self.shared.window, self.shared.sinks)
         return key_states, value_states
 
+    @torch.no_grad()
     def _encode(self, states: tuple[Tensor, Tensor], new: int) -> None:
         """Append the codes of new tokens."""
         self._forget(new)
@@ -273,6 +275,7 @@ class KVLayer(CacheLayerMixin):
         """The number of `length` tokens that the next one attends to."""
         return length if self.window is None else min(length, self.window - 1)
 
+    @torch.no_grad()
     def _decode(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, count, D) from their codes, in the model's type. start: the first slot."""
         keys, values = (
@@ -332,6 +335,7 @@ class KVLayer(CacheLayerMixin):
         # The kernel reads two codes at a time.
         return not (query.is_cuda and self.parts[0]["codes"].shape[3] % 2)
 
+    @torch.no_grad()
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor] | None:
         """`codes.weigh` of a query (B, Q, 1, D) for the newest token; None where codes have to be decoded first."""
         if not self._can_attend(query, mask):
@@ -342,7 +346,7 @@ class KVLayer(CacheLayerMixin):
         slots = self.shared.slot_mask(self, mask)
         cos, sin = self.shared.angles_of(self.rotary, self.base, self.base + self.room) or (None, None)
         coded_BT = None if slots.coded_BT is None else slots.coded_BT.expand(len(q_BQD), -1)
-        tokens = kv.CodedTokens(
+        tokens = CodedTokens(
             parts_k["codes"], keys.book, parts_v["codes"], values.book, slots.start, slots.end, coded_BT,
             cos, sin, parts_k.get("scale"), parts_v.get("scale"),
         )  # fmt: skip
