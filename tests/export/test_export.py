@@ -12,11 +12,12 @@ import pytest
 import torch
 from aqlm import QuantizedLinear
 from aqlm.utils import _dequantize_weight, unpack_int_data
-from test_cli import call
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
+from typer.testing import CliRunner
 
 from vqcompress.cli import options
+from vqcompress.cli.main import app
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.perplexity import open_model
 from vqcompress.export import FORMATS, export, fp8
@@ -40,6 +41,10 @@ TWO_SIZES = (
 ROTATED = "rules:\n  - {match: '*', method: vq, d: 2, bits: 4, rotation: true, iterations: 1, codebook_updates: 0}\n"
 # What vLLM merges in the families below, for its rule that all of them are in the skip list or none.
 MERGED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["q_a_proj", "kv_a_proj_with_mqa"]]
+
+
+def call(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def read(path: Path) -> Any:

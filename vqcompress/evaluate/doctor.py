@@ -1,4 +1,4 @@
-"""Does an architecture work? Tried on a toy of it, with random weights, in seconds."""
+"""Whether an architecture works, tried in seconds on a toy of it with random weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from vqcompress.errors import VQCompressError
@@ -28,6 +29,10 @@ WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size":
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
 ROUTES = {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 TOKENS = 48
+# What architectures raise where their sizes do not fit together.
+MISFITS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, LookupError)
+MISFITS += (RuntimeError, TypeError, ValueError, StrictDataclassError)
+FAILURES: tuple[type[Exception], ...] = (VQCompressError, *MISFITS)
 
 
 def toy_config(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
@@ -39,8 +44,7 @@ def toy_config(config: transformers.PretrainedConfig) -> transformers.Pretrained
         toy = _shrink(copy.deepcopy(config), widths)
         try:
             AutoModelForCausalLM.from_config(toy, trust_remote_code=trusted())
-        except Exception:
-            # Whatever an architecture raises when its sizes do not fit together: the larger toy is tried.
+        except MISFITS:
             continue
         return toy
     raise VQCompressError(f"transformers cannot build a causal language model from a {config.model_type} config")
@@ -85,7 +89,7 @@ def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers
 
 
 def examine(model: str) -> dict[str, Any]:
-    """What works on MODEL's architecture and what will be left dense and why; JSON, from the config alone.
+    """The checks of MODEL's architecture, its folds, and which weights stay dense and why; JSON, from the config alone.
 
     ok: block by block equals the model's own forward, and the linear layers cover the blocks' large weights.
     coverage: share of the real model's block weights in linear layers. folds: where smoothing costs nothing.
@@ -103,7 +107,7 @@ def examine(model: str) -> dict[str, Any]:
             detail = f"largest difference of logits {difference:.1e} of {scale:.1e}, {len(stream.blocks)} toy blocks"
             checks.append({"name": "block by block equals forward", "ok": difference <= 1e-4 * scale, "detail": detail})
             folds = _folds(stream)
-        except (VQCompressError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except FAILURES as error:
             reason = " ".join(str(error).split())[:200]
             checks.append({"name": "block by block equals forward", "ok": False, "detail": reason})
     covered = sum(t.weights for block in real.blocks for t in block.targets)

@@ -22,7 +22,7 @@ from vqcompress.storage.artifact import OURS, Artifact
 from vqcompress.storage.checkpoint import INDEX, read_json, resolve
 from vqcompress.storage.writer import Shards, clear
 
-# Stands in the index, with the names of files beside the weights: --overwrite deletes those and no others.
+# Marks the index, which also lists the files beside the weights: --overwrite deletes only those.
 WRITER = "vqcompress export"
 
 
@@ -71,7 +71,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     shards = Shards(out)
     companions = source.companions()
     metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
-    # First, so that one that was interrupted can be told from what others wrote.
+    # The index goes first: it marks an interrupted export as ours.
     shards.write(INDEX, json.dumps({"metadata": metadata, "weight_map": {}}).encode())
     for number, tensors in enumerate(made.tensors, 1):
         weight_map |= dict.fromkeys(tensors, shards.write_shard(number, count, tensors)["file"])
@@ -80,7 +80,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
         shards.write(path.name, path.read_bytes())
     index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
-    # Last, so that an export that was interrupted is no checkpoint.
+    # config.json goes last: without it an interrupted export is no checkpoint.
     shards.write("config.json", json.dumps(made.config, indent=2).encode())
     result: dict[str, Any] = {"format": format, "files": count, "bytes": total, "left_dense": made.left_dense}
     result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.unreadable else reader.line(out)
@@ -94,8 +94,8 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
 
 
 def _empty(out: Path, overwrite: bool) -> None:
-    """Make room for an export; VQCompressError if there is anything else than an earlier one."""
-    # An export that is killed in its very first write leaves only this.
+    """Clear an earlier export out of a directory; VQCompressError if it holds anything else."""
+    # An export that is killed in its first write leaves only this file.
     if out.is_dir() and any(path.name != f"{INDEX}.partial" for path in out.iterdir()):
         index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
         metadata = index.get("metadata") if isinstance(index, dict) else None
@@ -103,8 +103,8 @@ def _empty(out: Path, overwrite: bool) -> None:
             raise VQCompressError(f"{out} holds something else than an export; choose another directory")
         weights = [path for path in out.iterdir() if path.suffix in (".safetensors", ".bin")]
         if foreign := [path for path in weights if not OURS.fullmatch(path.name)]:
-            raise VQCompressError(f"{foreign[0]} is of no export; choose another directory")
-        # One that was interrupted has no config, and gives way.
+            raise VQCompressError(f"{foreign[0]} was not written by vqcompress export; choose another directory")
+        # An interrupted export has no config.json and is replaced.
         if not overwrite and (out / "config.json").exists():
             raise VQCompressError(f"{out} already holds an export; choose another directory or give --overwrite")
         clear(out, {"config.json", *map(str, metadata.get("beside", []))})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqcompress.export.fp8 import misfit
+from vqcompress.export.fp8 import unsupported
 from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, tensors
 from vqcompress.methods import PackedTensors
 from vqcompress.methods.vq.codebook import Codebook
@@ -49,7 +49,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
             return f"has {entry.target.shape[1]} inputs, no multiple of d = {own.d}"
         if mixture_of(entry.target.name) in experts:
             return "is an expert's, of which transformers makes no linear layer"
-        return misfit(stream, entry)
+        return unsupported(stream, entry)
 
     refuse(artifact, "aqlm", why, "quantize with vq-2bit-aqlm, or keep such weights in a recipe like it")
     assert isinstance(method, Codebook)

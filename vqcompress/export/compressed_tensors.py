@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vqcompress.export.fp8 import misfit, ragged
-from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, settle, tensors
+from vqcompress.export.fp8 import partial_tile, unsupported
+from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, stays_dense, tensors
 from vqcompress.methods import Method, PackedTensors
 from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.fp8.reference import TILE
@@ -41,12 +41,12 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
         if static and mixture_of(entry.target.name) in experts:
             # vLLM has no product of experts with such scales.
             return "is an expert's with a static scale of activations"
-        return misfit(stream, entry)
+        return unsupported(stream, entry)
 
     instead = "quantize with fp8-tile, or with int8 and `none` in place of `fold` for smoothing that does not fold"
     refuse(artifact, "compressed-tensors", why, instead)
     is_int8 = isinstance(first.method, INT8)
-    held, left_dense = settle(stream, artifact, (lambda _: "") if is_int8 else ragged)
+    held, left_dense = stays_dense(stream, artifact, (lambda _: "") if is_int8 else partial_tile)
     config = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if is_int8 else "float-quantized",

@@ -1,14 +1,15 @@
 """`quant_method: fp8`, as DeepSeek-V3 and Qwen3 are published: E4M3 codes and a float32 multiplier per 128×128 tile.
 
 Source: DeepSeek-V3's README_WEIGHTS.md; FineGrainedFP8Config of transformers. The codes and scales of `fp8` artifacts
-are taken over to the bit. Activations are rounded in 1×128 tiles at run time, so nothing is stored of them.
+are copied bit for bit. Activations are rounded in 1×128 tiles at run time and need nothing stored. Which weights stay
+dense: those with a partial tile, and all that vLLM merges with them (`rewrite.stays_dense`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vqcompress.export.rewrite import Export, dense_modules, mixture_of, refuse, settle, tensors
+from vqcompress.export.rewrite import Export, dense_modules, mixture_of, refuse, stays_dense, tensors
 from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.fp8.reference import TILE
 from vqcompress.model.stream import BlockStream
@@ -25,10 +26,10 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
             return f"is compressed by {entry.method.name}"
         if entry.method != method:
             return "has power_of_two_scales where others have not"
-        return misfit(stream, entry)
+        return unsupported(stream, entry)
 
     refuse(artifact, "fp8", why, "quantize with fp8-tile")
-    held, left_dense = settle(stream, artifact, ragged)
+    held, left_dense = stays_dense(stream, artifact, partial_tile)
     config: dict[str, Any] = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
@@ -44,8 +45,8 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
     return Export({**artifact.config, "quantization_config": config}, held, left_dense, found)
 
 
-def ragged(target: Target) -> str:
-    """Why tiles of 128 × 128 do not hold a weight: readers differ in what they make of a tile that is not full.
+def partial_tile(target: Target) -> str:
+    """Why a weight does not fill tiles of 128 × 128 and stays dense, or "": readers treat a partial tile differently.
 
     transformers 5.24 takes the rows of a tile to be rows // tiles, and would load 192 rows as two tiles of 96.
     """
@@ -53,8 +54,8 @@ def ragged(target: Target) -> str:
     return f"{rows} × {columns} is no multiple of {TILE}" if rows % TILE or columns % TILE else ""
 
 
-def misfit(stream: BlockStream, entry: Entry) -> str:
-    """What no format of plain linear layers holds of a target: a vector at run time, experts in one tensor."""
+def unsupported(stream: BlockStream, entry: Entry) -> str:
+    """Why no format of plain linear layers can hold a target, or "": a vector at run time, experts in one tensor."""
     if entry.smoothed:
         return "divides its input by a smoothing vector at run time"
     return "is an expert's that the checkpoint stores fused" if mixture_of(entry.target.name) in stream.mixtures else ""

@@ -1,4 +1,4 @@
-"""What exporters share: which weights a format stores, the names of dense ones, and the tensors block by block."""
+"""What exporters share: which weights stay dense (`stays_dense`), their names, and the tensors block by block."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from vqcompress.storage.artifact import HINT, Artifact, Entry
 from vqcompress.storage.checkpoint import stored_dtype
 from vqcompress.storage.targets import Target
 
-# The tensors of a weight in a format, by what follows the module's name and its dot.
+# A target and its packed tensors → its tensors in a format, by the part of their name after the module's.
 Write = Callable[[Entry, PackedTensors], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Export:
-    """An artifact in another format; nothing but headers has been read yet.
+    """An artifact in another format; only headers have been read yet.
 
-    config: what goes into config.json. held: the targets that the format stores. left_dense: why the other ones are
-    written decoded, in the model's type. tensors: what lies outside of the blocks, then block by block. unreadable: why
-    transformers cannot load it, or nothing.
+    config: of config.json. held: targets that stay compressed. left_dense: every other target → why it is written
+    decoded, in the model's type. tensors: those outside of the blocks, then block by block. unreadable: why
+    transformers cannot load it, or "".
     """
 
     config: dict[str, Any]
@@ -48,7 +48,7 @@ def refuse(artifact: Artifact, format: str, why: Callable[[Entry], str], instead
 
 
 def mixtures(stream: BlockStream) -> set[str]:
-    """Paths of the modules of experts of which a matrix is compressed."""
+    """Paths of all modules of experts."""
     blocks = zip(stream.blocks, stream.skeletons, strict=True)
     return {f"{b.name}.{path}" for b, block in blocks for path, m in block.named_modules() if isinstance(m, Experts)}
 
@@ -58,16 +58,16 @@ def mixture_of(target: str) -> str:
     return target.rsplit(".", 2)[0]
 
 
-def settle(
+def stays_dense(
     stream: BlockStream, artifact: Artifact, unfit: Callable[[Target], str]
 ) -> tuple[frozenset[str], dict[str, str]]:
-    """The targets that a format stores; and why each other compressed one is written decoded.
+    """The targets that stay compressed; and of each other one why it is written dense.
 
-    unfit: why a weight has to be dense, or nothing. vLLM and SGLang merge projections (q, k and v; gate and up; what
+    unfit: why a weight has to be dense, or "". vLLM and SGLang merge projections (q, k and v; gate and up; what
     reads the input of a latent attention; all experts of a layer) and refuse a checkpoint in which only some of those
-    that they merge are compressed. Which they merge is a table of each of their models, but those lie in one module and
-    read as many channels, or are experts of one mixture; so all such weights agree here. To take too many together
-    costs some dense weights; too few, and the file would not load.
+    that they merge are compressed. Which they merge is a table in each of their models; it is always weights of one
+    module with equally many inputs, or the experts of one mixture, so all such weights agree here. A group too large
+    costs a few dense weights; with a group too small the file would not load.
     """
     groups: dict[tuple[str, int], list[Target]] = defaultdict(list)
     experts = mixtures(stream)
@@ -94,8 +94,8 @@ def settle(
 def dense_modules(stream: BlockStream, held: Collection[str]) -> list[str]:
     """Full names of the modules whose matrices stay dense, in the model's spelling and in the checkpoint's.
 
-    Output head and routers are among them, embeddings are not. Patterns mean something else to every reader; full names
-    mean the same to all.
+    Output head and routers are among them, embeddings are not. Readers differ in what a pattern
+    means, so names are full.
     """
     blocks = zip(stream.blocks, stream.skeletons, strict=True)
     inside = [(f"{b.name}.{path}", module) for b, block in blocks for path, module in block.named_modules()]
@@ -112,7 +112,7 @@ def dense_modules(stream: BlockStream, held: Collection[str]) -> list[str]:
 
 
 def _weight(stream: BlockStream, entry: Entry) -> str:
-    """The name on disk that a target's weight would have: `X.weight_PART` stands for `X.weight`."""
+    """The name of a target's weight in a dense checkpoint: `X.weight_PART` stands for `X.weight`."""
     part = next(iter(entry.layout()))
     return stream.stored_parts(entry)[part].removesuffix(f"_{part}")
 
@@ -120,7 +120,7 @@ def _weight(stream: BlockStream, entry: Entry) -> str:
 def tensors(
     stream: BlockStream, artifact: Artifact, held: Collection[str], write: Write
 ) -> Iterator[dict[str, Tensor]]:
-    """What lies outside of the blocks, then block by block: held targets as `write` has them, others decoded."""
+    """Tensors outside of the blocks, then block by block: held targets as `write` returns them, others decoded."""
     weights = {name: _weight(stream, entry) for name, entry in artifact.entries.items()}
     # One has the marker, which lies outside of the blocks if its name has a prefix that no parameter is known by.
     marked = {fused_weight_name(w.removesuffix(".weight"), stream.fused_layout(name)) for name, w in weights.items()}

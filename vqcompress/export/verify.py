@@ -1,4 +1,4 @@
-"""An export read by its own reader in a process that knows nothing of this package, and compared with the artifact."""
+"""Reads an export with its own reader, in a process without this package, and compares it with the artifact."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
     logits_file = out / "logits.partial"
     command = [
         sys.executable,
-        # Nothing is imported from where the user happens to be.
+        # Do not import modules from the current directory.
         "-P",
         "-c",
         READ.format(setup=reader.setup, trusted=trusted()),
         str(out),
         json.dumps(ids_BL.tolist()),
     ]
-    # Where transformers sees a GPU it keeps FP8 weights for it.
+    # On a GPU transformers would keep FP8 weights as they are.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, str(logits_file)], capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from vqcompress.errors import UsageError, VQCompressError
@@ -31,7 +32,7 @@ def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident size that this process has had."""
+    """The peak resident set size of this process, since the last `reset_peak_memory` where the system can reset it."""
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would also count what the parent held when it forked.
@@ -40,13 +41,13 @@ def peak_rss_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps pieces for the threads that had them, and peaks add up."""
+    """Return freed memory to the system. glibc keeps it per thread, so that peaks of several threads would add up."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory() -> None:
-    """Let the peaks of memory start anew, where the system can."""
+    """Restart the measurement of peak memory, where the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -56,24 +57,20 @@ def reset_peak_memory() -> None:
 
 
 def available_bytes() -> int:
-    """About how much more memory this process may take: what the machine has free, or its own limit if that is less."""
-    limits = [sys.maxsize]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        limits.append(int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[0]) * 1024)
+    """Bytes that this process may still take: free memory of the machine, or what its limits leave if that is less."""
+    limits = [psutil.virtual_memory().available]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
         # "max" where there is no limit.
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    statm = Path("/proc/self/statm")
-    if soft != resource.RLIM_INFINITY and statm.exists():
-        limits.append(soft - int(statm.read_text().split()[0]) * resource.getpagesize())
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft - psutil.Process().memory_info().vms)
     return min(limits)
 
 
 def check_fits(needed: int, device: torch.device, what: str, instead: str) -> None:
-    """VQCompressError if so many bytes are more than a device has free. what: takes them. instead: what to do."""
+    """VQCompressError if a device has fewer free bytes than needed. what: needs them. instead: what the user can do."""
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
     if needed > free:
         raise VQCompressError(

@@ -1,8 +1,8 @@
-"""The experts of a mixture with one linear layer per stored matrix, in place of the fused module of transformers.
+"""Experts of a mixture as one linear layer per matrix, in place of the fused module of transformers.
 
-transformers 5 merges the matrices that a checkpoint stores expert by expert into 3-D parameters. Which matrix becomes
-which part of a merge is read from its own conversion mapping; where the checkpoint stores the 3-D parameters, their
-shapes leave a few possibilities. That the layers compute what the fused module does is proven by running both, so no
+transformers 5 merges the matrices that a checkpoint stores expert by expert into 3-D parameters. Its own conversion
+mapping says which matrix becomes which part. Where the checkpoint itself stores 3-D parameters, their shapes allow a
+few layouts. A layout is accepted only if the linear layers compute what the fused module computes, so that no
 architecture needs a table.
 Shape legend: T tokens, K experts of a token, S = T·K rows sorted by expert, E experts, I inputs of an expert,
 O outputs, F inner channels.
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,18 +25,20 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from vqcompress.model.expert_layout import Layout, candidates
-from vqcompress.model.stacked_experts import Stack, refusal
+from vqcompress.model.stacked_experts import Stack, can_stack
 
 MERGES = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-# The width of the random experts that the proof runs on; real ones may not fit into memory.
+# The width and the tokens of the proof; experts of the real width may not fit into memory.
 WIDTH, TOKENS = 16, 32
+
+logger = logging.getLogger(__name__)
 
 
 class _Linear(nn.Linear):
     """A linear layer that starts empty: to draw random weights for 45,000 of them takes seconds."""
 
     def reset_parameters(self) -> None:
-        """Nothing: weights are put in later."""
+        """Do nothing: weights are put in later."""
 
 
 class Experts(nn.Module):
@@ -125,24 +129,16 @@ class Experts(nn.Module):
         return y_TKI.masked_fill_((index_TK >= experts)[:, :, None], 0).sum(1).to(x_TI.dtype)
 
     def _stacked(self, x: Tensor) -> dict[str, Stack]:
-        """A stack for every leaf, made once for a device and a type; none unless all leaves can be stacked."""
+        """A stack for every layer, made once for a device and a type; empty if any layer cannot be stacked."""
         experts = cast(Any, list(self._modules.values()))
-        ends = experts[0], experts[-1]
-        current = all(stack.is_current(*(expert[leaf] for expert in ends)) for leaf, stack in self._stacks.items())
+        current = all(stack.is_current(experts[0][leaf], experts[-1][leaf]) for leaf, stack in self._stacks.items())
         if self._stacked_for != (x.device, x.dtype) or not current:
             self._stacks, self._stacked_for = {}, (x.device, x.dtype)
-            if not self.refusal(x.device):
+            columns = {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
+            if all(can_stack(layers, x.device) for layers in columns.values()):
                 with torch.inference_mode(False), torch.no_grad():
-                    self._stacks = {leaf: Stack(layers, x.dtype) for leaf, layers in self._columns().items()}
+                    self._stacks = {leaf: Stack(layers, x.dtype) for leaf, layers in columns.items()}
         return self._stacks
-
-    def refusal(self, device: torch.device) -> str:
-        """Why experts run one after the other on a device, for people to read; empty if they run as one stack."""
-        return next((why for layers in self._columns().values() if (why := refusal(layers, device))), "")
-
-    def _columns(self) -> dict[str, list[Any]]:
-        experts = cast(Any, list(self._modules.values()))
-        return {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
 
     def _activate(self, parts: list[Tensor]) -> Tensor:
         fused: Any = self._fused[0]
@@ -162,110 +158,177 @@ def _with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
 
 
 def without_merges(model: PreTrainedModel, mapping: list[Any]) -> list[Any]:
-    """transformers' conversion mapping for a model, less the merges of what Experts modules hold one by one."""
+    """transformers' conversion mapping for a model, without the merges of matrices that Experts modules hold."""
     leaves = {leaf for m in model.modules() if isinstance(m, Experts) for leaf in (*m.first, m.last)}
     return [m for m in mapping if not (leaves and isinstance(m, WeightConverter) and leaves & set(_merge(m)[1]))]
 
 
-def unfuse(model: PreTrainedModel, stored: Mapping[str, int] | None = None) -> str:
-    """Put Experts in place of every fused experts module of a model without memory; returns why not, or nothing.
+@dataclass(frozen=True)
+class Refusal:
+    """Why an experts module stays fused."""
 
-    stored: parameter → number of tensors of the checkpoint that become it, and every other name that the checkpoint
-    has; None if there is no checkpoint to ask. All modules change or none: a merge of transformers' mapping holds for
-    the whole model.
+    reason: str
+
+
+class _Conversions:
+    """What transformers' conversion mapping says of a model's parameters.
+
+    merges: the end of a fused parameter's name, and the matrices stacked in it. targets: the ends of the names of all
+    parameters that the mapping makes.
     """
-    mapping = get_model_conversion_mapping(model)
-    merges = [merge for m in mapping if (merge := _merge(m))[1]]
-    targets = {t.replace("\\", "").rstrip("$") for m in mapping for t in getattr(m, "target_patterns", ())}
-    ours: dict[str, Experts] = {}
-    proven: dict[tuple[Any, ...], Layout | None] = {}
-    for path, module in model.named_modules():
-        own = dict(module.named_parameters())
-        cubes = [p for p in own.values() if p.dim() == 3]
-        if len(cubes) != 2 or any("." in n or p.dim() < 2 or len(p) != len(cubes[0]) for n, p in own.items()):
-            continue
-        leaves = [next((leaves for end, leaves in merges if f"{path}.{name}".endswith(end)), ()) for name in own]
-        if len(own) == 2 and all(leaves) and len(leaves[1]) == 1:
-            parameters = {name: (parts, "weight") for name, parts in zip(own, leaves, strict=True)}
-            layouts = [Layout(len(cubes[0]), leaves[0], leaves[1][0], parameters)]
-            wanted = {f"{path}.{name}": len(p) * len(parameters[name][0]) for name, p in own.items()}
-        else:
-            wanted = {f"{path}.{name}": 1 for name in own}
-            if any(name.endswith(t) for name in wanted for t in targets if t.rpartition(".")[2] in own):
-                return "transformers makes them of other tensors than one matrix per expert"
-            layouts = list(candidates(module))
-        # One that was taken apart already stores the first matrix.
-        apart = any(layout.fused and f"{path}.0.{layout.first[0]}.weight" in (stored or {}) for layout in layouts)
-        if layouts and stored is not None and not apart and any(stored.get(name) != n for name, n in wanted.items()):
-            return "the checkpoint does not store them one by one"
-        key = (type(module), *((name, *p.shape) for name, p in own.items()), *leaves)
-        if key not in proven:
-            proven[key] = next((layout for layout in layouts if _is_exact(module, layout)), None)
-        if (layout := proven[key]) is None:
-            return f"{type(module).__name__} does more than gate, up and down"
-        ours[path] = Experts(module, layout)
-    for path, experts in ours.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, experts)
+
+    def __init__(self, model: PreTrainedModel):
+        mapping = get_model_conversion_mapping(model)
+        self.merges = [merge for m in mapping if (merge := _merge(m))[1]]
+        self.targets = {t.replace("\\", "").rstrip("$") for m in mapping for t in getattr(m, "target_patterns", ())}
+
+    def matrices(self, parameter: str) -> tuple[str, ...]:
+        """The names of the matrices that are stacked in a parameter; none if it is no such merge."""
+        return next((leaves for end, leaves in self.merges if parameter.endswith(end)), ())
+
+
+def unfuse(model: PreTrainedModel, sources: Mapping[str, int] | None = None) -> str:
+    """Replace every fused experts module of a model without memory by Experts; why that is impossible, or "".
+
+    sources: parameter → how many tensors of the checkpoint become it; None without a checkpoint. All modules change or
+    none: a merge of transformers' mapping holds for the whole model.
+    """
+    conversions = _Conversions(model)
+    layouts: dict[str, Layout] = {}
+    proven: dict[tuple[Any, ...], Layout | Refusal] = {}
+    for name, module in model.named_modules():
+        if _is_fused(module):
+            layout = find_layout(name, module, conversions, sources, proven)
+            if isinstance(layout, Refusal):
+                return layout.reason
+            layouts[name] = layout
+    for name, layout in layouts.items():
+        model.set_submodule(name, Experts(model.get_submodule(name), layout))
     return ""
 
 
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module's parameters are two 3-D stacks of experts, perhaps with their biases."""
+    own = dict(module.named_parameters())
+    stacks = [p for p in own.values() if p.dim() == 3]
+    return len(stacks) == 2 and all("." not in n and p.dim() > 1 and len(p) == len(stacks[0]) for n, p in own.items())
+
+
+def find_layout(
+    name: str,
+    module: nn.Module,
+    conversions: _Conversions,
+    sources: Mapping[str, int] | None,
+    proven: dict[tuple[Any, ...], Layout | Refusal],
+) -> Layout | Refusal:
+    """The layout of the fused module `name` that is proven exact. proven: results of modules of the same structure."""
+    own = dict(module.named_parameters())
+    experts = len(next(iter(own.values())))
+    matrices = {parameter: conversions.matrices(f"{name}.{parameter}") for parameter in own}
+    first, last = list(matrices.values())[:2]
+    if len(own) == 2 and first and len(last) == 1:
+        layouts = [Layout(experts, first, last[0], {p: (leaves, "weight") for p, leaves in matrices.items()})]
+        wanted = {f"{name}.{p}": experts * len(leaves) for p, leaves in matrices.items()}
+    else:
+        layouts = list(candidates(module))
+        wanted = dict.fromkeys((f"{name}.{p}" for p in own), 1)
+        made = tuple(target for target in conversions.targets if target.rpartition(".")[2] in own)
+        if any(parameter.endswith(made) for parameter in wanted):
+            return Refusal("transformers makes them of other tensors than one matrix per expert")
+    as_wanted = sources is None or wanted.items() <= sources.items() or _stored_unfused(name, layouts, sources)
+    if layouts and not as_wanted:
+        return Refusal("the checkpoint does not store them one by one")
+    key = (type(module), *((p, *tensor.shape) for p, tensor in own.items()), *matrices.values())
+    if key not in proven:
+        refusal = Refusal(f"{type(module).__name__} does more than gate, up and down")
+        proven[key] = next((layout for layout in layouts if _is_exact(module, layout)), refusal)
+    return proven[key]
+
+
+def _stored_unfused(name: str, layouts: list[Layout], stored: Mapping[str, int]) -> bool:
+    """Whether the checkpoint has the matrices one by one although the model's parameters are fused (an artifact)."""
+    return any(layout.fused and f"{name}.0.{layout.first[0]}.weight" in stored for layout in layouts)
+
+
 def _merge(conversion: Any) -> tuple[str, tuple[str, ...]]:
-    """End of a fused parameter's name, and the names of the matrices that are stacked in it; else no such names."""
+    """The end of a fused parameter's name and the matrices stacked in it; no matrices if it is not such a merge."""
     if not isinstance(conversion, WeightConverter):
         return "", ()
     operations = [(type(op), getattr(op, "dim", None)) for op in conversion.operations]
     target = conversion.target_patterns[0].replace("\\", "")
-    place = target.rpartition(".")[0]
+    parent = target.rpartition(".")[0]
     sources = [re.fullmatch(r"\^?(.*)\.\*\.(\w+)\.weight\$?", s.replace("\\", "")) for s in conversion.source_patterns]
-    leaves = tuple(match[2] for match in sources if match and match[1] == place)
+    leaves = tuple(match[2] for match in sources if match and match[1] == parent)
     return (target, leaves) if operations in MERGES and len(leaves) == len(sources) else ("", ())
 
 
 @torch.no_grad()
 def _is_exact(fused: nn.Module, layout: Layout) -> bool:
-    """Whether Experts compute what a fused module does, on random narrow experts and tokens."""
+    """Whether Experts of a layout compute what a fused module does, on random narrow experts and tokens."""
     draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, dtype=torch.float32)
-
-    # The model may be built under another default device and type.
+    # The model may be built under another default device.
     with torch.device("cpu"):
-        widths = set([p for p in fused.parameters() if p.dim() == 3][1].shape[1:])
-        random = {}
-        for name, (matrices, kind) in layout.parameters.items():
-            shape = (len(matrices) * WIDTH, WIDTH)[:: -1 if layout.transposed else 1]
-            random[name] = normal(layout.experts, *(shape if kind == "weight" else (len(matrices) * WIDTH,))) / 3
-        small: Any = _with_parameters(fused, **random)
-        for attribute, value in list(vars(small).items()):
-            # What the module was told of its inputs and inner channels.
-            if type(value) is int and value in widths - {layout.experts}:
-                setattr(small, attribute, WIDTH)
-        if hasattr(small, "config"):
-            small.config = copy.copy(small.config)
-            small.config._experts_implementation = "eager"
+        parameters = _narrow_parameters(layout, draw)
+        narrow = _narrowed(fused, layout, parameters)
+        ours = Experts(narrow, layout)
+        for name, parameter in parameters.items():
+            for path, part in layout.split(name, parameter):
+                ours.get_parameter(path).data = part
+        inputs = _random_call(ours, draw)
         try:
-            ours = Experts(small, layout)
-            for name, parameter in random.items():
-                for path, part in layout.split(name, parameter):
-                    ours.get_parameter(path).data = part
-            routing: tuple[Tensor, ...] = ()
-            x_TI = normal(TOKENS, WIDTH)
-            if not ours.scaled:
-                weights_TE = torch.rand(TOKENS, layout.experts, generator=draw, dtype=torch.float32)
-                weights_TK, index_TK = weights_TE.topk(min(2, layout.experts))
-                routing = index_TK, weights_TK
-            else:
-                # Sorted by expert; every third has not been chosen.
-                x_TI = normal(layout.experts * TOKENS, WIDTH) * (torch.arange(layout.experts * TOKENS) % 3 > 0)[:, None]
-            same = torch.allclose(ours(x_TI, *routing), small(x_TI, *routing), rtol=1e-4, atol=1e-5)
-            parts = [normal(TOKENS, WIDTH) for _ in layout.first]
-            # That gate and up are the rows that meet in a channel: otherwise what was split is only joined again.
-            for part in parts:
-                before, part[:, 1] = ours._activate(parts), part[:, 1] + 1
-                same = same and (ours._activate(parts) != before).any(0).nonzero().tolist() == [[1]]
-            return same
-        except Exception:
-            # Another structure fails in as many ways as there are models; it stays fused.
+            same = torch.allclose(ours(*inputs), cast(Any, narrow)(*inputs), rtol=1e-4, atol=1e-5)
+            return same and _channels_meet(ours, draw)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            # Parameters of another meaning do not fit each other; a forward of another structure takes other arguments.
+            logger.info("%s is not %s: %s", type(fused).__name__, layout, error)
             return False
+
+
+def _normal(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw, dtype=torch.float32)
+
+
+def _narrow_parameters(layout: Layout, draw: torch.Generator) -> dict[str, Tensor]:
+    """Random fused parameters of a layout, WIDTH wide."""
+    found = {}
+    for name, (matrices, kind) in layout.parameters.items():
+        rows = len(matrices) * WIDTH
+        shape = (rows,) if kind == "bias" else (WIDTH, rows) if layout.transposed else (rows, WIDTH)
+        found[name] = _normal(draw, layout.experts, *shape) / 3
+    return found
+
+
+def _narrowed(fused: nn.Module, layout: Layout, parameters: dict[str, Tensor]) -> nn.Module:
+    """A copy of a fused module with narrow parameters, and every attribute that is one of its widths adapted."""
+    widths = set([p for p in fused.parameters() if p.dim() == 3][1].shape[1:]) - {layout.experts}
+    narrow: Any = _with_parameters(fused, **parameters)
+    for attribute, value in list(vars(narrow).items()):
+        if type(value) is int and value in widths:
+            setattr(narrow, attribute, WIDTH)
+    if hasattr(narrow, "config"):
+        narrow.config = copy.copy(narrow.config)
+        narrow.config._experts_implementation = "eager"
+    return narrow
+
+
+def _random_call(experts: Experts, draw: torch.Generator) -> tuple[Tensor, ...]:
+    """Arguments for a mixture: tokens with two experts each, or tokens sorted by expert, every third not chosen."""
+    count = experts.layout.experts
+    if experts.scaled:
+        return (_normal(draw, count * TOKENS, WIDTH) * (torch.arange(count * TOKENS) % 3 > 0)[:, None],)
+    x_TI = _normal(draw, TOKENS, WIDTH)
+    weights_TK, index_TK = torch.rand(TOKENS, count, generator=draw, dtype=torch.float32).topk(min(2, count))
+    return x_TI, index_TK, weights_TK
+
+
+def _channels_meet(experts: Experts, draw: torch.Generator) -> bool:
+    """Whether channel 1 of gate and of up moves channel 1 of their product and no other.
+
+    Without this test, rows that were split wrongly and joined again in the same order would pass.
+    """
+    parts = [_normal(draw, TOKENS, WIDTH) for _ in experts.first]
+    for part in parts:
+        before, part[:, 1] = experts._activate(parts), part[:, 1] + 1
+        if (experts._activate(parts) != before).any(0).nonzero().tolist() != [[1]]:
+            return False
+    return True

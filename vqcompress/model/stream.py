@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.base import is_finite
@@ -33,68 +35,60 @@ BATCH_TOKENS = 4096
 
 
 class _Reached(Exception):
-    """The forward pass has come to the end of the blocks; what follows is not wanted."""
+    """Ends a forward pass at the last block."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """How a block was last called: hidden states and other arguments. reply: its answer, if not the hidden states."""
+
+    block: nn.Module
+    is_last: bool
+    hidden: Any = None
+    arguments: Any = None
+    reply: Tensor | None = None
+    returns_tuple: bool = False
 
 
 class _Recorder(nn.Module):
-    """Stands for a block: notes how it is called, and answers with its input or with `reply`."""
+    """Stands for a block: records how it is called, and answers with its input or with a given reply."""
 
-    def __init__(self, block: nn.Module, last: bool):
+    def __init__(self, block: nn.Module, is_last: bool):
         super().__init__()
         # Not as a submodule: the model's state then names no tensor of a block that is not in memory.
-        self.__dict__.update(block=block, last=last, seen=None, call=None, reply=None, tuples=False)
+        self.record = _Call(block, is_last)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
+        return getattr(self.__dict__["record"].block, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         """Record the call; the last block's recorder ends the pass unless it has a reply."""
-        state = self.__dict__
-        answer = state["reply"]
+        record, answer = self.record, self.record.reply
         if answer is None:
-            answer, rest, kwargs = _split(args, kwargs)
-            state["seen"], state["call"] = answer, (rest, kwargs)
-            if state["last"]:
+            answer, *rest = args or (kwargs.pop("hidden_states"),)
+            record.hidden, record.arguments = answer, (tuple(rest), kwargs)
+            if record.is_last:
                 raise _Reached
-        return (answer,) if state["tuples"] else answer
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        return (answer,) if record.returns_tuple else answer
 
 
 def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _plain(value: Any) -> Any:
-    """The same in float32, with tensors that autograd may save, which those made in inference mode are not."""
-    if isinstance(value, Tensor):
-        return value.float().clone() if value.is_floating_point() else value.clone()
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return type(value)(_plain(v) for v in value) if type(value) in (list, tuple) else value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
+def _as_float32(value: Any) -> Any:
+    """A copy in float32 that autograd may save, unlike tensors that were made in inference mode."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.float().clone() if value.is_floating_point() else value.clone()
 
 
 class BlockStream:
     """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
-    model's. fused_reason: why the experts of a mixture are no targets, or nothing. group: the processes that share the
-    rows. scratch: where hidden states are kept, if not in memory. Tensors are read when needed.
+    model's. fused_reason: why the experts of a mixture are no targets, or "". group: the processes that share the
+    rows. scratch: folder for hidden states, None to keep them in memory. Tensors are read when needed.
     """
 
     def __init__(
@@ -134,7 +128,9 @@ class BlockStream:
         self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
         for i, recorder in enumerate(self._recorders):
             self._layers[i] = recorder
+        self._records = [recorder.record for recorder in self._recorders]
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._knows_output = False
         self._rest_loaded = False
 
     def _fused_layouts(self) -> list[tuple[str, Layout]]:
@@ -220,25 +216,33 @@ class BlockStream:
     def embed(self, ids_BL: Tensor) -> Tensor:
         """The hidden states (B, L, H) that enter the first block; also learns how blocks are called at this shape."""
         self.load_non_block_weights()
-        with contextlib.suppress(_Reached):
-            self.model(ids_BL.to(self.device), use_cache=False)
-        first, *others = [recorder.__dict__ for recorder in self._recorders]
-        if others and not first["tuples"] and others[0]["seen"].shape != first["seen"].shape:
-            # The model took the first item of what the first block gave, so its blocks return tuples.
-            for state in (first, *others):
-                state["tuples"] = True
-            return self.embed(ids_BL)
-        calls = [recorder.__dict__["call"] for recorder in self._recorders]
+        self._record(ids_BL)
+        self._detect_tuple_output(ids_BL)
+        calls = [record.arguments for record in self._records]
         shape = (ids_BL.shape[0], ids_BL.shape[1])
         if shape in self._calls:
             self._compare(self._calls[shape], calls)
         self._calls[shape] = calls
-        return self._recorders[0].__dict__["seen"]
+        return self._records[0].hidden
+
+    def _record(self, ids_BL: Tensor) -> None:
+        with contextlib.suppress(_Reached):
+            self.model(ids_BL.to(self.device), use_cache=False)
+
+    def _detect_tuple_output(self, ids_BL: Tensor) -> None:
+        """Find out, once and with weights loaded, whether blocks return tuples; then record the calls anew."""
+        if not self._knows_output:
+            self._knows_output = True
+            if len(self._records) > 1 and self._records[1].hidden.shape != self._records[0].hidden.shape:
+                # The model took the first item of the first block's output.
+                for record in self._records:
+                    record.returns_tuple = True
+                self._record(ids_BL)
 
     def _compare(self, earlier: list[Call], calls: list[Call]) -> None:
         for block, a, b in zip(self.blocks, earlier, calls, strict=True):
-            for x, y in zip(_tensors(a), _tensors(b), strict=False):
-                if x.shape != y.shape or not torch.equal(x, y):
+            for x, y in zip(tree_leaves(a), tree_leaves(b), strict=False):
+                if isinstance(x, Tensor) and not torch.equal(x, y):
                     raise VQCompressError(
                         f"{block.name} is called with a tensor that depends on the tokens (beside the hidden states);"
                         f" {type(self.model).__name__} cannot be run block by block"
@@ -252,8 +256,8 @@ class BlockStream:
 
     def run_float32(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
         """The same of a block in float32, for gradients."""
-        args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
-        return _first(block(_plain(hidden_BLH), *_plain(args), **_plain(kwargs)))
+        args, kwargs = tree_map(_as_float32, self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i])
+        return _first(block(_as_float32(hidden_BLH), *args, **kwargs))
 
     def forward(self, block: nn.Module, i: int, states: States) -> None:
         """Replace each batch of hidden states by the block's output, in place."""
@@ -266,11 +270,11 @@ class BlockStream:
     @torch.inference_mode()
     def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """The logits (B, L, V) that follow from the last block's output."""
-        self._recorders[-1].__dict__["reply"] = hidden_BLH
+        self._records[-1].reply = hidden_BLH
         try:
             return self.model(ids_BL.to(self.device), use_cache=False).logits
         finally:
-            self._recorders[-1].__dict__["reply"] = None
+            self._records[-1].reply = None
 
     def batches(self, rows_NL: Tensor) -> list[Tensor]:
         """Rows cut into batches of about 4,096 tokens; the same whatever the machine, since sums depend on it."""
