@@ -8,6 +8,7 @@ Shape legend: B rows, T tokens, D channels of a head, S first tokens in full pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
@@ -96,20 +97,22 @@ class KVCache(Cache):
         if self._thread == get_ident():
             self.shared.append_angles(module, out, self._user[id(module)].get_seq_length())
 
-    def reorder_cache(self, beam_idx: Any) -> None:
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis to all that is stored."""
+        for part in (self.shared, *self.layers):
+            part.map_rows(change)  # type: ignore[union-attr]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows into the order of beams."""
-        super().reorder_cache(beam_idx)
-        self.shared.map_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self.map_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        self.shared.map_rows(lambda part: part.repeat_interleave(repeats, 0))
+        self.map_rows(lambda part: part.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some of the rows."""
-        super().batch_select_indices(indices)
-        self.shared.map_rows(lambda part: part[indices])
+        self.map_rows(lambda part: part[indices])
 
     def reset(self) -> None:
         """Forget everything."""

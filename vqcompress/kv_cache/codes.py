@@ -21,14 +21,13 @@ from torch.nn.functional import embedding
 from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.kv_cache.gaussian import entries
 from vqcompress.methods.hadamard import hadamard, random_signs
+from vqcompress.methods.vq.kmeans import kmeans
 
 BITS = 8
 ENTRIES = 1 << BITS
-# The range of the scales of heads, float16.
-TINY, HALF_MAX = 2.0**-14, 65504.0
-# Groups whose codebooks are learned at once.
+# Groups whose codebooks are learned in one batch.
 AT_ONCE = 16
-# Scores of a search at once.
+# Scores computed at once in a search: about what a CPU's cache holds.
 CHUNK = 1 << 19
 
 
@@ -96,23 +95,6 @@ def encode_unrotated(
     return encode(x_BHTD, book_HGEd)
 
 
-def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for rotated, normalized heads.
-
-    Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
-    (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
-    """
-    x_BHTD = x_BHTD.float() @ rotation(x_BHTD.shape[-1], x_BHTD.device)
-    scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
-    return encode_unrotated(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
-
-
-def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, d: int) -> Tensor:
-    """What `universal_encode` stored, float32 (B, H, T, D)."""
-    x_BHTD = decode(codes_BHTG, gaussian(d, codes_BHTG.device)) * scale_BHT.float()[..., None]
-    return x_BHTD @ rotation(x_BHTD.shape[-1], x_BHTD.device).T
-
-
 def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generator: torch.Generator) -> Tensor:
     """Codebooks (H, G, E, d) float16 of keys or values, by weighted k-means in every group, all groups at once.
 
@@ -127,43 +109,15 @@ def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generat
         weight_PN = weight_PN / weight_PN.mean(1, keepdim=True).clamp(min=1e-30) + 1e-3
     books = []
     for x, weight in zip(x_PNd.split(AT_ONCE), weight_PN.split(AT_ONCE), strict=True):
-        book = _seeds(x, weight, generator)
-        for _ in range(rounds):
-            book = _means(x, weight, _nearest(x, book), book)
-        books.append(book)
+        books.append(kmeans(x, weight, ENTRIES, rounds, _nearest, generator, sample=16, refill=False))
     return torch.cat(books).view(heads, channels // d, ENTRIES, d).half()
 
 
 def _nearest(x_PNd: Tensor, book_PEd: Tensor) -> Tensor:
     """The nearest entry (P, N) of every group's vectors."""
     half_P1E = book_PEd.square().sum(2)[:, None] / 2
-    # As many scores at once as a CPU's cache holds.
     rows = max(1, CHUNK // (len(x_PNd) * book_PEd.shape[1]))
     return torch.cat([torch.baddbmm(half_P1E, x, book_PEd.mT, alpha=-1).argmin(2) for x in x_PNd.split(rows, 1)], 1)
-
-
-def _seeds(x_PNd: Tensor, weight_PN: Tensor, generator: torch.Generator) -> Tensor:
-    """Entries (P, E, d) drawn by k-means++: by weight times squared distance to those drawn."""
-    index = torch.randperm(x_PNd.shape[1], generator=generator)[: 16 * ENTRIES].to(x_PNd.device)
-    x_PNd, weight_PN = x_PNd[:, index], weight_PN[:, index]
-    draws_EP1 = torch.rand((ENTRIES, len(x_PNd), 1), generator=generator).to(x_PNd.device)
-    book_PEd = x_PNd.new_empty((len(x_PNd), ENTRIES, x_PNd.shape[2]))
-    distance_PN = torch.ones_like(weight_PN)
-    for e in range(ENTRIES):
-        sum_PN = (distance_PN * weight_PN).cumsum(1)
-        at_P1 = torch.searchsorted(sum_PN, sum_PN[:, -1:] * draws_EP1[e], right=True).clamp(max=len(index) - 1)
-        book_PEd[:, e] = x_PNd.gather(1, at_P1[..., None].expand(-1, -1, x_PNd.shape[2]))[:, 0]
-        found_PN = (x_PNd - book_PEd[:, e, None]).square().sum(2)
-        distance_PN = found_PN if e == 0 else torch.minimum(distance_PN, found_PN)
-    return book_PEd
-
-
-def _means(x_PNd: Tensor, weight_PN: Tensor, code_PN: Tensor, book_PEd: Tensor) -> Tensor:
-    """The weighted mean of each entry's vectors (P, E, d); entries without any stay where they are."""
-    weight_PN1, code_PNd = weight_PN.double()[..., None], code_PN[..., None].expand_as(x_PNd)
-    mass_PE = weight_PN1.new_zeros(book_PEd.shape[:2]).scatter_add_(1, code_PN, weight_PN1[..., 0])
-    sum_PEd = weight_PN1.new_zeros(book_PEd.shape).scatter_add_(1, code_PNd, weight_PN1 * x_PNd)
-    return torch.where(mass_PE[..., None] > 0, (sum_PEd / mass_PE[..., None]).float(), book_PEd)
 
 
 def weigh(

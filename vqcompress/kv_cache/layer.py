@@ -392,18 +392,6 @@ class KVLayer(CacheLayerMixin):
             self.parts = tuple({name: change(part) for name, part in parts.items()} for parts in self.parts)
             self.full = tuple(map(change, self.full))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows into the order of beams."""
-        self.map_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.map_rows(lambda part: part.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some of the rows."""
-        self.map_rows(lambda part: part[indices])
-
     def nbytes(self) -> int:
         """Memory of this layer in bytes."""
         return sum(part.nbytes for part in (*self.parts[0].values(), *self.parts[1].values(), *self.full))

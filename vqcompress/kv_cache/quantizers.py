@@ -16,6 +16,8 @@ from vqcompress.kv_cache import codes as kv
 from vqcompress.methods.fp8 import reference as fp8
 
 CPU = torch.device("cpu")
+# The range of float16 scales: its smallest normal number, and its largest.
+TINY, HALF_MAX = 2.0**-14, 65504.0
 
 
 class KVQuantizer(ABC):
@@ -72,26 +74,31 @@ class Learned(KVQuantizer):
 
 
 class Universal(KVQuantizer):
-    """Codes of a Gaussian codebook for rotated heads, and a scale for each token and head. d: channels of a code."""
+    """Codes of a Gaussian codebook for rotated heads, with a float16 scale per token and head. d: channels of a code.
+
+    Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
+    (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
+    """
 
     def __init__(self, d: int, device: torch.device = CPU):
-        self.d, self.book = d, kv.gaussian(d, device)
+        self.book: Tensor = kv.gaussian(d, device)
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """Codes and scales."""
-        codes, scale = kv.universal_encode(x_BHTD, self.d)
-        return {"codes": codes, "scale": scale}
+        """Codes and scales (B, H, T)."""
+        x_BHTD = self.enter(x_BHTD)
+        scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
+        return {"codes": kv.encode_unrotated(x_BHTD / scale_BHT.float()[..., None], self.book), "scale": scale_BHT}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Entries times scales, rotated back."""
-        return kv.universal_decode(parts["codes"], parts["scale"], self.d)
+        return self.leave(kv.decode(parts["codes"], self.book) * parts["scale"].float()[..., None])
 
     def enter(self, x: Tensor) -> Tensor:
-        """Rotated."""
+        """x in float32, rotated."""
         return x.float() @ kv.rotation(x.shape[-1], x.device)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Rotated back."""
+        """x rotated back."""
         return x @ kv.rotation(x.shape[-1], x.device).T
 
 
