@@ -156,10 +156,10 @@ def _gather(
     return found
 
 
-def _taken(x_BHTD: Tensor, turned: tuple[Tensor, Tensor] | None, taken: slice) -> Tensor:
+def _taken(x_BHTD: Tensor, angles: tuple[Tensor, Tensor] | None, taken: slice) -> Tensor:
     """Some tokens (n, H, D), float32 on the CPU, without the rotary embedding, if they have one.
 
     That is a rotation: the gradient of what it turned is the gradient turned back.
     """
-    x_BHTD = x_BHTD if turned is None else kv.turn(x_BHTD, *turned, back=True)
+    x_BHTD = x_BHTD if angles is None else kv.apply_rope(x_BHTD, *angles, inverse=True)
     return x_BHTD.transpose(1, 2).flatten(0, 1)[taken].float().cpu()
