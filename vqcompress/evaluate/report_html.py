@@ -149,18 +149,20 @@ def _outliers(targets: Rows, places: Places) -> tuple[Charts, list[list[object]]
             folded = smoothing["folded_into"]
             factors = "run time" if folded is None else f"folded into {_local_kind(folded)}"
             inputs[block, factors, smoothing["alpha"], *smoothing["outlier"]].append(path)
-    by_readers: dict[tuple[str, str], list[tuple[int, float | None, float, float]]] = defaultdict(list)
-    for (block, factors, *figures), paths in inputs.items():
-        by_readers[_join(dict.fromkeys(paths)), factors].append((block, *figures))
+    by_readers: dict[tuple[str, str], Rows] = defaultdict(list)
+    for (block, factors, alpha, before, after), paths in inputs.items():
+        figures = {"block": block, "alpha": alpha, "before": before, "after": after}
+        by_readers[_join(dict.fromkeys(paths)), factors].append(figures)
     drawn: Charts = {}
-    for index, title in ((2, "before smoothing"), (3, "after smoothing")):
-        points = ((readers, f[0], f[index]) for (readers, _), found in by_readers.items() for f in found)
-        drawn |= _line_chart(points, "largest ÷ median", title)
+    for when in ("before", "after"):
+        points = ((readers, f["block"], f[when]) for (readers, _), found in by_readers.items() for f in found)
+        drawn |= _line_chart(points, "largest ÷ median", f"{when} smoothing")
     rows: list[list[object]] = []
     for (readers, factors), found in by_readers.items():
-        alphas = [f[1] for f in found if f[1] is not None]
+        alphas = [f["alpha"] for f in found if f["alpha"] is not None]
         strength = f"{min(alphas):g} to {max(alphas):g}" if alphas else "-"
-        rows.append([readers, factors, len(found), strength, *(short(fmean(f[i] for f in found)) for i in (2, 3))])
+        means = [short(fmean(f[when] for f in found)) for when in ("before", "after")]
+        rows.append([readers, factors, len(found), strength, *means])
     return drawn, rows
 
 
