@@ -118,7 +118,8 @@ def _error_charts(report: dict[str, Any], places: Places) -> Charts:
     found: Charts = {}
     for key in ("relative_error", "proxy_error", *(["bits_per_weight"] if len(report["settings"]) > 1 else [])):
         points = ((path, block, row[key]) for row, (block, path) in zip(report["targets"], places, strict=True))
-        found |= _line_chart(points, key.replace("_", " "), key.replace("_", " "))
+        # The title says what the axis is, whose numbers are long.
+        found |= _line_chart(points, "", key.replace("_", " "))
     return found
 
 
