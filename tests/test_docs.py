@@ -37,6 +37,7 @@ from vqcompress.cli.options import FORMATS
 from vqcompress.export import verify
 from vqcompress.methods import METHODS
 from vqcompress.methods.smoothing import Smoothing
+from vqcompress.methods.vq.trellis import Trellis
 from vqcompress.storage import recipe
 from vqcompress.storage.recipe import ExpertCalibration, KVCacheConfig, Tuning
 from vqcompress.storage.recipe_files import AS_STORED, packaged
@@ -338,7 +339,7 @@ def table_of_knobs(heading: str) -> dict[str, str]:
     """Knob → its default as the page says it, of the table with the header `knob` below a heading."""
     section = re.search(rf"^## {heading}.*?(?=^## |\Z)", TEXT_OF["recipes.md"], re.DOTALL | re.MULTILINE)
     assert section, heading
-    rows = re.search(r"^\| knob .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
+    rows = re.search(r"^\| (?:knob|option) .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
     assert rows, heading
     found = {}
     for row in rows[0].splitlines()[2:]:
@@ -351,13 +352,14 @@ def table_of_knobs(heading: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("heading", KNOBS)
 def test_every_knob_is_in_the_docs_with_its_default(heading: str) -> None:
-    fields, said = KNOBS[heading].model_fields, table_of_knobs(heading)
+    fields, said = dict(KNOBS[heading].model_fields), table_of_knobs(heading)
+    fields |= Trellis.model_fields | fields if heading == "`vq`" else {}
     assert said.keys() == fields.keys()
     for name, field in fields.items():
         default, cell = field.default, said[name].strip("`")
         if isinstance(default, bool):
-            assert cell in (str(default).lower(), "by family"), name
-        elif isinstance(default, (int, float, str)) and cell != "by family":
+            assert cell in (str(default).lower(), "by codebook"), name
+        elif isinstance(default, (int, float, str)) and cell != "by codebook":
             assert (cell if isinstance(default, str) else float(cell)) == default, name
 
 

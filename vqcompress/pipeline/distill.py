@@ -1,14 +1,14 @@
-"""Tuning of what is continuous after the codes are fixed: scales, learned codebooks, and norms with their biases.
+"""Distillation: training of scales, learned codebooks, norms and biases after the codes are fixed.
 
-Block by block, against the hidden states that the dense model's block puts out (AQLM, arXiv 2401.06118, section 3.4);
-and of all blocks together, by distillation: the mean Kullback–Leibler divergence of the model's predictions from its
-original's. Gradients of codes there are none; what is stored is rounded to its type once, at the end.
-Shape legend: B rows, L tokens of a row, V vocabulary, O output rows, I input columns, T tokens.
+The loss is the mean Kullback–Leibler divergence of the model's predictions from those of the original. Codes have no
+gradient and stay. Values are trained in float32 and rounded to the stored type once, at the end.
+Shape legend: B rows, L tokens of a row, V vocabulary, O output rows, I input channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,17 @@ from vqcompress.storage.artifact import SMOOTHING, Entry
 from vqcompress.storage.distributed import ProcessGroup
 from vqcompress.storage.recipe import Tuning
 
-# Of a step; smaller ones make more of the same passes.
+# Tokens of a step: smaller steps learn more in the same number of passes.
 BATCH_TOKENS = 2048
 WARMUP = 5
-# Of norms and biases: those that are zero must be able to move, and a norm of Gemma multiplies by 1 + weight.
+# Least unit of norms and biases: zeros must be able to move, and a norm of Gemma multiplies by 1 + weight.
 LEAST_UNIT = 0.1
 
 
 class _Master:
-    """A stored tensor as something that can be trained. parameter: float32. unit: the size of a step for it.
+    """A float32 parameter in the place of a stored tensor.
 
-    dtype: that it is stored in. least: of the unit.
+    name, dtype: of the stored tensor. unit: the size of a step, its root mean square but at least `least`.
     """
 
     def __init__(self, name: str, stored: Tensor, dtype: torch.dtype, least: float = 0.0):
@@ -38,7 +38,7 @@ class _Master:
         self.unit = max(self.parameter.detach().square().mean().sqrt().item(), least)
 
     def stored(self) -> Tensor:
-        """What to store, in the type that it had."""
+        """The value to store, in the stored type."""
         value = self.parameter.detach()
         if not self.dtype.is_floating_point:
             limits = torch.iinfo(self.dtype)
@@ -75,36 +75,44 @@ class _Tuned(nn.Module):
         return nn.functional.linear(x, weight_OI.to(x.dtype), self.layer.bias)
 
 
-def make_tunable(root: nn.Module, prefix: str, entries: Iterable[Entry], stream: BlockStream) -> list[_Master]:
-    """Put masters in place below a module, a block or a model in float32; returns them, named as they will be stored.
+@dataclass(frozen=True)
+class TunableParams:
+    """The parameters that are trained in the place of stored tensors, named as they will be stored."""
 
-    prefix: of the module's own name, with its dot. stream: of the original, whose names and types they get.
-    """
-    disk = stream.names.on_disk
-    masters: list[_Master] = []
-    made: dict[str, _Master] = {}
-    inside = {id(p) for m in root.modules() if isinstance(m, (CompressedLinear, SharedParts)) for p in m.parameters()}
-    for path, parameter in root.named_parameters():
-        if parameter.dim() == 1 and id(parameter) not in inside:
-            name = disk(prefix + path)
-            masters.append(_Master(name, parameter, stream.source.tensors[name].dtype, LEAST_UNIT))
-            parent, _, name = path.rpartition(".")
-            setattr(root.get_submodule(parent), name, masters[-1].parameter)
-    for entry in entries:
-        path = entry.target.name.removeprefix(prefix)
-        layer = root.get_submodule(path)
-        assert isinstance(layer, CompressedLinear)
-        tuned: dict[str, _Master] = {}
-        for part in entry.method.tunable:
-            own = part in entry.layout()
-            name = disk(f"{entry.target.name}.weight_{part}" if own else f"{entry.shared}.{part}")
-            if name not in made:
-                stored = layer.parts()[part]
-                made[name] = _Master(name, stored, stored.dtype)
-            tuned[part] = made[name]
-        parent, _, name = path.rpartition(".")
-        setattr(root.get_submodule(parent), name, _Tuned(layer, tuned))
-    return [*masters, *made.values()]
+    masters: list[_Master]
+
+    @classmethod
+    def attach(cls, root: nn.Module, entries: Iterable[Entry], stream: BlockStream) -> TunableParams:
+        """Put masters in the place of the norms, biases and tunable parts of a float32 model.
+
+        entries: of its compressed layers. stream: of the original, whose names and types the masters get.
+        """
+        on_disk, packed = stream.names.on_disk, (CompressedLinear, SharedParts)
+        inside = {id(p) for module in root.modules() if isinstance(module, packed) for p in module.parameters()}
+        vectors = []
+        for path, parameter in root.named_parameters():
+            if parameter.dim() == 1 and id(parameter) not in inside:
+                name = on_disk(path)
+                vectors.append(_Master(name, parameter, stream.source.tensors[name].dtype, LEAST_UNIT))
+                parent, _, attribute = path.rpartition(".")
+                setattr(root.get_submodule(parent), attribute, vectors[-1].parameter)
+        parts: dict[str, _Master] = {}
+        for entry in entries:
+            layer = root.get_submodule(entry.target.name)
+            assert isinstance(layer, CompressedLinear)
+            own, tuned = entry.layout(), {}
+            for part in entry.method.tunable:
+                name = on_disk(f"{entry.target.name}.weight_{part}" if part in own else f"{entry.shared}.{part}")
+                if name not in parts:
+                    stored = layer.parts()[part]
+                    parts[name] = _Master(name, stored, stored.dtype)
+                tuned[part] = parts[name]
+            root.set_submodule(entry.target.name, _Tuned(layer, tuned))
+        return cls([*vectors, *parts.values()])
+
+    def stored(self) -> dict[str, Tensor]:
+        """The values to store, by name on disk."""
+        return {master.name: master.stored() for master in self.masters}
 
 
 def _fit(
@@ -159,7 +167,7 @@ def distill(
     student: the compressed model, changed by this. teacher: the original; both in float32 on the same device. stream:
     of the original. rows_NL: calibration tokens. tell: see `_fit`.
     """
-    masters = make_tunable(student, "", entries, stream)
+    tunable = TunableParams.attach(student, entries, stream)
     device = next(iter(teacher.parameters())).device
     batches = rows_NL.to(device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
 
@@ -171,5 +179,5 @@ def distill(
         found_BLV = student(batches[k]).logits.float().log_softmax(-1)
         return (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean()
 
-    _fit(masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, stream.group, tell)
-    return {master.name: master.stored() for master in masters}
+    _fit(tunable.masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, stream.group, tell)
+    return tunable.stored()
