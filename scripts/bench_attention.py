@@ -49,7 +49,9 @@ class Bench(Figures):
         label = f"attention, batch {cache.batch}, {cache.tokens} tokens, {heads}, d {cache.d}{turned}"
         parts = cache.parts(self.device, self.dtype)
         # The reference decodes all that it is given.
-        first = [part[:1] if n in (0, 1, 3) else part for n, part in enumerate(parts)]
+        q_BQD, tokens, scaling = parts
+        row = tokens._replace(codes_k=tokens.codes_k[:1], codes_v=tokens.codes_v[:1])
+        first = q_BQD[:1], row, scaling
         if self.right(label, error(kv.attend(*parts)[0][:1], reference.attend(*first)[0])) and not self.a.interpret:
             made = [cache.parts(self.device, self.dtype, seed) for seed in range(copies(cache.bytes()))]
             took = seconds(lambda given: kv.attend(*given), made)
@@ -59,12 +61,13 @@ class Bench(Figures):
 
     def coding(self, cache: Cache, tokens: int) -> None:
         """Keys of so many tokens of every row."""
-        _, _, book, *_, cos, sin = cache.parts(self.device, self.dtype)
+        _, coded, _ = cache.parts(self.device, self.dtype)
+        book, cos, sin = coded.book_k, coded.cos_BTD, coded.sin_BTD
         size, turned = (cache.batch, cache.heads, tokens, cache.channels), ", turned back" if cache.turned else ""
         x_BHTD = torch.randn(size, device=self.device, dtype=self.dtype)
         angles = [cos[:, :tokens], sin[:, :tokens]] if cache.turned else []
         codes = kernel_encode.encode(x_BHTD, book, *angles)
-        plain = reference.turn(x_BHTD, *angles, back=True) if cache.turned else x_BHTD
+        plain = reference.apply_rope(x_BHTD, *angles, inverse=True) if cache.turned else x_BHTD
         few = slice(0, 64)
         other = (codes[:1, :, few] != reference.encode(plain[:1, :, few], book)).float().mean().item()
         label = (

@@ -15,8 +15,8 @@ import time
 import torch
 import transformers
 
-from vqcompress.kv_cache.cache import keep_coded
-from vqcompress.runtime.load import kept_as, load_any
+from vqcompress.kv_cache.cache import use_kv_cache
+from vqcompress.runtime.load import kv_cache_config, load_any
 from vqcompress.storage.checkpoint import resolve
 
 
@@ -25,7 +25,7 @@ def load_way(way: str) -> transformers.PreTrainedModel:
     name, _, recipe = way.partition("@")
     model = load_any(name)
     if recipe:
-        keep_coded(model, kept_as(model, resolve(name), recipe))
+        use_kv_cache(model, kv_cache_config(model, resolve(name), recipe))
     return model
 
 

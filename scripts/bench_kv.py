@@ -28,20 +28,21 @@ from vqcompress.evaluate.perplexity import open_model
 from vqcompress.evaluate.speed import cache_nbytes
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
-from vqcompress.kv_cache.cache import KVCache
+from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
-from vqcompress.kv_cache.coders import FP8, Coder, Learned, Universal
+from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.pipeline.quantize import calibration
 from vqcompress.runtime.load import load_any
 from vqcompress.storage.checkpoint import resolve
+from vqcompress.storage.recipe import KVCacheConfig
 
 CONTEXT = 32768
 GROUP = 64
 
 
 @dataclass(frozen=True)
-class Scalar(Coder):
+class Scalar(KVQuantizer):
     """Rounded to levels between the smallest and the largest of a group; both float16."""
 
     bits: int
@@ -67,15 +68,15 @@ class Scalar(Coder):
         return self._rounded(x)[..., :tokens].mT
 
 
-def perplexity(model, windows_NL: Tensor, coders, rotary, window: int, sinks: int) -> float:
-    """Of windows; coders None is the plain cache."""
+def perplexity(model, windows_NL: Tensor, quantizers, rotary, window: int, sinks: int) -> float:
+    """Of windows; quantizers None is the plain cache."""
     total = 0.0
     with torch.inference_mode():
         for batch in windows_NL.split(4):
-            if coders is None:
+            if quantizers is None:
                 logits = model(batch, use_cache=False).logits
             else:
-                cache = KVCache(model, coders, rotary, window, sinks, strict=True)
+                cache = KVCache(model, KVCacheSpec(quantizers, rotary, window, sinks), strict=True)
                 with decoding(model):
                     logits = model(batch, **{CACHE: cache}, use_cache=True).logits
             total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
@@ -103,14 +104,15 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
         for layer in range(len(rotary)):
             plain.update(*torch.zeros(2, 1, heads, tokens, channels, dtype=dtype), layer)
         found[f"plain, {str(dtype).removeprefix('torch.')}"] = cache_nbytes(plain)
-    ways: dict[str, Coder] = {"fp8": FP8()}
+    ways: dict[str, KVQuantizer] = {"fp8": FP8()}
     for d in (2, 4, 8):
         ways[f"learned {d}x8"] = Learned(torch.randn(heads, channels // d, kv.ENTRIES, d).half())
         ways[f"universal {d}x8"] = Universal(d)
     for way in (*found, *ways):
         if way in ways:
             turned = rotary if isinstance(ways[way], Learned) else [None] * len(rotary)
-            cache = KVCache(model, [(ways[way], ways[way])] * len(rotary), turned, window, sinks, tokens)
+            config = KVCacheSpec([(ways[way], ways[way])] * len(rotary), turned, window, sinks)
+            cache = KVCache(model, config, tokens)
             model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             found[way] = cache.nbytes()
         share = round(found[way] / found["plain, bfloat16"], 4)
@@ -155,7 +157,8 @@ def main() -> None:
     plain = [None] * len(rotary)
     ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), plain)}
     for d in a.d:
-        books = calibrate(model, rows_NL, d, rotary, a.seed, not a.uniform)
+        options = KVCacheConfig(bits=8 // d, weights="uniform" if a.uniform else "gradient")
+        books = calibrate(model, rows_NL, options, rotary, a.seed)
         bits = 8 / d + 16 * kv.ENTRIES / CONTEXT
         ways[f"learned {d}x8"] = (bits, [(Learned(k), Learned(v)) for k, v in books], rotary)
         ways[f"universal {d}x8"] = (8 / d + 16 / channels, [(Universal(d), Universal(d))] * len(rotary), plain)
@@ -164,11 +167,11 @@ def main() -> None:
         ways[f"scalar {bits}, by token"] = (total, [(Scalar(bits, False), Scalar(bits, False))] * len(rotary), plain)
         ways[f"scalar {bits}, KIVI"] = (total, [(Scalar(bits, True), Scalar(bits, False))] * len(rotary), plain)
     found = []
-    for name, (bits, coders, turned) in ways.items():
+    for name, (bits, quantizers, turned) in ways.items():
         row = {"way": name, "bits_per_channel": round(bits, 3)}
         for text, windows in cut.items():
             for kept in ((0, 0), (a.window, a.sinks)):
-                ratio = perplexity(model, windows, coders, turned, *kept) / dense[text]
+                ratio = perplexity(model, windows, quantizers, turned, *kept) / dense[text]
                 row[f"{Path(text).name} {kept[0]}+{kept[1]}"] = round(ratio, 4)
         print(json.dumps(row), flush=True)
         found.append(row)

@@ -212,7 +212,8 @@ class Places:
             return [self.parts(cache, seed) for seed in range(copies(cache.bytes()))]
 
         yield Place(kernel, cache.batch, place, options, lambda parts: kv.attend(*parts), one, caches)
-        book, angles = one[2], one[9:]
+        _, coded_tokens, _ = one
+        book, angles = coded_tokens.book_k, (coded_tokens.cos_BTD, coded_tokens.sin_BTD)
         for count in (1, min(tokens, 4096)):
             rows, near = cache.batch * count, [a if a is None else a[:, :count] for a in angles]
             x_BHTD = random_rows(rows * cache.heads, channels, self.device, self.dtype)
@@ -222,7 +223,7 @@ class Places:
             coded = lambda x, near=near: kernel_encode.encode(x, book, *near)  # noqa: E731
             yield Place("kv.encode", rows, place, options, coded, x_BHTD, lambda x=x_BHTD: [x] * LEAST)
 
-    def parts(self, cache: Cache, seed: int) -> list[Any]:
+    def parts(self, cache: Cache, seed: int) -> Any:
         """Of a cache, on this device."""
         return cache.parts(self.device, self.dtype, seed)
 

@@ -21,18 +21,18 @@ from vqcompress.cli.main import app
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
-from vqcompress.kv_cache.cache import KVCache
+from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
-from vqcompress.kv_cache.coders import FP8, Coder, Learned, Universal
+from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import KV_CACHE
-from vqcompress.storage.recipe import dump, parse
+from vqcompress.storage.recipe import KVCacheConfig, dump, parse
 
 FAMILIES = ["llama", "qwen3", "gemma", "opt", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3"]
 
 
-class Plain(Coder):
+class Plain(KVQuantizer):
     """Stores what it gets, so that all but the codes can be compared with a plain cache."""
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
@@ -47,17 +47,21 @@ def model_of(family: str, **extra: Any) -> Any:
     return AutoModelForCausalLM.from_config(toy_config(family, **extra)).float().eval()
 
 
-def rough(model: Any, d: int = 4) -> list[tuple[Coder, Coder]]:
-    """Coders that lose something, for the layers of a toy."""
+def rough(model: Any, d: int = 4) -> list[tuple[KVQuantizer, KVQuantizer]]:
+    """KVQuantizers that lose something, for the layers of a toy."""
     return [(Universal(d), Universal(d))] * model.config.num_hidden_layers
 
 
-def plain(model: Any) -> list[tuple[Coder, Coder]]:
+def plain(model: Any) -> list[tuple[KVQuantizer, KVQuantizer]]:
     return [(Plain(), Plain()) for _ in range(model.config.num_hidden_layers)]
 
 
 def ids_of(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 384, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def new_cache(model: Any, quantizers: Any, rotary: Any, window: int, sinks: int, **options: Any) -> KVCache:
+    return KVCache(model, KVCacheSpec(quantizers, rotary, window, sinks), **options)
 
 
 def gaussian(*shape: int) -> Tensor:
@@ -68,9 +72,9 @@ def test_an_embedding_that_is_turned_back_is_gone() -> None:
     x = gaussian(2, 3, 5, 8)
     angle = gaussian(1, 5, 4).repeat(1, 1, 2)
     cos, sin = 1.5 * angle.cos(), 1.5 * angle.sin()
-    turned = kv.turn(x, cos, sin)
+    turned = kv.apply_rope(x, cos, sin)
     assert (turned - x).norm() > x.norm() / 2
-    torch.testing.assert_close(kv.turn(turned, cos, sin, back=True), x)
+    torch.testing.assert_close(kv.apply_rope(turned, cos, sin, inverse=True), x)
 
 
 @pytest.mark.parametrize("d", [2, 4, 8])
@@ -97,10 +101,10 @@ def test_codes_are_those_of_the_nearest_entry(d: int) -> None:
 def test_what_needs_no_calibration_loses_what_a_gaussian_does(d: int, most: float) -> None:
     """Distortion of the unit Gaussian at 4, 2 and 1 bits, with a channel a hundred times as loud as the others."""
     x = gaussian(1, 2, 500, 64) * torch.where(torch.arange(64) == 5, 100.0, 1.0)
-    codes, scale = kv.universal_encode(x, d)
-    back = kv.universal_decode(codes, scale, d)
+    universal = Universal(d)
+    back = universal.decode(universal.encode(x))
     assert (back - x).square().sum() <= most * x.square().sum()
-    assert not kv.universal_decode(*kv.universal_encode(0 * x, d), d).isnan().any()
+    assert not universal.decode(universal.encode(0 * x)).isnan().any()
 
 
 def test_e4m3_loses_a_sixteenth_at_most() -> None:
@@ -145,7 +149,7 @@ def test_generate_goes_as_with_a_plain_cache(family: str, kept: tuple[int, int])
         "eos_token_id": None,
     }
     expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **settings)
-    cache = KVCache(model, plain(model), find_rotary(model), *kept)
+    cache = new_cache(model, plain(model), find_rotary(model), *kept)
     assert torch.equal(model.generate(ids, **{CACHE: cache}, **settings), expected)
     assert cache.get_seq_length() == 43
 
@@ -156,7 +160,7 @@ def test_beams_are_reordered() -> None:
     ids, mask = ids_of(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, :5] = 0
     expected = model.generate(ids, attention_mask=mask, **settings)
-    cache = KVCache(model, plain(model), find_rotary(model), 4, 2)
+    cache = new_cache(model, plain(model), find_rotary(model), 4, 2)
     assert torch.equal(model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings), expected)
 
 
@@ -178,9 +182,9 @@ def step_by_step(model: Any, cache: KVCache, ids: Tensor, mask: Tensor | None = 
 def test_one_pass_measures_what_decoding_token_by_token_would(family: str, kept: tuple[int, int]) -> None:
     model = model_of(family)
     ids, rotary = ids_of(2, 40), find_rotary(model)
-    steps = step_by_step(model, KVCache(model, rough(model), rotary, *kept), ids)
+    steps = step_by_step(model, new_cache(model, rough(model), rotary, *kept), ids)
     with decoding(model):
-        once = model(ids, **{CACHE: KVCache(model, rough(model), rotary, *kept, strict=True)}, use_cache=True).logits
+        once = model(ids, **{CACHE: new_cache(model, rough(model), rotary, *kept, strict=True)}, use_cache=True).logits
     dense = model(ids, use_cache=False).logits
     torch.testing.assert_close(once, steps, atol=2e-4, rtol=1e-3)
     assert ((once - dense).abs().max() > 1e-3) == (kept != (100, 0))
@@ -190,7 +194,7 @@ def test_one_pass_measures_what_decoding_token_by_token_would(family: str, kept:
 def test_a_prompt_attends_in_full_precision() -> None:
     model = model_of("llama")
     ids = ids_of(2, 40)
-    cache = KVCache(model, rough(model), find_rotary(model), 0, 0)
+    cache = new_cache(model, rough(model), find_rotary(model), 0, 0)
     torch.testing.assert_close(model(ids, **{CACHE: cache}, use_cache=True).logits, model(ids, use_cache=False).logits)
 
 
@@ -201,8 +205,8 @@ def test_a_padded_row_reads_what_it_would_alone() -> None:
     short = ids_of(1, 30)
     ids = torch.cat([torch.zeros(1, 9, dtype=torch.long), short], 1)
     mask = (torch.arange(39) >= 9).long()[None]
-    alone = step_by_step(model, KVCache(model, rough(model), find_rotary(model), 5, 3), short)
-    cache = KVCache(model, rough(model), find_rotary(model), 5, 3)
+    alone = step_by_step(model, new_cache(model, rough(model), find_rotary(model), 5, 3), short)
+    cache = new_cache(model, rough(model), find_rotary(model), 5, 3)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     model(ids[:, :12], attention_mask=mask[:, :12], position_ids=places[:, :12], **{CACHE: cache}, use_cache=True)
     last = [
@@ -219,10 +223,10 @@ def test_a_padded_row_reads_what_it_would_alone() -> None:
 def test_what_is_cropped_was_never_there() -> None:
     model = model_of("llama")
     ids, rotary = ids_of(1, 30), find_rotary(model)
-    once = KVCache(model, rough(model), rotary, 0, 3)
+    once = new_cache(model, rough(model), rotary, 0, 3)
     model(ids[:, :20], **{CACHE: once}, use_cache=True)
     expected = step_by_step(model, once, ids[:, 20:])
-    cropped = KVCache(model, rough(model), rotary, 0, 3)
+    cropped = new_cache(model, rough(model), rotary, 0, 3)
     model(torch.cat([ids[:, :20], ids_of(1, 7, seed=1)], 1), **{CACHE: cropped}, use_cache=True)
     cropped.crop(-7)
     assert cropped.get_seq_length() == 20
@@ -235,7 +239,7 @@ def test_the_newest_tokens_are_read_as_they_are_after_a_crop() -> None:
     model = model_of("llama")
     ids, rotary = ids_of(1, 30), find_rotary(model)
     expected = step_by_step(model, DynamicCache(config=model.config), ids)  # type: ignore[arg-type]
-    cache = KVCache(model, plain(model), rotary, 8, 0)
+    cache = new_cache(model, plain(model), rotary, 8, 0)
     model(torch.cat([ids[:, :20], ids_of(1, 5, seed=1)], 1), **{CACHE: cache}, use_cache=True)
     cache.crop(-5)
     torch.testing.assert_close(step_by_step(model, cache, ids[:, 20:]), expected[:, 20:], atol=1e-5, rtol=1e-4)
@@ -247,7 +251,7 @@ def test_memory_is_of_codes() -> None:
     model = model_of("llama", hidden=256).to(torch.bfloat16)
     ids = ids_of(2, 250)
     dense = 2 * 2 * ids.numel() * 2 * 64 * 2
-    cache = KVCache(model, rough(model, 2), [None, None], 0, 0, length=250)
+    cache = new_cache(model, rough(model, 2), [None, None], 0, 0, length=250)
     model(ids, **{CACHE: cache}, use_cache=True)
     assert cache.nbytes() <= 0.3 * dense
     cache.reset()
@@ -258,10 +262,11 @@ def test_memory_is_of_codes() -> None:
 def test_codebooks_of_a_model_lose_less_than_the_universal_one() -> None:
     model = model_of("qwen3", hidden=64)
     rows, rotary = ids_of(24, 128), find_rotary(model)
-    for gradients in (True, False):
-        books = calibrate(model, rows, 4, rotary, gradients=gradients, rounds=6)
+    for weights in ("gradient", "uniform"):
+        options = KVCacheConfig(bits=2, weights=weights, rounds=6)
+        books = calibrate(model, rows, options, rotary)
         assert [(k.shape, v.dtype) for k, v in books] == [((2, 4, 256, 4), torch.float16)] * 2
-        again = calibrate(model, rows, 4, rotary, gradients=gradients, rounds=6)
+        again = calibrate(model, rows, options, rotary)
         assert all(
             torch.equal(a, b)
             for pair, other in zip(books, again, strict=True)
@@ -271,7 +276,7 @@ def test_codebooks_of_a_model_lose_less_than_the_universal_one() -> None:
         errors = []
         for coders in ([(Learned(k), Learned(v)) for k, v in books], rough(model)):
             with torch.inference_mode(), decoding(model):
-                cache = KVCache(model, coders, rotary, 0, 0, strict=True)
+                cache = new_cache(model, coders, rotary, 0, 0, strict=True)
                 logits = model(rows[:4], **{CACHE: cache}, use_cache=True).logits
             with torch.inference_mode():
                 errors.append((logits - model(rows[:4], use_cache=False).logits).square().mean().item())
@@ -408,5 +413,5 @@ def test_a_recipe_of_weights_may_say_how_the_cache_is_kept() -> None:
 
 def test_heads_that_do_not_divide_are_refused() -> None:
     model = model_of("llama", hidden=48)
-    with pytest.raises(VQCompressError, match="layer 0: heads of 12 channels cannot be coded 8 at a time"):
-        calibrate(model, ids_of(4, 32), 8, find_rotary(model))
+    with pytest.raises(VQCompressError, match="layer 0: heads of 12 channels"):
+        calibrate(model, ids_of(4, 32), KVCacheConfig(bits=1), find_rotary(model))

@@ -14,31 +14,31 @@ from typing import Any
 
 import pytest
 import torch
-from test_cache import gaussian, ids_of, model_of, plain
+from test_cache import gaussian, ids_of, model_of, new_cache, plain
 from test_cache_steps import learned
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vqcompress.evaluate.verify import verify
 from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.attention import CACHE, asks_readers, find_rotary, replaceable
-from vqcompress.kv_cache.cache import Kept, KVCache, keep_coded
-from vqcompress.kv_cache.coders import FP8, Universal
+from vqcompress.kv_cache.attention import CACHE, AttentionHook, find_rotary
+from vqcompress.kv_cache.cache import KVCache, KVCacheSpec, use_kv_cache
 from vqcompress.kv_cache.layer import KVLayer
+from vqcompress.kv_cache.quantizers import FP8, Universal
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.runtime.load import load
 
 
-def how(model: Any, window: int = 8, sinks: int = 2) -> Kept:
+def how(model: Any, window: int = 8, sinks: int = 2) -> KVCacheSpec:
     """With keys before their embedding, so that a cache looks into the model's forward."""
     with torch.inference_mode():
-        return Kept(learned(model), find_rotary(model), window, sinks)
+        return KVCacheSpec(learned(model), find_rotary(model), window, sinks)
 
 
 @pytest.fixture
 def model() -> Any:
     made = model_of("qwen3", hidden=64)
-    keep_coded(made, how(made))
+    use_kv_cache(made, how(made))
     return made
 
 
@@ -71,7 +71,7 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(model: Any) -> N
     assert length == first.sequences.shape[1] - 1
     found = model.generate(more, **given, **{CACHE: first.past_key_values}, output_logits=True)
     # The same tokens through a cache that nobody else has seen.
-    cache = how(model).cache(model)
+    cache = KVCache(model, how(model))
     for part in (more[:, :12], *more[:, 12:length].split(1, 1)):
         model(part, **{CACHE: cache}, use_cache=True)
     steps = found.sequences[:, more.shape[1] : -1].split(1, 1)
@@ -83,7 +83,7 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(model: Any) -> N
 def test_a_cache_that_nobody_holds_leaves_nothing_behind(model: Any) -> None:
     hooks = [module._forward_hooks for module in model.modules()] + [model.base_model._forward_pre_hooks]
     model.generate(ids_of(1, 5), max_new_tokens=3)
-    cache = how(model).cache(model)
+    cache = KVCache(model, how(model))
     gone = weakref.ref(cache)
     assert sum(map(len, hooks)) == 2
     del cache
@@ -109,7 +109,7 @@ def test_a_copy_generates_by_its_own_weights(model: Any) -> None:
 def test_what_a_checkpoint_likes_gives_way_and_what_a_caller_says_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = model_of("llama"), []
     model.generation_config.cache_implementation = "static"
-    keep_coded(model, how(model))
+    use_kv_cache(model, how(model))
     begin = KVCache.__init__
     monkeypatch.setattr(KVCache, "__init__", lambda self, *a, **k: made.append(1) or begin(self, *a, **k))
     model.generate(ids_of(1, 8), max_new_tokens=3)
@@ -130,8 +130,8 @@ def test_another_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of("llama"), ids_of(1, 12)
     expected = model(ids, use_cache=False).logits[:, -1]
     model.set_attn_implementation("mine")
-    assert not asks_readers(model)
-    cache = KVCache(model, plain(model), find_rotary(model), 0, 0)
+    assert not AttentionHook(model).install()
+    cache = new_cache(model, plain(model), find_rotary(model), 0, 0)
     asked.clear()
     for part in (ids[:, :8], *ids[:, 8:].split(1, 1)):
         logits = model(part, **{CACHE: cache}, use_cache=True).logits
@@ -152,7 +152,10 @@ def test_what_limits_its_scores_is_measured_in_one_pass(family: str) -> None:
     else:
         model = model_of(family)
     # DeepSeek's layers attend to what they make of the latents that a cache gives them.
-    assert (replaceable(model), asks_readers(model)) == (family != "deepseek_v3", family == "llama")
+    assert (AttentionHook(model).covers_all_layers, AttentionHook(model).install()) == (
+        family != "deepseek_v3",
+        family == "llama",
+    )
 
 
 @pytest.mark.parametrize("window", [0, 3, 1 << 20])
@@ -161,18 +164,18 @@ def test_the_first_and_the_newest_tokens_are_read_as_they_are(window: int) -> No
     """From the first token on, of rows that begin elsewhere, and without room for a window that is never filled."""
     model = model_of("llama")
     layers = model.config.num_hidden_layers
-    cache = KVCache(model, [(FP8(), FP8())] * layers, [None] * layers, window, 4)
+    cache = new_cache(model, [(FP8(), FP8())] * layers, [None] * layers, window, 4)
     layer, (keys, values) = cache.layers[0], gaussian(2, 2, 1, 9, 8).unbind(0)
-    cache.shared.first_place_B, cache.shared.last_sink = torch.tensor([0, 3]), 3 + 4
+    cache.shared.first_token_B, cache.shared.sinks_end = torch.tensor([0, 3]), 3 + 4
     keys, values = keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1)
     for n in range(9):
         layer.update(keys[:, :, n : n + 1], values[:, :, n : n + 1])
-        found = layer.read(None)[0]
+        found = layer.read()[0]
         same = (found == keys[:, :, : n + 1]).all(-1)[:, 0]
         for row, first in enumerate((0, 3)):
             exact = [first <= t < first + 4 or t > n - window for t in range(n + 1)]
             assert same[row].tolist() == exact, (row, n)
-    assert layer.kept[0].shape[2] <= 4 + min(window, 300)
+    assert layer.full[0].shape[2] <= 4 + min(window, 300)
 
 
 @pytest.mark.parametrize("where", ["load", "from_pretrained"])
@@ -191,7 +194,7 @@ def test_what_is_saved_again_has_no_codebooks_and_does_not_say_so(
 
 def test_steps_need_no_other_mode_of_autograd() -> None:
     model, ids = model_of("llama").requires_grad_(True), ids_of(1, 9)
-    cache = how(model).cache(model)
+    cache = KVCache(model, how(model))
     for part in (ids[:, :8], ids[:, 8:]):
         assert model(part, **{CACHE: cache}, use_cache=True).logits.isfinite().all()
 
@@ -199,7 +202,7 @@ def test_steps_need_no_other_mode_of_autograd() -> None:
 @torch.inference_mode()
 def test_codes_that_a_kernel_cannot_read_two_at_a_time_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = model_of("llama"), []
-    layer = KVLayer(KVCache(model, [], [], 0, 0).shared, (Universal(8), Universal(8)), None, None)
+    layer = KVLayer(new_cache(model, [], [], 0, 0).shared, (Universal(8), Universal(8)), None, None)
     layer.update(gaussian(1, 2, 1, 24), gaussian(1, 2, 1, 24))
     query = gaussian(1, 4, 1, 24)
     assert layer.attend(query, None, 1.0) is not None

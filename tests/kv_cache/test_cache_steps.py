@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 from kernels import needs_gpu
-from test_cache import FAMILIES, ids_of, model_of, plain
+from test_cache import FAMILIES, ids_of, model_of, new_cache, plain
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, Qwen3NextConfig
 
 from vqcompress.errors import VQCompressError
 from vqcompress.kv_cache import codes as kv
 from vqcompress.kv_cache import layer as cache_layer
-from vqcompress.kv_cache.attention import CACHE, asks_readers, find_rotary
+from vqcompress.kv_cache.attention import CACHE, AttentionHook, find_rotary
 from vqcompress.kv_cache.cache import KVCache
-from vqcompress.kv_cache.coders import FP8, Coder, Learned, Universal
 from vqcompress.kv_cache.layer import KVLayer
+from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 
 
-def learned(model: Any, d: int = 4) -> list[tuple[Coder, Coder]]:
+def learned(model: Any, d: int = 4) -> list[tuple[KVQuantizer, KVQuantizer]]:
     """Random codebooks for every head, scaled as keys and values are."""
     seen = DynamicCache()
     model(ids_of(2, 64, seed=5).to(model.device), **{CACHE: seen}, use_cache=True)
@@ -33,8 +33,8 @@ def learned(model: Any, d: int = 4) -> list[tuple[Coder, Coder]]:
     return [(book(layer.keys, 2 * n), book(layer.values, 2 * n + 1)) for n, layer in enumerate(seen.layers)]
 
 
-def coders_of(model: Any, kind: str) -> tuple[list[tuple[Coder, Coder]], list[Any]]:
-    """Coders and the embeddings that keys are stored without."""
+def coders_of(model: Any, kind: str) -> tuple[list[tuple[KVQuantizer, KVQuantizer]], list[Any]]:
+    """KVQuantizers and the embeddings that keys are stored without."""
     if kind == "learned":
         return learned(model), find_rotary(model)
     coder = {"universal": Universal(4, model.device), "fp8": FP8()}[kind]
@@ -58,9 +58,9 @@ def run(model: Any, cache: KVCache | DynamicCache, ids: Tensor, mask: Tensor, pr
 def test_steps_attend_to_codes_as_to_what_they_decode_to(
     family: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With and without padding, room that is made at once, and tokens in full precision; past sliding windows."""
+    """With and without padding and tokens in full precision; past sliding windows."""
     model = model_of(family)
-    assert asks_readers(model) == (family != "deepseek_v3")
+    assert AttentionHook(model).install() == (family != "deepseek_v3")
     coders, rotary = coders_of(model, kind)
     ids = ids_of(2, 30)
     calls = []
@@ -71,17 +71,16 @@ def test_steps_attend_to_codes_as_to_what_they_decode_to(
         for kept in ((0, 0), (6, 3)):
             with monkeypatch.context() as patch:
                 patch.setattr(KVLayer, "attend", lambda *arguments: None)
-                expected = run(model, KVCache(model, coders, rotary, *kept), ids, mask, 12)
-            for static in {False, asks_readers(model)}:
-                with monkeypatch.context() as patch:
-                    patch.setattr(KVLayer, "attend", lambda *a: calls.append(attend(*a)) or calls[-1])
-                    cache = KVCache(model, coders, rotary, *kept, length=40, static=static)
-                    found = run(model, cache, ids, mask, 12)
-                shown = mask.bool()[:, :, None]
-                torch.testing.assert_close(found * shown, expected * shown, atol=2e-4, rtol=1e-3)
-                assert int(cache.get_seq_length()) == 30
+                expected = run(model, new_cache(model, coders, rotary, *kept), ids, mask, 12)
+            with monkeypatch.context() as patch:
+                patch.setattr(KVLayer, "attend", lambda *a: calls.append(attend(*a)) or calls[-1])
+                cache = new_cache(model, coders, rotary, *kept, length=40)
+                found = run(model, cache, ids, mask, 12)
+            shown = mask.bool()[:, :, None]
+            torch.testing.assert_close(found * shown, expected * shown, atol=2e-4, rtol=1e-3)
+            assert cache.get_seq_length() == 30
     # DeepSeek's cache holds latents, which its layers expand before they attend.
-    assert {call is None for call in calls} == ({kind == "fp8"} if asks_readers(model) else set())
+    assert {call is None for call in calls} == ({kind == "fp8"} if AttentionHook(model).install() else set())
 
 
 @torch.inference_mode()
@@ -99,47 +98,18 @@ def test_a_sliding_window_forgets_what_no_token_reads() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_layer, "ROOM", 16)
         for prompt in (1, 100, 120):
-            cache = KVCache(model, plain(model), find_rotary(model), 4, 2)
+            cache = new_cache(model, plain(model), find_rotary(model), 4, 2)
             found = run(model, cache, ids, torch.ones_like(ids), prompt)
             expected = run(model, DynamicCache(config=model.config), ids, torch.ones_like(ids), prompt)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
             for layer, window in zip(cache.layers, windows, strict=True):
                 room = layer.parts[0]["x"].shape[2]
                 assert room >= 160 if window is None else room <= 8 + 2 * 16
-            with pytest.raises(RuntimeError, match="a sliding window has forgotten"):
+            with pytest.raises(RuntimeError, match="sliding window"):
                 cache.crop(-100)
 
 
-@torch.inference_mode()
-def test_a_static_cache_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a reset, a crop and another order of rows, in the same memory."""
-    model = model_of("llama")
-    coders, rotary = coders_of(model, "learned")
-    ids = ids_of(2, 20)
-    fresh = KVCache(model, coders, rotary, 4, 2, length=24, static=True)
-    expected = run(model, fresh, ids, torch.ones_like(ids), 10)
-    cache = KVCache(model, coders, rotary, 4, 2, length=24, static=True)
-    model(ids_of(2, 15, seed=1), **{CACHE: cache}, use_cache=True)
-    places = [part.data_ptr() for layer in cache.layers for part in layer.kept]
-    cache.reset()
-    model(ids[[1, 0], :10], **{CACHE: cache}, use_cache=True)
-    cache.reorder_cache(torch.tensor([1, 0]))
-    steps = [model(ids[:, n : n + 1], **{CACHE: cache}, use_cache=True).logits for n in range(10, 20)]
-    torch.testing.assert_close(torch.cat(steps, 1), expected[:, 10:])
-    cache.crop(-3)
-    steps = [model(ids[:, n : n + 1], **{CACHE: cache}, use_cache=True).logits for n in range(17, 20)]
-    assert (torch.cat(steps, 1) - expected[:, 17:]).abs().max() < 0.1
-    assert places == [part.data_ptr() for layer in cache.layers for part in layer.kept]
-
-
-def test_a_static_cache_needs_a_length_and_an_attention_to_replace() -> None:
-    for family, length in (("llama", None), ("deepseek_v3", 20)):
-        model = model_of(family)
-        with pytest.raises(VQCompressError, match="a static cache needs a length"):
-            KVCache(model, coders_of(model, "fp8")[0], [None, None], 4, 2, length=length, static=True)
-
-
-def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False) -> Tensor:
+def logits_by_kernels(kind: str, padding: int, cuda: bool = False) -> Tensor:
     """Of a prompt and a few steps. Without CUDA: called in the interpreter, where launchers stand for operators."""
     from vqcompress.kv_cache import kernel as kernels
     from vqcompress.kv_cache import kernel_encode
@@ -153,29 +123,23 @@ def logits_by_kernels(kind: str, static: bool, padding: int, cuda: bool = False)
         model, ids, mask = model.cuda(), ids.cuda(), mask.cuda()
         coders, rotary = coders_of(model, kind)
 
-    def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
-        *first, end, filled, mask_BT, cos, sin, scale_k, scale_v = arguments
-        return kernels.attend(*first, end if filled is None else filled, mask_BT, cos, sin, scale_k, scale_v)
-
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         if not cuda:
-            patch.setattr(kv, "attend_on_cpu", attend)
-            patch.setattr(kv, "coded", kernel_encode.encode)
-        return run(model, KVCache(model, coders, rotary, 4, 2, length=16, static=static), ids, mask, 8).cpu()
+            patch.setattr(kv, "attend_by_kernel", kernels.attend)
+            patch.setattr(kv, "encode_unrotated", kernel_encode.encode)
+        return run(model, new_cache(model, coders, rotary, 4, 2, length=16), ids, mask, 10).cpu()
 
 
-@pytest.mark.parametrize("kind", ["learned", "universal"])
-def test_the_kernels_are_given_what_they_take(kind: str, interpreted: Any) -> None:
-    model = model_of("llama", hidden=64)
-    ids = ids_of(2, 12)
-    for static, padding in ((False, 0), (True, 3)):
-        mask = torch.ones_like(ids)
-        mask[1, :padding] = 0
-        with torch.inference_mode():
-            expected = run(model, KVCache(model, *coders_of(model, kind), 4, 2), ids, mask, 8)
-        found = interpreted(logits_by_kernels, kind, static, padding)
-        shown = mask.bool()[:, :, None]
-        torch.testing.assert_close(found * shown, expected * shown, atol=2e-4, rtol=1e-3)
+@pytest.mark.parametrize(("kind", "padding"), [("learned", 0), ("universal", 3)])
+def test_the_kernels_are_given_what_they_take(kind: str, padding: int, interpreted: Any) -> None:
+    model, ids = model_of("llama", hidden=64), ids_of(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    with torch.inference_mode():
+        expected = run(model, new_cache(model, *coders_of(model, kind), 4, 2), ids, mask, 10)
+    found = interpreted(logits_by_kernels, kind, padding)
+    shown = mask.bool()[:, :, None]
+    torch.testing.assert_close(found * shown, expected * shown, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.gpu
@@ -184,30 +148,28 @@ def test_the_kernels_are_given_what_they_take(kind: str, interpreted: Any) -> No
 def test_steps_on_a_gpu_are_those_on_a_cpu(kind: str) -> None:
     model, ids = model_of("llama", hidden=64), ids_of(2, 12)
     with torch.inference_mode():
-        expected = run(model, KVCache(model, *coders_of(model, kind), 4, 2), ids, torch.ones_like(ids), 8)
-    for static in (False, True):
-        found = logits_by_kernels(kind, static, 0, cuda=True)
-        torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-2)
+        expected = run(model, new_cache(model, *coders_of(model, kind), 4, 2), ids, torch.ones_like(ids), 10)
+    torch.testing.assert_close(logits_by_kernels(kind, 0, cuda=True), expected, atol=5e-3, rtol=5e-2)
 
 
 @torch.inference_mode()
 def test_another_attention_in_between_is_noticed() -> None:
     model, ids = model_of("llama"), ids_of(1, 12)
     coders, rotary = coders_of(model, "learned")
-    expected = run(model, KVCache(model, coders, rotary, 4, 2), ids, torch.ones_like(ids), 8)
+    expected = run(model, new_cache(model, coders, rotary, 4, 2), ids, torch.ones_like(ids), 8)
     for name in ("sdpa", "eager"):
         model.set_attn_implementation(name)
-        cache = KVCache(model, coders, rotary, 4, 2)
+        cache = new_cache(model, coders, rotary, 4, 2)
         torch.testing.assert_close(run(model, cache, ids, torch.ones_like(ids), 8), expected)
-    cache = KVCache(model, coders, rotary, 4, 2)
+    cache = new_cache(model, coders, rotary, 4, 2)
     model(ids, **{CACHE: cache}, use_cache=True)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(VQCompressError, match="another attention was set"):
+    with pytest.raises(VQCompressError):
         model(ids[:, :1], **{CACHE: cache}, use_cache=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "lm_head", None)
         with pytest.raises(TypeError):
-            asks_readers(model)
+            AttentionHook(model).install()
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -219,18 +181,18 @@ def test_a_cache_is_known_however_it_is_given() -> None:
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    caches = [KVCache(model, coders, rotary, 4, 2) for _ in range(3)]
+    caches = [new_cache(model, coders, rotary, 4, 2) for _ in range(3)]
     model(ids, mask, places, caches[0])
     model.base_model(ids, mask, places, caches[1])
     for start, end in ((0, 6), (6, 20)):
         given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
         model(ids[:, start:end], **given, **{CACHE: caches[2]}, use_cache=True)
     for cache in caches:
-        assert cache.shared.first_place_B.tolist() == [0, 9]
-    first = [layer.kept[0][:, :, :2] for layer in caches[0].layers]
+        assert cache.shared.first_token_B.tolist() == [0, 9]
+    first = [layer.full[0][:, :, :2] for layer in caches[0].layers]
     for cache in caches[1:]:
         for layer, expected in zip(cache.layers[:1], first[:1], strict=True):
-            torch.testing.assert_close(layer.kept[0][:, :, :2], expected)
+            torch.testing.assert_close(layer.full[0][:, :, :2], expected)
 
 
 def test_a_state_that_is_no_keys_and_values_is_refused_by_name() -> None:

@@ -18,6 +18,7 @@ from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.kv_cache import codes as kv
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 
 Call = Callable[..., Any]
 META = torch.device("meta")
@@ -74,6 +75,11 @@ def drawn(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu") ->
     return [q_BQD.to(dtype), codes[0], books[0], codes[1], books[1], size.channels**-0.5], more
 
 
+def tokens(arguments: list[Any], start: int, end: int, more: dict[str, Any]) -> tuple[Tensor, CodedTokens, float]:
+    q_BQD, *stored, scaling = arguments
+    return q_BQD, CodedTokens(*stored, start, end, **more), scaling
+
+
 def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], config: Any = None) -> Any:
     """By the kernels, with the guess or other config."""
     from vqcompress.kv_cache import kernel as module
@@ -84,7 +90,7 @@ def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], con
         if config is not None:
             module.default_config = lambda *_: config
         assert launch.table(launch.device_properties(arguments[0].device)) == {} or config is None
-        return module.attend(*arguments, start, end, **more)
+        return module.attend(*tokens(arguments, start, end, more))
     finally:
         module.default_config = guess
 
@@ -173,7 +179,7 @@ def check_encode(call: Call, size: Size, dtype: torch.dtype) -> None:
     x_BHTD = torch.randn(size.batch, size.tokens, size.heads, size.channels, generator=draw).to(dtype).transpose(1, 2)
     x_BHTD[..., 1] *= 100
     book, codes_BHTG, angles = arguments[2], arguments[1], list(more.values())[:2]
-    plain = kv.turn(x_BHTD, *angles, back=True) if angles else x_BHTD.float()
+    plain = kv.apply_rope(x_BHTD, *angles, inverse=True) if angles else x_BHTD.float()
     found = call("encode", x_BHTD, book, *angles)
     assert (found.dtype, found.shape) == (torch.uint8, codes_BHTG.shape)
     other = found != kv.encode(plain, book)
@@ -194,10 +200,9 @@ SIZES = [
     (Size(tokens=3, repeat=4, d=8, angles=2), torch.float16, None),
     (Size(tokens=17, channels=128, d=8, scaled=True, masked=True), torch.float32, (2, 15)),
     (Size(tokens=17, repeat=4, d=2, channels=128, one_book=True, masked=True), torch.bfloat16, None),
-    (Size(tokens=129, batch=1, channels=96, angles=1), torch.float32, (5, 129)),
-    (Size(tokens=129, repeat=4, heads=1, scaled=True, angles=2, masked=True), torch.bfloat16, (0, 100)),
+    (Size(tokens=65, batch=1, channels=96, angles=1), torch.float32, (5, 65)),
+    (Size(tokens=65, repeat=4, heads=1, scaled=True, angles=2, masked=True), torch.bfloat16, (0, 50)),
     (Size(tokens=3, batch=1, repeat=17, heads=1, channels=256, scaled=True), torch.float16, None),
-    (Size(tokens=3), torch.float32, (2, 2)),
     (Size(tokens=3), torch.float32, (3, 1)),
     (Size(tokens=0), torch.float32, (0, 0)),
 ]
@@ -208,7 +213,9 @@ SETTINGS = [{"M": m, "TABLES": t, "C": 16, "num_warps": 4, "SPLIT": 3} for m, t 
 
 @pytest.mark.parametrize(("size", "dtype", "span"), SIZES, ids=str)
 def test_the_reference_of_attention(size: Size, dtype: torch.dtype, span: tuple[int, int] | None) -> None:
-    check_attend(lambda _, a, start, end, more, __: kv.attend(*a, start, end, **more), size, dtype, span, bound=2e-6)
+    check_attend(
+        lambda _, a, start, end, more, __: kv.attend(*tokens(a, start, end, more)), size, dtype, span, bound=2e-6
+    )
 
 
 @pytest.mark.parametrize(("size", "dtype", "span"), SIZES, ids=str)
@@ -217,34 +224,33 @@ def test_attend(interpret: Call, size: Size, dtype: torch.dtype, span: tuple[int
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
-@pytest.mark.parametrize(("masked", "angles"), [(False, 0), (True, 1)])
-def test_every_way_to_attend(interpret: Call, config: dict[str, int], masked: bool, angles: int) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_way_to_attend(interpret: Call, config: dict[str, int], masked: bool) -> None:
     """In several slices, some of them empty, and some tiles with nothing to attend to."""
-    angles = 0 if config["TABLES"] else angles
-    size = Size(tokens=70, repeat=2, heads=1, batch=1 + masked, angles=angles, masked=masked, scaled=masked)
-    check_attend(interpret, size, torch.bfloat16, (1, 69), config)
+    angles = int(masked and not config["TABLES"])
+    size = Size(tokens=50, repeat=2, heads=1, batch=1, angles=angles, masked=masked, scaled=masked)
+    check_attend(interpret, size, torch.bfloat16, (1, 49), config)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("d", "angles", "dtype"), CODED, ids=str)
-def test_encode(interpret: Call, tokens: int, d: int, angles: int, dtype: torch.dtype) -> None:
-    check_encode(interpret, Size(tokens=tokens, d=d, angles=angles), dtype)
+def test_encode(interpret: Call, d: int, angles: int, dtype: torch.dtype) -> None:
+    check_encode(interpret, Size(tokens=9, d=d, angles=angles), dtype)
 
 
 def test_the_operators() -> None:
     """What a cache calls: the same as the reference, and sound for torch.compile."""
     size = Size(tokens=9, angles=1, masked=True, scaled=True)
     arguments, more = drawn(size, torch.float32)
-    names = ("mask_BT", "cos_BTD", "sin_BTD", "scale_k", "scale_v")
-    end, rest = torch.tensor([7], dtype=torch.int32), [more[name] for name in names]
-    found = torch.ops.vqcompress.kv_attend(*arguments, 1, 9, end, *rest)
-    for ours, reference in zip(found, kv.attend(*arguments, 1, 7, **more), strict=True):
+    q_BQD, coded, scaling = tokens(arguments, 1, 7, more)
+    flat = q_BQD, coded[:4], coded[6:], coded.start, coded.end, scaling
+    found = torch.ops.vqcompress.kv_attend(*flat)
+    for ours, reference in zip(found, kv.attend(q_BQD, coded, scaling), strict=True):
         torch.testing.assert_close(ours, reference, atol=2e-6, rtol=2e-6)
-    torch.library.opcheck(kv.kv_attend, (*arguments, 1, 9, end, *rest))
+    torch.library.opcheck(kv.kv_attend, flat)
     x_BHTD = torch.randn(2, 2, 3, 64, generator=generator(1))
     angles = [more[name][:, 2:5] for name in ("cos_BTD", "sin_BTD")]
     codes_BHTG = torch.ops.vqcompress.kv_encode(x_BHTD, arguments[2], *angles)
-    assert torch.equal(codes_BHTG, kv.encode(kv.turn(x_BHTD, *angles, back=True), arguments[2]))
+    assert torch.equal(codes_BHTG, kv.encode(kv.apply_rope(x_BHTD, *angles, inverse=True), arguments[2]))
     torch.library.opcheck(kv.kv_encode, (x_BHTD, arguments[2], *angles))
 
 
@@ -293,9 +299,8 @@ def _recorded(arch: int | str, sizes: list[Size]) -> Iterator[tuple[Size | int, 
         yield tokens, calls[0]
 
 
-@pytest.mark.parametrize("arch", [90, "gfx942"])
-def test_compiles_without_spills(arch: int | str) -> None:
-    check_compiled(arch, [REAL[1], REAL[3]])
+def test_compiles_without_spills() -> None:
+    check_compiled(90, [REAL[1], REAL[3]])
 
 
 @pytest.mark.slow
@@ -355,24 +360,7 @@ def test_every_way_on_a_gpu(config: dict[str, int]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("tokens", [3, 1000])
 @pytest.mark.parametrize(("d", "angles", "dtype"), CODED, ids=str)
-def test_encode_on_a_gpu(tokens: int, d: int, angles: int, dtype: torch.dtype) -> None:
-    check_encode(on_gpu, Size(tokens=tokens, d=d, angles=angles, channels=128), dtype)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_captured_graph_sees_the_end_grow() -> None:
-    """The operator in a CUDA graph, replayed with other ends."""
-    arguments, _ = drawn(Size(tokens=300, repeat=4, channels=128), torch.bfloat16)
-    arguments = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
-    end, rest = torch.tensor([5], dtype=torch.int32, device="cuda"), [None] * 5
-    torch.ops.vqcompress.kv_attend(*arguments, 0, 300, end, *rest)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = torch.ops.vqcompress.kv_attend(*arguments, 0, 300, end, *rest)
-    for now in (1, 64, 300):
-        end.fill_(now)
-        graph.replay()
-        assert all(torch.equal(*both) for both in zip(found, attend(arguments, 0, now, {}), strict=True))
+def test_encode_on_a_gpu(d: int, angles: int, dtype: torch.dtype) -> None:
+    for tokens in (3, 1000):
+        check_encode(on_gpu, Size(tokens=tokens, d=d, angles=angles, channels=128), dtype)

@@ -441,7 +441,7 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "a codebook of another method": (
         "vq-small", lambda q: knob(q, "model.layers.0.self_attn.q_proj", bits=3), "another method shares"
     ),
-    "codes of another type": ("int8-plain", lambda q: q["methods"][0].update(method="fp8"), "no knob|stores"),
+    "codes of another type": ("int8-plain", lambda q: q["methods"][0].update(method="fp8"), "activations|stores"),
     "numbers of another size": (
         "vq-small", lambda q: [m.update(entry_bits=16) for m in q["methods"]], "codebook.*stores"
     ),

@@ -263,7 +263,6 @@ def test_foreign_code_runs_only_if_asked_for(foreign: Path, tmp_path: Path) -> N
         ["eval", "perplexity", out, *options, "--baseline", foreign],
         ["eval", "speed", foreign, *asked],
         ["generate", out, "--prompt", "river", "--max-new-tokens", "2"],
-        ["inspect", out, "--runtime"],
         ["verify", out],
         ["export", out, "--format", "dense", "-o", tmp_path / "dense"],
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from kills import Killed, contents
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vqcompress.cli import tables as show
 from vqcompress.errors import VQCompressError
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
@@ -297,8 +295,6 @@ def test_what_blocks_take_adds_up_and_runs_too(
     assert sum(whole["blocks"].values()) <= whole["seconds"] + 0.01 < sum(whole["blocks"].values()) + 60
     assert (whole["seconds_before"], rest["seconds_before"]) == (0, 1000)
     assert rest["blocks"]["model.layers.1"] < 100
-    show.quantized(show.console(), rest, "out", "demo", None)
-    assert re.search(r"^took    21 min \d+ s, 5 min \d+ s of them in this run, peak", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("what", ["seed", "recipe", "calibration", "checkpoint"])
@@ -346,7 +342,7 @@ def test_a_directory_of_others_is_refused(overwrite: bool, job: Callable[..., di
     out = tmp_path / "out"
     (out / "sub").mkdir(parents=True)
     (out / "README.md").write_text("of my project")
-    with pytest.raises(VQCompressError, match="something else than what quantize wrote; choose another directory"):
+    with pytest.raises(VQCompressError, match=r"/out holds"):
         job(out, overwrite=overwrite)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "sub"]
     assert (out / "README.md").read_text() == "of my project"

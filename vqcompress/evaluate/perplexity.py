@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
-from vqcompress.kv_cache.attention import CACHE, decoding, replaceable
+from vqcompress.kv_cache.attention import CACHE, AttentionHook, decoding
+from vqcompress.kv_cache.cache import KVCache
 from vqcompress.model.device import (
     check_fits,
     choose_device,
@@ -27,7 +28,7 @@ from vqcompress.model.device import (
 )
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.runtime.load import kept_as, load_any
+from vqcompress.runtime.load import kv_cache_config, load_any
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import Checkpoint, resolve
 from vqcompress.storage.text import fingerprint, read_text
@@ -116,13 +117,16 @@ class CodedCacheLogits:
 
     def __init__(self, model: str, recipe: str, device: str, windows_NL: Tensor):
         self.network, self.windows_NL = load_any(model, device), windows_NL
-        self.config = kept_as(self.network, resolve(model), recipe)
+        self.config = kv_cache_config(self.network, resolve(model), recipe)
 
     @torch.inference_mode()
     def logits(self, number: int, first: int) -> Tensor:
         """As `Logits` says; tokens go one by one where the attention of the model cannot be replaced."""
-        ids_BL, at_once = self.windows_NL[number : number + 1].to(self.network.device), replaceable(self.network)
-        cache, network = self.config.cache(self.network, strict=at_once), cast(Any, self.network)
+        ids_BL, at_once = (
+            self.windows_NL[number : number + 1].to(self.network.device),
+            AttentionHook(self.network).covers_all_layers,
+        )
+        cache, network = KVCache(self.network, self.config, strict=at_once), cast(Any, self.network)
         with decoding(self.network) if at_once else nullcontext():
             parts = [ids_BL] if at_once else ids_BL.split(1, 1)
             found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]

@@ -13,9 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from vqcompress.errors import UsageError
 from vqcompress.kv_cache.attention import CACHE
-from vqcompress.kv_cache.cache import KVCache, keep_coded
+from vqcompress.kv_cache.cache import KVCache, use_kv_cache
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes, reset_peak_memory
-from vqcompress.runtime.load import kept_as, load_any
+from vqcompress.runtime.load import kv_cache_config, load_any
 from vqcompress.storage.checkpoint import resolve
 
 # Timed calls of `generate`, after one that is not; their median counts.
@@ -62,7 +62,7 @@ def _measure(
     prompt_tokens, new_tokens, batch = sizes
     network = load_any(model, device, cpu_weights)
     if kv_cache is not None:
-        keep_coded(network, kept_as(network, resolve(model), kv_cache))
+        use_kv_cache(network, kv_cache_config(network, resolve(model), kv_cache))
     vocabulary = network.config.get_text_config().vocab_size
     prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     prompt_BL = prompt_BL.to(network.device)

@@ -1,24 +1,25 @@
-"""Attention functions for a coded cache, and what has to be known of a model's attention, found by running it.
+"""Attention functions for a coded cache, and tests of a model's attention that run it.
 
-transformers looks attention functions up by name, so a model is told names of ours: `coded` gives the query of a step
-to the layer of the cache that its keys came from, and everything else to what the model had before, if that is `PLAIN`;
-`strict` measures, in one pass, what decoding token by token would give.
+transformers looks attention functions up by name. `coded` gives the query of a step to the cache layer that its keys
+came from, and everything else to the model's attention from before; `strict` computes in one pass the logits of
+decoding token by token.
 Shape legend: B rows, Q heads of queries, H of keys and values, L new tokens, T tokens, D channels of a head.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,23 +28,37 @@ from vqcompress.errors import VQCompressError
 from vqcompress.kv_cache import codes as kv
 
 STRICT = "vqcompress_decoding"
-# What attends to codes beside transformers' own.
+# transformers' attention → its replacement that attends to codes.
 PLAIN = {"sdpa": "vqcompress_coded", "eager": "vqcompress_coded_eager"}
-# What a model's forward and `generate` call their cache.
+# The name of the cache argument of a model's forward and `generate`.
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
-# Of keys that are equal before their rotary embedding, how far turning them back may leave them apart.
+# Relative distance that equal keys may have after their rotary embedding was removed.
 APART = 0.02
 PROBE_TOKENS = 8
 
 
 class Reader(Protocol):
-    """What the keys of a step carry as `reader`: attention to what is stored."""
+    """Attention to the stored past of one step's keys."""
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor] | None:
-        """`kv.weigh` of a query (B, Q, 1, D) and a boolean mask; None: it cannot, `read` has to do."""
+        """`codes.weigh` of a query (B, Q, 1, D) and a boolean mask; None where `read` has to be used."""
 
-    def read(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, T, D) as a plain cache would give them."""
+
+
+class Stored(NamedTuple):
+    """Decoded keys and values (B, H, T, D), and how many of the newest and first tokens are not read from them."""
+
+    keys: Tensor
+    values: Tensor
+    window: int
+    sinks: int
+
+
+# Attention functions get no cache, only the keys that it returned: these are looked up by those keys.
+READERS: MutableMapping[Tensor, Reader] = WeakIdKeyDictionary()
+STORED: MutableMapping[Tensor, Stored] = WeakIdKeyDictionary()
 
 
 def coded(
@@ -57,9 +72,9 @@ def coded(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a step to coded keys and values, out (B, 1, Q, D), where they are that; else the model's own."""
-    reader: Reader | None = getattr(key, "reader", None)
-    # A soft limit of the scores, or a bias beside the mask, is more than `kv.attend` knows of.
+    """Attention of a step to coded keys and values, (B, 1, Q, D); for keys without a reader the model's own."""
+    reader = READERS.get(key)
+    # `codes.attend` has no limit of scores and no bias beside the mask.
     if reader is not None and not any(others.get(name) is not None for name in ("softcap", "position_bias")):
         mask = attention_mask
         if mask is not None and mask.dtype != torch.bool:
@@ -68,14 +83,11 @@ def coded(
         if found is not None:
             out_BQD, lse_BQ = found
             if (sink_Q := others.get("s_aux")) is not None:
-                # One more score, of a value 0 (gpt-oss).
+                # One more score, with a value of 0 (gpt-oss).
                 out_BQD = out_BQD * torch.sigmoid(lse_BQ - sink_Q.to(lse_BQ))[..., None]
             return out_BQD.to(query.dtype)[:, None], None
     if reader is not None:
-        key, value = reader.read(attention_mask)
-    if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
-        # Of a static cache, whose mask speaks of room that is not filled.
-        attention_mask = attention_mask[..., : key.shape[2]]
+        key, value = reader.read()
     if plain is None:
         plain = sys.modules[type(module).__module__].eager_attention_forward
     out: tuple[Tensor, Tensor | None] = plain(
@@ -96,16 +108,15 @@ def strict(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with two versions of the past, one of them stored; out (B, L, Q, D)."""
+    """Attention (B, L, Q, D) in which each token reads older tokens as stored, newer ones in full precision."""
     groups, (length, total) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    window, sinks = key.kept  # type: ignore[attr-defined]
+    stored_keys, stored_values, window, sinks = STORED[key]
     age_LT = torch.arange(total - length, total, device=key.device)[:, None] - torch.arange(total, device=key.device)
     full_LT = (age_LT < window) | (torch.arange(total, device=key.device) < sinks)
 
     def scores(keys: Tensor) -> Tensor:
         return (query @ keys.repeat_interleave(groups, 1).mT) * (scaling or query.shape[3] ** -0.5)
 
-    stored_keys, stored_values = key.stored  # type: ignore[attr-defined]
     score = torch.where(full_LT, scores(key), scores(stored_keys))
     if softcap is not None:
         score = torch.tanh(score / softcap) * softcap
@@ -129,9 +140,9 @@ for name, function, masks in (
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a pass with a strict `KVCache` lets every token attend to the past as it is stored when that token comes.
+    """Context in which a pass with a strict `KVCache` gives the logits of decoding token by token.
 
-    The newest and the first tokens, as seen from each token, are read in full precision; all others from their codes.
+    Each token reads its newest and first tokens in full precision, all others from their codes.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation(STRICT)
@@ -141,77 +152,83 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-class _Watch(DynamicCache):
-    """A plain cache that remembers the keys that came to each layer, and which layers were asked to attend."""
+class _Probe(DynamicCache):
+    """A plain cache that records the keys of each layer, and how often `coded` asked it to attend and to read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.keys_seen: dict[int, Tensor] = {}
-        self.asked = self.reached = 0
+        self.keys_by_layer: dict[int, Tensor] = {}
+        self.attends = self.reads = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and a look."""
-        self.keys_seen[layer_idx] = key_states.detach()
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self.newest = keys, values
-        keys.reader = self  # type: ignore[attr-defined]
-        return keys, values
+        """As transformers' own; this cache becomes the keys' reader."""
+        self.keys_by_layer[layer_idx] = key_states.detach()
+        self.newest = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        READERS[self.newest[0]] = self
+        return self.newest
 
     def attend(self, *arguments: object) -> None:
-        """Counts, and leaves it to the model."""
-        self.asked += 1
+        """Counts, and leaves attention to the model."""
+        self.attends += 1
 
-    def read(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Counts, too; keys and values of the layer that came last."""
-        self.reached += 1
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Counts; keys and values of the last layer."""
+        self.reads += 1
         return self.newest
 
 
-# What a model attends by after it was asked for the first time, and whether every layer does so by what transformers
-# looks up; another attention since then has to be tried anew.
-_tried: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()
-_trying = Lock()
+class AttentionHook:
+    """Lets a model attend by `coded`, if that replaces the attention of all its layers.
 
-
-def asked_of(model: PreTrainedModel) -> bool:
-    """Whether the model attends by `coded` now."""
-    return model.config._attn_implementation in PLAIN.values()
-
-
-@torch.inference_mode()
-def asks_readers(model: PreTrainedModel) -> bool:
-    """Tell a model of `coded`, if every one of its layers attends by it, which one token shows; whether that is so.
-
-    A model with another attention than transformers' "sdpa" and "eager" keeps it.
+    Only transformers' "sdpa" and "eager" are replaced.
     """
-    with _trying:
-        before = model.config._attn_implementation
-        if _tried.get(model, ("", False))[0] != before:
-            cache, asks = _Watch(), False
-            try:
-                if before in PLAIN and model._can_set_attn_implementation():
-                    model.set_attn_implementation(PLAIN[before])
-                model(torch.full((1, 1), 7, device=model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-                asks = 0 < len(cache.keys_seen) == cache.asked
-            finally:
-                if not asks:
-                    model.set_attn_implementation(before)
-            _tried[model] = model.config._attn_implementation, 0 < len(cache.keys_seen) == cache.reached
-    return asked_of(model)
 
+    # The attention that a model was left with after a probe, and whether all layers call it through transformers.
+    _probed: ClassVar[WeakKeyDictionary[nn.Module, tuple[str, bool]]] = WeakKeyDictionary()
+    _lock: ClassVar[Lock] = Lock()
 
-def replaceable(model: PreTrainedModel) -> bool:
-    """Whether every layer attends by a function that transformers looks up, so that `decoding` can take its place."""
-    return asks_readers(model) or _tried[model][1]
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model attends by `coded` now."""
+        return self.model.config._attn_implementation in PLAIN.values()
+
+    @torch.inference_mode()
+    def install(self) -> bool:
+        """Set the attention unless one token shows that a layer does not use it; returns `installed`."""
+        with self._lock:
+            before = self.model.config._attn_implementation
+            if self._probed.get(self.model, ("", False))[0] != before:
+                self._probe(before)
+        return self.installed
+
+    @property
+    def covers_all_layers(self) -> bool:
+        """Whether every layer looks its attention up in transformers, so that `decoding` can replace it."""
+        return self.install() or self._probed[self.model][1]
+
+    def _probe(self, before: str) -> None:
+        model, cache, replaced = self.model, _Probe(), False
+        try:
+            if before in PLAIN and model._can_set_attn_implementation():
+                model.set_attn_implementation(PLAIN[before])
+            model(torch.full((1, 1), 7, device=model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            replaced = 0 < len(cache.keys_by_layer) == cache.attends
+        finally:
+            if not replaced:
+                model.set_attn_implementation(before)
+        self._probed[model] = model.config._attn_implementation, 0 < len(cache.keys_by_layer) == cache.reads
 
 
 @torch.inference_mode()
 def find_rotary(model: PreTrainedModel) -> list[nn.Module | None]:
     """For each layer the module that makes the rotary embedding of its keys; None where that cannot be proven.
 
-    Proven by running: a row of equal tokens has, in every layer, equal keys but for their positions, so keys that are
-    turned back must be equal. What a module gives as (cos, sin) is tried by `kv.turn`. VQCompressError for a model of
-    which some layers keep something else (a recurrent state).
+    Proven by running: in a row of equal tokens the keys of a layer differ only by position, so they must be equal once
+    their embedding is removed. Candidates are modules that return (cos, sin). VQCompressError for a model with layers
+    that keep a recurrent state instead.
     """
     layers = enumerate(DynamicCache(config=model.config).layers)
     if recurrent := [n for n, layer in layers if "LinearAttention" in type(layer).__name__]:
@@ -229,17 +246,17 @@ def find_rotary(model: PreTrainedModel) -> list[nn.Module | None]:
             made[module] = out
 
     hooks = [m.register_forward_hook(look) for m in model.modules() if "rotary" in type(m).__name__.lower()]
-    cache, ids = _Watch(), torch.full((1, PROBE_TOKENS), 7, device=model.device)
+    cache, ids = _Probe(), torch.full((1, PROBE_TOKENS), 7, device=model.device)
     try:
         model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
     found: list[nn.Module | None] = []
-    for layer in range(len(cache.keys_seen)):
-        keys = cache.keys_seen[layer].float()
+    for layer in range(len(cache.keys_by_layer)):
+        keys = cache.keys_by_layer[layer].float()
         fitting = [m for m, turns in made.items() if turns[0].shape[-1] == keys.shape[-1]]
-        back = {m: kv.turn(keys, *made[m], back=True) for m in fitting}
+        back = {m: kv.apply_rope(keys, *made[m], inverse=True) for m in fitting}
         apart = {m: (x - x[:, :, :1]).norm() / x.norm().clamp(min=1e-30) for m, x in back.items()}
         found.append(next((m for m in fitting if apart[m] <= APART), None))
     return found

@@ -10,6 +10,7 @@ group, G = D / d groups, E entries, N tokens to learn from, P groups of all head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,31 +18,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.kv_cache.gaussian import entries
 from vqcompress.methods.hadamard import hadamard, random_signs
+from vqcompress.methods.vq.kmeans import kmeans
 
 BITS = 8
 ENTRIES = 1 << BITS
-# The range of the scales of heads, float16.
-TINY, HALF_MAX = 2.0**-14, 65504.0
-# Groups whose codebooks are learned at once.
+# Groups whose codebooks are learned in one batch.
 AT_ONCE = 16
-# Scores of a search at once.
+# Scores computed at once in a search: about what a CPU's cache holds.
 CHUNK = 1 << 19
-# Tokens from which on more than one thread of a CPU is worth its start.
-SHARED = 128
 
 
-def turn(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, back: bool = False) -> Tensor:
-    """x with its rotary embedding, or without it again: channel i turns with channel i + D/2 (arXiv 2104.09864).
+def apply_rope(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, inverse: bool = False) -> Tensor:
+    """x in float32 with its rotary embedding: channel i turns with channel i + D/2 (arXiv 2104.09864).
 
-    cos_BTD, sin_BTD: of each token's position, as transformers makes them, (B or 1, T, D). A factor that they carry
-    (as YaRN's) is taken off again too.
+    cos_BTD, sin_BTD: of each token's position, as transformers makes them, (B or 1, T, D). inverse: remove the
+    embedding instead, and a scale that cos and sin carry (YaRN) with it.
     """
     cos, sin = cos_BTD[:, None].float(), sin_BTD[:, None].float()
-    if back:
-        size = cos.square() + sin.square()
-        cos, sin = cos / size, -sin / size
+    if inverse:
+        square = cos.square() + sin.square()
+        cos, sin = cos / square, -sin / square
     x_BHTD = x_BHTD.float()
     first, second = x_BHTD.chunk(2, -1)
     return x_BHTD * cos + torch.cat([-second, first], -1) * sin
@@ -53,17 +52,8 @@ def encode(x_BHTD: Tensor, book_HGEd: Tensor) -> Tensor:
     book_HGEd: float; one head or group stands for all.
     """
     (batch, heads, tokens, channels), (_, _, count, d) = x_BHTD.shape, book_HGEd.shape
-    groups, book = channels // d, book_HGEd.float()
-    if not x_BHTD.is_cuda:
-        from vqcompress.methods.vq import viterbi_numba as compiled
-
-        codes_BHTG = torch.empty((batch, heads, tokens, groups), dtype=torch.uint8)
-        given = [x_BHTD.float().contiguous(), book.contiguous(), codes_BHTG]
-        arrays = [part.detach().numpy() for part in given]
-        threads = torch.get_num_threads() if batch * tokens >= SHARED else 1
-        compiled.in_shares(lambda of, to: compiled.nearest_entries(of, to, *arrays), heads * groups, threads)
-        return codes_BHTG
-    book = book.expand(heads, groups, count, d)
+    groups = channels // d
+    book = book_HGEd.float().expand(heads, groups, count, d)
     x_HGNd = x_BHTD.float().reshape(batch, heads, tokens, groups, d).permute(1, 3, 0, 2, 4).flatten(2, 3)
     code_PN = _nearest(x_HGNd.flatten(0, 1), book.flatten(0, 1))
     code_HGN = code_PN.to(torch.uint8).view(heads, groups, batch, tokens)
@@ -94,29 +84,15 @@ def rotation(channels: int, device: torch.device) -> Tensor:
         return hadamard(random_signs(channels, draw).diag()).to(device)
 
 
-def coded(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None) -> Tensor:
-    """`encode` of x, turned back first if it has cosines and sines, by the kernel on a GPU."""
+def encode_unrotated(
+    x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None = None, sin_BTD: Tensor | None = None
+) -> Tensor:
+    """`encode` of x without its rotary embedding, which cos and sin describe; by the kernel on a GPU."""
     if x_BHTD.is_cuda:
         return torch.ops.vqcompress.kv_encode(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
-    # Without what it takes to call an operator, which is as long as the search itself.
-    return encode(x_BHTD if cos_BTD is None or sin_BTD is None else turn(x_BHTD, cos_BTD, sin_BTD, True), book_HGEd)
-
-
-def universal_encode(x_BHTD: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales (B, H, T) float16 without calibration: a unit Gaussian's codebook for turned, normalized heads.
-
-    Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
-    (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
-    """
-    x_BHTD = x_BHTD.float() @ rotation(x_BHTD.shape[-1], x_BHTD.device)
-    scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
-    return coded(x_BHTD / scale_BHT.float()[..., None], gaussian(d, x_BHTD.device)), scale_BHT
-
-
-def universal_decode(codes_BHTG: Tensor, scale_BHT: Tensor, d: int) -> Tensor:
-    """What `universal_encode` stored, float32 (B, H, T, D)."""
-    x_BHTD = decode(codes_BHTG, gaussian(d, codes_BHTG.device)) * scale_BHT.float()[..., None]
-    return x_BHTD @ rotation(x_BHTD.shape[-1], x_BHTD.device).T
+    if cos_BTD is not None and sin_BTD is not None:
+        x_BHTD = apply_rope(x_BHTD, cos_BTD, sin_BTD, inverse=True)
+    return encode(x_BHTD, book_HGEd)
 
 
 def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generator: torch.Generator) -> Tensor:
@@ -133,43 +109,15 @@ def learn(x_NHD: Tensor, weight_NHD: Tensor | None, d: int, rounds: int, generat
         weight_PN = weight_PN / weight_PN.mean(1, keepdim=True).clamp(min=1e-30) + 1e-3
     books = []
     for x, weight in zip(x_PNd.split(AT_ONCE), weight_PN.split(AT_ONCE), strict=True):
-        book = _seeds(x, weight, generator)
-        for _ in range(rounds):
-            book = _means(x, weight, _nearest(x, book), book)
-        books.append(book)
+        books.append(kmeans(x, weight, ENTRIES, rounds, _nearest, generator, sample=16, refill=False))
     return torch.cat(books).view(heads, channels // d, ENTRIES, d).half()
 
 
 def _nearest(x_PNd: Tensor, book_PEd: Tensor) -> Tensor:
     """The nearest entry (P, N) of every group's vectors."""
     half_P1E = book_PEd.square().sum(2)[:, None] / 2
-    # As many scores at once as a CPU's cache holds.
     rows = max(1, CHUNK // (len(x_PNd) * book_PEd.shape[1]))
     return torch.cat([torch.baddbmm(half_P1E, x, book_PEd.mT, alpha=-1).argmin(2) for x in x_PNd.split(rows, 1)], 1)
-
-
-def _seeds(x_PNd: Tensor, weight_PN: Tensor, generator: torch.Generator) -> Tensor:
-    """Entries (P, E, d) drawn by k-means++: by weight times squared distance to those drawn."""
-    index = torch.randperm(x_PNd.shape[1], generator=generator)[: 16 * ENTRIES].to(x_PNd.device)
-    x_PNd, weight_PN = x_PNd[:, index], weight_PN[:, index]
-    draws_EP1 = torch.rand((ENTRIES, len(x_PNd), 1), generator=generator).to(x_PNd.device)
-    book_PEd = x_PNd.new_empty((len(x_PNd), ENTRIES, x_PNd.shape[2]))
-    distance_PN = torch.ones_like(weight_PN)
-    for e in range(ENTRIES):
-        sum_PN = (distance_PN * weight_PN).cumsum(1)
-        at_P1 = torch.searchsorted(sum_PN, sum_PN[:, -1:] * draws_EP1[e], right=True).clamp(max=len(index) - 1)
-        book_PEd[:, e] = x_PNd.gather(1, at_P1[..., None].expand(-1, -1, x_PNd.shape[2]))[:, 0]
-        found_PN = (x_PNd - book_PEd[:, e, None]).square().sum(2)
-        distance_PN = found_PN if e == 0 else torch.minimum(distance_PN, found_PN)
-    return book_PEd
-
-
-def _means(x_PNd: Tensor, weight_PN: Tensor, code_PN: Tensor, book_PEd: Tensor) -> Tensor:
-    """The weighted mean of each entry's vectors (P, E, d); entries without any stay where they are."""
-    weight_PN1, code_PNd = weight_PN.double()[..., None], code_PN[..., None].expand_as(x_PNd)
-    mass_PE = weight_PN1.new_zeros(book_PEd.shape[:2]).scatter_add_(1, code_PN, weight_PN1[..., 0])
-    sum_PEd = weight_PN1.new_zeros(book_PEd.shape).scatter_add_(1, code_PNd, weight_PN1 * x_PNd)
-    return torch.where(mass_PE[..., None] > 0, (sum_PEd / mass_PE[..., None]).float(), book_PEd)
 
 
 def weigh(
@@ -199,33 +147,17 @@ def weigh(
     return (weight_BHRT @ v_BHTD.to(dtype)).flatten(1, 2), lse_BHR.flatten(1)
 
 
-def attend(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int | Tensor,
-    mask_BT: Tensor | None = None,
-    cos_BTD: Tensor | None = None,
-    sin_BTD: Tensor | None = None,
-    scale_k: Tensor | None = None,
-    scale_v: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`weigh` of the coded tokens from `start` on and before `end`; other tokens' can be merged with it.
-
-    codes_k, codes_v: uint8 (B, H, T, G); Q / H queries that follow one another share a head. scaling: of scores. end: a
-    number, or an int32 tensor of one element, at most T. cos_BTD, sin_BTD: keys were coded before their rotary
-    embedding; as `turn` has them, of all T tokens. scale_k, scale_v: what a token's entries are multiplied by.
-    """
-    of = slice(start, max(start, int(end)))
-    k_BHTD, v_BHTD = decode(codes_k[:, :, of], book_k), decode(codes_v[:, :, of], book_v)
-    if cos_BTD is not None and sin_BTD is not None:
-        k_BHTD = turn(k_BHTD, cos_BTD[:, of], sin_BTD[:, of])
-    of_tokens = [None if part is None else part[..., of] for part in (mask_BT, scale_k, scale_v)]
-    return weigh(q_BQD, k_BHTD, v_BHTD, scaling, *of_tokens)
+def attend(q_BQD: Tensor, tokens: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:
+    """`weigh` of coded tokens. Q / H queries that follow one another share a head. scaling: of scores."""
+    span = slice(tokens.start, max(tokens.start, tokens.end))
+    k_BHTD, v_BHTD = (
+        decode(tokens.codes_k[:, :, span], tokens.book_k),
+        decode(tokens.codes_v[:, :, span], tokens.book_v),
+    )
+    if tokens.cos_BTD is not None and tokens.sin_BTD is not None:
+        k_BHTD = apply_rope(k_BHTD, tokens.cos_BTD[:, span], tokens.sin_BTD[:, span])
+    optional = (tokens.mask_BT, tokens.scale_k, tokens.scale_v)
+    return weigh(q_BQD, k_BHTD, v_BHTD, scaling, *(None if part is None else part[..., span] for part in optional))
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -238,8 +170,8 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 
 @torch.library.custom_op("vqcompress::kv_encode", mutates_args=())
 def kv_encode(x_BHTD: Tensor, book_HGEd: Tensor, cos_BTD: Tensor | None, sin_BTD: Tensor | None) -> Tensor:
-    """`coded`."""
-    return coded(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
+    """`encode_unrotated`, as an operator."""
+    return encode_unrotated(x_BHTD, book_HGEd, cos_BTD, sin_BTD)
 
 
 @kv_encode.register_fake
@@ -249,54 +181,16 @@ def _(x_BHTD: Tensor, book_HGEd: Tensor, *angles: object) -> Tensor:
 
 @torch.library.custom_op("vqcompress::kv_attend", mutates_args=())
 def kv_attend(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int,
-    filled: Tensor | None,
-    mask_BT: Tensor | None,
-    cos_BTD: Tensor | None,
-    sin_BTD: Tensor | None,
-    scale_k: Tensor | None,
-    scale_v: Tensor | None,
+    q_BQD: Tensor, stored: Sequence[Tensor], optional: Sequence[Tensor | None], start: int, end: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend`. filled: an end on the device, instead of the number, as a CUDA graph needs it."""
-    last, more = end if filled is None else filled, (mask_BT, cos_BTD, sin_BTD, scale_k, scale_v)
-    return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
+    """`attend`, as an operator. stored, optional: the tensors of `CodedTokens` in its order."""
+    return attend(q_BQD, _tokens(stored, optional, start, end), scaling)
 
 
 @kv_attend.register_fake
 def _(q_BQD: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     out_BQD = q_BQD.new_empty(q_BQD.shape, dtype=torch.promote_types(q_BQD.dtype, torch.float32))
     return out_BQD, out_BQD.new_empty(out_BQD.shape[:2])
-
-
-@kv_attend.register_kernel("cpu")
-def attend_on_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`kv_attend`, compiled."""
-    q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, mask_BT, *more = arguments
-    last = end if filled is None else int(filled)
-    if q_BQD.dtype == torch.float64:
-        cos_BTD, sin_BTD, *scales = more
-        return attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, mask_BT, cos_BTD, sin_BTD, *scales)
-    from vqcompress.methods.vq import viterbi_numba as compiled
-
-    (batch, heads, _, _), (_, queries, channels) = codes_k.shape, q_BQD.shape
-    q_BHRD = (q_BQD.float() * scaling).view(batch, heads, -1, channels)
-    # Entries are copied two channels at a time.
-    pairs_k, pairs_v = (book.float().contiguous().view(torch.int64) for book in (book_k, book_v))
-    mask = torch.empty((0, 0), dtype=torch.bool) if mask_BT is None else mask_BT
-    given = [q_BHRD.new_empty((0, 0, 0)) if part is None else part.float().contiguous() for part in more]
-    out_BHRD, lse_BHR = torch.empty_like(q_BHRD), q_BHRD.new_empty(q_BHRD.shape[:3])
-    tensors = q_BHRD, codes_k, pairs_k, codes_v, pairs_v, mask, *given, out_BHRD, lse_BHR
-    arrays = [part.detach().numpy() for part in tensors]
-    threads = torch.get_num_threads() if last - start >= SHARED else 1
-    compiled.in_shares(lambda of, to: compiled.attend(of, to, start, last, *arrays), batch * heads, threads)
-    return out_BHRD.view(q_BQD.shape), lse_BHR.view(batch, queries)
 
 
 @kv_encode.register_kernel("cuda")
@@ -307,9 +201,19 @@ def _(*arguments: Any) -> Tensor:
 
 
 @kv_attend.register_kernel("cuda")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from vqcompress.kv_cache import kernel as kv
+def _(q_BQD: Tensor, stored: Any, optional: Any, start: int, end: int, scaling: float) -> tuple[Tensor, Tensor]:
+    from vqcompress.kv_cache import kernel
 
-    q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, end, filled, *more = arguments
-    last = end if filled is None else filled
-    return kv.attend(q_BQD, codes_k, book_k, codes_v, book_v, scaling, start, last, *more)
+    return kernel.attend(q_BQD, _tokens(stored, optional, start, end), scaling)
+
+
+def _tokens(stored: Sequence[Tensor], optional: Sequence[Tensor | None], start: int, end: int) -> CodedTokens:
+    codes_k, book_k, codes_v, book_v = stored
+    return CodedTokens(codes_k, book_k, codes_v, book_v, start, end, *optional)
+
+
+def attend_by_kernel(q_BQD: Tensor, tokens: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:
+    """`attend`, by the kernel on a GPU."""
+    if not q_BQD.is_cuda:
+        return attend(q_BQD, tokens, scaling)
+    return torch.ops.vqcompress.kv_attend(q_BQD, tokens[:4], tokens[6:], tokens.start, tokens.end, scaling)

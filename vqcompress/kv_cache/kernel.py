@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.kv_cache.kernel_encode import ENTRIES, angles_of, books_of
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
@@ -101,8 +102,6 @@ def _finite(top):  # type: ignore[no-untyped-def]
 @triton.jit
 def _span(start, end, tokens, C: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first token of this program's slice, and the one after its last."""
-    if end.dtype.is_ptr():
-        end = tl.load(end)
     end, slices = tl.minimum(end, tokens), tl.num_programs(0)
     span = tl.maximum(((end - start + slices - 1) // slices + C - 1) // C * C, 0)
     first = start + tl.program_id(0) * span
@@ -321,27 +320,14 @@ def default_config(gpu: DeviceProperties, shape: tuple[int, ...], batch: int, el
     return make_config(gpu, shape, batch, 1, int(not turned and tokens >= 1024), 8192, 256 // gpu.warp)
 
 
-def attend(
-    q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    scaling: float,
-    start: int,
-    end: int | Tensor,
-    mask_BT: Tensor | None = None,
-    cos_BTD: Tensor | None = None,
-    sin_BTD: Tensor | None = None,
-    scale_k: Tensor | None = None,
-    scale_v: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend(q_BQD: Tensor, coded: CodedTokens, scaling: float) -> tuple[Tensor, Tensor]:
     """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codes.attend`.
 
-    end: as a tensor it is read by the kernels, so that a CUDA graph sees it grow. Slices are merged in a fixed order.
+    Slices are merged in a fixed order.
     In `_attend_group` operands are rounded to float16, as entries are (queries, rotated keys, weights times scale_v),
     by 2⁻¹² each; float32 queries stay. ValueError for shapes that do not fit.
     """
+    codes_k, book_k, codes_v, book_v, start, end, mask_BT, cos_BTD, sin_BTD, scale_k, scale_v = coded
     (batch, queries, channels), (_, heads, tokens, groups) = q_BQD.shape, codes_k.shape
     length, turned, of_all = book_k.shape[-1], cos_BTD is not None, (queries, heads, channels, book_k.shape[-1], tokens)
     beside = {"codes_v": (codes_v, codes_k.shape), "book_v": (book_v, book_k.shape), "mask": (mask_BT, (batch, tokens))}

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from vqcompress.errors import UsageError
-from vqcompress.kv_cache.cache import keep_coded
+from vqcompress.kv_cache.cache import use_kv_cache
 from vqcompress.model.tokenizer import load_tokenizer
-from vqcompress.runtime.load import kept_as, load_any
+from vqcompress.runtime.load import kv_cache_config, load_any
 from vqcompress.storage.checkpoint import resolve
 
 
@@ -53,7 +53,7 @@ def generate(
         raise UsageError(f"--max-new-tokens {max_new_tokens} --temperature {temperature}: need at least 1, at least 0")
     network: Any = load_any(model, cpu_weights=cpu_weights)
     if kv_cache is not None:
-        keep_coded(network, kept_as(network, resolve(model), kv_cache))
+        use_kv_cache(network, kv_cache_config(network, resolve(model), kv_cache))
     tokenizer = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)

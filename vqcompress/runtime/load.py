@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from vqcompress.errors import UsageError, VQCompressError
-from vqcompress.kv_cache.cache import Kept, keep_coded, kept
+from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.linear import keep_packed, replace_linears
 from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
@@ -53,12 +53,12 @@ def load(
     if entries:
         attach(model, artifact.config["quantization_config"])
     if kv_cache:
-        keep_coded(model, kept_as(model, artifact.path, AS_STORED if kv_cache is True else str(kv_cache)))
+        use_kv_cache(model, kv_cache_config(model, artifact.path, AS_STORED if kv_cache is True else str(kv_cache)))
     return model
 
 
-def kept_as(model: PreTrainedModel, path: Path, recipe: str) -> Kept:
-    """How a recipe keeps keys and values; `artifact`: as the artifact says that a model was loaded from.
+def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheSpec:
+    """The cache config of a recipe, or of the artifact at `path` if the recipe is `artifact`.
 
     UsageError where the codebooks that this takes are not there.
     """
@@ -67,7 +67,7 @@ def kept_as(model: PreTrainedModel, path: Path, recipe: str) -> Kept:
     if wanted is None:
         raise UsageError(f"{path} says nothing of its cache; name a recipe that does, such as kv-fp8")
     if wanted["codebook"] != "learned":
-        return kept(model, wanted)
+        return make_config(model, wanted)
     anew = f"give --kv-cache {recipe} to quantize"
     if stored is None or stored["codebook"] != "learned":
         hint = f"{anew}, or take kv-fp8, which needs no data"
@@ -77,7 +77,7 @@ def kept_as(model: PreTrainedModel, path: Path, recipe: str) -> Kept:
         raise UsageError(f"{path} holds codebooks for {has}, not {asked}: take --kv-cache {AS_STORED}, or {anew}")
     if not (path / KV_CACHE).is_file():
         raise VQCompressError(f"{path / KV_CACHE} is missing")
-    return kept(model, {**wanted, "before": stored.get("before")}, tensors_of(path / KV_CACHE))
+    return make_config(model, {**wanted, "before": stored.get("before")}, tensors_of(path / KV_CACHE))
 
 
 def build_model(

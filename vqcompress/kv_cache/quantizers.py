@@ -1,4 +1,4 @@
-"""How the keys or the values of a layer are stored.
+"""Ways to store the keys or the values of a layer.
 
 Shape legend: B rows, H heads of keys and values, T tokens, D channels of a head, G groups of d channels, E entries.
 """
@@ -16,17 +16,19 @@ from vqcompress.kv_cache import codes as kv
 from vqcompress.methods.fp8 import reference as fp8
 
 CPU = torch.device("cpu")
+# The range of float16 scales: its smallest normal number, and its largest.
+TINY, HALF_MAX = 2.0**-14, 65504.0
 
 
-class Coder(ABC):
-    """How the keys or the values of a layer are stored: x (B, H, T, D) to parts whose third axis is T, and back.
+class KVQuantizer(ABC):
+    """Stores keys or values: x (B, H, T, D) as parts whose third axis is T, and back.
 
-    With a `book`, parts are `codes` of its entries, and a `scale` (B, H, T) or none: `kv.attend` reads them without
-    decoding, for queries that went through `enter`, and what it weighs has to go through `leave`.
+    With a `book`, parts are the `codes` of its entries and optionally a `scale` (B, H, T). `codes.attend` reads them
+    without decoding: its queries go through `enter` first, and its output through `leave`.
     """
 
     book: Tensor | None = None
-    # Whether entries are of x as it is, so that keys can be turned by their rotary embedding after a look-up.
+    # Whether entries are in the basis of x, so that the rotary embedding can be applied after a look-up.
     plain = False
 
     @abstractmethod
@@ -56,52 +58,57 @@ class Coder(ABC):
 
 
 @dataclass(frozen=True)
-class Learned(Coder):
-    """Codes of calibrated codebooks. book: (H, G, E, d), what `kv.learn` gives."""
+class Learned(KVQuantizer):
+    """Codes of calibrated codebooks. book: (H, G, E, d), from `codes.learn`."""
 
     book: Tensor
     plain = True
 
     def encode(self, x_BHTD: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes; of x without its rotary embedding, if cos and sin of its tokens are given."""
-        return {"codes": kv.coded(x_BHTD, self.book, cos, sin)}
+        """Codes. cos, sin: encode x without its rotary embedding."""
+        return {"codes": kv.encode_unrotated(x_BHTD, self.book, cos, sin)}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """The entries."""
         return kv.decode(parts["codes"], self.book)
 
 
-class Universal(Coder):
-    """Codes of the Gaussian's codebook and a scale for each token and head. d: channels of a code."""
+class Universal(KVQuantizer):
+    """Codes of a Gaussian codebook for rotated heads, with a float16 scale per token and head. d: channels of a code.
+
+    Random signs and a Hadamard transform make the channels of a head look Gaussian, whatever the text
+    (NSNQuant, arXiv 2505.18231, section 4; without its centring, which needs more than one token).
+    """
 
     def __init__(self, d: int, device: torch.device = CPU):
-        self.d, self.book = d, kv.gaussian(d, device)
+        self.book: Tensor = kv.gaussian(d, device)
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
-        """Codes and scales."""
-        codes, scale = kv.universal_encode(x_BHTD, self.d)
-        return {"codes": codes, "scale": scale}
+        """Codes and scales (B, H, T)."""
+        x_BHTD = self.enter(x_BHTD)
+        scale_BHT = x_BHTD.square().mean(-1).sqrt().clamp(min=TINY, max=HALF_MAX).half()
+        return {"codes": kv.encode_unrotated(x_BHTD / scale_BHT.float()[..., None], self.book), "scale": scale_BHT}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Entries times scales, turned back."""
-        return kv.universal_decode(parts["codes"], parts["scale"], self.d)
+        """Entries times scales, rotated back."""
+        return self.leave(kv.decode(parts["codes"], self.book) * parts["scale"].float()[..., None])
 
     def enter(self, x: Tensor) -> Tensor:
-        """Rotated."""
+        """x in float32, rotated."""
         return x.float() @ kv.rotation(x.shape[-1], x.device)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Rotated back."""
+        """x rotated back."""
         return x @ kv.rotation(x.shape[-1], x.device).T
 
 
-class FP8(Coder):
+class FP8(KVQuantizer):
     """E4M3 with a scale for each token and head, as activations of `fp8` (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
 
     def encode(self, x_BHTD: Tensor) -> dict[str, Tensor]:
         """Codes and scales."""
         scale = fp8.e4m3_scale(x_BHTD.float().abs().amax(-1, keepdim=True), False)
-        # As bytes: of a type that every copy knows.
+        # As bytes: index_select and cat have no FP8 on every device.
         return {"codes": fp8.to_e4m3(x_BHTD.float() / scale).view(torch.uint8), "scale": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
