@@ -35,6 +35,7 @@ from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.pipeline.quantize import calibration
 from vqcompress.runtime.load import load_any
 from vqcompress.storage.checkpoint import resolve
+from vqcompress.storage.recipe import KVCacheConfig
 
 CONTEXT = 32768
 GROUP = 64
@@ -156,7 +157,8 @@ def main() -> None:
     plain = [None] * len(rotary)
     ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), plain)}
     for d in a.d:
-        books = calibrate(model, rows_NL, d, rotary, a.seed, not a.uniform)
+        options = KVCacheConfig(bits=8 // d, weights="uniform" if a.uniform else "gradient")
+        books = calibrate(model, rows_NL, options, rotary, a.seed)
         bits = 8 / d + 16 * kv.ENTRIES / CONTEXT
         ways[f"learned {d}x8"] = (bits, [(Learned(k), Learned(v)) for k, v in books], rotary)
         ways[f"universal {d}x8"] = (8 / d + 16 / channels, [(Universal(d), Universal(d))] * len(rotary), plain)

@@ -18,7 +18,7 @@ from vqcompress.methods.statistics import NAMES, Accumulator, Statistics
 
 Shape = tuple[int, int]
 
-SHAPES: list[Shape] = [(1, 1), (1, 129), (129, 1), (64, 128), (130, 257), (256, 256), (128, 384)]
+SHAPES: list[Shape] = [(1, 1), (1, 129), (129, 1), (64, 128), (130, 257)]
 TOKENS = [0, 1, 129]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

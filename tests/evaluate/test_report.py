@@ -90,9 +90,6 @@ def test_the_page_has_what_the_report_has(recipe: str, family: str, more: set[st
     counts = [int(row[3].replace(",", "")) for row in by_kind.values() if row[0] != "weight"]
     assert sum(counts) == report["weights_quantized"]
     assert dict(row for row in cells(found["dense"]) if row[0] != "weight") == report["left_dense"]
-    for place, tokens in report["experts"].items():
-        line = next(row for row in cells(found["experts"]) if row[0] == place)
-        assert (int(line[2]), int(line[4])) == (min(tokens["routed"]), max(tokens["routed"]))
     text = words(root)
     assert f"{report['bits_per_weight']:.3f}" in text
     assert report["inputs"]["weights"] in text

@@ -27,7 +27,7 @@ from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import KV_CACHE
-from vqcompress.storage.recipe import dump, parse
+from vqcompress.storage.recipe import KVCacheConfig, dump, parse
 
 FAMILIES = ["llama", "qwen3", "gemma", "opt", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3"]
 
@@ -262,10 +262,11 @@ def test_memory_is_of_codes() -> None:
 def test_codebooks_of_a_model_lose_less_than_the_universal_one() -> None:
     model = model_of("qwen3", hidden=64)
     rows, rotary = ids_of(24, 128), find_rotary(model)
-    for gradients in (True, False):
-        books = calibrate(model, rows, 4, rotary, gradients=gradients, rounds=6)
+    for weights in ("gradient", "uniform"):
+        options = KVCacheConfig(bits=2, weights=weights, rounds=6)
+        books = calibrate(model, rows, options, rotary)
         assert [(k.shape, v.dtype) for k, v in books] == [((2, 4, 256, 4), torch.float16)] * 2
-        again = calibrate(model, rows, 4, rotary, gradients=gradients, rounds=6)
+        again = calibrate(model, rows, options, rotary)
         assert all(
             torch.equal(a, b)
             for pair, other in zip(books, again, strict=True)
@@ -412,5 +413,5 @@ def test_a_recipe_of_weights_may_say_how_the_cache_is_kept() -> None:
 
 def test_heads_that_do_not_divide_are_refused() -> None:
     model = model_of("llama", hidden=48)
-    with pytest.raises(VQCompressError, match="layer 0: heads of 12 channels cannot be coded 8 at a time"):
-        calibrate(model, ids_of(4, 32), 8, find_rotary(model))
+    with pytest.raises(VQCompressError, match="layer 0: heads of 12 channels"):
+        calibrate(model, ids_of(4, 32), KVCacheConfig(bits=1), find_rotary(model))

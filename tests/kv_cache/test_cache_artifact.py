@@ -35,6 +35,7 @@ from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import distributed
 from vqcompress.storage.artifact import HINT, KV_CACHE, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint
+from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.recipe import load as load_recipe
 from vqcompress.storage.writer import refresh_sums
 
@@ -213,14 +214,14 @@ def test_every_process_learns_its_share_of_the_layers(monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(toy_config(layers=4, hidden=64)).eval()
     rows = torch.randint(3, 384, (12, 64), generator=torch.Generator().manual_seed(0))
-    alone = cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1)
+    alone = cache_calibration.calibrate(model, rows, KVCacheConfig(bits=2, rounds=1), [None] * 4)
     learned: list[dict[int, Any]] = []
     group = distributed.ProcessGroup(1, 3)
     monkeypatch.setattr(distributed.ProcessGroup, "shard", lambda self, items: list(items))
     monkeypatch.setattr(distributed.ProcessGroup, "gather", lambda self, rank, value: [value] if rank == 1 else [])
     known = dict(enumerate(alone))
     monkeypatch.setattr(distributed.ProcessGroup, "all_gather", lambda self, value: (learned.append(value), [known])[1])
-    cache_calibration.calibrate(model, rows, 4, [None] * 4, rounds=1, group=group)
+    cache_calibration.calibrate(model, rows, KVCacheConfig(bits=2, rounds=1), [None] * 4, group=group)
     assert [list(each) for each in learned] == [[1]]
     assert all(torch.equal(a, b) for a, b in zip(learned[0][1], alone[1], strict=True))
 

@@ -200,10 +200,9 @@ SIZES = [
     (Size(tokens=3, repeat=4, d=8, angles=2), torch.float16, None),
     (Size(tokens=17, channels=128, d=8, scaled=True, masked=True), torch.float32, (2, 15)),
     (Size(tokens=17, repeat=4, d=2, channels=128, one_book=True, masked=True), torch.bfloat16, None),
-    (Size(tokens=129, batch=1, channels=96, angles=1), torch.float32, (5, 129)),
-    (Size(tokens=129, repeat=4, heads=1, scaled=True, angles=2, masked=True), torch.bfloat16, (0, 100)),
+    (Size(tokens=65, batch=1, channels=96, angles=1), torch.float32, (5, 65)),
+    (Size(tokens=65, repeat=4, heads=1, scaled=True, angles=2, masked=True), torch.bfloat16, (0, 50)),
     (Size(tokens=3, batch=1, repeat=17, heads=1, channels=256, scaled=True), torch.float16, None),
-    (Size(tokens=3), torch.float32, (2, 2)),
     (Size(tokens=3), torch.float32, (3, 1)),
     (Size(tokens=0), torch.float32, (0, 0)),
 ]
@@ -225,18 +224,17 @@ def test_attend(interpret: Call, size: Size, dtype: torch.dtype, span: tuple[int
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
-@pytest.mark.parametrize(("masked", "angles"), [(False, 0), (True, 1)])
-def test_every_way_to_attend(interpret: Call, config: dict[str, int], masked: bool, angles: int) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_way_to_attend(interpret: Call, config: dict[str, int], masked: bool) -> None:
     """In several slices, some of them empty, and some tiles with nothing to attend to."""
-    angles = 0 if config["TABLES"] else angles
-    size = Size(tokens=70, repeat=2, heads=1, batch=1 + masked, angles=angles, masked=masked, scaled=masked)
-    check_attend(interpret, size, torch.bfloat16, (1, 69), config)
+    angles = int(masked and not config["TABLES"])
+    size = Size(tokens=50, repeat=2, heads=1, batch=1, angles=angles, masked=masked, scaled=masked)
+    check_attend(interpret, size, torch.bfloat16, (1, 49), config)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("d", "angles", "dtype"), CODED, ids=str)
-def test_encode(interpret: Call, tokens: int, d: int, angles: int, dtype: torch.dtype) -> None:
-    check_encode(interpret, Size(tokens=tokens, d=d, angles=angles), dtype)
+def test_encode(interpret: Call, d: int, angles: int, dtype: torch.dtype) -> None:
+    check_encode(interpret, Size(tokens=9, d=d, angles=angles), dtype)
 
 
 def test_the_operators() -> None:
@@ -301,9 +299,8 @@ def _recorded(arch: int | str, sizes: list[Size]) -> Iterator[tuple[Size | int, 
         yield tokens, calls[0]
 
 
-@pytest.mark.parametrize("arch", [90, "gfx942"])
-def test_compiles_without_spills(arch: int | str) -> None:
-    check_compiled(arch, [REAL[1], REAL[3]])
+def test_compiles_without_spills() -> None:
+    check_compiled(90, [REAL[1], REAL[3]])
 
 
 @pytest.mark.slow
@@ -363,7 +360,7 @@ def test_every_way_on_a_gpu(config: dict[str, int]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("tokens", [3, 1000])
 @pytest.mark.parametrize(("d", "angles", "dtype"), CODED, ids=str)
-def test_encode_on_a_gpu(tokens: int, d: int, angles: int, dtype: torch.dtype) -> None:
-    check_encode(on_gpu, Size(tokens=tokens, d=d, angles=angles, channels=128), dtype)
+def test_encode_on_a_gpu(d: int, angles: int, dtype: torch.dtype) -> None:
+    for tokens in (3, 1000):
+        check_encode(on_gpu, Size(tokens=tokens, d=d, angles=angles, channels=128), dtype)

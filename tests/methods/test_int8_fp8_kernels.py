@@ -223,7 +223,8 @@ def check_fp8_linear(
 
 @pytest.mark.parametrize(("dtype", "arch"), [(torch.float32, 90), (torch.float16, 80), (torch.bfloat16, 90)], ids=str)
 def test_fp8_linear(either: Call, dtype: torch.dtype, arch: int) -> None:
-    for n, (tokens, outputs, columns) in enumerate(PRODUCTS):
+    # Every shape in float32; in 16 bits what is ragged and what is split.
+    for n, (tokens, outputs, columns) in enumerate(PRODUCTS if dtype == torch.float32 else PRODUCTS[1:6:3]):
         x_TI, (codes_OI, scale_PJ) = activations(tokens, columns, dtype), fp8_weight(outputs, columns)
         check_fp8_linear(either, x_TI, codes_OI, scale_PJ, n % 2 == 1, arch=arch)
 
@@ -241,7 +242,7 @@ def test_products_are_split_over_the_inputs() -> None:
 
 
 def test_tiles_in_groups_and_of_other_sizes(either: Call) -> None:
-    x_TI, (codes_OI, scale_O), (e4m3_OI, scale_PJ) = inputs(83, 300), int8_weight(150, 300), fp8_weight(150, 300)
+    x_TI, (codes_OI, scale_O), (e4m3_OI, scale_PJ) = inputs(35, 300), int8_weight(70, 300), fp8_weight(70, 300)
     for config in ({"BLOCK_T": 16, "GROUP": 4}, {"BLOCK_T": 32, "BLOCK_O": 32, "GROUP": 2, "SPLIT": 3}):
         of_int8 = {"BLOCK_I": 64, **config}
         found_TO = either("int8", "linear", x_TI, codes_OI, scale_O, config=of_int8)
@@ -249,7 +250,7 @@ def test_tiles_in_groups_and_of_other_sizes(either: Call) -> None:
         check_fp8_linear(either, x_TI, e4m3_OI, scale_PJ, False, config=config)
 
 
-@pytest.mark.parametrize(("tokens", "columns"), [(1, 300), (16, 24), (17, 100)])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 300), (17, 100)])
 def test_inputs_that_are_no_multiple_of_16(either: Call, tokens: int, columns: int) -> None:
     """Up to 16 rows as it is stored, above with zeros; also of experts, and with both types that x is multiplied in."""
     x_TI = activations(tokens, columns, torch.float32)
@@ -288,24 +289,23 @@ def test_nan_in_x_is_not_hidden(call: Call) -> None:
 
 
 # Rows of each expert: some without any, tiles that are full and not, one expert, more experts than rows.
-GROUPS = [[3, 0, 17, 16, 0], [0, 0, 1], [20], [0] * 30 + [1] + [0] * 30 + [2]]
+GROUPS = [[3, 0, 17, 16, 0], [20], [0] * 10 + [1] + [0] * 10 + [2]]
 
 
 @pytest.mark.parametrize("counts", GROUPS, ids=lambda counts: f"{len(counts)}-experts")
 def test_grouped(either: Call, counts: list[int]) -> None:
-    experts, outputs, columns = len(counts), 130, 200
+    experts, outputs, columns = len(counts), 70, 140
     x_SI, ends_E = inputs(sum(counts), columns), torch.tensor(counts).cumsum(0).to(torch.int32)
     codes_EOI, scale_EO = int8_weight(experts, outputs, columns)
     e4m3_EOI, scale_EPJ = fp8_weight(experts, outputs, columns)
     found_SO = either("int8", "grouped", x_SI, ends_E, codes_EOI, scale_EO)
     parts = zip(x_SI.split(counts), codes_EOI, scale_EO, strict=True)
     assert torch.equal(found_SO, torch.cat([int8_ref.int8_linear(x, w, s, None) for x, w, s in parts]))
-    for flag in (False, True):
-        found_SO = either("fp8", "grouped", x_SI, ends_E, e4m3_EOI, scale_EPJ, flag)
-        parts = zip(x_SI.split(counts), e4m3_EOI, scale_EPJ, strict=True)
-        assert relative_rms(found_SO, torch.cat([fp8_ref.fp8_linear(x, w, s, flag) for x, w, s in parts])) <= tolerance(
-            either
-        )
+    flag = experts == 5
+    found_SO = either("fp8", "grouped", x_SI, ends_E, e4m3_EOI, scale_EPJ, flag)
+    parts = zip(x_SI.split(counts), e4m3_EOI, scale_EPJ, strict=True)
+    expected_SO = torch.cat([fp8_ref.fp8_linear(x, w, s, flag) for x, w, s in parts])
+    assert relative_rms(found_SO, expected_SO) <= tolerance(either)
     # A row that no expert has is not written either, as one of the next expert would be.
     more_SI = torch.cat([x_SI, x_SI[:1]])
     assert either("int8", "grouped", more_SI, ends_E, codes_EOI, scale_EO)[-1].isnan().all()
@@ -337,9 +337,9 @@ def recorded(kernel: str, arch: int | str, rows: int, shape: Shape, experts: int
     return [(c, k, ahead.resources(k)) for c, k in compiled]
 
 
-# Representative architectures by default, the others with -m slow.
+# One architecture by default, the others with -m slow.
 every_arch = pytest.mark.parametrize(
-    "arch", [90, "gfx942", *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+    "arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != 90)]
 )
 
 
@@ -364,11 +364,10 @@ def test_compiles_for(kernel: str, arch: int | str, rows: int, shape: Shape) -> 
 @every_arch
 @pytest.mark.parametrize("kernel", ["int8", "fp8"])
 def test_grouped_compiles_for(kernel: str, arch: int | str) -> None:
-    for rows in (8,):
-        launches = recorded(kernel, arch, rows, (1536, 2048), experts=64)
-        check_resources(launches, arch)
-        assert len(launches) == 2
-        check_product(launches[1][1], arch, launches[1][0].config["BLOCK_T"] >= 64)
+    launches = recorded(kernel, arch, 8, (1536, 2048), experts=64)
+    check_resources(launches, arch)
+    assert len(launches) == 2
+    check_product(launches[1][1], arch, launches[1][0].config["BLOCK_T"] >= 64)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 # not hold, instead of rounding.
 ERROR = {torch.float32: 5e-7, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 # (T, I): blocks of 1, 2, 32, 256 and 4096, and such that take several programs.
-SHAPES = [(0, 64), (1, 1), (3, 17), (9, 2), (3, 768), (1, 4096), (2, 11008), (1, 32768)]
+SHAPES = [(0, 64), (1, 1), (3, 17), (3, 768), (1, 4096), (2, 11008)]
 
 
 def _interpreted(kernel: Any) -> None:
@@ -159,7 +159,6 @@ BEAMS = [
     (1, (2, 5, 3), 8),
     (20, (2, 64, 8), 1),
     (20, (2, 64, 4), 4),
-    (9, (3, 20, 5), 3),
     (9, (4, 3, 2), 8),
 ]
 
@@ -194,9 +193,8 @@ def test_rotate_with_other_settings(interpreted: Call, shape: tuple[int, int]) -
         (1, (1, 4096), torch.bfloat16),
         (3, (17, 17), torch.float32),
         (9, (3, 96), torch.float32),
-        (2, (1, 32768), torch.float32),
-        (5, (2, 11008), torch.float16),
-        (2, (9, 8), torch.float32),
+        pytest.param(2, (1, 32768), torch.float32, marks=pytest.mark.slow),
+        (5, (1, 768), torch.float16),
     ],
     ids=str,
 )
@@ -295,46 +293,46 @@ def test_compiles_without_spills(arch: int | str) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("shape", [(1, 14336), (129, 28672), (3, 96)], ids=str)
-def test_rotate_on_a_gpu(shape: tuple[int, int]) -> None:
-    for dtype in DTYPES:
-        check_rotate(on_gpu, shape, dtype)
+def test_rotate_on_a_gpu() -> None:
+    for shape in ((1, 14336), (129, 28672), (3, 96), (1, 32768)):
+        for dtype in DTYPES:
+            check_rotate(on_gpu, shape, dtype)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("shape", [(17, 11008), (3, 32768)], ids=str)
-def test_all_settings_on_a_gpu(shape: tuple[int, int]) -> None:
+def test_all_settings_on_a_gpu() -> None:
     import candidates
 
     from vqcompress.methods.triton import launch
 
-    x_TI, signs_I = inputs(*shape), random_signs(shape[1])
-    tried = list(candidates.of_rotate(launch.device_properties(torch.device("cuda", 0)), shape[1]))
-    for setting in range(len(tried)):
-        y_TI = on_gpu("rotate", x_TI, packed(signs_I), setting)
-        assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32], tried[setting]
+    for shape in ((17, 11008), (3, 32768)):
+        x_TI, signs_I = inputs(*shape), random_signs(shape[1])
+        tried = list(candidates.of_rotate(launch.device_properties(torch.device("cuda", 0)), shape[1]))
+        for setting in range(len(tried)):
+            y_TI = on_gpu("rotate", x_TI, packed(signs_I), setting)
+            assert relative_rms(y_TI, hadamard(x_TI.double() * signs_I)) <= ERROR[torch.float32], tried[setting]
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("sums", "shape"), [(8, (1, 4096)), (3, (129, 11008)), (1, (17, 17))], ids=str)
-def test_finish_on_a_gpu(sums: int, shape: tuple[int, int]) -> None:
-    for dtype in DTYPES:
-        for rotated in (True, False):
+@pytest.mark.parametrize("rotated", [True, False])
+def test_finish_on_a_gpu(rotated: bool) -> None:
+    for sums, shape in ((8, (1, 4096)), (3, (129, 11008)), (1, (17, 17))):
+        for dtype in DTYPES:
             check_finish(on_gpu, sums, shape, rotated, dtype)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("count", "length"), [(5, 3), (256, 8), (1 << 16, 8)])
-def test_best_on_a_gpu(count: int, length: int) -> None:
-    for beam in (1, 4):
-        check_best(on_gpu, 1000, count, length, beam)
+def test_best_on_a_gpu() -> None:
+    for count, length in ((5, 3), (256, 8), (1 << 16, 8)):
+        for beam in (1, 4):
+            check_best(on_gpu, 1000, count, length, beam)
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("vectors", "size", "beam"), [BEAMS[3], (2000, (2, 256, 8), 8)])
-def test_beam_search_on_a_gpu(vectors: int, size: tuple[int, int, int], beam: int) -> None:
-    check_beam_search(on_gpu, vectors, size, beam)
+def test_beam_search_on_a_gpu() -> None:
+    for vectors, size, beam in (BEAMS[3], (2000, (2, 256, 8), 8)):
+        check_beam_search(on_gpu, vectors, size, beam)

@@ -12,6 +12,8 @@ from kernels import ARCHS, needs_gpu
 
 from vqcompress.methods.vq import bitshift
 
+SLOW = pytest.mark.slow
+
 
 def gaussian(sequences: int, length: int) -> np.ndarray:
     return np.random.default_rng(length + sequences).standard_normal((sequences, length), np.float32)
@@ -46,15 +48,14 @@ def interpret(interpreted: Callable[..., np.ndarray]) -> Callable[..., np.ndarra
     return lambda *arguments: interpreted(by_interpreter, *arguments)
 
 
-@pytest.mark.parametrize("state_bits", [8, 10])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("bits", "state_bits"), [(1, 8), (2, 10), (3, 9), (4, 8)])
 def test_kernel_answers_what_the_cpu_does(interpret: Callable[..., np.ndarray], bits: int, state_bits: int) -> None:
-    for sequences, length in ((3, 16), (1, 40), (1, 64)):
+    for sequences, length in ((3, 16), (1, 40)):
         x_NT = gaussian(sequences, length)
         assert np.array_equal(interpret(x_NT, bits, state_bits, {}), by_cpu(x_NT, bits, state_bits))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 4])
 def test_costs_in_tiles(interpret: Callable[..., np.ndarray], bits: int) -> None:
     """As for more state_bits than registers hold; and back pointers for two sequences at a time."""
     rows, classes = 2 * 18, 1 << 10 - bits
@@ -65,8 +66,16 @@ def test_costs_in_tiles(interpret: Callable[..., np.ndarray], bits: int) -> None
 
 @pytest.mark.parametrize(
     ("arch", "bits", "state_bits"),
-    [(arch, 2, state_bits) for arch in ARCHS for state_bits in (12, 14, 16)]
-    + [(90, bits, state_bits) for bits in (1, 4) for state_bits in (14, 16)],
+    [
+        (90, 2, 12),
+        *(
+            pytest.param(arch, 2, size, marks=SLOW)
+            for arch in ARCHS
+            for size in (12, 14, 16)
+            if (arch, size) != (90, 12)
+        ),
+        *(pytest.param(90, bits, size, marks=SLOW) for bits in (1, 4) for size in (14, 16)),
+    ],
 )
 def test_compiles_without_spills(arch: int | str, bits: int, state_bits: int) -> None:
     """As launched: costs and words do stay in registers, a program fits a processor, and nothing becomes an fma."""
@@ -91,14 +100,14 @@ def test_compiles_without_spills(arch: int | str, bits: int, state_bits: int) ->
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("state_bits", [8, 12, 14, 15, 16])
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_kernel_on_a_gpu(bits: int, state_bits: int) -> None:
-    for sequences, length in ((5, 256), (2, 287), (1, 16), (3, 40)):
-        x_NT = gaussian(sequences, length)
-        found_NT = bitshift.PathSearch(bits, state_bits).paths(torch.from_numpy(x_NT).cuda())
-        assert found_NT.is_cuda
-        assert np.array_equal(found_NT.cpu().numpy(), by_cpu(x_NT, bits, state_bits))
+def test_kernel_on_a_gpu(bits: int) -> None:
+    for state_bits in (8, 12, 14, 15, 16):
+        for sequences, length in ((5, 256), (2, 287), (1, 16), (3, 40)):
+            x_NT = gaussian(sequences, length)
+            found_NT = bitshift.PathSearch(bits, state_bits).paths(torch.from_numpy(x_NT).cuda())
+            assert found_NT.is_cuda
+            assert np.array_equal(found_NT.cpu().numpy(), by_cpu(x_NT, bits, state_bits)), (state_bits, length)
 
 
 @pytest.mark.gpu

@@ -32,8 +32,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "trellis 3": {"codebook": "trellis", "bits": 3, "state_bits": 9},
     "trellis 4": {"codebook": "trellis", "bits": 4, "state_bits": 8, "rotation": False},
 }
-# With loads of 16 bytes of codes.
+SLOW, OTHERS = pytest.mark.slow, ("learned 2x4", "trellis 3")
+RAGGED = ("learned d 3, 5 bits", "learned 2x4", "trellis 3")
 WIDE = ("learned", "learned 2x8", "trellis 2", "trellis 4")
+# RAGGED: also with shapes that no tile divides. WIDE: with loads of 16 bytes of codes.
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -109,8 +111,9 @@ def grouped(name: str, shape: tuple[int, int], counts: tuple[int, ...]) -> float
     return relative_rms(found_SO[: len(want_SO)], want_SO)
 
 
-@every_format
-@pytest.mark.parametrize(("shape", "rows"), [((64, 96), 1), ((288, 41), 3)])
+@pytest.mark.parametrize(
+    ("name", "shape", "rows"), [*((n, (64, 96), 1) for n in FORMATS), *((n, (288, 41), 3) for n in RAGGED)], ids=str
+)
 def test_every_way_multiplies_by_the_values(
     interpreted: Callable[..., Any], name: str, shape: tuple[int, int], rows: int
 ) -> None:
@@ -118,25 +121,22 @@ def test_every_way_multiplies_by_the_values(
         assert difference < 1e-6, way
 
 
-@pytest.mark.parametrize("rows", [0, 129])
-@pytest.mark.parametrize("name", ["learned", "trellis 2"])
+@pytest.mark.parametrize(("name", "rows"), [("learned", 0), ("learned", 33), ("trellis 2", 17)])
 def test_no_rows_and_many(interpreted: Callable[..., Any], name: str, rows: int) -> None:
-    for way, difference in interpreted(differences, name, (96, 80), rows).items():
+    for way, difference in interpreted(differences, name, (64, 48), rows).items():
         assert difference < 1e-6, way
 
 
 @pytest.mark.parametrize("name", ["learned", "learned d 3, 5 bits", "trellis 2", "trellis 4"])
 def test_with_rotation_and_scales(interpreted: Callable[..., Any], name: str) -> None:
     # Sums are float32; x H on the way in and the result are rounded to the type of x.
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
-        assert interpreted(whole, name, (96, 64), 1, dtype) < tolerance
-        assert interpreted(whole, name, (96, 64), 3, dtype) < tolerance
+    for dtype, rows, tolerance in ((torch.float32, 1, 2e-6), (torch.float16, 3, 2e-3), (torch.bfloat16, 1, 1e-2)):
+        assert interpreted(whole, name, (96, 64), rows, dtype) < tolerance
 
 
-@pytest.mark.parametrize("name", ["learned", "learned 2x4", "trellis 2", "trellis 3"])
+@pytest.mark.parametrize("name", ["learned", "trellis 2", *(pytest.param(n, marks=SLOW) for n in OTHERS)])
 def test_experts_in_one_launch(interpreted: Callable[..., Any], name: str) -> None:
-    assert interpreted(grouped, name, (64, 96), (3, 0, 17, 1)) < 2e-6
-    assert interpreted(grouped, name, (64, 96), (0, 0, 2)) < 2e-6
+    assert interpreted(grouped, name, (64, 48), (3, 0, 17)) < 2e-6
 
 
 def meta_parts(name: str, shape: tuple[int, int], experts: int = 0) -> tuple[Format, dict[str, Any]]:
@@ -187,11 +187,10 @@ def compiles(name: str, arch: int | str) -> None:
             assert "dp4a" in text
 
 
-@pytest.mark.parametrize("arch", [90, "gfx942"])
 @pytest.mark.parametrize("name", ["learned", "trellis 2"])
-def test_compiles_for_gpus_without_spills(name: str, arch: int | str) -> None:
+def test_compiles_without_spills(name: str) -> None:
     pytest.importorskip("triton")
-    compiles(name, arch)
+    compiles(name, 90)
 
 
 @pytest.mark.slow

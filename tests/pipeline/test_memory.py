@@ -46,6 +46,7 @@ def everything(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_model_of_three_times_the_memory(tmp_path: Path, processes: Processes) -> None:
     size = write_llama(tmp_path / "model", layers=120, hidden=1024, inner=6144)
     assert size > 3 * LIMIT
@@ -59,6 +60,7 @@ def test_a_model_of_three_times_the_memory(tmp_path: Path, processes: Processes)
 
 
 @pytest.mark.parametrize("recipe", ["fp8-tile", "smoothquant-int8"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(recipe: str, tmp_path: Path, processes: Processes) -> None:
     peaks = []
     for layers in (4, 16):

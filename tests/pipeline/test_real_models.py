@@ -38,6 +38,7 @@ def dense(shared: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("model", ["wren-6m"])
+@pytest.mark.slow
 def test_the_perplexity_of_the_original_is_that_of_a_plain_loop(
     model: str, shared: Path, dense: dict[int, float]
 ) -> None:
@@ -56,6 +57,7 @@ def test_the_perplexity_of_the_original_is_that_of_a_plain_loop(
         ("wren-6m-outliers", "fp8-tile", 8.01, 1.0018),
     ],
 )
+@pytest.mark.slow
 def test_a_recipe_costs_no_more_than_it_promises(
     model: str, recipe: str, bits: float, ratio: float, shared: Path, dense: dict[int, float], tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_closing_layer_is_found_and_proven(toy: Make, family: str, closing: 
     assert torch.equal(stream.run(module, 0, states[0]), before)
 
 
+@pytest.mark.slow
 def test_compensation_and_distillation_bring_the_predictions_nearer(tmp_path: Path) -> None:
     """On a trained model: errors of a random one have no meaning that a least squares could find."""
     demo = resolve("demo")
@@ -121,6 +122,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("at", ["second block", "distillation", "staged", "first shard taken in"])
+@pytest.mark.slow
 def test_a_killed_tuned_run_ends_in_the_same_bytes(
     at: str, toy: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +159,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(
     assert sums[0] == sums[1]
 
 
+@pytest.mark.slow
 def test_same_bytes_whatever_the_threads(toy: Make, text: Path, tmp_path: Path) -> None:
     file, threads, sums = recipe(tmp_path, "", TUNED), torch.get_num_threads(), []
     try:

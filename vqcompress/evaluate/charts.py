@@ -85,9 +85,16 @@ def lines(series: Mapping[str, Line], x_label: str, y_label: str, name: str, who
         axes.yaxis.set_major_formatter("{x:g}")
         for n, (label, line) in enumerate(series.items()):
             colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
-            join = "-" if whole else ""
+            join = "-" if whole else "none"
             axes.plot(
-                line.x, line.y, join, color=colour, marker=marker, markersize=3, linewidth=1, label=printable(label)
+                line.x,
+                line.y,
+                linestyle=join,
+                color=colour,
+                marker=marker,
+                markersize=3,
+                linewidth=1,
+                label=printable(label),
             )
             if line.low != line.high:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)

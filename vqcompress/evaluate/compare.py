@@ -1,4 +1,4 @@
-"""Several models on one text: what each costs in bits and bytes, and what it loses."""
+"""Bits, bytes and quality of several models on one text."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ def compare(
     progress: Progress = lambda done, total: None,
     **cut: Unpack[Windowing],
 ) -> dict[str, Any]:
-    """What each of several models costs and loses, JSON: bits per weight, bytes, and all that `perplexity` measures.
+    """JSON: a row for each model with bits per weight, bytes, perplexity and its comparison with the original.
 
-    baseline: the original, a row of its own; if None see `_original`.
-    Models go from the most bits to the fewest, the original first.
+    baseline: the original, the first row; if None, `_original` looks for it. Then models from most to fewest bits.
     """
     start = time.perf_counter()
     baseline = baseline if baseline is not None else _original(models)
     if baseline is not None:
         models = [model for model in models if resolve(model) != resolve(baseline)]
     if not models:
-        raise UsageError(f"{baseline} is the original; name models to compare with it")
+        raise UsageError(f"{baseline} is the original; name at least one other model")
     found, protocol = score(models, text, baseline, device, progress, **cut)
     nothing = {"ratio": None, "kl_divergence": None, "top1_agreement": None}
     rows = [
@@ -55,9 +54,9 @@ def compare(
 
 
 def _original(models: list[str]) -> str | None:
-    """The one model that is no artifact, if it has as large a vocabulary; else what the reports of all artifacts name.
+    """The original of several models, or None if it is unclear or not on this machine.
 
-    None if that is not here.
+    It is the only dense checkpoint among them, if all vocabularies have one size; else the model that all reports name.
     """
     plain = [model for model in models if not Artifact.is_one(resolve(model))]
     vocabularies = {Checkpoint(resolve(model)).config.get("vocab_size") for model in models}
@@ -68,7 +67,7 @@ def _original(models: list[str]) -> str | None:
     repo = hub.ID.fullmatch(model) if isinstance(model, str) else None
     try:
         if repo and model != "demo" and not (Path(model) / "config.json").is_file():
-            # A report may come from anybody: nothing is downloaded because one says so.
+            # A report is not trusted to start a download.
             hub.fetch(repo[1], repo[2], download=False)
         return model if repo and not Artifact.is_one(resolve(model)) else None
     except (VQCompressError, OSError):
@@ -76,13 +75,13 @@ def _original(models: list[str]) -> str | None:
 
 
 def only_caches(models: list[str]) -> list[str]:
-    """Those whose weights are dense and whose cache is coded, which `compare` does not measure."""
+    """The artifacts that compress only the KV cache, whose effect `compare` does not measure."""
     found = [(model, Artifact(path)) for model in models if Artifact.is_one(path := resolve(model))]
     return [model for model, artifact in found if artifact.cache and not artifact.entries]
 
 
 def _footprint(model: str) -> dict[str, Any]:
-    """Bits per weight, of those that are compressed if any are, else of all; and the bytes of the files of weights."""
+    """JSON: bits per compressed weight (of an uncompressed model: per weight), and bytes of the weight files."""
     path = resolve(model)
     source = Artifact(path) if Artifact.is_one(path) else Checkpoint(path)
     entries = source.entries.values() if isinstance(source, Artifact) else ()

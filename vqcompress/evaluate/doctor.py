@@ -1,4 +1,4 @@
-"""Whether an architecture works, tried in seconds on a toy of it with random weights."""
+"""Checks of an architecture on a tiny model of it with random weights; takes seconds and needs only config.json."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from vqcompress.storage.artifact import open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.trust import trusted
 
-# Sizes that every architecture names alike, and what a toy may have at most. Ratios (query heads to key heads) hold.
+# Config fields, and their largest values in a toy. The ratio of query heads to key heads is kept.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 CAPS = {"vocab_size": 512, "max_position_embeddings": 256, "n_positions": 256}
 WIDTHS = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "ffn_dim": 256}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
-ROUTES = {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+ROUTING = {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 TOKENS = 48
-# What architectures raise where their sizes do not fit together.
+# What modeling code raises if the sizes of a config do not fit together.
 MISFITS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, LookupError)
 MISFITS += (RuntimeError, TypeError, ValueError, StrictDataclassError)
 FAILURES: tuple[type[Exception], ...] = (VQCompressError, *MISFITS)
 
 
 def toy_config(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
-    """The config shrunk to two (or a pattern's worth of) layers and small widths; unchanged where it is small already.
+    """The config with small widths and two layers, or as many as show every type of layer once.
 
-    Tries the smallest toy first; if the architecture cannot be built that way, only depth and vocabulary shrink.
+    If the architecture cannot be built with small widths, only depth and vocabulary shrink.
     """
     for widths in (True, False):
         toy = _shrink(copy.deepcopy(config), widths)
@@ -51,16 +51,17 @@ def toy_config(config: transformers.PretrainedConfig) -> transformers.Pretrained
 
 
 def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers.PretrainedConfig:
+    """The config itself, edited. widths: shrink the widths too."""
+
     def cap(name: str, most: int) -> None:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > most:
             setattr(config, name, most)
 
     types = {name: kinds for name in ("layer_types", "mlp_layer_types") if (kinds := getattr(config, name, None))}
-    # As many layers as it takes to see each type of layer once.
     layers = max([2, *(1 + max(kinds.index(kind) for kind in set(kinds)) for kinds in types.values())])
     for name, kinds in types.items():
-        # Some configs compute it from the number of layers.
+        # Some configs compute the types from the number of layers and refuse to be set.
         with contextlib.suppress(AttributeError):
             setattr(config, name, kinds[:layers])
     dense_first = getattr(config, "first_k_dense_replace", 0)
@@ -76,23 +77,24 @@ def _shrink(config: transformers.PretrainedConfig, widths: bool) -> transformers
     if not widths:
         return config
     heads, kv = getattr(config, "num_attention_heads", 4), getattr(config, "num_key_value_heads", None)
-    for name, most in {**WIDTHS, **EXPERTS, **ROUTES}.items():
+    for name, most in {**WIDTHS, **EXPERTS, **ROUTING}.items():
         cap(name, most)
     if isinstance(heads, int) and heads > 4:
         config.num_attention_heads = 4
         if isinstance(kv, int):
             config.num_key_value_heads = max(1, 4 * kv // heads)
-    # Latent attention calls the width of its rotary part head_dim, and that part does not shrink here.
+    # In latent attention head_dim is the width of the rotary part, which keeps its size.
     if isinstance(getattr(config, "head_dim", None), int) and not hasattr(config, "qk_rope_head_dim"):
         cap("head_dim", 32)
     return config
 
 
 def examine(model: str) -> dict[str, Any]:
-    """The checks of MODEL's architecture, its folds, and which weights stay dense and why; JSON, from the config alone.
+    """JSON: checks of MODEL's architecture, its folds, and which weights stay dense and why. Reads only config.json.
 
-    ok: block by block equals the model's own forward, and the linear layers cover the blocks' large weights.
-    coverage: share of the real model's block weights in linear layers. folds: where smoothing costs nothing.
+    ok: running block by block equals the model's own forward, and some weights can be compressed. coverage: share of
+    the blocks' weights that can be. folds: the module that smoothing of each input is folded into, None if it is
+    applied at run time.
     """
     source = open_checkpoint(model, weights=False)
     config = load_config(source.path)
@@ -135,11 +137,12 @@ def examine(model: str) -> dict[str, Any]:
 
 
 def _write_toy(config: transformers.PretrainedConfig, folder: Path) -> transformers.PreTrainedModel:
+    """A model with random weights, saved in a folder."""
     torch.manual_seed(0)
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     toy = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trusted()).eval()
     for parameter in toy.parameters():
-        # Norms and biases start as ones and zeros, which would hide a fold that is wrong.
+        # Norms of one and biases of zero would hide a wrong fold.
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
     toy.save_pretrained(folder)
@@ -148,7 +151,7 @@ def _write_toy(config: transformers.PretrainedConfig, folder: Path) -> transform
 
 @torch.inference_mode()
 def _compare(toy: transformers.PreTrainedModel, stream: BlockStream) -> tuple[float, float]:
-    """Largest difference between streamed and direct logits, over two batches, and the size of the logits."""
+    """The largest difference between streamed and direct logits over two batches, and the largest logit."""
     vocabulary = toy.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(vocabulary, (2, TOKENS), generator=generator) for _ in range(2)]
@@ -164,7 +167,7 @@ def _compare(toy: transformers.PreTrainedModel, stream: BlockStream) -> tuple[fl
 
 
 def _folds(stream: BlockStream) -> list[dict[str, str | None]]:
-    """Every input of the last toy block with the producer that smoothing folds into, None for run time."""
+    """For each input of the last toy block, the module that smoothing folds into, or None (applied at run time)."""
     vocabulary = stream.model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     states = [stream.embed(ids)]

@@ -1,4 +1,4 @@
-"""What an artifact holds: a row per compressed weight, and totals."""
+"""A row for each compressed weight of an artifact, and totals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MEASURED = ("relative_error", "proxy_error", "tokens", "borrowed", "smoothing", 
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """The targets of an artifact, JSON: method, options, shape, bits per weight; errors and tokens from its report.
+    """JSON: method, options, shape and bits of each target, with errors and calibration tokens from its report.
 
-    Reads headers only. Bits follow from the layouts that the config states, parts that targets share divided among
-    them. Without a report its columns are None.
+    Reads only headers. A codebook that several targets share is divided among them. Without a report the measured
+    columns are None.
     """
     artifact = Artifact(resolve(path))
     report = read_report(artifact.path)

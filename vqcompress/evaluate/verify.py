@@ -1,4 +1,4 @@
-"""Is an artifact what was written? Checksums, shapes against layouts, ranges of codes, finiteness."""
+"""Checks an artifact against its own description: checksums, shapes, ranges of codes, finite numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, te
 from vqcompress.storage.checkpoint import check_finite, resolve
 
 
-def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
-    """Codes in range, numbers finite; VQCompressError naming the weight and the part."""
-    own = dict(parts)
+def check_values(entry: Entry, packed: dict[str, Tensor]) -> None:
+    """VQCompressError naming the weight and the tensor if a code is out of range or a number is not finite."""
+    own = dict(packed)
     smoothing = own.pop(SMOOTHING, None)
     try:
         if smoothing is not None and not (torch.isfinite(smoothing).all() and (smoothing > 0).all()):
@@ -28,31 +28,37 @@ def check_values(entry: Entry, parts: dict[str, Tensor]) -> None:
 
 
 def check_books(artifact: Artifact) -> None:
-    """Of a cache: for each layer one for keys and one for values, of 256 finite entries for 8 / bits channels."""
+    """VQCompressError naming the first codebook of the cache that is missing, unknown, misshapen or not finite.
+
+    Each layer has one for keys and one for values, of shape (heads, groups, 256, 8 / bits) in float16.
+    """
     settings = artifact.cache
     if not settings or settings["codebook"] != "learned":
         return
-    books, tail = tensors_of(artifact.path / KV_CACHE), (256, 8 // settings["bits"])
+    books, entries = tensors_of(artifact.path / KV_CACHE), (256, 8 // settings["bits"])
     wanted = {f"{n}.{kind}" for n in range(len(settings["before"])) for kind in ("keys", "values")}
     for name in sorted(wanted | books.keys()):
         book = books.get(name)
-        right = name in wanted and book is not None and book.dim() == 4 and book.shape[2:] == tail
+        right = name in wanted and book is not None and book.dim() == 4 and book.shape[2:] == entries
         if book is None or not right or book.dtype != torch.float16 or not book.isfinite().all():
             raise VQCompressError(f"{artifact.path / KV_CACHE}: the codebook {name} is missing or damaged")
 
 
 def verify(path: str) -> dict[str, Any]:
-    """Check an artifact whole; returns what was looked at, or raises VQCompressError naming the first thing wrong."""
+    """JSON: how many files, targets and bytes were checked; VQCompressError naming the first file or tensor at fault.
+
+    Reads every byte, one block at a time.
+    """
     start = time.perf_counter()
     artifact = Artifact(resolve(path))
     sealed = artifact.check_files(reports=True)
-    # Looks at the layouts, too.
+    # The stream compares the stored shapes with the layouts.
     stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
     generation_config(artifact.path)
     entries = list(artifact.entries.values())
     check_books(artifact)
     check_finite(stream.source.read(stream.non_block_weights))
-    # Loading names what is missing of the dense tensors, or has another shape.
+    # Loading refuses dense tensors that are missing or have another shape.
     stream.load_non_block_weights()
     for i, block in enumerate(stream.blocks):
         tensors = stream.source.read(stream.names.under(block.name))

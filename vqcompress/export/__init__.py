@@ -1,4 +1,4 @@
-"""An artifact rewritten in a format that other runtimes load. A format is a pure function over one block's tensors."""
+"""Writes artifacts in formats that other runtimes load. A format is a pure function of one block's tensors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from vqcompress.storage.artifact import OURS, Artifact
 from vqcompress.storage.checkpoint import INDEX, read_json, resolve
 from vqcompress.storage.writer import Shards, clear
 
-# Marks the index, which also lists the files beside the weights: --overwrite deletes only those.
+# Stands in the index of an export, beside a list of its other files: --overwrite deletes only files of ours.
 WRITER = "vqcompress export"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How an artifact is rewritten, and what reads the result. Refusals come before anything is written."""
+    """The function that converts an artifact, or refuses to before anything is written; and what reads the result."""
 
     export: Callable[[BlockStream, Artifact], Export]
     reader: Reader
@@ -37,7 +37,7 @@ class Format:
 FORMATS = {
     "dense": Format(dense.export, Reader()),
     "fp8": Format(fp8.export, Reader()),
-    # It rounds activations to other INT8 steps (amax / 127.5) than the artifact (amax / 127).
+    # This reader rounds activations to steps of amax / 127.5; artifacts use amax / 127.
     "compressed-tensors": Format(
         compressed_tensors.export, Reader("compressed-tensors>=0.20", rounds=True, bound=0.01)
     ),
@@ -46,9 +46,9 @@ FORMATS = {
 
 
 def export(artifact: str, format: str, out: Path, verify: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Write the artifact to `out` in another format; returns what was written, and how it was verified if asked.
+    """Write an artifact to `out` in another format; returns JSON with files, bytes and the weights left dense.
 
-    verify: load the result with its own reader in a fresh process and compare logits with the artifact's.
+    verify: load the result with its own reader in a fresh process and compare its logits with the artifact's.
     """
     start = time.perf_counter()
     if format not in FORMATS:
@@ -71,7 +71,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     shards = Shards(out)
     companions = source.companions()
     metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
-    # The index goes first: it marks an interrupted export as ours.
+    # The index is written first, so that an interrupted export can be recognized and replaced.
     shards.write(INDEX, json.dumps({"metadata": metadata, "weight_map": {}}).encode())
     for number, tensors in enumerate(made.tensors, 1):
         weight_map |= dict.fromkeys(tensors, shards.write_shard(number, count, tensors)["file"])
@@ -80,7 +80,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
         shards.write(path.name, path.read_bytes())
     index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
-    # config.json goes last: without it an interrupted export is no checkpoint.
+    # config.json is written last, so that an interrupted export does not load.
     shards.write("config.json", json.dumps(made.config, indent=2).encode())
     result: dict[str, Any] = {"format": format, "files": count, "bytes": total, "left_dense": made.left_dense}
     result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.unreadable else reader.line(out)
@@ -94,13 +94,13 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
 
 
 def _empty(out: Path, overwrite: bool) -> None:
-    """Clear an earlier export out of a directory; VQCompressError if it holds anything else."""
-    # An export that is killed in its first write leaves only this file.
+    """Delete an earlier export in a directory; VQCompressError if the directory holds anything else."""
+    # An export that is killed while it writes the index leaves only the partial file.
     if out.is_dir() and any(path.name != f"{INDEX}.partial" for path in out.iterdir()):
         index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
         metadata = index.get("metadata") if isinstance(index, dict) else None
         if not isinstance(metadata, dict) or metadata.get("written_by") != WRITER:
-            raise VQCompressError(f"{out} holds something else than an export; choose another directory")
+            raise VQCompressError(f"{out} holds files that are not an export; choose another directory")
         weights = [path for path in out.iterdir() if path.suffix in (".safetensors", ".bin")]
         if foreign := [path for path in weights if not OURS.fullmatch(path.name)]:
             raise VQCompressError(f"{foreign[0]} was not written by vqcompress export; choose another directory")

@@ -1,8 +1,8 @@
 """AQLM: W[o, g·d : (g + 1)·d] = scales[o] · Σ_r codebooks[r, codes[o, g, r]], with codebooks for each layer.
 
-Source: arXiv 2401.06118 and the package aqlm. Codes are signed: what does not fit is stored less 2^bits. Codebooks and
-scales are float32, in which they are what the artifact holds, to the bit; readers cast them to the type that they
-compute in. That costs 16 bits more for each row and each number in a codebook than the usual float16.
+Source: arXiv 2401.06118 and the package aqlm. Codes are signed: those from 2^(bits - 1) on are stored minus 2^bits.
+Codebooks and scales are float32, so that weights equal the artifact's bit for bit; readers cast them to their compute
+dtype. That costs 16 bits more than the usual float16 for each row and each number of a codebook.
 Shape legend: O output rows, G groups of d columns, R codebooks.
 """
 
@@ -19,7 +19,7 @@ from vqcompress.methods.vq.packing import unpack
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact, Entry
 
-# Its product on a CPU adds to one vector from several threads at once, which now and then loses a summand.
+# aqlm's CPU kernel has a data race: threads add to one output at once and may lose a summand.
 REFERENCE = """
 from aqlm import QuantizedLinear
 from aqlm.utils import _dequantize_weight, unpack_int_data
@@ -32,14 +32,14 @@ QuantizedLinear.forward = forward
 
 
 def export(stream: BlockStream, artifact: Artifact) -> Export:
-    """`X.codes`, `X.codebooks` and `X.scales`. All linear layers have one setting or are dense."""
+    """`X.codes`, `X.codebooks` and `X.scales`. All compressed layers must share d, bits and stages."""
     first, experts = next(iter(artifact.entries.values())), mixtures(stream)
     method = first.method
 
     def why(entry: Entry) -> str:
         own = entry.method
         if not isinstance(own, Codebook) or not isinstance(method, Codebook):
-            codewords = "" if own.name != "vq" else " with other codewords than learned ones"
+            codewords = "" if own.name != "vq" else " without a learned codebook"
             return f"is compressed by {own.name}{codewords}"
         if own.rotation:
             return "is rotated at run time"
@@ -48,7 +48,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
         if entry.target.shape[1] % own.d:
             return f"has {entry.target.shape[1]} inputs, no multiple of d = {own.d}"
         if mixture_of(entry.target.name) in experts:
-            return "is an expert's, of which transformers makes no linear layer"
+            return "is an expert's, which transformers does not build as a linear layer"
         return unsupported(stream, entry)
 
     refuse(artifact, "aqlm", why, "quantize with vq-2bit-aqlm, or keep such weights in a recipe like it")
@@ -61,7 +61,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
         "out_group_size": 1,
         "num_codebooks": method.stages,
         "nbits_per_codebook": method.bits,
-        # transformers 5 looks for the module's name; earlier ones, and AQLM's own files, have the tensor's.
+        # transformers 5 looks for module names; earlier versions and AQLM's own files use tensor names.
         "linear_weights_not_to_quantize": [*dense, *(f"{name}.weight" for name in dense)],
     }
     found = tensors(stream, artifact, held, _write)

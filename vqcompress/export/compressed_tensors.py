@@ -1,7 +1,7 @@
 """compressed-tensors, as llm-compressor writes it: W8A8 INT8 (`int-quantized`) and FP8_BLOCK (`float-quantized`).
 
-Source: the package compressed-tensors. Codes are taken over to the bit, and scales stay float32, which its readers take
-too; llm-compressor writes bfloat16.
+Source: the package compressed-tensors. Codes are copied bit for bit. Scales stay float32, which readers accept;
+llm-compressor writes bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact, Entry
 
 NO_EXPERTS = (
-    "transformers cannot load experts in compressed-tensors; the file is for vLLM, so leave --verify away"
+    "transformers cannot load experts in compressed-tensors; the export is for vLLM, so leave --verify out"
     " (an fp8 artifact can be verified with --format fp8)"
 )
 
@@ -39,7 +39,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
             return "rounds scales of activations to powers of two"
         static = isinstance(entry.method, INT8) and entry.method.activations == "per_tensor"
         if static and mixture_of(entry.target.name) in experts:
-            # vLLM has no product of experts with such scales.
+            # vLLM has no kernel for experts with static scales.
             return "is an expert's with a static scale of activations"
         return unsupported(stream, entry)
 
@@ -60,7 +60,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
 
 
 def _scheme(method: Method) -> dict[str, Any]:
-    """How weights and activations are rounded."""
+    """The config group that describes how weights and activations are rounded."""
     if isinstance(method, FP8):
         kind = {"num_bits": 8, "type": "float", "symmetric": True}
         weights = {"strategy": "block", "block_structure": [TILE, TILE], "dynamic": False}

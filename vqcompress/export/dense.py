@@ -1,4 +1,4 @@
-"""The plain checkpoint that an artifact stands for: every weight decoded, in the type of the original."""
+"""The format `dense`: a plain checkpoint with every weight decoded to the dtype of the original."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from vqcompress.storage.artifact import Artifact
 
 
 def export(stream: BlockStream, artifact: Artifact) -> Export:
-    """The config without its quantization, and all weights decoded. Holds any artifact."""
+    """All weights decoded, and the config without its quantization. Any artifact can be exported."""
     config = {k: v for k, v in artifact.config.items() if k != "quantization_config"}
     return Export(config, frozenset(), {}, tensors(stream, artifact, (), lambda entry, parts: {}))

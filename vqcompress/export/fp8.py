@@ -25,7 +25,7 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
         if not isinstance(entry.method, FP8):
             return f"is compressed by {entry.method.name}"
         if entry.method != method:
-            return "has power_of_two_scales where others have not"
+            return "has another power_of_two_scales than the other weights"
         return unsupported(stream, entry)
 
     refuse(artifact, "fp8", why, "quantize with fp8-tile")
@@ -46,16 +46,16 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
 
 
 def partial_tile(target: Target) -> str:
-    """Why a weight does not fill tiles of 128 × 128 and stays dense, or "": readers treat a partial tile differently.
+    """Why a weight stays dense ("" if it does not): readers differ on partial tiles.
 
-    transformers 5.24 takes the rows of a tile to be rows // tiles, and would load 192 rows as two tiles of 96.
+    transformers 5.24 computes the rows of a tile as rows // tiles, and would load 192 rows as two tiles of 96.
     """
     rows, columns = target.shape
     return f"{rows} × {columns} is no multiple of {TILE}" if rows % TILE or columns % TILE else ""
 
 
 def unsupported(stream: BlockStream, entry: Entry) -> str:
-    """Why no format of plain linear layers can hold a target, or "": a vector at run time, experts in one tensor."""
+    """Why no format of plain linear layers can store a target, or ""."""
     if entry.smoothed:
         return "divides its input by a smoothing vector at run time"
     return "is an expert's that the checkpoint stores fused" if mixture_of(entry.target.name) in stream.mixtures else ""

@@ -1,4 +1,4 @@
-"""What exporters share: which weights stay dense (`stays_dense`), their names, and the tensors block by block."""
+"""Shared by all formats: which weights stay dense, their names, and the tensors of each block."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from vqcompress.storage.artifact import HINT, Artifact, Entry
 from vqcompress.storage.checkpoint import stored_dtype
 from vqcompress.storage.targets import Target
 
-# A target and its packed tensors → its tensors in a format, by the part of their name after the module's.
+# A target and its packed tensors → its tensors in a format; keys follow the module's name and a dot.
 Write = Callable[[Entry, PackedTensors], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Export:
-    """An artifact in another format; only headers have been read yet.
+    """An artifact in another format; only headers have been read so far.
 
-    config: of config.json. held: targets that stay compressed. left_dense: every other target → why it is written
-    decoded, in the model's type. tensors: those outside of the blocks, then block by block. unreadable: why
-    transformers cannot load it, or "".
+    config: the new config.json. held: targets that stay compressed. left_dense: every other target → why it is
+    decoded to the model's dtype. tensors: those outside of the blocks, then those of each block, read when iterated.
+    unreadable: why transformers cannot load the export, or "".
     """
 
     config: dict[str, Any]
@@ -40,7 +40,7 @@ class Export:
 
 
 def refuse(artifact: Artifact, format: str, why: Callable[[Entry], str], instead: str) -> None:
-    """VQCompressError naming the first target that a format cannot hold, why, and what to do instead."""
+    """VQCompressError naming the first target that a format cannot store. why: the reason, "" if it can."""
     for entry in artifact.entries.values():
         if reason := why(entry):
             name = entry.target.name
@@ -48,26 +48,26 @@ def refuse(artifact: Artifact, format: str, why: Callable[[Entry], str], instead
 
 
 def mixtures(stream: BlockStream) -> set[str]:
-    """Paths of all modules of experts."""
+    """Full paths of all modules that hold experts."""
     blocks = zip(stream.blocks, stream.skeletons, strict=True)
     return {f"{b.name}.{path}" for b, block in blocks for path, m in block.named_modules() if isinstance(m, Experts)}
 
 
 def mixture_of(target: str) -> str:
-    """The path of the experts' module, if the target is an expert's."""
+    """The path of the experts' module, assuming that the target belongs to an expert."""
     return target.rsplit(".", 2)[0]
 
 
 def stays_dense(
     stream: BlockStream, artifact: Artifact, unfit: Callable[[Target], str]
 ) -> tuple[frozenset[str], dict[str, str]]:
-    """The targets that stay compressed; and of each other one why it is written dense.
+    """The targets that stay compressed, and every other target → why it is written dense.
 
-    unfit: why a weight has to be dense, or "". vLLM and SGLang merge projections (q, k and v; gate and up; what
-    reads the input of a latent attention; all experts of a layer) and refuse a checkpoint in which only some of those
-    that they merge are compressed. Which they merge is a table in each of their models; it is always weights of one
-    module with equally many inputs, or the experts of one mixture, so all such weights agree here. A group too large
-    costs a few dense weights; with a group too small the file would not load.
+    unfit: why a weight has to be dense, or "". vLLM and SGLang merge projections (q, k and v; gate and up; the
+    inputs of latent attention; all experts of a layer) and refuse a checkpoint that compresses only some of them. Each
+    of their models has its own table, but they always merge weights of one parent module with equal input width, or
+    the experts of one layer. So these groups are all compressed or all dense. A group that is too large costs a few
+    dense weights; with one that is too small the export would not load.
     """
     groups: dict[tuple[str, int], list[Target]] = defaultdict(list)
     experts = mixtures(stream)
@@ -92,10 +92,10 @@ def stays_dense(
 
 
 def dense_modules(stream: BlockStream, held: Collection[str]) -> list[str]:
-    """Full names of the modules whose matrices stay dense, in the model's spelling and in the checkpoint's.
+    """Full names of the modules with dense matrices, both as in the model and as in the checkpoint.
 
-    Output head and routers are among them, embeddings are not. Readers differ in what a pattern
-    means, so names are full.
+    The output head and routers are included, embeddings are not. Patterns mean different things to different readers,
+    so every name is written out.
     """
     blocks = zip(stream.blocks, stream.skeletons, strict=True)
     inside = [(f"{b.name}.{path}", module) for b, block in blocks for path, module in block.named_modules()]
@@ -112,7 +112,7 @@ def dense_modules(stream: BlockStream, held: Collection[str]) -> list[str]:
 
 
 def _weight(stream: BlockStream, entry: Entry) -> str:
-    """The name of a target's weight in a dense checkpoint: `X.weight_PART` stands for `X.weight`."""
+    """The name of a target's weight in a dense checkpoint: packed tensors are named `X.weight_PART`."""
     part = next(iter(entry.layout()))
     return stream.stored_parts(entry)[part].removesuffix(f"_{part}")
 
@@ -120,9 +120,9 @@ def _weight(stream: BlockStream, entry: Entry) -> str:
 def tensors(
     stream: BlockStream, artifact: Artifact, held: Collection[str], write: Write
 ) -> Iterator[dict[str, Tensor]]:
-    """Tensors outside of the blocks, then block by block: held targets as `write` returns them, others decoded."""
+    """Tensors outside of the blocks, then those of each block: held targets converted by `write`, others decoded."""
     weights = {name: _weight(stream, entry) for name, entry in artifact.entries.items()}
-    # One has the marker, which lies outside of the blocks if its name has a prefix that no parameter is known by.
+    # The marker tensor is named like a weight and may count as one outside of the blocks.
     marked = {fused_weight_name(w.removesuffix(".weight"), stream.fused_layout(name)) for name, w in weights.items()}
     yield stream.source.read(name for name in stream.non_block_weights if name not in marked | {HINT})
     dtype = stored_dtype(artifact.config)

@@ -1,4 +1,4 @@
-"""Reads an export with its own reader, in a process without this package, and compares it with the artifact."""
+"""Loads an export with its own reader, in a process without this package, and compares it with the artifact."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ save_file({{"logits": logits.contiguous()}}, sys.argv[3])
 class Reader:
     """What loads a format, in float32 on a CPU.
 
-    package: what transformers needs for it, as pip calls it. setup: code that runs first. rounds: whether it rounds
-    activations too, as the artifact does. bound: of the mean KL divergence in nat. Where activations are not rounded,
-    weights are the same to the bit and only the order of sums may differ; the bound leaves room for a token or two that
-    a router sends to another expert since two are equal to it.
+    package: the pip requirement that transformers needs for the format. setup: code to run before loading. rounds:
+    whether the reader rounds activations. bound: the largest mean KL divergence accepted, in nat. If activations are
+    not rounded, weights agree bit for bit and only the order of sums differs; the bound leaves room for a tie between
+    experts that a router breaks differently.
     """
 
     package: str = ""
@@ -63,28 +63,27 @@ class Reader:
         return self.package.partition(">")[0].partition("[")[0]
 
     def line(self, out: Path) -> str:
-        """What to type in Python to load an export, with what it needs."""
+        """The Python expression that loads an export, with the package that it needs."""
         dtype = ', dtype="float32"' if self.setup else ""
         needs = f"  # needs pip install '{self.package}'" if self.package else ""
         return f"AutoModelForCausalLM.from_pretrained({json.dumps(str(out))}{dtype}){needs}"
 
     def check_installed(self) -> None:
-        """VQCompressError that says which package to install, if it is missing."""
+        """VQCompressError naming the package to install if it is missing."""
         if self.package:
             try:
                 importlib.metadata.version(self.name)
             except importlib.metadata.PackageNotFoundError as error:
-                how = f"pip install '{self.package}' (the extra 'export' has it)"
-                words = f"--verify needs the package {self.name}: {how}"
-                raise VQCompressError(words) from error
+                how = f"pip install '{self.package}', or vqcompress with the extra 'export'"
+                raise VQCompressError(f"--verify needs the package {self.name}: {how}") from error
 
 
 @torch.inference_mode()
 def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, held: Collection[str]) -> dict[str, Any]:
-    """Mean KL divergence of the export's predictions from the artifact's on a text; VQCompressError beyond the bound.
+    """JSON: mean KL divergence of the export's predictions from the artifact's; VQCompressError beyond the bound.
 
-    held: targets that are stored as codes; the others were rounded to the model's type. If the reader rounds
-    activations the artifact runs as ever, else with its decoded weights.
+    held: targets that the export stores compressed; the others were rounded to the model's dtype. The artifact rounds
+    its activations only if the reader does.
     """
     ids_BL, text = _tokens(stream, source)
     states, dtype = [stream.embed(ids_BL)], stored_dtype(source.config)
@@ -130,7 +129,7 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
 
 
 def _tokens(stream: BlockStream, source: Artifact) -> tuple[Tensor, str]:
-    """A row of ids, and what they are: the packaged evaluation text, or random ones without a tokenizer for it."""
+    """Token ids (1, L) of the packaged evaluation text, or random ids without a tokenizer; and which of the two."""
     vocabulary = stream.model.config.get_text_config().vocab_size
     count = min(TOKENS, source.context or TOKENS)
     try:
