@@ -12,7 +12,9 @@ from count_lines import PACKAGE, code_lines, functions
 FLOORS = ["methods", "storage", "model", "kv_cache", "runtime", "export", "evaluate", "pipeline", "cli"]
 # Importable from every floor: they import nothing of the package, or only set up what happens later.
 OUTSIDE = {"errors", "__init__", "__main__"}
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS, KERNEL_ARGUMENTS = 11790, 360, 95, 16, 30
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS, KERNEL_ARGUMENTS = 11000, 350, 60, 8, 16
+# The trellis search on a GPU, which another search will replace.
+LONGER = {"methods/vq/viterbi_kernel.py:_walk"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -110,10 +112,11 @@ def test_files_and_functions_stay_short() -> None:
         text, where = file.read_text(encoding="utf-8"), file.relative_to(PACKAGE)
         if (count := len(code_lines(text))) > LINES_OF_A_FILE:
             offenders.append(f"{where}: {count} lines")
-        # A command's arguments are its options; what a kernel takes goes to the device.
-        most = KERNEL_ARGUMENTS if floor_of(file) in ("cli", "methods", "kv_cache") else ARGUMENTS
+        # Kernels and operators take tensors one by one. A command's arguments are its options.
+        most = {"methods": KERNEL_ARGUMENTS, "kv_cache": KERNEL_ARGUMENTS, "cli": 99}.get(floor_of(file), ARGUMENTS)
         for name, (lines, arguments) in functions(text).items():
-            if lines > LINES_OF_A_FUNCTION or arguments > most:
+            long = lines > LINES_OF_A_FUNCTION and f"{where}:{name.partition(':')[0]}" not in LONGER
+            if long or arguments > most:
                 offenders.append(f"{where}:{name}: {lines} lines, {arguments} arguments")
     assert offenders == []
 
