@@ -80,7 +80,7 @@ def tokens(arguments: list[Any], start: int, end: int, more: dict[str, Any]) -> 
     return q_BQD, CodedTokens(*stored, start, end, **more), scaling
 
 
-def attend(arguments: list[Any], start: int, end: Any, more: dict[str, Any], config: Any = None) -> Any:
+def attend(arguments: list[Any], start: int, end: int, more: dict[str, Any], config: Any = None) -> Any:
     """By the kernels, with the guess or other config."""
     from vqcompress.kv_cache import kernel as module
     from vqcompress.methods.triton import launch
@@ -156,7 +156,7 @@ def check_attend(
     config: Any = None,
     bound: float = 5e-6,
 ) -> None:
-    """With the end as a number and as a tensor, the same; near what is expected, and nothing that is not finite."""
+    """Near float64, and finite."""
     start, end = span or (0, size.tokens)
     arguments, more = drawn(size, dtype)
     out_BQD, lse_BQ = call("attend", arguments, start, end, more, config)
@@ -167,9 +167,6 @@ def check_attend(
     there = ~lse_BQ.isneginf()
     assert relative_rms(out_BQD[there], expected_BQD[there]) <= bound
     assert ((lse_BQ - expected_BQ)[there].abs() <= bound * (1 + expected_BQ[there].abs())).all()
-    again = call("attend", arguments, start, torch.tensor([end], dtype=torch.int32), more, config)
-    assert torch.equal(again[0], out_BQD)
-    assert torch.equal(again[1], lse_BQ)
 
 
 def check_encode(call: Call, size: Size, dtype: torch.dtype) -> None:
@@ -290,7 +287,7 @@ def _recorded(arch: int | str, sizes: list[Size]) -> Iterator[tuple[Size | int, 
         for dtype in (torch.bfloat16, torch.float32) if size.d == 4 and sizes is REAL else (torch.bfloat16,):
             arguments, more = drawn(size, dtype, META)
             with launch.recording(arch) as calls:
-                attend(arguments, 4, torch.empty(1, dtype=torch.int32, device=META) if size.batch == 1 else 30000, more)
+                attend(arguments, 4, 30000, more)
             yield from ((size, call) for call in calls)
     for tokens in (1, 4096):
         arguments, more = drawn(Size(1, 32, 1, tokens, 128, angles=1), torch.bfloat16, META)
