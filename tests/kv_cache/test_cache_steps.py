@@ -130,7 +130,7 @@ def logits_by_kernels(kind: str, padding: int, cuda: bool = False) -> Tensor:
         return run(model, new_cache(model, coders, rotary, 4, 2, length=16), ids, mask, 10).cpu()
 
 
-@pytest.mark.parametrize(("kind", "padding"), [("learned", 0), ("universal", 3)])
+@pytest.mark.parametrize(("kind", "padding"), [pytest.param("learned", 0, marks=pytest.mark.slow), ("universal", 3)])
 def test_the_kernels_are_given_what_they_take(kind: str, padding: int, interpreted: Any) -> None:
     model, ids = model_of("llama", hidden=64), ids_of(2, 12)
     mask = torch.ones_like(ids)

