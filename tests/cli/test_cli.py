@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import call, line
 from toys import toy_checkpoint, toy_text
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -64,19 +65,6 @@ OPTIONS = {
     "recipes": {"--debug"},
 }  # fmt: skip
 COMMANDS = [name for name in OPTIONS if name]
-
-
-def call(*words: str | Path) -> Any:
-    """The result of a command, run in this process."""
-    return CliRunner().invoke(app, [str(word) for word in words], prog_name="vqcompress")
-
-
-def line(result: Any) -> str:
-    """The one line that a failure wrote to stderr."""
-    assert result.stdout == ""
-    lines = [text for text in result.stderr.splitlines() if not text.startswith("reading ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

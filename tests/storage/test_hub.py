@@ -14,9 +14,9 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from commands import call, line
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
-from test_cli import call, line
 from toys import toy_checkpoint
 
 import vqcompress
