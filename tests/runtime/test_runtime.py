@@ -222,7 +222,7 @@ def test_a_dense_export_is_verified_by_its_own_reader(
 def test_an_export_does_not_overwrite_what_is_there(quantized: Make, tmp_path: Path) -> None:
     (tmp_path / "LICENSE").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(VQCompressError, match="something else than an export"):
+        with pytest.raises(VQCompressError, match=str(tmp_path)):
             export(str(quantized()), "dense", tmp_path, overwrite=overwrite)
     with pytest.raises(UsageError, match="dense"):
         export(str(quantized()), "danse", tmp_path / "out")
@@ -238,7 +238,7 @@ def test_an_export_never_overwrites_a_checkpoint(sharded: bool, quantized: Make,
     else:
         shutil.copytree(toy(), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(VQCompressError, match="something else than an export; choose another directory"):
+    with pytest.raises(VQCompressError, match=str(out)):
         export(str(quantized()), "dense", out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
