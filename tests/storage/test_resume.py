@@ -106,8 +106,9 @@ def job(toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path)
 
     def run(out: Path, **changes: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"model": str(toy()), "recipe": recipe_file("mixed"), "texts": [str(text)]}
-        progress = changes.pop("progress", lambda event, facts: None)
-        return quantize(QuantizeOptions(**{**arguments, "out": out, "samples": 4, "seqlen": 32, **changes}), progress)
+        progress, began = changes.pop("progress", lambda event, facts: None), changes.pop("began", None)
+        options = QuantizeOptions(**{**arguments, "out": out, "samples": 4, "seqlen": 32, **changes})
+        return quantize(options, progress, began)
 
     return run
 
