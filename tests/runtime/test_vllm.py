@@ -156,7 +156,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "family", "loop"), CASES, ids=str)
+@pytest.mark.parametrize(("recipe", "family", "loop"), CASES, ids=["bias", "shared", "different", "rotated"])
 def test_every_layer_computes_what_ours_does(
     recipe: str, family: str, loop: bool, plugin: Any, quantized: Make
 ) -> None:
