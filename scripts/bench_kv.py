@@ -32,7 +32,7 @@ from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.pipeline.quantize import calibration
+from vqcompress.pipeline.calibration import calibration
 from vqcompress.runtime.load import load_any
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
