@@ -253,7 +253,7 @@ def test_generate(small: Path) -> None:
     words = ["generate", small, "--max-new-tokens", "9", "--prompt"]
     drawn = [call(*words, "river", "--temperature", "2", "--seed", seed).stdout for seed in "112"]
     assert drawn[0] == drawn[1] != drawn[2]
-    for prompt in ("", "\udcff", "river stone " * 400):
+    for prompt in ("", "river stone " * 400):
         wrong = call(*words, prompt)
         assert (wrong.exit_code, "--prompt" in line(wrong)) == (2, True)
 

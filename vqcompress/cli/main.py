@@ -179,10 +179,8 @@ def generate(
     with session():
         from vqcompress.runtime.generate import generate
 
-        show = partial(print, end="", flush=True)
         model, sampling = options.pinned(model, revision), (max_new_tokens, temperature, seed)
-        result = generate(model, prompt, *sampling, show, cpu_weights, kv_cache)
-        print(flush=True)
+        result = generate(model, prompt, *sampling, cpu_weights, kv_cache)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 
 
