@@ -33,7 +33,8 @@ from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.pipeline.calibration import calibration
-from vqcompress.runtime.load import load_any
+from vqcompress.pipeline.options import QuantizeOptions
+from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
 
@@ -91,7 +92,7 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
         heads = {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).eval()
     else:
-        model = load_any(name, "cpu")
+        model = load(name, "cpu")
     # What stays in full precision is then of 16 bits, too.
     model = model.to(torch.bfloat16)
     config, rotary = model.config.get_text_config(), find_rotary(model)
@@ -145,8 +146,9 @@ def main() -> None:
         return
     if not a.calibration or not a.text:
         parser.error("--calibration and --text are missing, or --memory")
-    model, tokenizer = load_any(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
-    rows_NL = calibration(open_model(a.model), [a.calibration], a.samples, a.seqlen, a.seed)
+    model, tokenizer = load(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
+    options = QuantizeOptions(a.model, texts=[a.calibration], samples=a.samples, seqlen=a.seqlen, seed=a.seed)
+    rows_NL = calibration(open_model(a.model), options)
     rotary = find_rotary(model)
     config = model.config.get_text_config()
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -29,7 +30,7 @@ from vqcompress.pipeline.estimate import cache_memory, estimate
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress
 from vqcompress.pipeline.report import VERSIONS, run_report
-from vqcompress.runtime.load import build_model, load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import STAGED, Entry
@@ -183,7 +184,7 @@ class Run:
         if tuning is None or self.rows is None or STAGED in self.writer.done:
             return
         student = self._stored_model(torch.float32)
-        teacher = load_any(self.options.model, stream.device.type).float()
+        teacher = load(self.options.model, stream.device.type).float()
         after = partial(self._after, "distilling, step")
         self.writer.stage(distill(student, teacher, stream, self.entries, self.rows, tuning, self.options.seed, after))
 
@@ -237,8 +238,14 @@ class Run:
 
     def _stored_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The compressed model as it is stored."""
-        files = [record["file"] for name, record in self.writer.done.items() if name != STAGED]
-        return build_model(self.stream.config, self.entries, self.writer.out, files, dtype, self.stream.device)
+        tensors: PackedTensors = {}
+        for name, record in self.writer.done.items():
+            tensors |= artifact.tensors_of(self.writer.out / record["file"]) if name != STAGED else {}
+        config = deepcopy(self.stream.config)
+        if self.entries:
+            config.quantization_config = artifact.quantization_config(self.entries, vqcompress.__version__)
+        model: Any = type(self.stream.model).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        return model.eval().requires_grad_(False).to(self.stream.device)
 
     def _after(self, what: str, done: int, total: int) -> None:
         """Report the progress of work that comes after the blocks."""
