@@ -121,9 +121,9 @@ def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, PackedTensors], T
 
     method: Any = case.method
     if method.name == "int8":
-        return lambda x, ends, parts: int8.grouped(x, ends, parts["codes"], parts["scale"])
+        return lambda x, ends, parts: int8.linear(x, parts["codes"], parts["scale"], None, ends)
     if method.name == "fp8":
-        return lambda x, ends, parts: fp8.grouped(x, ends, parts["codes"], parts["scale"], method.power_of_two_scales)
+        return lambda x, ends, parts: fp8.linear(x, parts["codes"], parts["scale"], method.power_of_two_scales, ends)
     return lambda x, ends, parts: product.grouped_on_gpu(
         x, ends, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form
     )

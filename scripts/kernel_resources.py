@@ -52,9 +52,9 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
         stacked = {name: part.expand(experts, *part.shape) for name, part in parts.items()}
         with launch.recording(arch) as calls:
             if method.name == "int8":
-                int8.grouped(x_SI, ends_E, stacked["codes"], stacked["scale"])
+                int8.linear(x_SI, stacked["codes"], stacked["scale"], None, ends_E)
             elif method.name == "fp8":
-                fp8.grouped(x_SI, ends_E, stacked["codes"], stacked["scale"], False)
+                fp8.linear(x_SI, stacked["codes"], stacked["scale"], False, ends_E)
             else:
                 gemm.gemm(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
         yield from ((f"{case.name}, 64 experts", 512, call) for call in calls)

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -323,7 +322,7 @@ class Tuner:
 
     def write(self) -> None:
         """The table, for all that run after this."""
-        file = Path(launch.__file__).parent / launch.table_name(self.gpu)
+        file = launch.table_file(self.gpu)
         file.parent.mkdir(exist_ok=True)
         kept = {kernel: dict(sorted(places.items())) for kernel, places in sorted(self.table.items()) if places}
         file.write_text(json.dumps(kept, indent=1) + "\n")

@@ -73,7 +73,6 @@ def _case(name: str, **knobs: object) -> tuple[str, Method]:
 
 
 METHOD_CASES: list[tuple[str, Method]] = [
-    _case("keep"),
     _case("int8"),
     _case("int8", activations="per_tensor"),
     _case("fp8"),
@@ -110,10 +109,6 @@ def e4m3(value: Tensor) -> Tensor:
     return ((value / step).round() * step).clamp(-448, 448)
 
 
-def _keep_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tensor:
-    return (weight_OI.to(parts["weight"].dtype).double() - weight_OI.double()).abs()
-
-
 def _int8_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tensor:
     # Half a step, and the float32 rounding of w / scale and of code · scale.
     return parts["scale"].double()[:, None] * 0.5 + weight_OI.double().abs() * 2.0**-22
@@ -126,7 +121,6 @@ def _fp8_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tenso
 
 # |w − ŵ| per element, float64, that the method's docstring promises.
 ERROR_BOUNDS: dict[str, Callable[[Method, Tensor, PackedTensors], Tensor]] = {
-    "keep": _keep_bound,
     "int8": _int8_bound,
     "fp8": _fp8_bound,
 }

@@ -1,4 +1,4 @@
-"""The operators against float64, to the last bit where their contract says so, and against torch's own rules."""
+"""The INT8 and FP8 operators against float64, to the last bit where their contract says so, and `opcheck`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, SHAPES, TOKENS, e4m3, encoded, gaussian, generator, inputs, power_of_two_exponent, tiles
+from cases import e4m3, encoded, gaussian, generator, inputs, power_of_two_exponent, tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,37 +32,29 @@ def fp8_codes(shape: tuple[int, int]) -> Tensor:
 def samples(op: str) -> Sequence[tuple[object, ...]]:
     x, transposed, w, p = inputs(5, 257), inputs(257, 5).T, int8_codes((130, 257)), fp8_codes((130, 257))
     scale_O, scale_PJ = torch.rand(130, generator=generator()), torch.rand(2, 3, generator=generator())
-    xs = [x, x.half(), transposed, inputs(0, 257)]
     ends_E = torch.tensor([2, 2, 5], dtype=torch.int32)
     method: Any = make("vq", {"iterations": 1, "feedback": False, "rotation": True})
     parts = method.prepare(encoded(method, gaussian((64, 48)))[1], (64, 48), packed=True)
-    words: tuple[Any, ...] = (
-        inputs(5, 48),
-        *(parts[n] for n in ("codes", "table", "scale", "signs")),
-        "learned",
-        4,
-        8,
-        1,
-    )
+    packed = tuple(parts[name] for name in ("codes", "table", "scale", "signs"))
+    form = ("learned", 4, 8, 1)
     arguments: dict[str, Sequence[tuple[object, ...]]] = {
-        "int8_quantize": [(x,) for x in xs],
-        "fp8_quantize": [(x, flag) for x in xs for flag in (False, True)],
-        "int8_linear": [(x, w, scale_O, s) for x in xs for s in (None, torch.tensor(0.1))]
-        + [(x, w.float(), scale_O, None)],
-        "fp8_linear": [(x, p, scale_PJ, flag) for x in xs for flag in (False, True)]
-        + [(x, p.float(), scale_PJ, False)],
-        "int8_grouped": [(x, ends_E, w.expand(3, -1, -1), scale_O.expand(3, -1)) for x in xs[:2]],
-        "fp8_grouped": [(x, ends_E, p.expand(3, -1, -1), scale_PJ.expand(3, -1, -1), True) for x in xs[:2]],
-        "vq_linear": [words],
-        "vq_grouped": [(words[0], ends_E, *(a.expand(3, *a.shape) for a in words[1:5]), *words[5:])],
+        "int8_linear": [
+            *((each, w, scale_O, None) for each in (x.half(), transposed, inputs(0, 257))),
+            (x, w.float(), scale_O, torch.tensor(0.1)),
+            (x, w.expand(3, -1, -1), scale_O.expand(3, -1), None, ends_E),
+        ],
+        "fp8_linear": [
+            *((each, p, scale_PJ, False) for each in (x.half(), transposed, inputs(0, 257))),
+            (x, p.float(), scale_PJ, True),
+            (x, p.expand(3, -1, -1), scale_PJ.expand(3, -1, -1), True, ends_E),
+        ],
+        "vq_linear": [(inputs(5, 48), *packed, *form)],
+        "vq_grouped": [(inputs(5, 48), ends_E, *(a.expand(3, *a.shape) for a in packed), *form)],
     }
     return arguments[op]
 
 
-OPS = ["int8_quantize", "int8_linear", "int8_grouped", "fp8_quantize", "fp8_linear", "fp8_grouped"]
-
-
-@pytest.mark.parametrize("op", [*OPS, "vq_linear", "vq_grouped"])
+@pytest.mark.parametrize("op", ["int8_linear", "fp8_linear", "vq_linear", "vq_grouped"])
 def test_opcheck(op: str) -> None:
     for arguments in samples(op):
         fp8_argument = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments)
@@ -71,18 +63,6 @@ def test_opcheck(op: str) -> None:
         if not fp8_argument:
             checks = ("test_schema", *checks)
         torch.library.opcheck(getattr(torch.ops.vqcompress, op).default, arguments, test_utils=checks)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_int8_quantize(tokens: int, dtype: torch.dtype) -> None:
-    x_TI = inputs(tokens, 257, dtype)
-    codes_TI, scale_T1 = int8_ref.int8_quantize(x_TI)
-    expected_T1 = (x_TI.double().abs().amax(1, keepdim=True) / 127).float().clamp_min(2.0**-126)
-    assert torch.equal(scale_T1, expected_T1)
-    # float64 division of float32 numbers, rounded to float32, is the float32 division.
-    ratio_TI = (x_TI.double() / expected_T1.double()).float()
-    assert torch.equal(codes_TI.double(), ratio_TI.double().round().clamp(-127, 127))
 
 
 def test_int8_rounds_half_to_even() -> None:
@@ -106,46 +86,37 @@ def test_quantizers_survive_every_finite_number(row: list[float]) -> None:
         codes, scale_TJ = fp8_ref.fp8_quantize(x_TI, power_of_two)
         assert torch.isfinite(scale_TJ).all()
         assert (scale_TJ > 0).all()
-        assert torch.isfinite(codes.float()).all()
-        assert not codes[1].float().any()
+        assert torch.isfinite(codes).all()
+        assert not codes[1].any()
 
 
-@pytest.mark.parametrize("columns", [1, 128, 257, 1024, 1025, 2500])
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("columns", [1, 257, 1025])
 @pytest.mark.parametrize("instructions", [False, True])
-def test_int8_linear_is_bit_exact(
-    columns: int, static: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int8_linear_is_bit_exact(columns: int, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if instructions and not int8_ref.BYTE_PRODUCTS:
         pytest.skip("this CPU has no VNNI")
     monkeypatch.setattr(int8_ref, "BYTE_PRODUCTS", instructions)
     x_TI, codes_OI, scale_O = inputs(7, columns), int8_codes((33, columns)), torch.rand(33, generator=generator())
-    # The largest sums that there can be.
+    # The largest possible sums.
     x_TI[1] = 5.0
     codes_OI[0] = 127
-    if static:
-        scale_x = torch.tensor(0.11)
-        codes_TI = (x_TI / scale_x).round().clamp(-127, 127).to(torch.int64)
-    else:
-        int8_TI, scale_x = int8_ref.int8_quantize(x_TI)
-        codes_TI = int8_TI.to(torch.int64)
-    expected_TO = (codes_TI @ codes_OI.to(torch.int64).T).float() * (scale_x * scale_O)
-    for weight_codes in (codes_OI, codes_OI.float()):
-        for some_TI, some_TO in ((x_TI, expected_TO), (x_TI.T.clone().T, expected_TO), (x_TI[:1], expected_TO[:1])):
-            found_TO = int8_ref.int8_linear(some_TI, weight_codes, scale_O, scale_x if static else None)
-            assert torch.equal(found_TO, some_TO)
-        # A row whose strides are a column's.
-        found_TO = int8_ref.int8_linear(x_TI[1:2].T.clone().T, weight_codes, scale_O, scale_x if static else None)
-        assert torch.equal(found_TO, expected_TO[1:2])
+    # In float32: the scale and the ratio are rounded there by contract.
+    dynamic = (x_TI.abs().amax(1, keepdim=True) / 127).clamp_min(2.0**-126)
+    for input_scale in (None, torch.tensor(0.11)):
+        scale_x = dynamic if input_scale is None else input_scale
+        codes_TI = (x_TI.double() / scale_x.double()).float().round().clamp(-127, 127).to(torch.int64)
+        expected_TO = (codes_TI @ codes_OI.to(torch.int64).T).float() * (scale_x * scale_O)
+        for weight_codes in (codes_OI, codes_OI.float()):
+            for some in (x_TI, x_TI.T.clone().T, x_TI[1:2], x_TI[1:2].T.clone().T):
+                found_TO = int8_ref.int8_linear(some, weight_codes, scale_O, input_scale)
+                assert torch.equal(found_TO, expected_TO[1:2] if len(some) == 1 else expected_TO)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 128, 257])
+@pytest.mark.parametrize(("columns", "dtype"), [(1, torch.float32), (128, torch.float16), (257, torch.bfloat16)])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_fp8_quantize(columns: int, dtype: torch.dtype, power_of_two: bool) -> None:
     x_TI = inputs(5, columns, dtype)
     codes_TI, scale_TJ = fp8_ref.fp8_quantize(x_TI, power_of_two)
-    assert codes_TI.dtype == torch.float8_e4m3fn
     assert scale_TJ.shape == (5, math.ceil(columns / 128))
     for j, tile in enumerate(x_TI.double().split(128, 1)):
         scale = (tile.abs().amax(1) / 448).float().clamp_min(2.0**-126)
@@ -154,6 +125,8 @@ def test_fp8_quantize(columns: int, dtype: torch.dtype, power_of_two: bool) -> N
         assert torch.equal(scale_TJ[:, j], scale)
         ratio = (tile / scale.double()[:, None]).float()
         assert torch.equal(codes_TI[:, 128 * j : 128 * (j + 1)].double(), e4m3(ratio.double()))
+    expanded = scale_TJ.repeat_interleave(128, 1)[:, :columns]
+    assert torch.equal(fp8_ref.fp8_rounded(x_TI, power_of_two), codes_TI * expanded)
 
 
 def test_e4m3_rounds_to_the_nearest_even_code() -> None:
@@ -164,31 +137,46 @@ def test_e4m3_rounds_to_the_nearest_even_code() -> None:
     even = torch.where(codes[:-1] % 2 == 0, codes[:-1], codes[1:])
     assert torch.equal(fp8_ref.to_e4m3(middle.float()).view(torch.uint8).long(), even)
     assert torch.equal(fp8_ref.to_e4m3(-middle.float()).view(torch.uint8).long(), even + 128)
-    assert torch.equal(
-        fp8_ref.to_e4m3(torch.tensor([460.0, 1e30, -1e30])).float(), torch.tensor([448.0, 448.0, -448.0])
+    beyond = fp8_ref.to_e4m3(torch.tensor([460.0, 1e30, -1e30])).float()
+    assert torch.equal(beyond, torch.tensor([448.0, 448.0, -448.0]))
+    # 448 makes the scale 1, and its power of two 1 as well.
+    row = torch.cat([values, middle, -middle]).float()
+    rounded = torch.cat(
+        [fp8_ref.fp8_quantize(torch.cat([part, torch.tensor([448.0])])[None])[0][0, :-1] for part in row.split(127)]
     )
+    assert torch.equal(rounded.double(), e4m3(row.double()))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.floats(min_value=2.0**-126, max_value=2.0**126, width=32))
 def test_power_of_two_ceil(scale: float) -> None:
     assert fp8_ref.power_of_two_ceil(torch.tensor([scale])).item() == 2.0 ** power_of_two_exponent(scale)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (40, 1100)], ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("tokens", "shape"), [(0, (64, 128)), (1, (129, 1)), (129, (130, 257))])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_fp8_linear(shape: tuple[int, int], tokens: int, power_of_two: bool) -> None:
     rows, columns = shape
     x_TI, codes_OI = inputs(tokens, columns), fp8_codes(shape)
     scale_PJ = torch.rand(math.ceil(rows / 128), math.ceil(columns / 128), generator=generator()) + 0.01
-    codes_TI, scale_TJ = fp8_ref.fp8_quantize(x_TI, power_of_two)
-    rounded_TI = codes_TI.double() * scale_TJ.double().repeat_interleave(128, 1)[:, :columns]
+    rounded_TI = fp8_ref.fp8_rounded(x_TI, power_of_two).double()
     weight_OI = codes_OI.double() * tiles(scale_PJ, shape).double()
     bound_TO = 1e-6 * (rounded_TI.abs() @ weight_OI.abs().T)
     for weight_codes in (codes_OI, codes_OI.float()):
         y_TO = fp8_ref.fp8_linear(x_TI, weight_codes, scale_PJ, power_of_two)
         assert ((y_TO.double() - rounded_TI @ weight_OI.T).abs() <= bound_TO).all()
+
+
+def test_experts_are_multiplied_by_their_own_weights() -> None:
+    x_SI, ends_E = inputs(9, 257), torch.tensor([2, 2, 9], dtype=torch.int32)
+    codes, scale = torch.stack([int8_codes((5, 257)) // (e + 1) for e in range(3)]), torch.rand(3, 5) + 0.1
+    found = int8_ref.int8_linear(x_SI, codes, scale, None, ends_E)
+    alone = [int8_ref.int8_linear(x, codes[e], scale[e]) for e, x in ((0, x_SI[:2]), (2, x_SI[2:]))]
+    assert torch.equal(found, torch.cat(alone))
+    tiled = torch.rand(3, 1, 3) + 0.1
+    found = fp8_ref.fp8_linear(x_SI, codes.float(), tiled, True, ends_E)
+    alone = [fp8_ref.fp8_linear(x, codes[e].float(), tiled[e], True) for e, x in ((0, x_SI[:2]), (2, x_SI[2:]))]
+    assert torch.equal(found, torch.cat(alone))
 
 
 def test_nan_in_x_is_not_hidden() -> None:
@@ -209,12 +197,3 @@ def test_ops_can_be_compiled_as_one_graph() -> None:
         return int8_ref.int8_linear(x, w, torch.ones(5), None) + fp8_ref.fp8_linear(x, p, torch.ones(1, 3), False)
 
     assert torch.equal(torch.compile(both, backend="eager", fullgraph=True)(x_TI), both(x_TI))
-
-
-@pytest.mark.parametrize("power_of_two", [False, True])
-def test_fp8_rounded_is_codes_times_scales(power_of_two: bool) -> None:
-    loud = inputs(129, 300) * torch.logspace(-30, 30, 129)[:, None]
-    for x_TI in (loud, inputs(3, 1), inputs(0, 257), torch.linspace(-448, 448, 100_000).view(-1, 50)):
-        codes_TI, scale_TJ = fp8_ref.fp8_quantize(x_TI, power_of_two)
-        scale_TI = scale_TJ.repeat_interleave(128, 1)[:, : x_TI.shape[1]]
-        assert torch.equal(fp8_ref.fp8_rounded(x_TI, power_of_two), codes_TI.float() * scale_TI)

@@ -39,18 +39,12 @@ def make(name: str, options: dict[str, Any]) -> Method:
 
 
 def from_description(description: dict[str, Any]) -> Method:
-    """The method that `Method.describe` described. Raises ValueError for another version or a broken description."""
+    """The method that `Method.describe` described. KeyError or ValueError if it is broken or of another version."""
     options = dict(description)
-    if missing := {"method", "version"} - options.keys():
-        raise ValueError(f"the description of a method lacks {' and '.join(sorted(missing))}: {description}")
     name, version = str(options.pop("method")), options.pop("version")
-    method = _class_of(name, options)
     # Checked before the options: another version may have other ones.
-    if version != method.version:
-        raise ValueError(
-            f"{name} is stored in version {version}, but this vqcompress reads version {method.version}: "
-            "install a vqcompress that reads it, or quantize the model again"
-        )
+    if version != (known := _class_of(name, options).version):
+        raise ValueError(f"{name} is stored in version {version}, but this vqcompress reads version {known}")
     return make(name, options)
 
 

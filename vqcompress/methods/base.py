@@ -25,15 +25,13 @@ class Method(BaseModel):
     """Options, validated and frozen. A subclass adds fields for them and defines at least `layout`, `encode`, `decode`.
 
     name: the method's name in recipes. version: raise it when stored tensors change their meaning. dense: an artifact
-    holds the weight itself, under its own name. any_float: `encode` takes a weight of any float type and refuses NaN
-    and Inf itself; other methods get float32.
+    holds the weight itself, under its own name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
     version: ClassVar[int] = 1
     dense: ClassVar[bool] = False
-    any_float: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -83,7 +81,7 @@ class Method(BaseModel):
     def prepare(
         self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
-        """The tensors that `linear` reads, made once and never stored. Default: the decoded weight in `dtype`.
+        """The tensors that `linear` reads, computed once and never stored. Default: the decoded weight in `dtype`.
 
         packed: return nothing larger than the stored tensors; without a kernel every call then decodes.
         """
@@ -128,13 +126,9 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any type holds neither NaN nor Inf."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    if tensor.itemsize == 1:
-        every = torch.arange(256, dtype=torch.uint8, device=tensor.device)
-        others = every[~every.view(tensor.dtype).float().isfinite()]
-        return not any((tensor.view(torch.uint8) == byte).any() for byte in others)
-    # One pass and no copy: the largest is NaN if anything is.
-    ends = torch.aminmax(tensor)
-    return bool(ends.min.isfinite() & ends.max.isfinite())
+    # The least and the largest are NaN if any number is. float8 has no arithmetic.
+    extremes = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+    return bool(torch.stack(extremes).isfinite().all())
 
 
 def layout_bits(layout: Layout) -> int:

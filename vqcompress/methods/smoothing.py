@@ -6,7 +6,7 @@ grouped-query attention, where several inputs of o_proj come from one row of v_p
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +16,7 @@ from vqcompress.methods import Method
 from vqcompress.methods.statistics import Statistics
 
 Place = Literal["fold", "runtime", "none"]
+Strength = Annotated[float, Field(ge=0, le=1)]
 
 
 class Smoothing(BaseModel):
@@ -29,17 +30,11 @@ class Smoothing(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    alpha: float | Literal["auto"] = "auto"
-    grid: tuple[float, ...] = Field((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1)
+    alpha: Strength | Literal["auto"] = "auto"
+    grid: tuple[Strength, ...] = Field((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1)
     norm: Place = "fold"
     attention: Place = "none"
     mlp: Place = "none"
-
-    def model_post_init(self, context: object) -> None:
-        """Refuse strengths outside 0…1."""
-        for alpha in (*self.grid, *(() if self.alpha == "auto" else (self.alpha,))):
-            if not 0 <= alpha <= 1:
-                raise ValueError(f"alpha {alpha} is not between 0 and 1")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -58,7 +53,7 @@ def smoothing_factors(absmax_I: Tensor, weight_absmax_I: Tensor, alpha: float) -
 
 
 def tied_max(values_I: Tensor, rows_I: Tensor, rows: int) -> Tensor:
-    """The largest of the values (I,) that belong to each of R rows."""
+    """The largest of the values (I,) of each of R rows. rows_I: the row of each value."""
     return values_I.new_zeros(rows).scatter_reduce(0, rows_I.to(values_I.device), values_I, "amax")
 
 

@@ -45,7 +45,7 @@ class Statistics:
 
     @property
     def outlier(self) -> float | None:
-        """How many times larger the largest channel's largest magnitude is than the median one's; None if unknown."""
+        """The largest magnitude of the loudest channel over that of the median one; None if unknown."""
         active = None if self.absmax_I is None else self.absmax_I[self.absmax_I > 0]
         return None if active is None or not len(active) else round((active.max() / active.median()).item(), 3)
 
@@ -61,24 +61,27 @@ class Statistics:
 
     def proxy_error(self, weight_OI: Tensor, decoded_OI: Tensor) -> float | None:
         """tr((W−Ŵ)H(W−Ŵ)ᵀ) / tr(WHWᵀ), the share of the output's energy that is lost; None without H and a sample."""
-
-        def energy(matrix_OI: Tensor) -> float:
+        energies = []
+        for matrix_OI in (weight_OI - decoded_OI, weight_OI):
             if self.hessian_II is not None:
-                return ((matrix_OI @ self.hessian_II) * matrix_OI).sum(dtype=torch.float64).item()
-            assert self.sample_SI is not None
-            return (self.sample_SI @ matrix_OI.T).square().mean(0).sum(dtype=torch.float64).item()
-
-        if self.hessian_II is None and self.sample_SI is None:
-            return None
-        return energy(weight_OI - decoded_OI) / max(energy(weight_OI), 1e-30)
+                each = (matrix_OI @ self.hessian_II) * matrix_OI
+            elif self.sample_SI is not None:
+                each = (self.sample_SI @ matrix_OI.T).square().mean(0)
+            else:
+                return None
+            energies.append(each.sum(dtype=torch.float64).item())
+        return energies[0] / max(energies[1], 1e-30)
 
 
 class Accumulator:
     """Adds up the `Statistics` of one input over batches, in bounded memory.
 
-    Sums of a batch are float32, those over batches float64: the totals, rounded to float32, do not depend on the order.
-    The sample takes every k-th token of the run, so it is the same whatever the batch size. before: tokens that others
-    count, who go first; None if nobody knows how many, so that k counts from the start of each batch.
+    sums: name → the running maximum (absmax, float32) or total (sumsq and hessian, float64). Sums of a batch are
+    float32, those over batches float64: the totals, rounded to float32, do not depend on the order.
+    sample: every k-th token of the run, so it is the same whatever the batch size; None if not needed.
+    mass: the sum of the tokens' weights. routed: tokens that a router sent.
+    before: tokens counted by other processes that go first; None if that number is unknown, so that k counts from the
+    start of each batch.
     """
 
     def __init__(
@@ -89,31 +92,26 @@ class Accumulator:
         device: torch.device | str = "cpu",
         before: int | None = 0,
     ):
-        if unknown := needs - NAMES:
-            raise ValueError(f"unknown statistics {sorted(unknown)}; known are {sorted(NAMES)}")
-
-        def zeros(name: str, dtype: torch.dtype, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, dtype=dtype, device=device) if name in needs else None
-
-        self.needs, self.tokens, self.before, self.device = needs, 0, before, device
-        # The sum of the tokens' weights, and what a router sent.
-        self.mass, self.routed = 0.0, 0
-        self.absmax_I = zeros("absmax", torch.float32, channels)
-        self.sumsq_I = zeros("sumsq", torch.float64, channels)
-        self.hessian_II = zeros("hessian", torch.float64, channels, channels)
+        shapes = {"absmax": (channels,), "sumsq": (channels,), "hessian": (channels, channels)}
+        self.sums = {
+            name: torch.zeros(shapes[name], dtype=torch.float32 if name == "absmax" else torch.float64, device=device)
+            for name in sorted(needs - {"sample"})
+        }
+        self.needs, self.before, self.device = needs, before, device
+        self.tokens, self.mass, self.routed = 0, 0.0, 0
         self.sample: list[Tensor] | None = [] if "sample" in needs else None
         self.stride = max(1, -(-total_tokens // SAMPLE_TOKENS))
 
     def add(self, x: Tensor, weight_T: Tensor | None = None) -> None:
-        """Count the inputs x (…, I), any float type. weight_T: how much each counts in means; 1 unless given."""
+        """Count the inputs x (…, I), any float type. weight_T: the weight of each in means; 1 by default."""
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-        if self.absmax_I is not None and len(x_TI):
-            torch.maximum(self.absmax_I, x_TI.abs().amax(0), out=self.absmax_I)
         weighted_TI = x_TI if weight_T is None else x_TI * weight_T.sqrt()[:, None]
-        if self.sumsq_I is not None:
-            self.sumsq_I += weighted_TI.square().sum(0)
-        if self.hessian_II is not None:
-            self.hessian_II += weighted_TI.T @ weighted_TI
+        if "absmax" in self.sums and len(x_TI):
+            torch.maximum(self.sums["absmax"], x_TI.abs().amax(0), out=self.sums["absmax"])
+        if "sumsq" in self.sums:
+            self.sums["sumsq"] += weighted_TI.square().sum(0)
+        if "hessian" in self.sums:
+            self.sums["hessian"] += weighted_TI.T @ weighted_TI
         if self.sample is not None:
             start = 0 if self.before is None else -(self.before + self.tokens) % self.stride
             self.sample.append(x_TI[start :: self.stride].clone())
@@ -121,30 +119,27 @@ class Accumulator:
         self.mass += len(x_TI) if weight_T is None else weight_T.sum(dtype=torch.float64).item()
 
     def merge(self, other: Accumulator) -> None:
-        """Count what another accumulator of an input like it has seen; what only one of them gathers stays as it is."""
-        if self.absmax_I is not None and other.absmax_I is not None:
-            torch.maximum(self.absmax_I, other.absmax_I, out=self.absmax_I)
-        if self.sumsq_I is not None and other.sumsq_I is not None:
-            self.sumsq_I += other.sumsq_I
-        if self.hessian_II is not None and other.hessian_II is not None:
-            self.hessian_II += other.hessian_II
+        """Add the totals of another accumulator of a similar input; totals that only one of them has do not change."""
+        for name in self.sums.keys() & other.sums.keys():
+            combine = torch.maximum if name == "absmax" else torch.add
+            combine(self.sums[name], other.sums[name], out=self.sums[name])
         if self.sample is not None and other.sample is not None:
             self.sample += other.sample
         self.tokens, self.mass = self.tokens + other.tokens, self.mass + other.mass
 
     def statistics(self, seed: int | None = None) -> Statistics:
         """The totals so far; means are over `tokens`, by their weights. seed: of the input."""
-        n = self.mass or 1.0
+        means = {name: (total / (self.mass or 1.0)).float() for name, total in self.sums.items() if name != "absmax"}
         sample_SI = torch.cat(self.sample) if self.sample else None
         if sample_SI is not None:
-            # Only what was merged from many inputs can be too long.
+            # Only samples merged from many inputs can be too long.
             sample_SI = sample_SI[:: max(1, len(sample_SI) // SAMPLE_TOKENS)]
         return Statistics(
             seed=seed,
             tokens=self.tokens,
-            absmax_I=self.absmax_I,
-            sumsq_I=None if self.sumsq_I is None else (self.sumsq_I / n).float(),
-            hessian_II=None if self.hessian_II is None else (self.hessian_II / n).float(),
+            absmax_I=self.sums.get("absmax"),
+            sumsq_I=means.get("sumsq"),
+            hessian_II=means.get("hessian"),
             sample_SI=sample_SI,
             routed=self.routed,
         )

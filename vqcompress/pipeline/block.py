@@ -130,9 +130,8 @@ class BlockEncoder:
         return self.stream.names.tensor[f"{self.entries[path].target.name}.weight"]
 
     def _weight(self, path: str) -> Tensor:
-        """The dense weight (O, I): float32, or as stored where the method and missing statistics allow it."""
-        weight_OI = self.tensors[self.name(path)].to(self.stream.device)
-        return weight_OI if self.entries[path].method.any_float and not self.statistics else weight_OI.float()
+        """The dense weight (O, I), float32."""
+        return self.tensors[self.name(path)].to(self.stream.device).float()
 
     def _encode_closing(self, path: str) -> Encoded:
         """Encode the closing layer, moved to correct the block's output so far."""

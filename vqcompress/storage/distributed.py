@@ -102,11 +102,8 @@ def _destroy() -> None:
 
 def reduce_statistics(group: ProcessGroup, accumulator: Accumulator) -> None:
     """Combine the accumulators of all ranks, in place on every rank."""
-    if accumulator.absmax_I is not None:
-        group.all_reduce(accumulator.absmax_I, dist.ReduceOp.MAX)
-    for total in (accumulator.sumsq_I, accumulator.hessian_II):
-        if total is not None:
-            group.all_reduce(total)
+    for name, total in accumulator.sums.items():
+        group.all_reduce(total, dist.ReduceOp.MAX if name == "absmax" else dist.ReduceOp.SUM)
     counts = group.all_gather((accumulator.tokens, accumulator.routed, accumulator.mass))
     accumulator.tokens, accumulator.routed, accumulator.mass = (sum(each) for each in zip(*counts, strict=True))
     if accumulator.sample is not None:

@@ -1,17 +1,17 @@
-"""FP8 matrix products on a GPU in DeepSeek-V3's tiles: the contracts of the operators in `reference`.
+"""FP8 matrix products on a GPU in DeepSeek-V3's tiles: the operator of `reference`.
 
 `_quantize` rounds to E4M3 with integers, so its bytes are those of the contract on every device. `_multiply` goes
 through the inputs in slices of 128, the width of a tile: tensor cores add up the products of one slice, starting from
-zero, and what comes out is scaled and added in float32 by the ordinary units. So the few bits that Hopper's tensor
-cores keep of a sum of FP8 products (DeepSeek-V3, arXiv 2412.19437, section 3.3.2) bound the error of 128 terms only.
+zero, and the result is scaled and added in float32 by the ordinary units. So the few bits that Hopper's tensor cores
+keep of a sum of FP8 products (DeepSeek-V3, arXiv 2412.19437, section 3.3.2) bound the error of 128 terms only.
 The scale of a slice is that of x times that of the weight: one number for a row of a tile, since no tile of y is wider
 than one of the weight.
 
-Few rows and experts are as in `int8.kernel`; the float32 sums of a split are added in a fixed order, so that y is
+Few rows and experts are as in `int8/kernel.py`; the float32 sums of a split are added in a fixed order, so that y is
 always the same. Where tensor cores have no E4M3, x is rounded all the same, but both operands are multiplied as
 float16, which holds every E4M3 number: the products are exact there too.
-Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, E experts, P = ceil(O / 128) and
-J = ceil(I / 128) tiles. Within a kernel T, O and I are also the sides of a program's tile.
+Shape legend: T tokens, O output rows, I input columns, E experts, P = ceil(O / 128) and J = ceil(I / 128) tiles. Within
+a kernel T, O and I are also the sides of a program's tile.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.triton.product import Product, multiply
-from vqcompress.methods.triton.tiles import ALIGNED, absmax, most_stages, rows_of, split_for, tile_of, wide
+from vqcompress.methods.triton.tiles import absmax, most_stages, rows_of, split_for, tile_of, wide
 
 # The side of a tile, here and in kernels.
 SIDE = 128
@@ -138,7 +138,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 def quantize(x_TI: Tensor, power_of_two: bool = False, half: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn (T, I) and scales float32 (T, J): `reference.fp8_quantize`, exactly.
+    """Codes float8_e4m3fn (T, I) and scales float32 (T, J): those of `reference.fp8_quantize`, exactly.
 
     half: the values of the codes as float16 instead, for devices whose matrix products do not read E4M3.
     """
@@ -154,24 +154,13 @@ def quantize(x_TI: Tensor, power_of_two: bool = False, half: bool = False) -> tu
     return codes_TI, scale_TJ
 
 
-def linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
-    """x Wᵀ, (T, O) in the type of x: `reference.fp8_linear`; the same every time. codes_OI: float8_e4m3fn.
+def linear(
+    x_TI: Tensor, codes: Tensor, scale: Tensor, power_of_two: bool = False, ends_E: Tensor | None = None
+) -> Tensor:
+    """`reference.fp8_linear`, the same bits every time. codes: float8_e4m3fn. ends_E: read on the device only.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
+    About a thousand experts at most. Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
-    return _multiplied(x_TI, None, codes_OI, scale_PJ, power_of_two)
-
-
-def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
-    """(S, O) in the type of x: of each expert's rows what `linear` makes of them, up to the order of additions.
-
-    x_SI: rows sorted by expert. ends_E: int32, the row after the last of each expert; the last of them is S, and equal
-    neighbours mean an expert without rows. It is read on the device only. E: about a thousand at most.
-    """
-    return _multiplied(x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)
-
-
-def _multiplied(x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, power_of_two: bool) -> Tensor:
     half = not launch.device_properties(x_TI.device).has_fp8
     product = Product("fp8", _multiply, torch.float32, default_config)
     return multiply(product, x_TI, ends_E, codes, scale, lambda x_TI: quantize(x_TI, power_of_two, half))
@@ -198,6 +187,5 @@ def default_config(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) 
     split = split_for(gpu, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, SIDE)
     most = 2 if gpu.warp == 64 else 3 if block_T == 64 else 5
     stages = min(most, fitting_stages(gpu, block_T, block_O))
-    # Loads of single bytes take the registers of twice as many threads.
-    narrow = inputs % ALIGNED == 0 and (block_T * block_O < 8192 or wide(gpu))
-    return make_config(block_T, block_O, split, 4 if narrow else 8, stages)
+    warps = 4 if block_T * block_O < 8192 or wide(gpu) else 8
+    return make_config(block_T, block_O, split, warps, stages)

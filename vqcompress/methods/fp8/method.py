@@ -6,7 +6,6 @@ Shape legend: T tokens, O output rows, I input columns, P = ceil(O / 128) and J 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from vqcompress.methods.base import Layout, Method, PackedTensors, Shape, is_fin
 from vqcompress.methods.fp8 import reference
 from vqcompress.methods.statistics import Statistics
 
-# Weights that are worked on at once.
+# Numbers that are encoded or decoded at once: they fit into a CPU's cache, which takes a third of the time.
 STRIP = 2**19
 
 
@@ -32,40 +31,21 @@ def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tenso
     scale = max(amax / 448, 2⁻¹²⁶), rounded up to a power of two if asked; code = w / scale rounded to E4M3. A tile at
     the edge holds fewer weights.
     """
-    (rows, columns), tiles = weight_OI.shape, -(-weight_OI.shape[1] // reference.TILE)
-    codes_OI, scales = weight_OI.new_empty((rows, columns), dtype=torch.float8_e4m3fn), []
-    for strip in _strips(weight_OI):
-        some = weight_OI[strip].float()
-        margin = 0, -columns % reference.TILE, 0, -len(some) % reference.TILE
-        padded = (F.pad(some, margin) if any(margin) else some).reshape(-1, reference.TILE, tiles, reference.TILE)
-        largest = padded.abs().amax((1, 3), keepdim=True)
-        # NaN or Inf if anything in the tile is.
-        if not is_finite(largest):
-            raise ValueError("weight holds NaN or Inf")
-        scale = reference.e4m3_scale(largest, power_of_two)
-        codes = reference.to_e4m3(padded / scale).view(-1, tiles * reference.TILE)
-        codes_OI[strip] = codes[: len(some), :columns]
-        scales.append(scale[:, 0, :, 0])
-    return codes_OI, torch.cat(scales) if scales else weight_OI.new_empty((0, tiles), dtype=torch.float32)
+    rows, columns = weight_OI.shape
+    margin = 0, -columns % reference.TILE, 0, -rows % reference.TILE
+    tiles_PCJD = F.pad(weight_OI.float(), margin).unflatten(1, (-1, reference.TILE)).unflatten(0, (-1, reference.TILE))
+    largest_P1J1 = tiles_PCJD.abs().amax((1, 3), keepdim=True)
+    # NaN or Inf if anything in the tile is.
+    if not is_finite(largest_P1J1):
+        raise ValueError("weight holds NaN or Inf")
+    scale_P1J1 = reference.e4m3_scale(largest_P1J1, power_of_two)
+    codes_PCJD = reference.to_e4m3(tiles_PCJD / scale_P1J1)
+    return codes_PCJD.flatten(2).flatten(0, 1)[:rows, :columns], scale_P1J1[:, 0, :, 0]
 
 
-def _e4m3_to_half(codes: Tensor) -> Tensor:
-    """Exactly 2⁻⁸ times each code, float16; NaN, which `check` refuses, gives 1.875.
-
-    E4M3 has a sign, four bits of exponent and three of mantissa; float16 has room for all of them seven bits up, and
-    subnormal numbers mean the same there. torch converts float8 on a CPU one number at a time.
-    """
-    # Of a negative number all higher bits are 1, and the second of them is no sign.
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-    return bits.bitwise_and_(~0x4000).view(torch.float16)
-
-
-def _strips(matrix: Tensor) -> Iterator[slice]:
-    """Rows of whole tiles that fit together into a CPU's cache, where the same arithmetic takes a third of the time."""
-    rows = len(matrix)
-    if matrix.device.type == "cpu":
-        rows = max(1, STRIP // (reference.TILE * max(1, matrix.shape[1]))) * reference.TILE
-    return (slice(start, start + rows) for start in range(0, len(matrix), max(1, rows)))
+def _strips(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Rows of whole tiles of a matrix, about STRIP numbers at a time."""
+    return matrix.split(max(1, STRIP // (reference.TILE * matrix.shape[1])) * reference.TILE)
 
 
 class FP8(Method):
@@ -77,7 +57,6 @@ class FP8(Method):
     """
 
     name: ClassVar[str] = "fp8"
-    any_float: ClassVar[bool] = True
     power_of_two_scales: bool = False
 
     def layout(self, shape: Shape) -> Layout:
@@ -89,20 +68,16 @@ class FP8(Method):
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
         """The tensors of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
-        codes_OI, scale_PJ = quantize_tiles(weight_OI, self.power_of_two_scales)
-        return {"codes": codes_OI, "scale": scale_PJ}
+        strips = [quantize_tiles(strip, self.power_of_two_scales) for strip in _strips(weight_OI)]
+        codes, scales = zip(*strips, strict=True)
+        return {"codes": torch.cat(codes), "scale": torch.cat(scales)}
 
     def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""
-        weight_OI = tensors["scale"].new_empty(shape)
-        for strip in _strips(tensors["codes"]):
-            codes, tiles = (
-                tensors["codes"][strip],
-                slice(strip.start // reference.TILE, -(-strip.stop // reference.TILE)),
-            )
-            scale = expand_tiles(tensors["scale"][tiles], (len(codes), shape[1]))
-            weight_OI[strip] = _e4m3_to_half(codes).float().mul_(256).mul_(scale)
-        return weight_OI
+        strips = _strips(tensors["codes"])
+        scales = tensors["scale"].split(-(-len(strips[0]) // reference.TILE))
+        expanded = (expand_tiles(scale, (len(codes), shape[1])) for codes, scale in zip(strips, scales, strict=True))
+        return torch.cat([codes.float().mul_(scale) for codes, scale in zip(strips, expanded, strict=True)])
 
     def check(self, tensors: PackedTensors, shape: Shape) -> None:
         """Raise ValueError for NaN codes and for scales that are not positive, finite and, if asked, powers of two."""
@@ -116,7 +91,7 @@ class FP8(Method):
     def prepare(
         self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
-        """The parts; on a CPU, which has no FP8 product, the float32 weight that they stand for."""
+        """The packed tensors; on a CPU, which has no FP8 product, the float32 weight that they stand for."""
         on_cpu = tensors["codes"].device.type == "cpu"
         return {"weight": self.decode(tensors, shape)} if on_cpu and not packed else dict(tensors)
 
@@ -132,9 +107,9 @@ class FP8(Method):
         return y_TO
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """`linear` of the rows of every expert, of `reference.fp8_grouped`."""
+        """`linear` of the rows of every expert, in one product unless the weight is decoded."""
         if "weight" in prepared:
             return super().grouped(x_SI, ends_E, prepared, shape)
         codes, scale = prepared["codes"], prepared["scale"]
-        y_SO: Tensor = reference.fp8_grouped(x_SI, ends_E, codes, scale, self.power_of_two_scales)
+        y_SO: Tensor = reference.fp8_linear(x_SI, codes, scale, self.power_of_two_scales, ends_E)
         return y_SO

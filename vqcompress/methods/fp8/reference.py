@@ -1,11 +1,9 @@
-"""FP8 operators in tiles of 128; the body of each defines its result, and the CUDA kernels return the same codes.
+"""The FP8 operator in tiles of 128; its body defines the result, and the CUDA kernels return the same codes.
 
 All arithmetic is float32 whatever the type of x, division is division (never a multiplication by the reciprocal), and
-rounding is to nearest, half to even. Registering `torch.library.custom_op`s lets `torch.compile`, fake tensors and
-`opcheck` see them.
+rounding is to nearest, half to even. `torch.library.custom_op` lets `torch.compile`, fake tensors and `opcheck` see it.
 
-Shape legend: T tokens, S rows sorted by expert, E experts, O output rows, I input columns, P = ceil(O / 128) and
-J = ceil(I / 128) tiles.
+Shape legend: T tokens, E experts, O output rows, I input columns, P = ceil(O / 128) and J = ceil(I / 128) tiles.
 """
 
 from typing import Any
@@ -39,117 +37,66 @@ def to_e4m3(ratio: Tensor) -> Tensor:
     return ratio.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def _ratios(x_TI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """x over the scale of its tile, (T, J, 128) with the last tile padded by zeros, and the scales (T, J)."""
-    tokens, columns = x_TI.shape
-    tiles = -(-columns // TILE)
-    x_TJC = F.pad(x_TI.float(), (0, tiles * TILE - columns)).view(tokens, tiles, TILE)
+def fp8_quantize(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """The values of the codes, E4M3 numbers as float32 (T, I), and scales float32 (T, J) of any float x: dynamic.
+
+    Tiles are 1×128. scale = max(amax / 448, 2⁻¹²⁶), with `power_of_two` rounded up to a power of two (UE8M0); code =
+    x / scale rounded to E4M3, saturating at ±448. The last tile holds the I mod 128 columns that are left. A zero tile
+    gets zero codes; no finite x gives a NaN; NaN and Inf give NaN codes. Bit-exact.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (fine-grained quantization).
+    """
+    columns = x_TI.shape[1]
+    x_TJC = F.pad(x_TI.float(), (0, -columns % TILE)).unflatten(1, (-1, TILE))
     scale_TJ = e4m3_scale(x_TJC.abs().amax(2), power_of_two)
-    return x_TJC / scale_TJ[:, :, None], scale_TJ
-
-
-def _tiles(x_TI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """The codes of `fp8_quantize` with the last tile padded by zeros, (T, J·128), and its scales."""
-    ratio_TJC, scale_TJ = _ratios(x_TI, power_of_two)
-    return to_e4m3(ratio_TJC).flatten(1), scale_TJ
+    ratio_TJC = (x_TJC / scale_TJ[:, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    # Rounded in float32, since a CPU converts to float8 slowly: adding and subtracting 1.5 · 2²⁰ times a number's power
+    # of two, at least that of the smallest normal one, leaves the three bits of a mantissa, half to even.
+    power_TJC = (ratio_TJC.view(torch.int32) & 0x7F800000).clamp_(min=(127 - 6) << 23).view(torch.float32)
+    power_TJC.mul_(1.5 * 2**20)
+    return ratio_TJC.add_(power_TJC).sub_(power_TJC).flatten(1)[:, :columns], scale_TJ
 
 
 def fp8_rounded(x_TI: Tensor, power_of_two: bool) -> Tensor:
-    """What `fp8_quantize` makes of x, times its scales again: float32 (T, I), a third of the time of making codes."""
-    ratio_TJC, scale_TJ = _ratios(x_TI, power_of_two)
-    ratio_TJC.clamp_(-E4M3_MAX, E4M3_MAX)
-    # 2²⁰ · 1.5 times a number's power of two, or that of the smallest normal one, 2⁻⁶: added and taken off again, it
-    # leaves the three bits of a mantissa, rounded to nearest, half to even.
-    power_TJC = (ratio_TJC.view(torch.int32) & 0x7F800000).clamp_(min=(127 - 6) << 23).view(torch.float32)
-    power_TJC.mul_(1.5 * 2**20)
-    rounded_TJC = ratio_TJC.add_(power_TJC).sub_(power_TJC).mul_(scale_TJ[:, :, None])
-    return rounded_TJC.flatten(1)[:, : x_TI.shape[1]]
-
-
-@torch.library.custom_op("vqcompress::fp8_quantize", mutates_args=())
-def fp8_quantize(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn (T, I) and scales float32 (T, J) of any float x, in tiles of 1×128, dynamic.
-
-    scale = max(amax / 448, 2⁻¹²⁶), with `power_of_two` rounded up to a power of two (UE8M0); code = x / scale rounded
-    to E4M3, saturating at ±448. The last tile holds the I mod 128 columns that are left. A zero tile gets zero codes;
-    no finite x gives a NaN; NaN and Inf give NaN codes. Bit-exact.
-    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (fine-grained quantization).
-    """
-    codes_TI, scale_TJ = _tiles(x_TI, power_of_two)
-    return codes_TI[:, : x_TI.shape[1]].contiguous(), scale_TJ.contiguous()
-
-
-@fp8_quantize.register_fake
-def _(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    tokens, columns = x_TI.shape
-    return (
-        x_TI.new_empty((tokens, columns), dtype=torch.float8_e4m3fn),
-        x_TI.new_empty((tokens, (columns + TILE - 1) // TILE), dtype=torch.float32),
-    )
+    """x rounded by `fp8_quantize`: codes times scales, float32 (T, I)."""
+    codes_TI, scale_TJ = fp8_quantize(x_TI, power_of_two)
+    return codes_TI * scale_TJ.repeat_interleave(TILE, 1)[:, : x_TI.shape[1]]
 
 
 @torch.library.custom_op("vqcompress::fp8_linear", mutates_args=())
-def fp8_linear(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
+def fp8_linear(
+    x_TI: Tensor, codes: Tensor, scale: Tensor, power_of_two: bool = False, ends_E: Tensor | None = None
+) -> Tensor:
     """x Wᵀ, (T, O) in the type of x, for W = codes · the scale of their 128×128 tile and x through `fp8_quantize`.
 
-    codes_OI: float8_e4m3fn, or float32 that carries the same values. scale_PJ: float32.
+    codes: (O, I) float8_e4m3fn, or float32 that carries the same values. scale: float32 (P, J).
+    ends_E: int32; then codes (E, O, I) and scale (E, P, J) are of experts, the rows of x are sorted by expert, and the
+    rows of each end here. Rows behind the last expert's get unspecified results.
     y = Σ_j (partial_j · scale_x[t, j]) · scale_w[o // 128, j] in float32, where partial_j is the sum over the 128
     products of slice j (each product is exact) as accumulated by the device; then y is rounded to the type of x. The
     order of additions and of the two multiplications and the fusing of a multiplication with an addition are free; the
     codes and scales of x are those of `fp8_quantize`.
     Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (promotion to float32 every N_C = 128 elements).
     """
-    codes_TI, scale_TJ = _tiles(x_TI, power_of_two)
-    rows, columns = codes_OI.shape
-    codes_TI, codes_OI = codes_TI.float(), codes_OI.float()
-    scale_JO = scale_PJ.T.repeat_interleave(TILE, 1)[:, :rows]
-    y_TO = torch.zeros((len(x_TI), rows), dtype=torch.float32, device=x_TI.device)
-    for j, at in enumerate(range(0, columns, TILE)):
-        end = min(at + TILE, columns)
-        y_TO += (codes_TI[:, at:end] @ codes_OI[:, at:end].T).mul_(scale_TJ[:, j : j + 1]).mul_(scale_JO[j])
+    if ends_E is not None:
+        return by_expert(
+            x_TI, ends_E, codes.shape[1], lambda rows_TI, e: fp8_linear(rows_TI, codes[e], scale[e], power_of_two)
+        )
+    codes_TI, scale_TJ = fp8_quantize(x_TI, power_of_two)
+    codes_OI, scale_JO = codes.float(), scale.T.repeat_interleave(TILE, 1)[:, : len(codes)]
+    y_TO = torch.zeros((len(x_TI), len(codes)), dtype=torch.float32, device=x_TI.device)
+    for j, (x_TC, w_OC) in enumerate(zip(codes_TI.split(TILE, 1), codes_OI.split(TILE, 1), strict=True)):
+        y_TO += (x_TC @ w_OC.T).mul_(scale_TJ[:, j : j + 1]).mul_(scale_JO[j])
     return y_TO.to(x_TI.dtype)
 
 
-@torch.library.custom_op("vqcompress::fp8_grouped", mutates_args=())
-def fp8_grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
-    """`fp8_linear` of every expert's rows with its codes and scales, (S, O).
-
-    What rows behind the last expert's get is not specified.
-    """
-    return by_expert(
-        x_SI, ends_E, codes_EOI.shape[1], lambda x_TI, e: fp8_linear(x_TI, codes_EOI[e], scale_EPJ[e], power_of_two)
-    )
-
-
 @fp8_linear.register_fake
-def _(x_TI: Tensor, codes_OI: Tensor, *_: Any) -> Tensor:
-    return x_TI.new_empty((x_TI.shape[0], codes_OI.shape[0]))
-
-
-@fp8_grouped.register_fake
-def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, *_: Any) -> Tensor:
-    return x_SI.new_empty((x_SI.shape[0], codes_EOI.shape[1]))
-
-
-# Triton is imported when a kernel first runs: it takes a while, and is not installed everywhere.
-
-
-@fp8_quantize.register_kernel("cuda")
-def _(x_TI: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
-    from vqcompress.methods.fp8 import kernel
-
-    return kernel.quantize(x_TI, power_of_two)
+def _(x_TI: Tensor, codes: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x_TI.new_empty((x_TI.shape[0], codes.shape[-2]))
 
 
 @fp8_linear.register_kernel("cuda")
-def _(x_TI: Tensor, codes_OI: Tensor, scale_PJ: Tensor, power_of_two: bool) -> Tensor:
+def _(*arguments: Any, **options: Any) -> Tensor:
+    # Triton is imported when a kernel first runs: that takes a while, and it is not installed everywhere.
     from vqcompress.methods.fp8 import kernel
 
-    return kernel.linear(x_TI, codes_OI, scale_PJ, power_of_two)
-
-
-@fp8_grouped.register_kernel("cuda")
-def _(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EPJ: Tensor, power_of_two: bool) -> Tensor:
-    from vqcompress.methods.fp8 import kernel
-
-    return kernel.grouped(x_SI, ends_E, codes_EOI, scale_EPJ, power_of_two)
+    return kernel.linear(*arguments, **options)

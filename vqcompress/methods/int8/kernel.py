@@ -1,19 +1,19 @@
-"""INT8 matrix products on a GPU: the contracts of the operators in `reference`, to the last bit.
+"""INT8 matrix products on a GPU: the operator of `reference`, to the last bit.
 
-Two steps. `_quantize` reads a row of x once, keeps it in registers while its largest magnitude is found, and writes
-codes and the row's scale. `_multiply` is a matrix product of codes by tensor cores, which add up in int32 and are
-therefore exact in any order; so how the work is divided is free:
+`_quantize` reads a row of x, finds its largest magnitude, and writes codes and the row's scale. `_multiply` is a matrix
+product of codes by tensor cores, which add up in int32 and are therefore exact in any order; so the work may be divided
+freely:
 
-- Many rows: a program makes one tile of y. Programs that run at the same time make neighbouring tiles, GROUP tiles of
-  rows high, so that what they read is still in the L2 cache when the next one wants it.
-- Few rows: reading the weight is all the time there is, and y has fewer tiles than the device has processors. Each
-  tile's inputs are split over SPLIT programs, and `_finish` adds their int32 sums and scales them.
-- Experts (`grouped`): rows come sorted by expert. How many tiles each has is only known on the device, so as many
-  programs start as there could ever be, and each looks for its expert; surplus ones return at once.
+- Many rows: a program computes one tile of y. Programs that run at the same time compute neighbouring tiles, GROUP
+  tiles of rows high, so that what they read is still in the L2 cache for the next one.
+- Few rows: the time is that of reading the weight, and y has fewer tiles than the device has processors. Each tile's
+  inputs are split over SPLIT programs, and `_finish` adds their int32 sums and scales them.
+- Experts: rows come sorted by expert. The number of tiles of each is only known on the device, so the grid has the
+  largest possible number of programs, and each looks for its expert; surplus ones return at once.
 
 A tensor's offset may exceed 2³¹, so offsets of rows are 64 bits wide; nothing else is.
-Shape legend: T tokens, S rows sorted by expert, O output rows, I input columns, E experts. Within a kernel T, O and I
-are also the sides of a program's tile.
+Shape legend: T tokens, O output rows, I input columns, E experts. Within a kernel T, O and I are also the sides of a
+program's tile.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch import Tensor
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.triton.product import Product, multiply
-from vqcompress.methods.triton.tiles import ALIGNED, absmax, most_stages, rows_of, split_for, tile_of
+from vqcompress.methods.triton.tiles import most_stages, rows_of, split_for, tile_of
 
-# Columns of a row that a program holds in registers; longer rows are read twice.
+# Columns of a row that a program reads at once, at most.
 HELD = 16384
 INT8_MAX = tl.constexpr(127.0)
 SCALE_MIN = tl.constexpr(2.0**-126)
@@ -46,21 +46,18 @@ def _code(x, scale):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _quantize(  # type: ignore[no-untyped-def]
-    x_TI, input_scale, codes_TI, scale_T, inputs, BLOCK: tl.constexpr, STATIC: tl.constexpr, ONCE: tl.constexpr
+    x_TI, input_scale, codes_TI, scale_T, inputs, BLOCK: tl.constexpr, STATIC: tl.constexpr
 ):
-    """Codes and the scale of one row. STATIC: with the scale given. ONCE: all of the row is one block."""
+    """Codes and the scale of one row. STATIC: with the scale given."""
     t = tl.program_id(0).to(tl.int64)
     x_I, codes_I = x_TI + t * inputs, codes_TI + t * inputs
     i_B = tl.arange(0, BLOCK)
-    if ONCE:
-        x_B = tl.load(x_I + i_B, mask=i_B < inputs, other=0.0).to(tl.float32)
-        amax = absmax(x_B, 0)
-    else:
-        most_B = tl.zeros((BLOCK,), tl.int32)
-        for i in range(0, inputs, BLOCK):
-            x_B = tl.load(x_I + i + i_B, mask=i + i_B < inputs, other=0.0).to(tl.float32)
-            most_B = tl.maximum(most_B, x_B.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        amax = tl.max(most_B, 0).to(tl.float32, bitcast=True)
+    # Bits of magnitudes are ordered as the magnitudes, with NaN on top; a maximum of floats would drop NaN.
+    most_B = tl.zeros((BLOCK,), tl.int32)
+    for i in range(0, inputs, BLOCK):
+        x_B = tl.load(x_I + i + i_B, mask=i + i_B < inputs, other=0.0).to(tl.float32)
+        most_B = tl.maximum(most_B, x_B.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    amax = tl.max(most_B, 0).to(tl.float32, bitcast=True)
     if STATIC:
         # A row with NaN shows in its scale, since no code can.
         scale = tl.where(amax == amax, tl.load(input_scale), amax)
@@ -68,12 +65,9 @@ def _quantize(  # type: ignore[no-untyped-def]
         scale = tl.div_rn(amax, INT8_MAX)
         scale = tl.where(scale < SCALE_MIN, SCALE_MIN, scale)
     tl.store(scale_T + t, scale)
-    if ONCE:
-        tl.store(codes_I + i_B, _code(x_B, scale), mask=i_B < inputs)
-    else:
-        for i in range(0, inputs, BLOCK):
-            x_B = tl.load(x_I + i + i_B, mask=i + i_B < inputs, other=0.0).to(tl.float32)
-            tl.store(codes_I + i + i_B, _code(x_B, scale), mask=i + i_B < inputs)
+    for i in range(0, inputs, BLOCK):
+        x_B = tl.load(x_I + i + i_B, mask=i + i_B < inputs, other=0.0).to(tl.float32)
+        tl.store(codes_I + i + i_B, _code(x_B, scale), mask=i + i_B < inputs)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -128,7 +122,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 
 def quantize(x_TI: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes int8 (T, I) and scales float32 (T, 1): `reference.int8_quantize`, exactly.
+    """Codes int8 (T, I) and scales float32 (T, 1): those of `reference.int8_quantize`, exactly.
 
     input_scale: one float32 scale () for all rows instead; it is repeated in the scales, except that a row with NaN
     gets NaN.
@@ -137,33 +131,22 @@ def quantize(x_TI: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, T
     codes_TI = x_TI.new_empty((tokens, inputs), dtype=torch.int8)
     scale_T1 = x_TI.new_empty((tokens, 1), dtype=torch.float32)
     block = min(HELD, triton.next_power_of_2(inputs))
-    constants = {"BLOCK": block, "STATIC": input_scale is not None, "ONCE": inputs <= block}
     # 16 numbers for a thread, and twice as many for the longest rows.
-    options = {"num_warps": max(1, min(16, block // 512)), "enable_fp_fusion": False}
+    config = {"BLOCK": block, "num_warps": max(1, min(16, block // 512)), "enable_fp_fusion": False}
     arguments = (x_TI.contiguous(), input_scale, codes_TI, scale_T1, inputs)
-    launch.run(_quantize, (tokens,), *arguments, **constants, **options)
+    launch.run(_quantize, (tokens,), *arguments, STATIC=input_scale is not None, **config)
     return codes_TI, scale_T1
 
 
-def linear(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor, input_scale: Tensor | None = None) -> Tensor:
-    """x Wᵀ, (T, O) in the type of x: `reference.int8_linear`, exactly. codes_OI: int8. input_scale: float32 () or None.
+def linear(
+    x_TI: Tensor, codes: Tensor, scale: Tensor, input_scale: Tensor | None = None, ends_E: Tensor | None = None
+) -> Tensor:
+    """`reference.int8_linear`, exactly. codes: int8. ends_E: read on the device only; about a thousand experts at most.
 
     Source: SmoothQuant, arXiv 2211.10438, section 4.
     """
-    return multiply(_product(), x_TI, None, codes_OI, scale_O, lambda x_TI: quantize(x_TI, input_scale))
-
-
-def grouped(x_SI: Tensor, ends_E: Tensor, codes_EOI: Tensor, scale_EO: Tensor) -> Tensor:
-    """(S, O) in the type of x: of each expert's rows what `linear` makes of them, exactly.
-
-    x_SI: rows sorted by expert. ends_E: int32, the row after the last of each expert; the last of them is S, and equal
-    neighbours mean an expert without rows. It is read on the device only. E: about a thousand at most.
-    """
-    return multiply(_product(), x_SI, ends_E, codes_EOI, scale_EO, quantize)
-
-
-def _product() -> Product:
-    return Product("int8", _multiply, torch.int32, default_config)
+    product = Product("int8", _multiply, torch.int32, default_config)
+    return multiply(product, x_TI, ends_E, codes, scale, lambda x_TI: quantize(x_TI, input_scale))
 
 
 def make_config(block_T: int, block_O: int, block_I: int, split: int, warps: int, stages: int) -> Config:
@@ -183,9 +166,6 @@ def default_config(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) 
         block_O = 256
     elif tiles_T * triton.cdiv(outputs, block_O) < gpu.processors:
         block_O = 64
-    if inputs % ALIGNED:
-        # Each byte is a load of its own: half as many at once.
-        block_O = 32
     split = split_for(gpu, tiles_T * triton.cdiv(outputs, block_O), rows, inputs, block_I)
     stages = min(4 if gpu.warp == 32 else 2, most_stages(gpu, (block_T + block_O) * block_I))
     return make_config(block_T, block_O, block_I, split, 8 if block_T * block_O > 8192 else 4, stages)

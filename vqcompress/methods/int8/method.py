@@ -46,19 +46,13 @@ class INT8(Method):
         """The tensors of a weight. ValueError if it holds NaN or Inf, or per_tensor has no calibration tokens."""
         super().check({"weight": weight_OI}, (weight_OI.shape[0], weight_OI.shape[1]))
         codes_OI, scale_O1 = reference.int8_quantize(weight_OI)
-        tensors = {"codes": codes_OI, "scale": scale_O1.flatten()}
+        tensors = {"codes": codes_OI.to(torch.int8).contiguous(), "scale": scale_O1.flatten()}
         if self.activations == "per_tensor":
-            tensors["input_scale"] = self._input_scale(statistics).to(weight_OI.device)
+            if statistics.absmax_I is None or statistics.tokens == 0:
+                raise ValueError("int8 with activations='per_tensor' needs absmax over at least one calibration token")
+            largest = statistics.absmax_I.float().max().to(weight_OI.device)
+            tensors["input_scale"] = (largest / reference.INT8_MAX).clamp_min(reference.SCALE_MIN)
         return tensors
-
-    def _input_scale(self, statistics: Statistics) -> Tensor:
-        if statistics.absmax_I is None or statistics.tokens == 0:
-            raise ValueError(
-                "int8 with activations='per_tensor' needs absmax over at least one calibration token; "
-                "calibrate with more text or use activations='per_token'"
-            )
-        super().check({"statistics.absmax": statistics.absmax_I}, (1, len(statistics.absmax_I)))
-        return (statistics.absmax_I.float().max() / reference.INT8_MAX).clamp_min(reference.SCALE_MIN)
 
     def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its row, float32 (O, I)."""
@@ -91,8 +85,8 @@ class INT8(Method):
         return y_TO
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """`linear` of the rows of every expert; of `reference.int8_grouped` unless scales of activations are stored."""
+        """`linear` of the rows of every expert, in one product unless scales of activations are stored."""
         if "input_scale" in prepared:
             return super().grouped(x_SI, ends_E, prepared, shape)
-        y_SO: Tensor = reference.int8_grouped(x_SI, ends_E, prepared["codes"], prepared["scale"])
+        y_SO: Tensor = reference.int8_linear(x_SI, prepared["codes"], prepared["scale"], None, ends_E)
         return y_SO

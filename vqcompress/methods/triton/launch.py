@@ -1,17 +1,18 @@
-"""Launches of kernels: the device, the config, and the recording of launches for a device that is not here.
+"""Launches of Triton kernels: the launch settings, the device, and recording launches for another device.
 
-Configs (block sizes, warps, stages) are measured offline by scripts/tune.py, which writes `launches/DEVICE.json`. No
-table ships yet: a shape or device without an entry gets its kernel's default. Nothing is tuned while a model runs.
+The settings of a launch ("config": block sizes, warps, stages) come from `launches/DEVICE.json`, which scripts/tune.py
+measures and writes. No table ships yet: without an entry, a kernel gets the `default_config` that stands beside it in
+its own file. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
 
 import json
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +21,17 @@ from torch import Tensor
 Config = dict[str, Any]
 Shape = tuple[int, ...]
 Table = dict[str, dict[str, Config]]
-# Numbers of rows that configs are measured at; a product of other sizes takes the next larger one's.
+# Numbers of rows that configs are measured at; a product with another number takes the next larger one's.
 BUCKETS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """Facts about a device that configs depend on. name: its maker's name for it; arch: 80, 90, 100 … or gfx942.
+    """Properties of a device that configs depend on.
 
-    processors: multiprocessors or compute units. warp: threads of a warp. shared: bytes that one program may have.
-    Of a multiprocessor: memory, shared bytes; registers; threads.
+    name: the maker's. arch: 80, 90, 100 … or gfx942. processors: multiprocessors or compute units. warp: threads of a
+    warp. shared: bytes of shared memory that one program may have. Of a multiprocessor: memory, bytes of shared memory;
+    registers; threads.
     """
 
     name: str
@@ -43,7 +45,7 @@ class DeviceProperties:
 
     @property
     def has_fp8(self) -> bool:
-        """Whether matrix products read float8_e4m3fn (gfx942 has another FP8)."""
+        """Whether matrix units read float8_e4m3fn (gfx942 has another FP8)."""
         return isinstance(self.arch, int) and self.arch >= 89
 
 
@@ -67,65 +69,62 @@ class Call:
     config: Config
 
 
-class _Recorder:
-    def __init__(self, gpu: DeviceProperties):
-        self.gpu, self.calls = gpu, list[Call]()
-
-
-_recorder: _Recorder | None = None
+# The device that launches are recorded for, and the launches so far.
+_recording: tuple[DeviceProperties, list[Call]] | None = None
 
 
 @contextmanager
 def recording(device: int | str | DeviceProperties) -> Iterator[list[Call]]:
-    """Launchers that are called inside behave as on this device and launch nothing; what they would is collected."""
-    global _recorder
-    before, _recorder = _recorder, _Recorder(device if isinstance(device, DeviceProperties) else DEVICES[device])
+    """Within the context, launchers behave as on this device and launch nothing; yields the list of their launches."""
+    global _recording
+    before = _recording
+    _recording = device if isinstance(device, DeviceProperties) else DEVICES[device], []
     try:
-        yield _recorder.calls
+        yield _recording[1]
     finally:
-        _recorder = before
+        _recording = before
 
 
 @cache
 def _properties(device: torch.device) -> DeviceProperties:
     if device.type != "cuda":
         return DEVICES["cpu"]
-    properties: Any = torch.cuda.get_device_properties(device)
-    arch: int | str = properties.major * 10 + properties.minor
-    if torch.version.hip:
-        arch = properties.gcnArchName.partition(":")[0]
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
-    memory = max(shared, properties.shared_memory_per_multiprocessor)
-    registers, threads = 1 << 17 if torch.version.hip else 1 << 16, properties.max_threads_per_multi_processor
-    counts = properties.multi_processor_count, properties.warp_size
-    return DeviceProperties(properties.name, arch, *counts, shared, memory, registers, threads)
+    found: Any = torch.cuda.get_device_properties(device)
+    amd = bool(torch.version.hip)
+    arch = found.gcnArchName.partition(":")[0] if amd else found.major * 10 + found.minor
+    shared = 64 << 10 if amd else found.shared_memory_per_block_optin
+    return DeviceProperties(
+        found.name,
+        arch,
+        found.multi_processor_count,
+        found.warp_size,
+        shared,
+        max(shared, found.shared_memory_per_multiprocessor),
+        1 << (17 if amd else 16),
+        found.max_threads_per_multi_processor,
+    )
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
     """The properties of a tensor's device, or of the one that launches are recorded for."""
-    return _recorder.gpu if _recorder else _properties(device)
+    return _recording[0] if _recording else _properties(device)
 
 
-def table_name(gpu: DeviceProperties) -> str:
-    """The file of a device, below the package of the kernels."""
-    return f"launches/{gpu.name.replace(' ', '_')}.json"
+def table_file(gpu: DeviceProperties) -> Path:
+    """The file of the configs measured on a device."""
+    return Path(__file__).parent / "launches" / f"{gpu.name.replace(' ', '_')}.json"
 
 
 @cache
 def table(gpu: DeviceProperties) -> Table:
     """The configs measured on a device, read once: kernel → `key` → config. The tuner writes into it."""
-    try:
-        data = pkgutil.get_data(__package__, table_name(gpu))
-    except FileNotFoundError:
-        return {}
-    measured: Table = json.loads(data or b"{}")
-    return measured
+    return json.loads(table_file(gpu).read_text()) if table_file(gpu).exists() else {}
 
 
 def key(rows: int, shape: Shape) -> str:
-    """Where a table has the config for x (rows, I) times a weight (O, I), or times those of experts (E, O, I).
+    """The table's key for x (rows, I) times a weight (O, I) or those of experts (E, O, I).
 
-    Of experts, rows are those of all together, which go four times as far.
+    rows: of all experts together, whose buckets are four times as large.
     """
     factor = 4 if len(shape) == 3 else 1
     bucket = next((b for b in BUCKETS if rows <= b * factor), BUCKETS[-1])
@@ -136,19 +135,19 @@ def get_config(
     kernel: str, device: torch.device, rows: int, shape: Shape, default: Callable[[DeviceProperties], Config]
 ) -> Config:
     """The config measured on a device at `key(rows, shape)`, or the kernel's default."""
-    known = device_properties(device)
-    return table(known).get(kernel, {}).get(key(rows, shape)) or default(known)
+    gpu = device_properties(device)
+    return table(gpu).get(kernel, {}).get(key(rows, shape)) or default(gpu)
 
 
 def run(kernel: Any, grid: Sequence[int], *arguments: Any, **config: Any) -> None:
-    """Launch on the device of the first argument, or record the launch.
+    """Launch on the device of the first tensor, or record the launch.
 
-    A multiplication and an addition may become one unless the config has `enable_fp_fusion` False.
+    A multiplication and an addition may be fused unless the config has `enable_fp_fusion` False.
     """
     config = {"enable_fp_fusion": True, **config}
-    if _recorder:
-        _recorder.calls.append(Call(kernel, tuple(grid), arguments, config))
+    if _recording:
+        _recording[1].append(Call(kernel, tuple(grid), arguments, config))
     elif all(grid):
-        # Triton launches on the current device, which need not be that of the tensors.
+        # Triton launches on the current device, which may be another than that of the tensors.
         with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
             kernel[tuple(grid)](*arguments, **config)

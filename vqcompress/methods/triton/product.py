@@ -1,7 +1,7 @@
 """The launcher of products of quantized activations with quantized weights, shared by INT8 and FP8.
 
-Activations are quantized, `multiply` makes tiles of y, and where the inputs are split over several programs `_finish`
-adds their partial sums. Shape legend: T tokens, S rows sorted by expert, E experts, O outputs, I inputs.
+Activations are quantized, `multiply` computes tiles of y, and where the inputs are split over several programs
+`_finish` adds their partial sums. Shape legend: T tokens, E experts, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Config, DeviceProperties
-from vqcompress.methods.triton.tiles import aligned, padded_experts, tiles_of
+from vqcompress.methods.triton.tiles import padded_experts, tiles_of
 
 # Outputs of a row that a program of `_finish` writes.
 FINISHED = 512
@@ -65,27 +65,24 @@ def multiply(
     codes: one-byte codes (O, I), or (E, O, I) with ends_E (E,) int32, the end of each expert's rows. scale: of the
     codes, float32. quantize: x → its codes and scales.
     """
-    tokens, outputs, experts = len(x_TI), codes.shape[-2], 0 if ends_E is None else len(ends_E)
+    (tokens, inputs), outputs, experts = x_TI.shape, codes.shape[-2], 0 if ends_E is None else len(ends_E)
     y_TO = x_TI.new_empty((tokens, outputs))
     if not tokens:
         return y_TO
-    # The average number of rows of an expert.
+    name, shape = (".grouped", (experts, outputs, inputs)) if experts else (".linear", (outputs, inputs))
+    # The default depends on the average number of rows of an expert.
     rows = triton.cdiv(tokens, max(1, experts))
-    x_TI, codes = aligned(x_TI, codes, rows)
-    shape = (outputs, x_TI.shape[1])
-    name, key = (f"{product.name}.grouped", (experts, *shape)) if experts else (f"{product.name}.linear", shape)
-    config = dict(
-        launch.get_config(name, x_TI.device, tokens, key, lambda gpu: product.default_config(gpu, rows, *shape))
-    )
+    default = lambda gpu: product.default_config(gpu, rows, outputs, inputs)  # noqa: E731
+    config = dict(launch.get_config(product.name + name, x_TI.device, tokens, shape, default))
     split = config["SPLIT"] = 1 if experts else config["SPLIT"]
     codes_TI, scale_x = quantize(x_TI)
     if codes_TI.dtype == torch.float16:
-        # The matrix units have no E4M3: the kernel reads the bytes of the codes and makes float16 of them.
+        # The matrix units have no E4M3: the kernel reads the bytes of the codes and converts them to float16.
         codes = codes.view(torch.int8)
     out = y_TO if split == 1 else x_TI.new_empty((split, tokens, outputs), dtype=product.sums)
     tensors = (codes_TI, scale_x, codes.contiguous(), scale.contiguous(), ends_E, out)
     grid = (tiles_of(tokens, config["BLOCK_T"], experts) * triton.cdiv(outputs, config["BLOCK_O"]), split)
-    launch.run(product.multiply, grid, *tensors, tokens, *shape, EXPERTS=padded_experts(experts), **config)
+    launch.run(product.multiply, grid, *tensors, tokens, outputs, inputs, EXPERTS=padded_experts(experts), **config)
     if split > 1:
         grid = (tokens, triton.cdiv(outputs, FINISHED))
         scales = (scale_x, scale) if product.sums == torch.int32 else (None, None)

@@ -1,23 +1,16 @@
-"""Tiles of a matrix product: which one a program makes, and how large and how many they are.
+"""Tiles of a matrix product: which tile a program computes, and the size and number of tiles.
 
 Grouped products read rows that are sorted by expert. The number of rows of each expert is known on the device only, and
-no launch waits for it: the grid is the largest number of tiles that the rows can need, and surplus programs return at
+no launch waits for it: the grid has the largest number of tiles that the rows can need, and surplus programs return at
 once. Shape legend: T rows of a tile, E experts.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.nn.functional import pad
 
 from vqcompress.methods.triton.launch import DeviceProperties
-
-# Rows of codes are loaded 16 bytes at a time if the number of inputs is a multiple of ALIGNED. Otherwise up to FEW rows
-# of x are multiplied by codes that are loaded byte by byte; for more rows the codes are copied with zeros behind.
-ALIGNED, FEW = 16, 16
 
 
 @triton.jit
@@ -72,26 +65,13 @@ def padded_experts(experts: int) -> tuple[int, int]:
 
 
 def tiles_of(rows: int, block_T: int, experts: int) -> int:
-    """The largest number of tiles that `rows` rows can need, whatever expert each belongs to."""
+    """The largest number of tiles that `rows` rows can need, whichever expert each belongs to."""
     # Each expert has at most one tile that is not full, and none that is empty.
     return min(rows, rows // block_T + experts) if experts else triton.cdiv(rows, block_T)
 
 
-def aligned(x_TI: Tensor, codes: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """x and the codes of a weight; for more than FEW rows with inputs padded by zeros to a multiple of ALIGNED.
-
-    A padded copy takes two more passes over the weight, too much for few rows; for many, the addresses of single bytes
-    would not fit the registers.
-    """
-    if rows <= FEW or x_TI.shape[1] % ALIGNED == 0:
-        return x_TI, codes
-    more = (0, -x_TI.shape[1] % ALIGNED)
-    # As int8, since not every torch can pad E4M3; zero is the byte 0 in both.
-    return pad(x_TI, more), pad(codes.view(torch.int8), more).view(codes.dtype)
-
-
 def split_for(gpu: DeviceProperties, tiles: int, rows: int, inputs: int, block_I: int) -> int:
-    """Number of programs that share the inputs of each of `tiles` tiles, aiming at two programs per processor.
+    """The number of programs that share the inputs of each of `tiles` tiles, aiming at two programs per processor.
 
     Each program gets at least two blocks, and the partial sums (written and read again, 8 bytes a row) stay below half
     of the weight's bytes.
