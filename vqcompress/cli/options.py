@@ -18,7 +18,7 @@ from vqcompress.storage.recipe_files import AS_STORED, LEAST, MOST, packaged, re
 from vqcompress.storage.trust import trusting
 
 if TYPE_CHECKING:
-    from vqcompress.pipeline.quantize import QuantizeOptions
+    from vqcompress.pipeline.options import QuantizeOptions
 
 # The keys of `export.FORMATS`, repeated because importing it imports torch.
 ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
@@ -172,7 +172,7 @@ class RunOptions:
 
     def job(self, out: Path | None = None, overwrite: bool = False) -> QuantizeOptions:
         """The options that the pipeline takes."""
-        from vqcompress.pipeline.quantize import QuantizeOptions
+        from vqcompress.pipeline.options import QuantizeOptions
 
         same = {key: value for key, value in vars(self).items() if key not in ("model", "calibration", "revision")}
         return QuantizeOptions(
