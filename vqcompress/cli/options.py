@@ -7,18 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from vqcompress.cli.console import DEBUG, leads
 from vqcompress.errors import UsageError
+from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.storage import hub
 from vqcompress.storage.recipe_files import AS_STORED, LEAST, MOST, packaged, recipe_file
 from vqcompress.storage.trust import trusting
-
-if TYPE_CHECKING:
-    from vqcompress.pipeline.options import QuantizeOptions
 
 # The keys of `export.FORMATS`, repeated because importing it imports torch.
 ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
@@ -172,8 +170,6 @@ class RunOptions:
 
     def job(self, out: Path | None = None, overwrite: bool = False) -> QuantizeOptions:
         """The options that the pipeline takes."""
-        from vqcompress.pipeline.options import QuantizeOptions
-
         same = {key: value for key, value in vars(self).items() if key not in ("model", "calibration", "revision")}
         return QuantizeOptions(
             pinned(self.model, self.revision), out, texts=self.calibration, overwrite=overwrite, **same
