@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -322,7 +323,7 @@ class Tuner:
 
     def write(self) -> None:
         """The table, for all that run after this."""
-        file = launch.table_file(self.gpu)
+        file = Path(str(launch.table_file(self.gpu)))
         file.parent.mkdir(exist_ok=True)
         kept = {kernel: dict(sorted(places.items())) for kernel, places in sorted(self.table.items()) if places}
         file.write_text(json.dumps(kept, indent=1) + "\n")

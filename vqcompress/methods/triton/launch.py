@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -110,15 +110,15 @@ def device_properties(device: torch.device) -> DeviceProperties:
     return _recording[0] if _recording else _properties(device)
 
 
-def table_file(gpu: DeviceProperties) -> Path:
-    """The file of the configs measured on a device."""
-    return Path(__file__).parent / "launches" / f"{gpu.name.replace(' ', '_')}.json"
+def table_file(gpu: DeviceProperties) -> Any:
+    """The packaged file of the configs measured on a device."""
+    return files(__package__) / "launches" / f"{gpu.name.replace(' ', '_')}.json"
 
 
 @cache
 def table(gpu: DeviceProperties) -> Table:
     """The configs measured on a device, read once: kernel → `key` → config. The tuner writes into it."""
-    return json.loads(table_file(gpu).read_text()) if table_file(gpu).exists() else {}
+    return json.loads(table_file(gpu).read_text()) if table_file(gpu).is_file() else {}
 
 
 def key(rows: int, shape: Shape) -> str:
