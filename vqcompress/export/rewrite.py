@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
-from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.experts import Experts
 from vqcompress.model.linear import CompressedLinear
 from vqcompress.model.stream import BlockStream
@@ -123,7 +122,7 @@ def tensors(
     """Tensors outside of the blocks, then those of each block: held targets converted by `write`, others decoded."""
     weights = {name: _weight(stream, entry) for name, entry in artifact.entries.items()}
     # The marker tensor is named like a weight and may count as one outside of the blocks.
-    marked = {fused_weight_name(w.removesuffix(".weight"), stream.fused_layout(name)) for name, w in weights.items()}
+    marked = {stream.marker_name(name, weight) for name, weight in weights.items()}
     yield stream.source.read(name for name in stream.non_block_weights if name not in marked | {HINT})
     dtype = stored_dtype(artifact.config)
     for block in stream.blocks:

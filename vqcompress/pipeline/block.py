@@ -18,7 +18,6 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.methods.statistics import Statistics
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
-from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.correction import OutputCorrection, closing_layer
@@ -114,7 +113,6 @@ def study(
     inputs: list[Input] = []
     if not states:
         # Nothing will run: what the block would have become is enough.
-        stream.check_block(index)
         module = stream.skeletons[index]
     else:
         module = stream.load_block(index, tensors)
@@ -244,8 +242,7 @@ class BlockEncoder:
         del self.tensors[name]
         self.tensors |= {part_name(name, key): part for key, part in packed.items()}
         if target == self.plan.targets[0]:
-            layout = self.stream.fused_layout(target.name)
-            self.tensors[fused_weight_name(name.removesuffix(".weight"), layout)] = MARKER
+            self.tensors[self.stream.marker_name(target.name, name)] = MARKER
 
     def _fit_shared(self) -> None:
         """Fit and store the packed tensors that targets share, by their path; None stands for sharing nothing."""

@@ -47,25 +47,23 @@ class VQCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from vqcompress.model.expert_layout import fused_weight_name
         from vqcompress.model.linear import keep_packed, replace_linears
-        from vqcompress.model.weights import Names, check_parts
+        from vqcompress.model.weights import Names, check_headers
 
         self._filled = model
         entries = parse_entries(self.quantization_config.to_dict(), "the model")
         with torch.device("meta"):
             replace_linears(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
         stored = {n: info for file in checkpoint_files or () for n, info in Checkpoint.header(Path(file)).items()}
-        check_parts(model, Names(model, stored), stored)
+        check_headers(model, Names(model, stored), stored)
         if not entries:
             return
         # The marker that stops a process which forgot to import vqcompress is no news to one that did.
         known, first = set(model._keys_to_ignore_on_load_unexpected or ()), entries[0].target.name
-        layout = getattr(dict(model.named_modules()).get(first.rsplit(".", 2)[0]), "layout", None)
         model._keys_to_ignore_on_load_unexpected = known | {
-            # A checkpoint may spell names with a prefix of its own.
-            rf"(^|\.){re.escape(t)}$"
-            for t in (HINT, fused_weight_name(first, layout))
+            # A checkpoint may spell names with a prefix of its own, and may store experts fused.
+            rf"(^|\.){name}$"
+            for name in (HINT, rf"{re.escape(first)}\.weight", rf"{re.escape(first.rsplit('.', 2)[0])}\.\w+")
         }
 
     def update_weight_conversions(

@@ -12,7 +12,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.linear import keep_packed, replace_linears
-from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
+from vqcompress.model.weights import Names, assign, check_headers, finish_loading, load_config, skeleton
 from vqcompress.runtime.hf_quantizer import attach
 from vqcompress.storage.artifact import KV_CACHE, Artifact, Entry, cache_settings, tensors_of
 from vqcompress.storage.checkpoint import Checkpoint, resolve
@@ -94,7 +94,7 @@ def build_model(
     model = skeleton(config, dtype)
     replace_linears(model, "", entries, dtype, packed)
     stored = {name: info for file in files for name, info in Checkpoint.header(folder / file).items()}
-    check_parts(model, Names(model, stored), stored)
+    check_headers(model, Names(model, stored), stored)
     for file in files:
         # One shard at a time: what a merge needs (the experts of a block) lies in one shard.
         assign(model, tensors_of(folder / file), dtype)
