@@ -14,9 +14,8 @@ import torch
 import transformers
 from kernels import interpreter, needs_gpu, relative_rms
 from processes import Processes
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys import toy_checkpoint, toy_config
+from toys import rewritten, toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 
 from vqcompress.cli.console import console
@@ -46,7 +45,7 @@ from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.runtime.load import load, load_any
 from vqcompress.storage import writer
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact
-from vqcompress.storage.checkpoint import SINGLE, Checkpoint
+from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.recipe import dump, parse
 from vqcompress.storage.recipe import load as load_recipe
 from vqcompress.storage.recipe_files import packaged
@@ -86,17 +85,6 @@ def files(folder: Path) -> dict[str, str]:
 def mixture(family: str) -> str:
     """Path of the mixture in a block."""
     return "feed_forward" if family == "llama4" else "mlp"
-
-
-def rewritten(source: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a checkpoint with other tensors."""
-    to.mkdir()
-    for path in source.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(to / SINGLE)
-    change(tensors)
-    save_file(tensors, to / SINGLE, metadata={"format": "pt"})
-    return to
 
 
 @pytest.fixture(scope="module")
