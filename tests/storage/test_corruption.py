@@ -22,7 +22,7 @@ import vqcompress
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
-from vqcompress.runtime.load import generation_config, load
+from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact, cache_settings, sha256
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, check_sizes
 from vqcompress.storage.writer import refresh_sums
@@ -586,11 +586,3 @@ def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:
         Artifact(toy())
     with pytest.raises(VQCompressError, match=r"config\.json"):
         Artifact(tmp_path)
-
-
-def test_a_generation_config_says_what_can_be(tmp_path: Path) -> None:
-    wrong = [("eos_token_id", value) for value in ({"a": 1}, "2", [1, "2"], 2**70)]
-    for name, value in (*wrong, ("output_hidden_states", {"a": "b"}), ("do_sample", "yes"), ("use_cache", 7)):
-        (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
-        with pytest.raises(VQCompressError, match="transformers cannot read"):
-            generation_config(tmp_path)
