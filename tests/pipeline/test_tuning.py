@@ -38,7 +38,7 @@ def recipe(folder: Path, knobs: str = "", tuning: str = "") -> str:
 
 
 def run(model: Path, out: Path, file: str, text: Path, **more: Any) -> dict[str, Any]:
-    return quantize(QuantizeOptions(str(model), out, file, [str(text)], samples=24, seqlen=64, **more))
+    return quantize(QuantizeOptions(str(model), out, file, [str(text)], samples=8, seqlen=64, **more))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_killed_tuned_run_ends_in_the_same_bytes(event: str, toy: Make, text: 
         if at == event and 1 in (facts.get("index"), facts.get("done")):
             raise Killed
 
-    options = QuantizeOptions(str(model), tmp_path / "cut", file, [str(text)], samples=24, seqlen=64)
+    options = QuantizeOptions(str(model), tmp_path / "cut", file, [str(text)], samples=8, seqlen=64)
     with pytest.raises(Killed):
         quantize(options, die)
     quantize(options)
