@@ -171,15 +171,12 @@ def replace_linears(
         root.set_submodule(path, CompressedLinear(entry, dtype, shared, packed))
 
 
-def decode_layers(model: nn.Module, weight: Callable[[CompressedLinear], Tensor] = lambda layer: layer.weight) -> None:
-    """Replace compressed layers by nn.Linear layers of their decoded weights, in place.
-
-    Gradients need that: codes and rounded activations have none. weight: the weight that a layer gets.
-    """
+def decode_layers(model: nn.Module) -> None:
+    """Replace compressed layers by plain ones of the decoded weights, which have gradients and exact activations."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(weight(layer), requires_grad=False)
+            plain.weight = nn.Parameter(layer.weight, requires_grad=False)
             plain.register_parameter("bias", layer.bias)
             model.set_submodule(path, plain)
 
