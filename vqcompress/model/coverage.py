@@ -22,7 +22,7 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
         known = {f"{block.local(target)}.weight" for target in block.targets}
         routing = routing_modules(layer)
         for path, tensor in layer.named_parameters():
-            if tensor.dim() == 1 or path in known:
+            if tensor.dim() < 2 or path in known:
                 continue
             name, module = f"{block.name.rpartition('.')[0]}.*.{path}", path.rpartition(".")[0]
             counts[name] += tensor.numel()
