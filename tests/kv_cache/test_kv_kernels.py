@@ -16,9 +16,9 @@ import torch
 from cases import DTYPES, generator
 from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
+from vqcompress.kv_cache.coded_tokens import CodedTokens
 
 from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.coded_tokens import CodedTokens
 
 Call = Callable[..., Any]
 META = torch.device("meta")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import vqcompress
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.model_card import documents
-from vqcompress.kv_cache.calibrate import Books, cache_books
+from vqcompress.kv_cache.calibrate import Books, calibrate
 from vqcompress.methods import PackedTensors
 from vqcompress.model.device import check_fits, choose_device, model_dtype, release_freed_memory
 from vqcompress.model.linear import decode_layers
@@ -144,7 +144,7 @@ def _prepare(options: QuantizeOptions, recipe: Recipe) -> tuple[BlockStream, lis
 def _check_memory(plan: Plan, stream: BlockStream, rows: Tensor | None) -> None:
     """VQCompressError if memory is too small to calibrate a cache: now, not when all blocks are done."""
     if rows is not None and plan.learns_cache:
-        instead = "take a recipe whose cache is fp8 or universal, which learn nothing"
+        instead = "take a recipe whose cache is fp8, which learns nothing"
         samples = cache_samples(plan, stream, rows.numel()) if stream.device.type == "cpu" else 0
         needed = cache_memory(plan, stream, *rows.shape) + samples
         check_fits(needed, stream.device, "to learn the codebooks of a cache", instead)
@@ -255,7 +255,7 @@ class Run:
         self.writer.apply_staged()
         model = self._stored_model(self.stream.dtype)
         decode_layers(model)
-        return cache_books(model, self.rows, cache, self.options.seed, self.group, self._after)
+        return calibrate(model, self.rows, cache, self.options.seed, self.group, self._after)
 
     def finish(self, books: Books | None) -> dict[str, Any]:
         """Turn what was committed into an artifact; returns the report. The first process writes, the others wait."""
