@@ -41,7 +41,7 @@ class Bench(Figures):
         return self.dense[key]
 
     def attention(self, cache: Cache) -> None:
-        """One token's."""
+        """Attention of one token: check it, then print its time."""
         turned = ", turned" if cache.turned else ""
         heads = f"{cache.queries} / {cache.heads} heads of {cache.channels}"
         label = f"attention, batch {cache.batch}, {cache.tokens} tokens, {heads}, d {cache.d}{turned}"
