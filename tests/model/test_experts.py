@@ -246,7 +246,7 @@ def test_gate_and_up_are_the_rows_that_meet_in_a_channel(family: str, toy: Make)
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    zip(LEAVES, ["vq-small", "smoothquant-int8", "fp8-tile", "vq-small", "int8-plain"], strict=True),
+    list(zip(LEAVES, ["vq-small", "smoothquant-int8", "fp8-tile", "vq-small", "int8-plain"], strict=True)),
 )
 def test_all_ways_to_use_an_artifact(family: str, recipe: str, quantized: Make, toy: Make, tmp_path: Path) -> None:
     folder = quantized(recipe, family)
@@ -454,7 +454,6 @@ def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
     [
         ("mixtral", "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]", "calibrate"),
         ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "floor"),
-        ("mixtral", "experts: {calibrate: all}\nrules: [{match: '*', method: fp8}]", "experts"),
         ("llama", "experts: {calibrate: all}\nrules: [{match: '*', method: vq}]", "experts"),
     ],
 )
@@ -586,8 +585,6 @@ def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make)
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     one.load_state_dict(state, assign=True)
     assert torch.equal(logits(one), wanted)
-    one.to(torch.bfloat16).float()
-    assert not any(m._stacks for m in one.modules() if isinstance(m, Experts))
 
 
 # Ways to store the weights of a mixture that a GPU multiplies in one launch for all experts, and the relative error of
