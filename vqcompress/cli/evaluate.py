@@ -144,7 +144,6 @@ def compare(
         from vqcompress.cli import tables as show
         from vqcompress.cli.progress import counting
         from vqcompress.evaluate.compare import compare as run
-        from vqcompress.evaluate.compare import only_caches
         from vqcompress.evaluate.perplexity import Windowing
         from vqcompress.evaluate.report_html import comparison_page
 
@@ -153,7 +152,7 @@ def compare(
             result = run(models, text, baseline, device.value, progress, **cut)
         result["seconds"] = took()
         write(result)
-        show.compared(console, result, only_caches(models))
+        show.compared(console, result)
         if page:
             page.write_text(comparison_page(result), encoding="utf-8")
             console.print(f"charts      {html_file}")

@@ -195,11 +195,8 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
     _left(to, facts["left_dense"])
 
 
-def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> None:
-    """A row per model, from the most bits to the fewest, and a bar of its KL divergence.
-
-    caches: models with dense weights that hold codebooks for the KV cache.
-    """
+def compared(to: Console, found: dict[str, Any]) -> None:
+    """A row per model, from the most bits to the fewest, and a bar of its KL divergence."""
     models = found["models"]
     titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
     rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in models]
@@ -214,8 +211,5 @@ def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> 
             bar = "█" * round(40 * loss / most) or "▏" if math.isfinite(loss) else f"{loss}"
             name = row["model"] if len(row["model"]) <= 20 else f"…{row['model'][-19:]}"
             to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}")
-    for model in caches:
-        how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
-        to.print(f"note        {model} quantizes only the KV cache, which is off here; measure it by `{how}`")
     to.print(f"protocol    {found['text']}: {protocol_line(found['protocol'])}, float32")
     to.print(f"took        {duration(found['seconds'])}")
