@@ -37,16 +37,13 @@ def inspect(path: str) -> dict[str, Any]:
     weights = sum(entry.target.weights for entry in artifact.entries.values())
     return {
         "artifact": path,
-        "recipe": report.get("recipe"),
-        "model": report.get("model"),
+        **{key: report.get(key) for key in ("recipe", "model", "source_bytes")},
+        **{key: report.get(key, {}) for key in ("codebooks", "experts")},
         "bits_per_weight": sum(stored.values()) / weights if weights else None,
         "weights_quantized": weights,
-        "source_bytes": report.get("source_bytes"),
         "artifact_bytes": sum(file.stat().st_size for file in artifact.files),
         "files": len(artifact.files),
         "kv_cache": artifact.cache,
-        "codebooks": report.get("codebooks", {}),
-        "experts": report.get("experts", {}),
         "uncalibrated": report.get("uncalibrated", []),
         "targets": rows,
     }
