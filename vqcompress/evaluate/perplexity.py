@@ -9,7 +9,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
-from vqcompress.kv_cache.attention import CACHE, AttentionHook, decoding
+from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
 from vqcompress.model.device import choose_device, model_dtype, peak_rss_bytes
 from vqcompress.model.stream import BlockStream
@@ -87,15 +86,14 @@ def coded_cache_logits(model: str, recipe: str, device: str, windows_NL: Tensor)
     """
     network: Any = load(model, device)
     config = kv_cache_config(network, resolve(model), recipe)
-    at_once = AttentionHook(network).covers_all_layers
+    at_once = install(network)
 
     @torch.inference_mode()
     def logits(number: int) -> Tensor:
         ids_BL = windows_NL[number : number + 1].to(network.device)
         cache = KVCache(network, config, strict=at_once)
-        with decoding(network) if at_once else nullcontext():
-            parts = [ids_BL] if at_once else ids_BL.split(1, 1)
-            return torch.cat([network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts])
+        parts = [ids_BL] if at_once else ids_BL.split(1, 1)
+        return torch.cat([network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts])
 
     return logits
 
