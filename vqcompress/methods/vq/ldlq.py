@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vqcompress.methods.base import is_finite
 from vqcompress.methods.hadamard import hadamard
 from vqcompress.methods.statistics import Statistics
 
@@ -95,11 +96,8 @@ def factorize_hessian(
     hessian_II = statistics.hessian_II if feedback else None
     has_feedback = hessian_II is not None
     if hessian_II is None:
-        diagonal_I = statistics.sumsq_I
-        if diagonal_I is None and statistics.hessian_II is not None:
-            diagonal_I = statistics.hessian_II.diagonal()
-        hessian_II = torch.ones(columns).diag() if diagonal_I is None else diagonal_I.diag()
-    if not torch.stack(hessian_II.aminmax()).isfinite().all():
+        hessian_II = (torch.ones(columns) if statistics.sumsq_I is None else statistics.sumsq_I).diag()
+    if not is_finite(hessian_II):
         raise ValueError("the statistics of the input hold NaN or Inf")
     # A wide input's Hessian takes tens of GB in float64: there are never more than two copies.
     hessian_JJ = hessian_II.to(device, torch.float64, copy=True)
@@ -154,7 +152,7 @@ def ldlq_problem(weight_OI: Tensor, factor: HessianFactor, signs: tuple[Tensor, 
     Each row has a scale of its own. signs: of the inputs (I,) and outputs (O,) of a rotation; then all rows start with
     one scale, since a rotation of the outputs mixes them.
     """
-    if not torch.isfinite(weight_OI).all():
+    if not is_finite(weight_OI):
         raise ValueError("the weight holds NaN or Inf")
     square_O = weight_OI.double().square().mean(1)
     scale_O = (square_O if signs is None else square_O.mean().expand_as(square_O)).sqrt()
