@@ -228,7 +228,7 @@ def test_an_upload_that_cannot_be_is_refused_before_the_work(api: type[Api], toy
     api.error = ("whoami", errors.LocalTokenNotFoundError("Token is required"))
     result = call(*job, "--push-to-hub", "me/toy")
     assert (result.exit_code, "`hf auth login`" in line(result)) == (1, True)
-    for words in (["--push-to-hub", "me/to/y"], ["--private"], ["--dry-run", "--push-to-hub", "me/toy"]):
+    for words in (["--push-to-hub", "me/to/y"], ["--private"]):
         result = call(*job, *words)
         assert (result.exit_code, words[0] in line(result)) == (2, True)
     assert not (tmp_path / "out").exists()
