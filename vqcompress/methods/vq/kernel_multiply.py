@@ -173,7 +173,16 @@ def multiply(
     if "BT" not in config:
         launch.run(_gemv, grid, *tensors, out_STO, *sizes, **{"HOT": 0, **config})
     else:
-        grid = (*grid, tiles_of(rows, config["BT"], experts))
         constants = {"EXPERTS": padded_experts(experts), "DTYPE": operand_type(x_TI)}
-        launch.run(_gemm, grid, *tensors, ends_E, out_STO, rows, *sizes, **constants, **config)
+        launch.run(
+            _gemm,
+            (*grid, tiles_of(rows, config["BT"], experts)),
+            *tensors,
+            ends_E,
+            out_STO,
+            rows,
+            *sizes,
+            **constants,
+            **config,
+        )
     return out_STO
