@@ -75,7 +75,7 @@ def rows_of(arch: int | str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for purpose, rows, call in calls_of(arch):
         name = f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__.strip('_')}"
-        config = {k: v for k, v in call.config.items() if isinstance(v, int | str)}
+        config = {k: v for k, v in call.config.items() if isinstance(v, int | str | tuple)}
         key = f"{name} {sorted(config.items())}"
         if key not in found:
             used = ahead.resources(ahead.compile_call(call, arch))

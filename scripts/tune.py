@@ -183,7 +183,7 @@ class Places:
         rows, columns = x_TI.shape
         options = list(candidates.of_rotate(self.gpu, columns))
         call = lambda x_TI: rotate.rotate(x_TI, signs)  # noqa: E731
-        return Place("rotate", rows, (1, columns), options, call, x_TI, lambda: [x_TI] * LEAST)
+        return Place("rotate", rows, (columns, 1), options, call, x_TI, lambda: [x_TI] * LEAST)
 
     def _finish(self, sums_STO: torch.Tensor, scale_O: torch.Tensor, rotated: bool) -> Place:
         sums, rows, columns = sums_STO.shape
@@ -298,7 +298,7 @@ class Tuner:
         """The largest number of hot entries that costs nothing with some config."""
 
         def launched(hot: int) -> Call:
-            return next(c for c in place.launches(option | {"HOT": hot}, self.gpu) if "HOT" in c.config)
+            return next(c for c in place.launches(option | {"HOT": hot}, self.gpu) if c.kernel.__name__ == "_gemv")
 
         return ahead.hot_entries(place.splits, launched, self.gpu)
 

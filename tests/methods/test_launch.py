@@ -146,7 +146,7 @@ def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int
     split = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
 
     def used(hot: int) -> ahead.Resources:
-        (call,) = (c for c in place.launches(option | {"HOT": hot}, gpu) if "HOT" in c.config)
+        (call,) = (c for c in place.launches(option | {"HOT": hot}, gpu) if c.kernel.__name__ == "_gemv")
         return ahead.resources(ahead.compile_call(call, 90))
 
     programs = used(0).resident(gpu)
@@ -194,12 +194,12 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
 
     def clock(call: Any, weights: Any) -> float:
         tried.append(launch.get_config(place.kernel, META, 1, (), lambda gpu: {}))
-        return 1.0 if tried[-1]["HOT"] else 2.0
+        return 1.0 if tried[-1].get("HOT") else 2.0
 
     tuner = tune.Tuner(gpu, 60.0, False, clock)
     tuner.tune(place)
     assert spilling not in tried
-    assert [o["HOT"] for o in tried] == [0, 0, 256]
+    assert [o.get("HOT", 0) for o in tried] == [0, 0, 256]
     assert tuner.table[place.kernel][place.key]["HOT"] == 256
     assert launch.table(gpu) is tuner.table
     before = len(tried)

@@ -85,7 +85,7 @@ class VectorQuantizer(Method):
         """The packed tensors of a weight. ValueError if it or the Hessian holds NaN or Inf."""
         quantizer, own = self._quantizer(weight_OI, statistics, generator, shared or {})
         signs = self._signs(weight_OI, statistics, generator)
-        factor = self._factor(statistics, weight_OI, quantizer.d, signs)
+        factor = self._factor(statistics, weight_OI, signs)
         problem = ldlq_problem(weight_OI, factor, signs)
         codes, value_OJ = ldlq(problem, quantizer)
         codes_G = torch.stack(codes)[factor.order_G.argsort()]
@@ -115,11 +115,9 @@ class VectorQuantizer(Method):
         rows, columns = weight_OI.shape
         return random_signs(columns, of_input), random_signs(rows, generator)
 
-    def _factor(
-        self, statistics: Statistics, weight_OI: Tensor, d: int, signs: tuple[Tensor, Tensor] | None
-    ) -> HessianFactor:
-        of_input = signs[0] if signs else None
-        return factorize_hessian(statistics, weight_OI, d, self.feedback, self.damping, self.activation_order, of_input)
+    def _factor(self, statistics: Statistics, weight_OI: Tensor, signs: tuple[Tensor, Tensor] | None) -> HessianFactor:
+        options = self.form.d, self.feedback, self.damping, self.activation_order
+        return factorize_hessian(statistics, weight_OI, *options, signs[0] if signs else None)
 
     def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that was stored."""
@@ -129,23 +127,22 @@ class VectorQuantizer(Method):
             return value_OI * scale_O1
         signs_I = 1.0 - 2.0 * unpack(tensors["signs"], 1, shape[1])[0]
         # The scale comes last, so that nothing overflows on the way.
-        weight_OI = hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
-        limit = torch.finfo(torch.float32).max
-        return weight_OI.clamp(-limit, limit)
+        return hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
 
     def has_kernel(self, shape: Shape) -> bool:
         """Whether the kernels accept the shape."""
-        return not self.form.refusal(shape)
+        return self.form.has_kernel(shape)
 
     def prepare(
         self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
         """codes, scale, signs and a table of entries; the decoded weight on a CPU and where the kernels refuse."""
-        on_cpu, refusal = tensors["codes"].device.type == "cpu", self.form.refusal(shape)
-        if refusal and not on_cpu:
+        on_cpu, has_kernel = tensors["codes"].device.type == "cpu", self.has_kernel(shape)
+        if not has_kernel and not on_cpu:
             # Python shows the same message once.
-            warnings.warn(f"a weight is decoded once and multiplied dense: {refusal}", Fallback, stacklevel=2)
-        if not packed if on_cpu else refusal:
+            reason = f"{shape[0]} outputs are no multiple of 32, so its paths do not end on whole words"
+            warnings.warn(f"a weight is decoded once and multiplied dense: {reason}", Fallback, stacklevel=2)
+        if not (packed if on_cpu else has_kernel):
             return super().prepare(tensors, shape, dtype)
         return {"table": self._table(tensors)} | {
             name: tensors[name] for name in ("codes", "scale", "signs") if name in tensors

@@ -84,7 +84,6 @@ class PathSearch:
 
     bits: int
     state_bits: int
-    d: int = 1
 
     def nearest(self, target_O1: Tensor, block_11: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (padded O,), int32, and values (O, 1) of the paths nearest to a column of unit variance."""

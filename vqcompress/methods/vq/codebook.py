@@ -94,7 +94,7 @@ class Codebook(VectorQuantizer):
             rows_OI = sample_rows(weight_OI, self.training_vectors / vectors, generator)
             signs = self._signs(rows_OI, known, generator)
             if id(known) not in factors:
-                factors[id(known)] = self._factor(known, weight_OI, self.d, signs)
+                factors[id(known)] = self._factor(known, weight_OI, signs)
             problems.append(ldlq_problem(rows_OI, factors[id(known)], signs))
         size = self.stages, 1 << self.bits, self.d
         codebooks_RKd = learn(problems, size, self.beam, self.iterations, self.codebook_updates, generator)

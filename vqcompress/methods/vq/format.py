@@ -62,8 +62,6 @@ class Format:
             return codes.view(torch.int32)
         return codes.view({16: torch.int16, 32: torch.int32}.get(self.bits * self.depth, torch.uint8))
 
-    def refusal(self, shape: tuple[int, int]) -> str:
-        """Why the kernels cannot multiply with such a weight; empty if they can."""
-        if not self.by_rows and shape[0] % 32:
-            return f"{shape[0]} outputs are no multiple of 32, so its paths do not end on whole words"
-        return ""
+    def has_kernel(self, shape: tuple[int, int]) -> bool:
+        """Whether the kernels multiply with such a weight: sequences of a trellis have to end on whole words."""
+        return self.by_rows or shape[0] % 32 == 0

@@ -2,7 +2,8 @@
 
 A tile has A streams of codes and B units of each; a unit stands for J weights. Learned codewords are rows of a codebook
 and run along a row of the weight; a trellis runs down a column, and its codewords are computed from the state.
-The constant FORM of the kernels is the tuple that `form_constants` makes.
+Constants of the kernels: FORM is what `form_constants` returns; TILE is (BO, BI, HOT), the outputs and inputs of a tile
+and the number of entries of a stage that a program keeps on chip.
 Shape legend: A streams, B units of a stream, J weights of a unit (a power of two), K entries of a stage, D weights of
 an entry, M = B · J; of a tile of the weight I inputs and O outputs.
 """
@@ -121,31 +122,21 @@ def _trellis(codes_A1, unit_1B, inside_AB, units, FORM: tl.constexpr):  # type: 
 
 
 @triton.jit
-def tile(  # type: ignore[no-untyped-def]
-    codes,
-    table,
-    at,
-    outputs,
-    inputs,
-    units,
-    pitch,
-    FORM: tl.constexpr,
-    HOT: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
-):
+def tile(codes, table, at, outputs, inputs, units, pitch, FORM: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Values (I, O), float32, of this program's BO outputs and BI inputs from `at` on, and the numbers of those inputs.
 
     at: the first unit of a row, or the first input of a trellis; a loop that counts tiles spills registers. units: of a
     stream. pitch: elements of a stream. Where a codeword has D < J weights, the other lanes have the number `inputs`.
     """
+    BO: tl.constexpr = TILE[0]
+    BI: tl.constexpr = TILE[1]
     D: tl.constexpr = FORM[1]
     J: tl.constexpr = FORM[2]
     if FORM[0]:
         o_A, unit_B = tl.program_id(0) * BO + tl.arange(0, BO), at + tl.arange(0, BI // J)
         inside_AB = (o_A < outputs)[:, None] & (unit_B < units)[None, :]
         codes_A1 = codes + o_A[:, None].to(tl.int64) * pitch
-        value_ABJ = _learned(codes_A1, table, unit_B[None, :], inside_AB, FORM, HOT)
+        value_ABJ = _learned(codes_A1, table, unit_B[None, :], inside_AB, FORM, TILE[2])
         value_IO = tl.trans(tl.reshape(value_ABJ, (BO, BI)))
         m_I = tl.arange(0, BI)
         i_I = at * D + m_I if D == J else tl.where(m_I % J < D, at * D + m_I // J * D + m_I % J, inputs)
@@ -172,6 +163,11 @@ def tile_config(form: Format, across: int, along: int, warps: int) -> Config:
     """Config of a tile of `across` streams and `along` weights, idle lanes included, of each."""
     BO, BI = (across, along) if form.by_rows else (along, across)
     return {"BO": BO, "BI": BI, "num_warps": warps}
+
+
+def tile_constants(config: Config) -> tuple[int, ...]:
+    """TILE, taken out of a config."""
+    return config.pop("BO"), config.pop("BI"), config.pop("HOT", 0)
 
 
 def tile_inputs(form: Format, BI: int) -> int:

@@ -28,31 +28,21 @@ from vqcompress.methods.vq.kernel_decode import (
     slice_of,
     tile,
     tile_config,
+    tile_constants,
     tile_inputs,
 )
 
 
 @triton.jit
-def _gemv(  # type: ignore[no-untyped-def]
-    x_I,
-    codes,
-    table,
-    out_SO,
-    outputs,
-    inputs,
-    units,
-    pitch,
-    FORM: tl.constexpr,
-    HOT: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
-):
+def _gemv(x_I, codes, table, out_SO, outputs, inputs, units, pitch, FORM: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of BO outputs over a slice of the inputs. units, pitch: see `tile`."""
+    BO: tl.constexpr = TILE[0]
+    BI: tl.constexpr = TILE[1]
     STEP: tl.constexpr = BI // FORM[2] if FORM[0] else BI
     begin, end = slice_of(inputs, units, FORM, STEP)
     sum_IO = tl.zeros((BI, BO), tl.float32)
     for at in range(begin, end, STEP):
-        value_IO, i_I = tile(codes, table, at, outputs, inputs, units, pitch, FORM, HOT, BO, BI)
+        value_IO, i_I = tile(codes, table, at, outputs, inputs, units, pitch, FORM, TILE)
         sum_IO += value_IO * tl.load(x_I + i_I, i_I < inputs, 0.0).to(tl.float32)[:, None]
     o_O = tl.program_id(0) * BO + tl.arange(0, BO)
     tl.store(out_SO + tl.program_id(1).to(tl.int64) * outputs + o_O, tl.sum(sum_IO, 0), o_O < outputs)
@@ -74,8 +64,7 @@ def _gemm(  # type: ignore[no-untyped-def]
     EXPERTS: tl.constexpr,
     DTYPE: tl.constexpr,
     BT: tl.constexpr,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Sums of BT rows and BO outputs over a slice of the inputs. units, pitch: see `tile`."""
     expert, first_row, last_row = rows_of(tl.program_id(2), ends_E, rows, BT, EXPERTS)
@@ -87,11 +76,13 @@ def _gemm(  # type: ignore[no-untyped-def]
     # Rows count from the tile's first, so that no thread carries 64-bit offsets through the loop.
     t_T1 = tl.arange(0, BT)[:, None]
     inside_T1, x_T1 = t_T1 < last_row - first_row, x_TI + first_row.to(tl.int64) * inputs + t_T1 * inputs
+    BO: tl.constexpr = TILE[0]
+    BI: tl.constexpr = TILE[1]
     STEP: tl.constexpr = BI // FORM[2] if FORM[0] else BI
     begin, end = slice_of(inputs, units, FORM, STEP)
     sum_TO = tl.zeros((BT, BO), tl.float32)
     for at in range(begin, end, STEP):
-        value_IO, i_I = tile(codes, table, at, outputs, inputs, units, pitch, FORM, 0, BO, BI)
+        value_IO, i_I = tile(codes, table, at, outputs, inputs, units, pitch, FORM, TILE)
         rows_TI = tl.load(x_T1 + i_I[None, :], inside_T1 & (i_I < inputs)[None, :], 0.0)
         sum_TO = tl.dot(rows_TI.to(DTYPE), value_IO.to(DTYPE), sum_TO, input_precision="ieee")
     o_1O = tl.program_id(0) * BO + tl.arange(0, BO)[None, :]
@@ -135,7 +126,9 @@ def make_config(
     # A partial sum is written and read, four bytes each, for every output; codes are read once.
     affordable = int(shape[1] * form.bits_per_weight / 8 / (2 * 4 * 2 * rows))
     wanted = min(4 * gpu.processors // programs, max(affordable, -(-gpu.processors // programs)))
-    split = max(1, min(wanted, -(-shape[1] // tile_inputs(form, blocks["BI"]))))
+    tiles = -(-shape[1] // tile_inputs(form, blocks["BI"]))
+    # No slice is empty.
+    split = -(-tiles // -(-tiles // max(1, min(wanted, tiles))))
     return {"SPLIT": split, "num_stages": 2, **blocks}
 
 
@@ -161,28 +154,16 @@ def multiply(
             lambda gpu: default_config(gpu, rows, shape, form, experts, x_TI.itemsize),
         )
     )
-    tiles = -(-inputs // tile_inputs(form, config["BI"]))
-    # No slice is empty.
-    split = -(-tiles // -(-tiles // config.pop("SPLIT")))
-    out_STO = x_TI.new_empty((split, rows, outputs), dtype=torch.float32)
+    out_STO = x_TI.new_empty((config.pop("SPLIT"), rows, outputs), dtype=torch.float32)
+    grid = -(-outputs // config["BO"]), len(out_STO), tiles_of(rows, config.get("BT", 1), experts)
+    constants = {"FORM": form_constants(form, x_TI.device), "TILE": tile_constants(config)}
     tensors, sizes = (
         (x_TI.contiguous(), codes, table.contiguous()),
         (outputs, inputs, form.units(shape), codes.shape[-1]),
     )
-    grid, config["FORM"] = (-(-outputs // config["BO"]), split), form_constants(form, x_TI.device)
-    if "BT" not in config:
-        launch.run(_gemv, grid, *tensors, out_STO, *sizes, **{"HOT": 0, **config})
+    if rows == 1 and not experts:
+        launch.run(_gemv, grid, *tensors, out_STO, *sizes, **constants, **config)
     else:
-        constants = {"EXPERTS": padded_experts(experts), "DTYPE": operand_type(x_TI)}
-        launch.run(
-            _gemm,
-            (*grid, tiles_of(rows, config["BT"], experts)),
-            *tensors,
-            ends_E,
-            out_STO,
-            rows,
-            *sizes,
-            **constants,
-            **config,
-        )
+        constants |= {"EXPERTS": padded_experts(experts), "DTYPE": operand_type(x_TI)}
+        launch.run(_gemm, grid, *tensors, ends_E, out_STO, rows, *sizes, **constants, **config)
     return out_STO

@@ -130,8 +130,7 @@ def rotate(x_TI: Tensor, signs_EB: Tensor, expert_T: Tensor | None = None) -> Te
     x_TI: of a floating type of 16 or 32 bits. signs_EB: uint8 (E, ceil(I / 8)) as `packing.pack` stores them, where a
     set bit is −1. expert_T: int32, which of several signs a row has. QuIP# (arXiv 2402.04396), section 3.
     """
-    shape = (1, x_TI.shape[1])
-    return _launch("rotate", shape, x_TI[None], signs_EB.contiguous(), None, expert_T, x_TI.dtype, True)
+    return _launch(x_TI[None], signs_EB.contiguous(), None, x_TI.dtype, True, expert_T)
 
 
 def finish(
@@ -142,28 +141,24 @@ def finish(
     partial_STO: float32, added in the order of s. scale_EO: of a floating type, (O,) without experts. expert_T: int32,
     which of several scales a row has.
     """
-    sums, _, columns = partial_STO.shape
-    # Without a rotation another kernel is compiled.
-    kernel = "finish" if rotated else "finish.plain"
-    return _launch(kernel, (columns, sums), partial_STO, None, scale_EO.contiguous(), expert_T, dtype, rotated)
+    return _launch(partial_STO, None, scale_EO.contiguous(), dtype, rotated, expert_T)
 
 
 def _launch(
-    kernel: str,
-    shape: tuple[int, ...],
     x_STI: Tensor,
     signs_EB: Tensor | None,
     scale_EI: Tensor | None,
-    expert_T: Tensor | None,
     dtype: torch.dtype,
     rotated: bool,
+    expert_T: Tensor | None,
 ) -> Tensor:
-    """(T, I) of a type by `_transform`. kernel, shape: where its config stands in launch tables."""
+    """(T, I) of a type by `_transform`."""
     sums, rows, columns = x_STI.shape
     y_TI = x_STI.new_empty((rows, columns), dtype=dtype)
-    options = dict(
-        launch.get_config(kernel, y_TI.device, rows, shape, lambda gpu: default_config(gpu, rows, columns, rotated))
-    )
+    # Each of the three compiles to another kernel.
+    name = "rotate" if scale_EI is None else "finish" if rotated else "finish.plain"
+    default = lambda gpu: default_config(gpu, rows, columns, rotated)  # noqa: E731
+    options = dict(launch.get_config(name, y_TI.device, rows, (columns, sums), default))
     block, size = block_size(columns), options.pop("SIZE")
     if not rotated:
         block = min(block, size)

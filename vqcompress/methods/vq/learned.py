@@ -25,11 +25,6 @@ class CodebookSearch:
     codebooks_RKd: Tensor
     beam: int
 
-    @property
-    def d(self) -> int:
-        """Columns of a vector."""
-        return self.codebooks_RKd.shape[2]
-
     def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (O, R) and values (O, d)."""
         code_OR = nearest(target_Od, self.codebooks_RKd @ block_dd, self.beam)
