@@ -1,4 +1,4 @@
-"""The codewords of a trellis and the search for paths; the Gaussian codebooks of a KV cache."""
+"""The codewords of a trellis and the search for paths."""
 
 from __future__ import annotations
 
