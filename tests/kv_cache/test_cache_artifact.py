@@ -227,6 +227,7 @@ def test_a_run_that_died_while_it_learned_goes_on(
     assert sums(tmp_path / "out") == sums(coded())
 
 
+@pytest.mark.slow
 def test_codebooks_are_learned_beside_weights_without_gradients(
     toy: Make, text: Path, small: str, tmp_path: Path
 ) -> None:
