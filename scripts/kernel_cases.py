@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.methods import Method, PackedTensors, make
 from vqcompress.methods.fp8 import reference as fp8_ref
 from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.vq import reference as product
+from vqcompress.methods.vq.base import stored
 
 Shape = tuple[int, int]
 # (O, I) of the linear layers of models that people run.
@@ -96,10 +96,10 @@ def random_rows(rows: int, columns: int, device: torch.device, dtype: torch.dtyp
     return torch.randn((rows, columns), device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
 
 
-def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, PackedTensors, Shape], Tensor]:
+def by_kernel(case: Case, route: str = "") -> Callable[[Tensor, PackedTensors, Shape], Tensor]:
     """x (T, I), parts, (O, I) → (T, O) by the kernels, also where operators would run their reference.
 
-    way: see `product.on_gpu`.
+    route: see `product.on_gpu`.
     """
     from vqcompress.methods.fp8 import kernel as fp8
     from vqcompress.methods.int8 import kernel as int8
@@ -109,9 +109,7 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, PackedTensors, Sha
         return lambda x, parts, shape: int8.linear(x, parts["codes"], parts["scale"], None)
     if method.name == "fp8":
         return lambda x, parts, shape: fp8.linear(x, parts["codes"], parts["scale"], method.power_of_two_scales)
-    return lambda x, parts, shape: product.on_gpu(
-        x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form, way
-    )
+    return lambda x, parts, shape: product.on_gpu(x, *stored(parts), method.form.name, None, route)
 
 
 def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, PackedTensors], Tensor]:
@@ -124,9 +122,7 @@ def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, PackedTensors], T
         return lambda x, ends, parts: int8.linear(x, parts["codes"], parts["scale"], None, ends)
     if method.name == "fp8":
         return lambda x, ends, parts: fp8.linear(x, parts["codes"], parts["scale"], method.power_of_two_scales, ends)
-    return lambda x, ends, parts: product.grouped_on_gpu(
-        x, ends, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form
-    )
+    return lambda x, ends, parts: product.on_gpu(x, *stored(parts), method.form.name, ends)
 
 
 def reference(case: Case, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> Tensor:
@@ -134,7 +130,7 @@ def reference(case: Case, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> T
     method: Any = case.method
     x = x_TI.float()
     if method.name == "vq":
-        return product.reference(x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form)
+        return product.reference(x, *stored(parts), method.form)
     if method.name == "fp8":
         x = fp8_ref.fp8_rounded(x, method.power_of_two_scales)
     else:
@@ -155,8 +151,8 @@ class Cache:
     d: int = 4
     turned: bool = False
 
-    def parts(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, CodedTokens, float]:
-        """The arguments of `attend`, without a mask and scales."""
+    def parts(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+        """The arguments of `attend`."""
         draw = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
         def normal(*shape: int) -> Tensor:
@@ -170,8 +166,7 @@ class Cache:
         angle_BTD = normal(1, self.tokens, self.channels // 2).repeat(1, 1, 2)
         angles = [angle_BTD.cos().to(dtype), angle_BTD.sin().to(dtype)] if self.turned else [None, None]
         q_BQD = normal(self.batch, self.queries, self.channels).to(dtype)
-        tokens = CodedTokens(codes[0], books[0], codes[1], books[1], 0, self.tokens, None, *angles)
-        return q_BQD, tokens, self.channels**-0.5
+        return q_BQD, codes[0], books[0], codes[1], books[1], *angles, 0, self.tokens, self.channels**-0.5
 
     def bytes(self) -> int:
         """Of the codes of keys and values, and the codebooks."""

@@ -20,14 +20,12 @@ import torch
 from kernel_cases import CACHES, CASES, by_kernel, random_rows
 
 from vqcompress.kv_cache import kernel as kv
-from vqcompress.kv_cache import kernel_encode
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
-from vqcompress.methods.vq import kernel_gemm as gemm
-from vqcompress.methods.vq import kernel_gemv as gemv
 from vqcompress.methods.vq import kernel_nearest as nearest
 from vqcompress.methods.vq import viterbi_kernel as viterbi
+from vqcompress.methods.vq.kernel_multiply import multiply
 
 META, SHAPE = torch.device("meta"), (4096, 4096)
 
@@ -42,11 +40,6 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
                 by_kernel(case)(x_TI, parts, SHAPE)
             yield from ((case.name, rows, call) for call in calls)
         method: Any = case.method
-        with launch.recording(arch) as calls:
-            if method.name == "vq" and method.form.by_rows:
-                x_TI = random_rows(1, SHAPE[1], META, torch.bfloat16)
-                gemv.lut_gemv(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
-        yield from ((f"{case.name}, look-ups", 1, call) for call in calls)
         experts, x_SI = 64, random_rows(512, SHAPE[1], META, torch.bfloat16)
         ends_E = torch.empty(experts, dtype=torch.int32, device=META)
         stacked = {name: part.expand(experts, *part.shape) for name, part in parts.items()}
@@ -56,7 +49,7 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
             elif method.name == "fp8":
                 fp8.linear(x_SI, stacked["codes"], stacked["scale"], False, ends_E)
             else:
-                gemm.gemm(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
+                multiply(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
         yield from ((f"{case.name}, 64 experts", 512, call) for call in calls)
     for cache in CACHES:
         with launch.recording(arch) as calls:
@@ -64,11 +57,6 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
         turned = ", turned" if cache.turned else ""
         name = f"{cache.tokens} tokens, {cache.queries} / {cache.heads} heads of {cache.channels}, d {cache.d}{turned}"
         yield from ((name, cache.batch, call) for call in calls)
-    with launch.recording(arch) as calls:
-        for tokens in (1, 4096):
-            x_BHTD = torch.empty((1, 32, tokens, 128), dtype=torch.bfloat16, device=META)
-            kernel_encode.encode(x_BHTD, torch.empty((32, 32, 256, 4), dtype=torch.float16, device=META))
-    yield from ((f"{call.arguments[5]} keys of 32 heads of 128, d 4", 0, call) for call in calls)
     with launch.recording(arch) as calls:
         for states in (12, 14, 16):
             viterbi.walks(torch.empty((16, 256), device=META), torch.empty(1 << states, device=META), states, 2, 32)
@@ -81,7 +69,7 @@ def rows_of(arch: int | str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for purpose, rows, call in calls_of(arch):
         name = f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__.strip('_')}"
-        config = {k: v for k, v in call.config.items() if isinstance(v, int | str)}
+        config = {k: v for k, v in call.config.items() if isinstance(v, int | str | tuple)}
         key = f"{name} {sorted(config.items())}"
         if key not in found:
             used = ahead.resources(ahead.compile_call(call, arch))

@@ -1,4 +1,4 @@
-"""The codewords of a trellis and the search for paths; the Gaussian codebooks of a KV cache."""
+"""The codewords of a trellis and the search for paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcompress.kv_cache import gaussian as entries_of
 from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.packing import pack
 
@@ -33,7 +32,7 @@ def test_columns_are_cut_into_sequences(rows: int, cut: list[int]) -> None:
     assert sum(cut) == bitshift.padded(rows)
 
 
-@pytest.mark.parametrize(("bits", "state_bits"), [(1, 8), (2, 8), (3, 10), (2, 11), (4, 9)])
+@pytest.mark.parametrize(("bits", "state_bits"), [(1, 8), (3, 10), (2, 11), (4, 9)])
 def test_a_value_depends_on_its_window_of_the_cyclic_stream(bits: int, state_bits: int) -> None:
     codes_1T = torch.randint(0, 1 << bits, (1, 40), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     packed = pack(codes_1T, bits)[0].tolist()
@@ -49,33 +48,10 @@ def test_paths_against_all() -> None:
     """Of all cyclic streams of 16 bits the search finds nearly the best; its first pass is an approximation."""
     streams_NT = torch.tensor(list(itertools.product((0, 1), repeat=16)), dtype=torch.int32)
     values_NT = bitshift.decode(streams_NT, 1, 8)
-    x_NT = gaussian(60, 16, 2)
+    x_NT = gaussian(40, 16, 2)
     value_NT = bitshift.decode(bitshift.PathSearch(1, 8).paths(x_NT), 1, 8)
     best_N = torch.cdist(x_NT, values_NT).square().amin(1)
     error_N = (x_NT - value_NT).square().sum(1)
     assert (error_N >= best_N - 1e-4).all()
     assert (error_N < best_N + 1e-4).float().mean() > 0.4
     assert error_N.sum() < 1.25 * best_N.sum()
-
-
-def test_errors_on_the_unit_gaussian() -> None:
-    """The full figures are scripts/bench_codebooks.py's; here a few sequences guard them."""
-    x_NT = gaussian(48, 256, 3)
-    for bits, state_bits, bound in ((2, 12, 1.24), (3, 12, 1.27), (4, 12, 1.35)):
-        value_NT = bitshift.decode(bitshift.PathSearch(bits, state_bits).paths(x_NT), bits, state_bits)
-        assert (x_NT - value_NT).square().mean() / x_NT.var() < bound * 4.0**-bits
-
-
-@pytest.mark.parametrize("d", entries_of.DIMENSIONS)
-def test_gaussian_entries_are_a_fixed_point_of_k_means(d: int) -> None:
-    book_Kd = entries_of.entries(d)
-    assert book_Kd.shape == (256, d)
-    x_Nd = gaussian(200_000, d)
-    code_N = torch.cdist(x_Nd, book_Kd).argmin(1)
-    uses_K = torch.bincount(code_N, minlength=len(book_Kd))
-    mean_Kd = torch.zeros_like(book_Kd).index_add_(0, code_N, x_Nd) / uses_K[:, None]
-    assert ((mean_Kd - book_Kd).square().sum(1) * uses_K).sum() / uses_K.sum() < 0.02 * (
-        x_Nd - book_Kd[code_N]
-    ).square().sum(1).mean()
-    # Most used first, but for the noise of counting.
-    assert uses_K[: len(uses_K) // 4].sum() > 1.1 * uses_K[-(len(uses_K) // 4) :].sum()

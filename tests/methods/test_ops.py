@@ -36,7 +36,7 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
     method: Any = make("vq", {"iterations": 1, "feedback": False, "rotation": True})
     parts = method.prepare(encoded(method, gaussian((64, 48)))[1], (64, 48), packed=True)
     packed = tuple(parts[name] for name in ("codes", "table", "scale", "signs"))
-    form = ("learned", 4, 8, 1)
+    stacked, form = (a.expand(3, *a.shape) for a in packed), method.form.name
     arguments: dict[str, Sequence[tuple[object, ...]]] = {
         "int8_linear": [
             *((each, w, scale_O, None) for each in (x.half(), transposed, inputs(0, 257))),
@@ -48,13 +48,12 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
             (x, p.float(), scale_PJ, True),
             (x, p.expand(3, -1, -1), scale_PJ.expand(3, -1, -1), True, ends_E),
         ],
-        "vq_linear": [(inputs(5, 48), *packed, *form)],
-        "vq_grouped": [(inputs(5, 48), ends_E, *(a.expand(3, *a.shape) for a in packed), *form)],
+        "vq_linear": [(inputs(5, 48), *packed, form), (inputs(5, 48), *stacked, form, ends_E)],
     }
     return arguments[op]
 
 
-@pytest.mark.parametrize("op", ["int8_linear", "fp8_linear", "vq_linear", "vq_grouped"])
+@pytest.mark.parametrize("op", ["int8_linear", "fp8_linear", "vq_linear"])
 def test_opcheck(op: str) -> None:
     for arguments in samples(op):
         fp8_argument = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments)

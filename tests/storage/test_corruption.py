@@ -22,8 +22,6 @@ import vqcompress
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
-from vqcompress.model import weights
-from vqcompress.model.weights import load_config, skeleton
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact, cache_settings, sha256
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, check_sizes
@@ -443,7 +441,7 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     ),
     "codes of another type": ("int8-plain", lambda q: q["methods"][0].update(method="fp8"), "activations|stores"),
     "numbers of another size": (
-        "vq-small", lambda q: [m.update(entry_bits=16) for m in q["methods"]], "codebook.*stores"
+        "vq-small", lambda q: [m.update(entry_bits=16) for m in q["methods"]], "codebook"
     ),
 }  # fmt: skip
 
@@ -537,19 +535,8 @@ def test_codebooks_mean_nothing_without_the_layers_they_were_learned_before() ->
 def test_sizes_of_known_models_pass() -> None:
     # Doge has an embedding for each expert; DeepSeek-V3 as its authors' code has it, three modules for each.
     check_sizes({"num_experts": 16384, "num_hidden_layers": 8}, "here", tensors=100, numbers=10**6)
-    # Modules are made for these before they are found to be too many.
     with pytest.raises(VQCompressError, match="num_experts is 1000000"):
         check_sizes({"num_experts": 10**6}, "here", tensors=100, numbers=10**9)
-    assert weights.MAX_PARAMETERS > 2 * 58 * 256 * 3
-
-
-def test_a_model_of_endless_parameters_is_refused(toy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MAX_PARAMETERS", 300)
-    config = load_config(toy())
-    config.num_hidden_layers = 10**6
-    config.layer_types = None
-    with pytest.raises(VQCompressError, match="parameters"):
-        skeleton(config, torch.float32)
 
 
 def test_code_of_a_checkpoint_is_not_run(copy: Callable[..., Path], text: Path) -> None:
@@ -599,11 +586,3 @@ def test_an_artifact_names_only_what_it_is(toy: Make, tmp_path: Path) -> None:
         Artifact(toy())
     with pytest.raises(VQCompressError, match=r"config\.json"):
         Artifact(tmp_path)
-
-
-def test_architectures_are_names(toy: Callable[..., Path], tmp_path: Path) -> None:
-    shutil.copytree(toy(), tmp_path / "copy")
-    config = json.loads((tmp_path / "copy" / "config.json").read_text())
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"architectures": [3]}))
-    with pytest.raises(VQCompressError, match=r"architectures \[3\] are no names"):
-        load_config(tmp_path / "copy")

@@ -19,11 +19,10 @@ from vqcompress.methods import PackedTensors
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.codebook import entry_uses
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
-from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.correction import closing_layer, corrected
-from vqcompress.pipeline.plan import Progress
+from vqcompress.pipeline.plan import Progress, silent
 from vqcompress.pipeline.report import codebook_facts
 from vqcompress.pipeline.smoothing import Rewrites, Smoother
 from vqcompress.pipeline.statistics import coverage, gather
@@ -67,7 +66,6 @@ def study(context: BlockContext) -> tuple[dict[str, Tensor], nn.Module, list[Inp
     tensors = stream.source.read(stream.names.under(block.name))
     check_finite(tensors)
     if not context.states:
-        stream.check_block(context.index)
         return tensors, stream.skeletons[context.index], [], {}
     module, probe = stream.load_block(context.index, tensors), context.probe()
     smoothing = any(rule.smoothing for rule in context.rules.values())
@@ -96,7 +94,7 @@ class BlockEncoder:
         # How often entries of codebooks are used, by the path of shared parts or the target.
         self.uses: dict[str, Tensor] = {}
 
-    def encode(self, closing: str | None = None, progress: Progress = lambda event, facts: None) -> dict[str, Any]:
+    def encode(self, closing: str | None = None, progress: Progress = silent) -> dict[str, Any]:
         """Encode all targets; returns JSON: `targets`, a row for each, and `codebooks`.
 
         closing: path of the layer that corrects the block's output, and is encoded last.
@@ -179,8 +177,7 @@ class BlockEncoder:
         del self.tensors[name]
         self.tensors |= {part_name(name, key): part for key, part in packed.items()}
         if entry.target == self.context.plan.targets[0]:
-            layout = self.stream.fused_layout(entry.target.name)
-            self.tensors[fused_weight_name(name.removesuffix(".weight"), layout)] = MARKER
+            self.tensors[self.stream.marker_name(entry.target.name, name)] = MARKER
 
     def _fit_shared(self, shared_path: str) -> None:
         """Fit and store the packed tensors that targets share."""
