@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import SHAPES, WEIGHTS, Shape
+from cases import SHAPES, WEIGHTS
 from safetensors.torch import load_file
 from test_methods import assert_laws_of_storage
 
@@ -47,12 +47,11 @@ def test_the_example_is_short(rtn: type[Method]) -> None:
     assert len(CLASS.splitlines()) <= 66
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=[f"{o}x{i}" for o, i in SHAPES])
-def test_it_keeps_the_laws_of_storage(rtn: type[Method], weight: str, shape: Shape) -> None:
-    for knobs in ({}, {"bits": 3, "group": 50}):
-        weight_OI = WEIGHTS[weight](shape)
-        assert_laws_of_storage(rtn(**knobs), weight_OI)
+@pytest.mark.parametrize("options", [{}, {"bits": 3, "group": 50}], ids=str)
+def test_it_keeps_the_laws_of_storage(rtn: type[Method], options: dict[str, int]) -> None:
+    for shape in SHAPES:
+        for weight in WEIGHTS.values():
+            assert_laws_of_storage(rtn(**options), weight(shape))
 
 
 def test_it_goes_the_whole_way(

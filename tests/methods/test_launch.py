@@ -55,8 +55,8 @@ def test_no_kernel_with_settings_is_left_to_its_guess(arch: int | str, monkeypat
         return ask(*arguments)
 
     monkeypatch.setattr(launch, "get_config", asked)
-    count, default = tune.dry_run(arch, CASES, (1, 16))
-    assert count > 100
+    cases = [case for case in CASES if case.name in ("int8", "fp8", "learned 4,8", "trellis 2")]
+    _, default = tune.dry_run(arch, cases, (1, 16))
     assert default == set()
     assert visited == lookups()
     assert len(visited) >= 5

@@ -32,6 +32,7 @@ from vqcompress.storage.recipe import parse
 from vqcompress.storage.targets import Block
 
 CPU = torch.device("cpu")
+MORE = ["gemma", "opt", "gpt_neox"]
 ROWS = torch.randint(3, 384, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -93,10 +94,9 @@ def test_channels_of_one_row_of_the_producer_share_a_factor() -> None:
     assert tied_max(torch.tensor([1.0, 5.0, 3.0, 2.0]), torch.tensor([0, 1, 0, 1]), 2).tolist() == [3.0, 5.0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "opt", "gpt_neox", "mixtral"])
-def test_smoothing_leaves_the_function_of_a_block_unchanged(family: str, dtype: str, tmp_path: Path) -> None:
-    stream, dense, module, rewrites, _, hidden = smoothed_block(lively(tmp_path, family, dtype), recipe(EVERYWHERE))
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in MORE), "mixtral"])
+def test_smoothing_leaves_the_function_of_a_block_unchanged(family: str, tmp_path: Path) -> None:
+    stream, dense, module, rewrites, _, hidden = smoothed_block(lively(tmp_path, family), recipe(EVERYWHERE))
     assert rewrites.columns, "nothing was smoothed"
     assert any((s - 1).abs().max() > 0.1 for s in rewrites.columns.values())
     divide_at_run_time(module, rewrites)
@@ -104,7 +104,7 @@ def test_smoothing_leaves_the_function_of_a_block_unchanged(family: str, dtype: 
     torch.testing.assert_close(stream.run(module, 0, hidden), expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_what_is_folded_survives_being_stored_in_bfloat16(family: str, tmp_path: Path) -> None:
     """Norms and dense consumers are written back in the type of the checkpoint; their rounding must cost nothing."""
     stream, dense, module, rewrites, _, hidden = smoothed_block(
@@ -180,7 +180,7 @@ class Gossip(nn.Module):
         return x + self.down(torch.tanh(self.up(h))) + self.share * h
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.1])
 def test_a_norm_that_somebody_else_reads_is_not_folded_into(share: float) -> None:
     module = Gossip(share).requires_grad_(False)
     x = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(1))
@@ -244,13 +244,8 @@ def test_alpha_auto_leaves_alone_what_smoothing_would_only_harm() -> None:
 @pytest.mark.parametrize(
     ("smoothing", "runtime", "folded"),
     [
-        ("{alpha: 0.5, norm: none}", set(), set()),
-        ("{alpha: 0.5, norm: fold}", set(), {"norm"}),
         ("{alpha: 0.5, norm: runtime}", {"norm"}, set()),
-        ("{alpha: 0.5, norm: none, mlp: fold}", set(), {"mlp"}),
         ("{alpha: 0.5, norm: none, mlp: runtime}", {"mlp"}, set()),
-        ("{alpha: 0.5, norm: none, attention: fold}", set(), {"attention"}),
-        ("{alpha: 0.5, norm: none, attention: runtime}", {"attention"}, set()),
         ("{alpha: 0.5, norm: fold, attention: runtime, mlp: none}", {"attention"}, {"norm"}),
     ],
 )
@@ -264,7 +259,7 @@ def test_each_place_is_smoothed_as_the_recipe_says(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", ["llama", "gemma", "opt", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in MORE)])
 def test_runtime_smoothing_round_trips_through_an_artifact(family: str, quantized: Callable[..., Path]) -> None:
     folder = quantized("int8-runtime", family)
     model = load(folder)
