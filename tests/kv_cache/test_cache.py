@@ -393,9 +393,9 @@ def test_codebooks_that_are_damaged_are_named(artifact: tuple[Path, Path, Path],
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cache: {bits: 3}", "cache: bits=3 "),
-        ("cache: {bits: 8}", "fp8 has 8 bits, learned and universal codebooks 1, 2 or 4"),
-        ("cache: {windows: 3}", "unknown key 'windows'. Did you mean 'window'?"),
+        ("cache: {bits: 3}", "cache.bits=3"),
+        ("cache: {bits: 8}", "fp8"),
+        ("cache: {windows: 3}", "cache.windows"),
     ],
 )
 def test_knobs_of_a_cache_that_mean_nothing_are_refused(text: str, message: str) -> None:

@@ -503,14 +503,14 @@ def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
         (
             "mixtral",
             "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]",
-            "experts: calibrate='al' is not valid",
+            "experts.calibrate='al'",
         ),
         (
             "mixtral",
             "experts: {min_tokens: 0}\nrules: [{match: '*', method: int8}]",
-            "experts: min_tokens=0 is not valid",
+            "experts.min_tokens=0",
         ),
-        ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "unknown key 'floor'"),
+        ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "experts.floor"),
         ("mixtral", "experts: {calibrate: all}\nrules: [{match: '*', method: fp8}]", "its methods need no data"),
         (
             "llama",

@@ -27,7 +27,7 @@ from vqcompress.evaluate.wording import (
 )
 from vqcompress.storage.artifact import SUMS, Artifact, read_sums
 from vqcompress.storage.checkpoint import sha256
-from vqcompress.storage.writer import Shards, refresh_sums, undisturbed
+from vqcompress.storage.writer import Shards, refresh_sums
 
 CARD = Path(__file__).parent / "templates" / "README.md.j2"
 # A new evaluation replaces an earlier one that agrees in all of these.
@@ -54,7 +54,6 @@ def check_writable(model: str) -> None:
         raise UsageError(f"--report: {path} cannot be written to; leave --report out")
 
 
-@undisturbed()
 def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
     """Add a result of `eval perplexity` to the report of an artifact's directory; returns the files rewritten.
 

@@ -193,13 +193,13 @@ def score(
     chosen = choose_device(device)
     names = [*models, *([baseline] if baseline is not None else [])]
     sources = [open_model(name) for name in names]
-    length = sources[0].default_seqlen if (given := cut.get("seqlen")) is None else given
+    length = sources[0].row_length(cut.get("seqlen"))
     stride = length if (given := cut.get("stride")) is None else given
     tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
     _check_tokenizers(names, tokenizers, content)
     windows_NL = windows(tokenize(tokenizers[0], content), length, stride, cut.get("limit"))
     for source in sources:
-        source.check_length(length)
+        source.row_length(length)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     if kv_cache is not None:
         needed = _loaded_bytes(sources[0], streams[0].dtype)

@@ -18,7 +18,7 @@ from vqcompress.export.rewrite import Export
 from vqcompress.export.verify import Reader, compare
 from vqcompress.model.device import peak_rss_bytes
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.artifact import OURS, Artifact
+from vqcompress.storage.artifact import OURS, SHARD, Artifact
 from vqcompress.storage.checkpoint import INDEX, read_json, resolve
 from vqcompress.storage.writer import Shards, clear
 
@@ -74,7 +74,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     # The index is written first, so that an interrupted export can be recognized and replaced.
     shards.write(INDEX, json.dumps({"metadata": metadata, "weight_map": {}}).encode())
     for number, tensors in enumerate(made.tensors, 1):
-        weight_map |= dict.fromkeys(tensors, shards.write_shard(number, count, tensors)["file"])
+        weight_map |= dict.fromkeys(tensors, shards.write_shard(SHARD.format(number, count), tensors)["file"])
         total += sum(t.nbytes for t in tensors.values())
     for path in companions:
         shards.write(path.name, path.read_bytes())

@@ -131,7 +131,7 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader, he
 def _tokens(stream: BlockStream, source: Artifact) -> tuple[Tensor, str]:
     """Token ids (1, L) of the packaged evaluation text, or random ids without a tokenizer; and which of the two."""
     vocabulary = stream.model.config.get_text_config().vocab_size
-    count = min(TOKENS, source.context or TOKENS)
+    count = min(TOKENS, source.row_length(None))
     try:
         ids_n = tokenize(load_tokenizer(source.path), read_text(str(resolve("demo") / "evaluation.txt"))[: 64 * count])
     except VQCompressError:

@@ -21,7 +21,6 @@ import vqcompress
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.model_card import documents
 from vqcompress.kv_cache.calibrate import Books, cache_books
-from vqcompress.methods import PackedTensors
 from vqcompress.model.device import check_fits, choose_device, model_dtype, release_freed_memory
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
@@ -36,10 +35,13 @@ from vqcompress.pipeline.report import run_report
 from vqcompress.runtime.load import build_model, load_any
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import (
+    DRAFT,
     HINT,
     KV_CACHE,
     MARKER,
+    SHARD,
     STAGED,
+    STAGED_FILE,
     Entry,
     open_checkpoint,
     quantization_config,
@@ -50,13 +52,11 @@ from vqcompress.storage.distributed import ALONE, ProcessGroup, process_group
 from vqcompress.storage.hidden_states import States, keep
 from vqcompress.storage.recipe import Recipe
 from vqcompress.storage.text import DEFAULT_SAMPLES, calibration_rows, fingerprint
-from vqcompress.storage.writer import Writer
+from vqcompress.storage.writer import Shard, Writer
 
 # Called with the name of an event ("measure", "plan", "block", "target", "done", "after") and what is known about it.
 Progress = Callable[[str, dict[str, Any]], None]
 NON_BLOCK = "(outside of the blocks)"
-# Number and count of a shard, its tensors, its journal record.
-Shard = tuple[int, int, PackedTensors, dict[str, Any]]
 T = TypeVar("T")
 
 
@@ -84,10 +84,9 @@ class QuantizeOptions:
 
 def calibration(source: Checkpoint, options: QuantizeOptions) -> Tensor:
     """The calibration rows (N, L) for a checkpoint; L is 2,048 or the model's context if that is shorter."""
-    samples, length = options.samples, options.seqlen if options.seqlen is not None else source.default_seqlen
+    samples, length = options.samples, source.row_length(options.seqlen)
     if length < 2 or (samples is not None and samples < 1):
         raise UsageError(f"--seqlen {length} and --samples {samples} must be at least 2 and 1")
-    source.check_length(length)
     tokenizer = load_tokenizer(source.path)
     texts = list(options.texts or [])
     return calibration_rows(texts, lambda text: tokenize(tokenizer, text), samples, length, options.seed)
@@ -103,7 +102,7 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     if plans[0].reads_text and source.tensors:
         rows, length = calibration(source, options).shape
     elif plans[0].reads_text:
-        rows, length = options.samples or DEFAULT_SAMPLES, options.seqlen or source.default_seqlen
+        rows, length = options.samples or DEFAULT_SAMPLES, source.row_length(options.seqlen)
     facts = estimate(plans, stream, rows, length, options.states)
     return {"model": options.model, "seed": options.seed, **facts}
 
@@ -189,7 +188,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.hashing.shutdown()
-        self.writer.__exit__(kind, error, trace)
+        self.writer.__exit__()
 
     def prepare(self, plans: list[Plan], progress: Progress) -> None:
         """Choose settings within a budget, write the non-block weights, and embed the calibration rows."""
@@ -220,7 +219,7 @@ class Run:
         if block.name not in self.writer.done:
             self.progress("block", event)
             # No name for the shard: it is freed before the next block is made.
-            self.writer.commit_all(dict(islice(self.shards, 1)))
+            self.writer.commit(dict(islice(self.shards, 1)))
         elif self.reference and not last:
             stream.forward(stream.load_block(index), index, self.reference)
         record = self.writer.done[block.name]
@@ -245,7 +244,8 @@ class Run:
         student = self._stored_model(torch.float32)
         teacher = load_any(self.options.model, stream.device.type).float()
         after = partial(self._after, "distilling, step")
-        self.writer.stage(distill(student, teacher, stream, self.entries, self.rows, tuning, self.options.seed, after))
+        staged = distill(student, teacher, stream, self.entries, self.rows, tuning, self.options.seed, after)
+        self.writer.commit({STAGED: (STAGED_FILE, staged, {"targets": []})})
 
     def calibrate_cache(self) -> Books | None:
         """The codebooks of a cache, learned by all processes from the stored model; None if the recipe has none."""
@@ -288,7 +288,7 @@ class Run:
         tensors, facts = compress_block(
             stream, self.plan, index, self.hidden, self.reference, self.options.seed, on_target
         )
-        return block.name, (index + 2, len(blocks) + 1, tensors, {**facts, "source": digest.result()})
+        return block.name, (self._file(index + 2), tensors, {**facts, "source": digest.result()})
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
@@ -296,8 +296,13 @@ class Run:
         check_finite(tensors)
         # A model of dense weights loads correctly without the package, too.
         tensors |= {HINT: MARKER} if self.plan.targets else {}
-        record = {"targets": [], "seconds": 0.0, "source": _digest(self.stream, NON_BLOCK)}
-        self.writer.commit(NON_BLOCK, 1, len(self.plan.blocks) + 1, tensors, record)
+        record = {"targets": [], "source": _digest(self.stream, NON_BLOCK)}
+        self.writer.commit({NON_BLOCK: (self._file(1), tensors, record)})
+
+    def _file(self, number: int) -> str:
+        """The name of a shard, or of its draft if distillation will change it."""
+        file = SHARD.format(number, len(self.plan.blocks) + 1)
+        return file if self.plan.recipe.tuning is None or self.rows is None else DRAFT + file
 
     def _stored_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The compressed model as it is stored."""

@@ -46,11 +46,14 @@ RECIPE = "recipe.yaml"
 # What a run says of itself, to people and machines; whoever rewrites one calls `writer.refresh_sums`.
 REPORTS = ("report.json", "report.html", "README.md")
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
+# Begins the name of a shard that distillation will change, until the new values are in it.
+DRAFT = "draft-"
 SMOOTHING = "smoothing"
-STAGED = "(staged)"
+# The record in the journal, and the file, of the tensors that distillation has changed.
+STAGED, STAGED_FILE = "(staged)", "staged.safetensors"
 KV_CACHE = "kv_cache.safetensors"
 # Files of tensors, whole or half; the last is what safetensors writes before it gives a file its name.
-OURS = re.compile(r"(model-\d{5}-of-\d{5}|kv_cache)\.safetensors(\.partial)?|\.tmp\w{6}")
+OURS = re.compile(r"((draft-)?model-\d{5}-of-\d{5}|kv_cache|staged)\.safetensors(\.partial)?|\.tmp\w{6}")
 # What a loader of models or tokenizers may read beside `COMPANIONS`; other files of a user are no concern of ours.
 READ = re.compile(r"[^.].*\.(safetensors|json|py|jinja|model)|additional_chat_templates")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
