@@ -15,18 +15,13 @@ import time
 import torch
 import transformers
 
-from vqcompress.kv_cache.cache import use_kv_cache
-from vqcompress.runtime.load import kv_cache_config, load_any
-from vqcompress.storage.checkpoint import resolve
+from vqcompress.runtime.load import load
 
 
 def load_way(way: str) -> transformers.PreTrainedModel:
     """The model of a WAY."""
     name, _, recipe = way.partition("@")
-    model = load_any(name)
-    if recipe:
-        use_kv_cache(model, kv_cache_config(model, resolve(name), recipe))
-    return model
+    return load(name, kv_cache=recipe or False)
 
 
 def tokens_per_second(model: transformers.PreTrainedModel, prompt_tokens: int, new_tokens: int) -> float:

@@ -33,7 +33,7 @@ from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.pipeline.quantize import calibration
-from vqcompress.runtime.load import load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
 
@@ -91,7 +91,7 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
         heads = {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).eval()
     else:
-        model = load_any(name, "cpu")
+        model = load(name, "cpu")
     # What stays in full precision is then of 16 bits, too.
     model = model.to(torch.bfloat16)
     config, rotary = model.config.get_text_config(), find_rotary(model)
@@ -145,7 +145,7 @@ def main() -> None:
         return
     if not a.calibration or not a.text:
         parser.error("--calibration and --text are missing, or --memory")
-    model, tokenizer = load_any(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
+    model, tokenizer = load(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
     rows_NL = calibration(open_model(a.model), [a.calibration], a.samples, a.seqlen, a.seed)
     rotary = find_rotary(model)
     config = model.config.get_text_config()

@@ -15,7 +15,7 @@ from processes import Processes
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.doctor import examine
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
-from vqcompress.runtime.load import load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage import trust
 
 Make = Callable[..., Path]
@@ -161,7 +161,7 @@ def test_what_is_no_causal_language_model_is_refused_by_name(kind: str, architec
     config = getattr(transformers, f"{kind}Config")()
     config.architectures = [architecture]
     config.save_pretrained(tmp_path)
-    for job in (examine, lambda model: dry_run(QuantizeOptions(model, None, "fp8-tile")), load_any):
+    for job in (examine, lambda model: dry_run(QuantizeOptions(model, None, "fp8-tile")), load):
         with pytest.raises(VQCompressError, match=architecture):
             job(str(tmp_path))
 

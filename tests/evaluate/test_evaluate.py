@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.perplexity import first_scored, perplexity, windows
 from vqcompress.evaluate.speed import speed
-from vqcompress.runtime.load import load, load_any
+from vqcompress.runtime.load import load
 
 Make = Callable[..., Path]
 
@@ -35,7 +35,7 @@ def plain(model: Any, folder: Path, text: Path, seqlen: int, limit: int) -> floa
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
 def test_perplexity_equals_a_plain_loop(family: str, toy: Make, text: Path) -> None:
     found = perplexity(str(toy(family)), str(text), seqlen=48, limit=9)
-    expected = plain(load_any(str(toy(family))), toy(family), text, 48, 9)
+    expected = plain(load(str(toy(family))), toy(family), text, 48, 9)
     assert found["perplexity"] == pytest.approx(expected, rel=1e-6 if family != "mixtral" else 1e-5)
     assert (found["tokens"], found["windows"], found["seqlen"], found["stride"]) == (9 * 47, 9, 48, 48)
 

@@ -32,7 +32,7 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline import quantize as running
 from vqcompress.pipeline.bit_allocation import make_plans
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
-from vqcompress.runtime.load import load, load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage import distributed
 from vqcompress.storage.artifact import HINT, KV_CACHE, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def test_a_recipe_of_a_cache_alone_copies_the_weights(family: str, coded: Make, 
 @torch.inference_mode()
 def test_such_an_artifact_loads_everywhere(family: str, coded: Make, toy: Make) -> None:
     ids = torch.arange(3, 33)[None]
-    expected = load_any(str(toy(family)))(ids).logits
+    expected = load(str(toy(family)))(ids).logits
     ours, theirs = load(coded(family)), AutoModelForCausalLM.from_pretrained(coded(family)).eval()
     assert torch.equal(ours(ids).logits, expected)
     torch.testing.assert_close(theirs(ids).logits, expected)
@@ -301,7 +301,7 @@ def test_speed_with_a_coded_cache_and_its_memory(coded: Make, small: str) -> Non
 
 
 def test_memory_of_a_plain_cache_is_counted(toy: Make) -> None:
-    cache, model = DynamicCache(), load_any(str(toy()))
+    cache, model = DynamicCache(), load(str(toy()))
     assert cache_nbytes(cache) == 0
     with torch.inference_mode():
         model(torch.arange(10)[None], **{CACHE: cache}, use_cache=True)

@@ -43,7 +43,7 @@ from vqcompress.pipeline.plan import make_plan
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
 from vqcompress.pipeline.smoothing import smooth
 from vqcompress.pipeline.statistics import coverage, gather
-from vqcompress.runtime.load import load, load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage import writer
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact
 from vqcompress.storage.checkpoint import SINGLE, Checkpoint
@@ -121,7 +121,7 @@ def test_taken_apart_the_experts_compute_the_same(family: str, toy: Make) -> Non
     block = stream.load_block(1)
     (path, experts), *others = [(n, m) for n, m in block.named_modules() if isinstance(m, Experts)]
     assert not others
-    fused = load_any(str(toy(family))).model.layers[1].get_submodule(path)
+    fused = load(str(toy(family))).model.layers[1].get_submodule(path)
     # The other implementations read uninitialized memory for a token without an expert, and the tests fill it with NaN.
     if family != "llama4":
         fused.config._experts_implementation = "eager"
@@ -304,7 +304,7 @@ def test_all_ways_to_use_an_artifact(family: str, recipe: str, quantized: Make, 
     model = load(folder)
     compressed = {name for name, m in model.named_modules() if isinstance(m, CompressedLinear)}
     assert compressed == rows.keys()
-    exact, found = logits(load_any(str(toy(family)))), logits(model)
+    exact, found = logits(load(str(toy(family)))), logits(model)
     likeness = torch.corrcoef(torch.stack([exact.flatten(), found.flatten()]))[0, 1].item()
     # A token that goes to another expert counts much in a toy.
     assert likeness > (0.3 if "vq" in recipe else 0.9)

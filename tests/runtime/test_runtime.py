@@ -21,7 +21,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.export import export
 from vqcompress.model import linear as modules
 from vqcompress.model.linear import CompressedLinear
-from vqcompress.runtime.load import load, load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage import writer
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import INDEX
@@ -54,7 +54,7 @@ def test_loading_twice_gives_equal_logits(quantized: Make) -> None:
 
 @every_case
 def test_the_compressed_model_stays_near_its_original(recipe: str, family: str, quantized: Make, toy: Make) -> None:
-    exact, found = logits(load_any(str(toy(family)))), logits(load(quantized(recipe, family)))
+    exact, found = logits(load(str(toy(family)))), logits(load(quantized(recipe, family)))
     likeness = torch.corrcoef(torch.stack([exact.flatten(), found.flatten()]))[0, 1].item()
     # Two bits are few for weights that are pure noise.
     assert likeness > (0.3 if "vq" in recipe or recipe == "mixed" else 0.99)
@@ -205,7 +205,7 @@ def test_a_dense_export_is_the_model_that_the_artifact_stands_for(
     modules = dict(load(folder).named_modules())
     for name in Artifact(folder).entries:
         torch.testing.assert_close(exported.get_submodule(name).weight, modules[name].decoded(), atol=1e-6, rtol=1e-6)
-    original = load_any(str(toy(family)))
+    original = load(str(toy(family)))
     assert {n for n, _ in exported.named_parameters()} == {n for n, _ in original.named_parameters()}
 
 
@@ -233,7 +233,7 @@ def test_an_export_does_not_overwrite_what_is_there(quantized: Make, tmp_path: P
 def test_an_export_never_overwrites_a_checkpoint(sharded: bool, quantized: Make, toy: Make, tmp_path: Path) -> None:
     out = tmp_path / "precious"
     if sharded:
-        load_any(str(toy())).save_pretrained(out, max_shard_size="100KB")
+        load(str(toy())).save_pretrained(out, max_shard_size="100KB")
         assert (out / INDEX).is_file()
     else:
         shutil.copytree(toy(), out)

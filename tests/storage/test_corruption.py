@@ -24,7 +24,7 @@ from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.evaluate.verify import verify
 from vqcompress.model import weights
 from vqcompress.model.weights import load_config, skeleton
-from vqcompress.runtime.load import generation_config, load
+from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact, cache_settings, sha256
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, check_sizes
 from vqcompress.storage.writer import refresh_sums
@@ -607,11 +607,3 @@ def test_architectures_are_names(toy: Callable[..., Path], tmp_path: Path) -> No
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"architectures": [3]}))
     with pytest.raises(VQCompressError, match=r"architectures \[3\] are no names"):
         load_config(tmp_path / "copy")
-
-
-def test_a_generation_config_says_what_can_be(tmp_path: Path) -> None:
-    wrong = [("eos_token_id", value) for value in ({"a": 1}, "2", [1, "2"], 2**70)]
-    for name, value in (*wrong, ("output_hidden_states", {"a": "b"}), ("do_sample", "yes"), ("use_cache", 7)):
-        (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
-        with pytest.raises(VQCompressError, match="transformers cannot read"):
-            generation_config(tmp_path)

@@ -271,9 +271,7 @@ def generate(
         from vqcompress.runtime.generate import generate as run
 
         knobs = max_new_tokens, temperature, seed
-        say = lambda text: print(text, end="", flush=True)  # noqa: E731
-        result = run(artifact, prompt, *knobs, say, cpu_weights.value, kv_cache)
-        print(flush=True)
+        result = run(artifact, prompt, *knobs, cpu_weights.value, kv_cache)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 
 

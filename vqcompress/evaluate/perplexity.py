@@ -28,7 +28,7 @@ from vqcompress.model.device import (
 )
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.runtime.load import kv_cache_config, load_any
+from vqcompress.runtime.load import kv_cache_config, load
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import Checkpoint, resolve
 from vqcompress.storage.text import fingerprint, read_text
@@ -116,7 +116,7 @@ class CodedCacheLogits:
     """Logits of a model in memory whose tokens attend to coded keys and values."""
 
     def __init__(self, model: str, recipe: str, device: str, windows_NL: Tensor):
-        self.network, self.windows_NL = load_any(model, device), windows_NL
+        self.network, self.windows_NL = load(model, device), windows_NL
         self.config = kv_cache_config(self.network, resolve(model), recipe)
 
     @torch.inference_mode()

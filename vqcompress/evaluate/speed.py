@@ -13,10 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from vqcompress.errors import UsageError
 from vqcompress.kv_cache.attention import CACHE
-from vqcompress.kv_cache.cache import KVCache, use_kv_cache
+from vqcompress.kv_cache.cache import KVCache
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes, reset_peak_memory
-from vqcompress.runtime.load import kv_cache_config, load_any
-from vqcompress.storage.checkpoint import resolve
+from vqcompress.runtime.load import load
 
 # Timed calls of `generate`, after one that is not; their median counts.
 ROUNDS = 3
@@ -60,9 +59,7 @@ def _measure(
         torch.cuda.empty_cache()
     reset_peak_memory()
     prompt_tokens, new_tokens, batch = sizes
-    network = load_any(model, device, cpu_weights)
-    if kv_cache is not None:
-        use_kv_cache(network, kv_cache_config(network, resolve(model), kv_cache))
+    network = load(model, device, cpu_weights=cpu_weights, kv_cache=kv_cache or False)
     vocabulary = network.config.get_text_config().vocab_size
     prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     prompt_BL = prompt_BL.to(network.device)

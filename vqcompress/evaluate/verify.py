@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vqcompress.errors import VQCompressError
 from vqcompress.model.stream import BlockStream
-from vqcompress.runtime.load import generation_config
 from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.storage.checkpoint import check_finite, resolve
 
@@ -54,7 +53,6 @@ def verify(path: str) -> dict[str, Any]:
     sealed = artifact.check_files(reports=True)
     # The stream compares the stored shapes with the layouts.
     stream = BlockStream(artifact, torch.device("cpu"), torch.float32)
-    generation_config(artifact.path)
     entries = list(artifact.entries.values())
     check_books(artifact)
     check_finite(stream.source.read(stream.non_block_weights))

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -32,7 +33,7 @@ from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, cache_samples, estimate
 from vqcompress.pipeline.plan import Plan
 from vqcompress.pipeline.report import run_report
-from vqcompress.runtime.load import build_model, load_any
+from vqcompress.runtime.load import load
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import (
     DRAFT,
@@ -242,7 +243,7 @@ class Run:
         if tuning is None or self.rows is None or STAGED in self.writer.done:
             return
         student = self._stored_model(torch.float32)
-        teacher = load_any(self.options.model, stream.device.type).float()
+        teacher = load(self.options.model, stream.device.type).float()
         after = partial(self._after, "distilling, step")
         staged = distill(student, teacher, stream, self.entries, self.rows, tuning, self.options.seed, after)
         self.writer.commit({STAGED: (STAGED_FILE, staged, {"targets": []})})
@@ -306,8 +307,14 @@ class Run:
 
     def _stored_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The compressed model as it is stored."""
-        files = [record["file"] for name, record in self.writer.done.items() if name != STAGED]
-        return build_model(self.stream.config, self.entries, self.writer.out, files, dtype, self.stream.device)
+        tensors: dict[str, Tensor] = {}
+        for name, record in self.writer.done.items():
+            tensors |= tensors_of(self.writer.out / record["file"]) if name != STAGED else {}
+        config = deepcopy(self.stream.config)
+        if self.entries:
+            config.quantization_config = quantization_config(self.entries, vqcompress.__version__)
+        model: Any = type(self.stream.model).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        return model.eval().requires_grad_(False).to(self.stream.device)
 
     def _after(self, what: str, done: int, total: int) -> None:
         """Tell the progress of work that comes after the blocks."""

@@ -1,51 +1,46 @@
-"""Registers the adapter with transformers when transformers comes to need it, and not a moment earlier.
+"""Registers the reader of artifacts with transformers as soon as transformers imports its own quantizers.
 
-`import vqcompress` must teach `AutoModelForCausalLM.from_pretrained` our format, but `vqcompress --help` must not wait
-for torch. transformers has no entry points for quantizers, so this waits for its module of quantizers to be imported.
+`import vqcompress` must teach `AutoModelForCausalLM.from_pretrained` the format, but `vqcompress --help` must not wait
+for torch. transformers has no entry points for quantizers, so an import hook waits for its module of quantizers.
 """
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 QUANTIZERS = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    from vqcompress.runtime import hf_quantizer as adapter
+    from vqcompress.runtime import hf_quantizer
 
-    adapter.register()
+    hf_quantizer.register()
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as everybody else does, and registers the adapter once it has been executed."""
+class _ImportHook:
+    """Calls `_register` once, after QUANTIZERS has been imported."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != QUANTIZERS:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != QUANTIZERS:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        spec: Any = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register()
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register
         return spec
 
 
 def install() -> None:
-    """Register now if transformers is loaded already, else when it is."""
+    """Register now if transformers' quantizers are imported already, else when they are."""
     if QUANTIZERS in sys.modules:
         _register()
     else:
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _ImportHook())

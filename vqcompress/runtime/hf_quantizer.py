@@ -1,4 +1,4 @@
-"""`AutoModelForCausalLM.from_pretrained(artifact)`: a thin HfQuantizer over the runtime's modules."""
+"""The quantizer that lets `AutoModelForCausalLM.from_pretrained` load artifacts."""
 
 from __future__ import annotations
 
@@ -14,35 +14,31 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from vqcompress.storage.artifact import HINT, QUANT_METHOD, parse_entries
 from vqcompress.storage.checkpoint import Checkpoint
 
-# This is imported in the middle of transformers' own imports: what needs more of it is imported by the methods.
+# This module is imported while transformers is being imported, so the methods import `vqcompress.model`, which needs
+# all of transformers.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class VQCompressConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an artifact, kept as it is."""
+    """The `quantization_config` of an artifact, unchanged. cpu_weights: see `load`; it is not stored."""
 
-    def __init__(self, quant_method: str = QUANT_METHOD, **settings: Any):
+    def __init__(self, quant_method: str = QUANT_METHOD, cpu_weights: str = "auto", **settings: Any):
         self.quant_method = quant_method  # type: ignore[assignment]
+        self.cpu_weights = cpu_weights
         self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; codebooks of a cache lie in a file of the artifact, which nobody else writes."""
-        learned = bool(self.settings["targets"]) and (self.settings.get("kv_cache") or {}).get("codebook") == "learned"
-        kept = {name: value for name, value in self.settings.items() if name != "kv_cache" or not learned}
-        return {"quant_method": self.quant_method, **kept}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The same: there are no defaults to leave out."""
-        return self.to_dict()
+        """JSON for config.json."""
+        return {"quant_method": self.quant_method, **self.settings}
 
 
 class VQCompressQuantizer(HfQuantizer):
-    """Puts CompressedLinear modules in place before transformers loads their tensors by name."""
+    """Replaces linear layers by CompressedLinear before transformers loads tensors by their names."""
 
     requires_calibration = True
-    # transformers before 5.21 does not say whose conversions it wants.
-    _filled: PreTrainedModel
+    # transformers before 5.21 calls `update_weight_conversions` without the model.
+    _model: PreTrainedModel
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -51,49 +47,38 @@ class VQCompressQuantizer(HfQuantizer):
         from vqcompress.model.linear import keep_packed, replace_linears
         from vqcompress.model.weights import Names, check_parts
 
-        self._filled = model
-        entries = parse_entries(self.quantization_config.to_dict(), "the model")
+        self._model = model
+        config: Any = self.quantization_config
+        entries = parse_entries(config.to_dict(), "the model")
         with torch.device("meta"):
-            replace_linears(model, "", entries, model.dtype, keep_packed("auto", entries, model.dtype))
+            replace_linears(model, "", entries, model.dtype, keep_packed(config.cpu_weights, entries, model.dtype))
         stored = {n: info for file in checkpoint_files or () for n, info in Checkpoint.header(Path(file)).items()}
         check_parts(model, Names(model, stored), stored)
         if not entries:
             return
-        # The marker that stops a process which forgot to import vqcompress is no news to one that did.
-        known, first = set(model._keys_to_ignore_on_load_unexpected or ()), entries[0].target.name
+        # transformers would report the marker tensor, which is for programs without vqcompress, as unexpected.
+        first = entries[0].target.name
         layout = getattr(dict(model.named_modules()).get(first.rsplit(".", 2)[0]), "layout", None)
-        model._keys_to_ignore_on_load_unexpected = known | {
-            # A checkpoint may spell names with a prefix of its own.
-            rf"(^|\.){re.escape(t)}$"
-            for t in (HINT, fused_weight_name(first, layout))
-        }
+        # The checkpoint's names may have a prefix that the model's lack.
+        markers = {rf"(^|\.){re.escape(name)}$" for name in (HINT, fused_weight_name(first, layout))}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *markers}
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
-        """transformers' own, but experts that are compressed are not merged."""
+        """transformers' conversions without those that merge compressed experts."""
         from vqcompress.model.experts import without_merges
 
-        return without_merges(self._filled if model is None else model, weight_conversions)
+        return without_merges(model or self._model, weight_conversions)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """`save_pretrained` writes the stored parts back as they are."""
+        """True: `save_pretrained` writes the packed tensors as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradient."""
+        """False: codes have no gradient."""
         return False
-
-
-def attach(model: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Let `save_pretrained` of a model that is compressed already write what loads again.
-
-    settings: the `quantization_config` of its artifact.
-    """
-    model.config.quantization_config = VQCompressConfig(**settings)
-    quantizer: Any = VQCompressQuantizer(model.config.quantization_config)
-    model.hf_quantizer = quantizer
 
 
 def register() -> None:
