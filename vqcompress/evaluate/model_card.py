@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from rich.filesize import decimal as size
 
-from vqcompress.errors import UsageError, VQCompressError, first_line
+from vqcompress.errors import UsageError, VQCompressError, one_line
 from vqcompress.evaluate.read_report import mean, read_report
 from vqcompress.evaluate.report_html import report_page
 from vqcompress.evaluate.wording import (
@@ -78,7 +78,7 @@ def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
         refresh_sums(path, files)
         return list(files)
     except (KeyError, TypeError, AttributeError) as error:
-        raise VQCompressError(f"{path / 'report.json'} is damaged: {first_line(error)}") from error
+        raise VQCompressError(f"{path / 'report.json'} is damaged: {one_line(error)}") from error
     finally:
         os.close(lock)
 
