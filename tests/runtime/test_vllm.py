@@ -147,18 +147,16 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, shard.get_tensor(name)
 
 
+# Recipe, family, and whether vLLM's older loop loads it. opt has biases; vq-small shares parts; vq-2bit is rotated.
 CASES = [
-    ("int8-runtime", "llama"),
-    ("int8-plain", "opt"),
-    ("fp8-tile", "llama"),
-    ("vq-small", "llama"),
-    ("vq-2bit", "llama"),
-    (DIFFERENT, "llama"),
+    ("int8-plain", "opt", False),
+    ("vq-small", "llama", True),
+    (DIFFERENT, "llama", False),
+    pytest.param("vq-2bit", "llama", False, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("loop", [False, True], ids=["loader", "loop"])
-@pytest.mark.parametrize(("recipe", "family"), CASES, ids=["int8", "bias", "fp8", "shared", "rotated", "different"])
+@pytest.mark.parametrize(("recipe", "family", "loop"), CASES, ids=["bias", "shared", "different", "rotated"])
 def test_every_layer_computes_what_ours_does(
     recipe: str, family: str, loop: bool, plugin: Any, quantized: Make
 ) -> None:
@@ -243,5 +241,5 @@ def test_a_checkpoint_that_lacks_or_bends_a_part_is_refused(
         "tensors_of",
         lambda at: ((n, t[:-1] if "k_proj.weight_codes" in n else t) for n, t in stored(at)),
     )
-    with pytest.raises(VQCompressError, match=r"qkv_proj: weight_codes of shard 'k' is torch\.uint8 \(31, "):
+    with pytest.raises(VQCompressError, match=r"qkv_proj: weight_codes of shard 'k' is \(31, "):
         vllm_model(plugin, folder)

@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
-
-LOAD = """import vqcompress  # registers the format with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({here!r})
-tokenizer = AutoTokenizer.from_pretrained({here!r})
-inputs = tokenizer("The first thing to know is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
-# Titles of `quality_cells`.
-QUALITY = ("perplexity", "ratio", "mean KL", "same top-1")
 
 
 def cache_line(settings: dict[str, Any]) -> str:
@@ -45,26 +34,15 @@ def quality_cells(found: dict[str, Any]) -> list[str]:
     return [*cells, "-" if kl is None else f"{kl['mean']:.5f}", "-" if same is None else f"{100 * same:.2f} %"]
 
 
-def evaluation_table(found: list[dict[str, Any]]) -> list[list[str]]:
-    """The results of `eval perplexity --report` as rows of a table, its titles first; empty without results."""
-    originals = [f"{e['baseline']['perplexity']:.3f}" if "baseline" in e else "-" for e in found]
-    rows = [
-        [e["text"], *quality_cells(e), original, protocol_line(e)] for e, original in zip(found, originals, strict=True)
-    ]
-    return [["text", *QUALITY, "original", "protocol"], *rows] if rows else []
+def evaluation_cells(found: dict[str, Any]) -> list[str]:
+    """A result of `eval perplexity --report`: text, quality, perplexity of the original, protocol."""
+    original = f"{found['baseline']['perplexity']:.3f}" if "baseline" in found else "-"
+    return [found["text"], *quality_cells(found), original, protocol_line(found)]
 
 
 def names_of(report: dict[str, Any]) -> tuple[str, str]:
     """Names of the model and the recipe; of a local path only its last part."""
     return report["base_model"] or Path(report["model"]).name, Path(report["recipe"]).name
-
-
-def shell_commands(report: dict[str, Any], here: str) -> str:
-    """Commands to try an artifact, one a line. here: the name of its directory."""
-    name, original = shlex.quote(here), shlex.quote(report["model"] if report["base_model"] else names_of(report)[0])
-    return f"""vqcompress generate {name} --prompt "The first thing to know is"
-vqcompress eval perplexity {name} --text FILE --baseline {original}
-vqcompress verify {name}"""
 
 
 def duration(seconds: float) -> str:
@@ -81,6 +59,8 @@ def shrunk(before: float, after: float) -> str:
     return f"{max(before, after) / max(min(before, after), 1):.2f} times {'larger' if larger else 'smaller'}"
 
 
-def short(value: float) -> str:
-    """A number in three digits: 0.0123, 1.2e-5, 12,300."""
+def short(value: float | None) -> str:
+    """A number in three digits: 0.0123, 1.2e-5, 12,300; a dash if it is unknown."""
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}".replace("e-0", "e-")
