@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.filesize import decimal as size
 from rich.table import Table
 
-from vqcompress.cli.progress import watching
+from vqcompress.cli.progress import QuantizeProgress
 from vqcompress.evaluate.perplexity import perplexity
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage import recipe as recipes
@@ -68,7 +68,7 @@ def main() -> None:
             console.print(f"{name} …", style="dim")
             start, cpu = time.perf_counter(), time.process_time()
             texts = [a.calibration] if a.calibration else []
-            with watching() as watch:
+            with QuantizeProgress() as watch:
                 report = quantize(
                     QuantizeOptions(a.model, out, name, texts, a.samples, a.seqlen, overwrite=True), watch
                 )

@@ -18,6 +18,6 @@ def call(*words: str | Path) -> Any:
 def line(result: Any) -> str:
     """The one line that a failure wrote to stderr."""
     assert result.stdout == ""
-    lines = [text for text in result.stderr.splitlines() if not text.startswith("reading ")]
+    lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     return lines[0]

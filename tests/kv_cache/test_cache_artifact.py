@@ -114,7 +114,7 @@ def test_it_is_said_how_a_cache_alone_is_measured(
     alone, dense = (json.loads((folder / "report.json").read_text()) for folder in (coded(), plain))
     both = dense | {"kv_cache": alone["kv_cache"]}
     for report, ending in ((alone, "--kv-cache artifact"), (both, "--kv-cache artifact"), (dense, "--baseline demo")):
-        show.quantized(console(), report, "out", "demo", None)
+        show.quantized(console(), report, "out", "demo")
         assert capsys.readouterr().out.splitlines()[-1].endswith(ending)
 
 

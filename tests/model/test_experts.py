@@ -573,7 +573,7 @@ def test_experts_to_which_nothing_came_are_named(
     assert report["uncalibrated"] == [f"model.layers.{i}.mlp.experts.{e}.w2" for i in range(2) for e in range(4)]
     shown = console()
     with shown.capture() as seen:
-        quantized_words(shown, report, str(out), "toy", [str(text)])
+        quantized_words(shown, report, str(out), "toy")
     assert "model.layers.0.mlp.experts.0.w2" in seen.get().replace("\n", "")
 
 

@@ -6,42 +6,17 @@ import contextlib
 import ctypes
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import vqcompress
-from vqcompress.cli.console import Commands, check_free, console, session, took, uploading
+from vqcompress.cli import options, tables
+from vqcompress.cli.console import Command, Commands, console, session, took
 from vqcompress.cli.evaluate import compare, evaluation
-from vqcompress.cli.options import (
-    FORMATS,
-    Calibration,
-    CpuWeights,
-    Debug,
-    Device,
-    Format,
-    Json,
-    Kept,
-    KVCache,
-    Model,
-    Overwrite,
-    Private,
-    Push,
-    Recipe,
-    Revision,
-    Samples,
-    Seed,
-    Seqlen,
-    Source,
-    States,
-    TargetBits,
-    Trust,
-    Weights,
-    Where,
-    pinned,
-)
-from vqcompress.errors import UsageError, did_you_mean
+from vqcompress.errors import UsageError
 from vqcompress.storage.recipe_files import check_choice, description, packaged
 
 app = typer.Typer(
@@ -49,9 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Compress large language models: SmoothQuant INT8, tile-wise FP8 and vector quantization.",
 )
-app.add_typer(evaluation, name="eval")
+command = partial(app.command, cls=Command)
 
 
 def _print_version(value: bool) -> None:
@@ -61,254 +35,180 @@ def _print_version(value: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _program(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
-    debug: Debug = False,
 ) -> None:
     """Compress large language models: SmoothQuant INT8, tile-wise FP8 and vector quantization."""
 
 
-@app.command()
+@command()
+@options.flat
 def quantize(
-    model: Model,
-    recipe: Recipe = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Output directory.")] = None,
-    target_bits: TargetBits = None,
-    calibration: Calibration = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    seed: Seed = 0,
-    device: Where = Device.auto,
+    run: options.RunOptions,
+    output: options.OptionalOutput = None,
+    overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
-    states: Kept = States.memory,
-    kv_cache: KVCache = None,
-    overwrite: Overwrite = False,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    push_to_hub: Push = None,
-    private: Private = False,
-    json_file: Json = None,
-    debug: Debug = False,
+    *,
+    upload: options.Upload,
+    common: options.Common,
 ) -> None:
-    """Compress a model. Running the same command again continues an interrupted run.
+    """Compress a model. The same command again continues an interrupted run.
 
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
-    model = pinned(model, revision)
     if dry_run:
-        if push_to_hub or private:
-            raise UsageError("--dry-run cannot be combined with --push-to-hub or --private")
-        plan(
-            model,
-            recipe,
-            target_bits,
-            calibration,
-            samples,
-            seqlen,
-            seed,
-            device,
-            states,
-            kv_cache,
-            json_file=json_file,
-        )  # fmt: skip
+        _plan(run, common)
         return
-    if output is None:
-        raise UsageError("-o OUT is missing: give an output directory, or --dry-run")
-    if str(output) == "demo":
-        raise UsageError("-o demo: this name means the packaged checkpoint; choose another directory")
-    check_choice(recipe, target_bits, kv_cache)
-    check_free(output, overwrite)
-    given = session([model], json_file, (recipe, kv_cache), calibration)
-    with uploading(push_to_hub, private) as upload, given as (console, write):
-        from vqcompress.cli import tables as show
-        from vqcompress.cli.progress import watching
-        from vqcompress.pipeline.quantize import QuantizeOptions
-        from vqcompress.pipeline.quantize import quantize as run
+    if output in (None, Path("demo")):
+        raise UsageError("-o OUT is missing, or 'demo', the packaged model; give a directory, or --dry-run")
+    check_choice(run.recipe, run.target_bits, run.kv_cache)
+    upload.check()
+    with session(common.json) as (console, write):
+        from vqcompress.cli.progress import QuantizeProgress
+        from vqcompress.pipeline.quantize import quantize
 
-        options = QuantizeOptions(
-            model, output, recipe, calibration, samples, seqlen, seed, device.value, overwrite, target_bits,
-            states.value, kv_cache,
-        )  # fmt: skip
-        with watching() as watch:
-            report = run(options, watch, Commands.began)
+        job = run.job(output, overwrite)
+        with QuantizeProgress() as progress:
+            report = quantize(job, progress, vqcompress.STARTED)
         write(report)
-        show.quantized(console, report, str(output), model, calibration)
-        upload(output, console)
+        tables.quantized(console, report, str(output), job.model)
+        upload.push(output, console)
 
 
-@app.command()
-def plan(
-    model: Model,
-    recipe: Recipe = None,
-    target_bits: TargetBits = None,
-    calibration: Calibration = None,
-    samples: Samples = None,
-    seqlen: Seqlen = None,
-    seed: Seed = 0,
-    device: Where = Device.auto,
-    states: Kept = States.memory,
-    kv_cache: KVCache = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
+@command()
+@options.flat
+def plan(run: options.RunOptions, common: options.Common) -> None:
     """Show the targets, sizes and memory of a run of quantize. Needs only a config.json.
 
     Example: vqcompress plan demo --recipe vq-2bit
     """
-    model = pinned(model, revision)
-    check_choice(recipe, target_bits, kv_cache)
-    with session([model], json_file, (recipe, kv_cache), calibration) as (console, write):
-        from vqcompress.cli import tables as show
-        from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
+    _plan(run, common)
 
-        options = QuantizeOptions(
-            model, None, recipe, calibration, samples, seqlen, seed, device.value, False, target_bits,
-            states.value, kv_cache,
-        )  # fmt: skip
-        summary = dry_run(options)
+
+def _plan(run: options.RunOptions, common: options.Common) -> None:
+    check_choice(run.recipe, run.target_bits, run.kv_cache)
+    with session(common.json) as (console, write):
+        from vqcompress.pipeline.quantize import dry_run
+
+        summary = dry_run(run.job())
         write(summary)
-        show.planned(console, summary)
+        tables.planned(console, summary)
 
 
-app.command()(compare)
+app.add_typer(evaluation, name="eval")
+command()(compare)
 
 
-@app.command()
+@command()
+@options.flat
 def export(
-    artifact: Source,
-    format: Format,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Output directory.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Load it with its own library; compare logits.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite an earlier export.")] = False,
-    trust_remote_code: Trust = False,
-    push_to_hub: Push = None,
-    private: Private = False,
-    json_file: Json = None,
-    debug: Debug = False,
+    artifact: options.Artifact,
+    format: options.Format,
+    output: options.Output,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load it with its own library; compare predictions.")
+    ] = False,
+    overwrite: options.Overwrite = False,
+    *,
+    upload: options.Upload,
+    common: options.Common,
 ) -> None:
-    """Convert an artifact to a format that other runtimes load (see docs/export.md).
+    """Convert an artifact to a format that other runtimes load.
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
-    if format not in FORMATS:
-        raise UsageError(f"no export format '{format}'.{did_you_mean(format, FORMATS)}")
-    with uploading(push_to_hub, private) as upload, session([artifact], json_file) as (console, write):
-        from vqcompress.cli import tables as show
-        from vqcompress.export import export as run
+    upload.check()
+    with session(common.json) as (console, write):
+        from vqcompress.export import export
 
-        result = run(artifact, format, output, verify, overwrite) | {"seconds": took()}
+        result = export(artifact, format, output, verify, overwrite) | {"seconds": took()}
         write(result)
-        show.exported(console, result, str(output))
-        upload(output, console)
+        tables.exported(console, result, str(output))
+        upload.push(output, console)
 
 
-@app.command()
-def inspect(
-    artifact: Source,
-    trust_remote_code: Trust = False,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
+@command()
+@options.flat
+def inspect(artifact: options.Artifact, common: options.Common) -> None:
     """Show the bits, errors and options of each compressed weight.
 
     Example: vqcompress inspect out
     """
-    with session([artifact], json_file) as (console, write):
-        from vqcompress.cli import tables as show
-        from vqcompress.evaluate.inspect import inspect as run
+    with session(common.json) as (console, write):
+        from vqcompress.evaluate.inspect import inspect
 
-        facts = run(artifact)
+        facts = inspect(artifact)
         write(facts)
-        show.inspected(console, facts)
+        tables.inspected(console, facts)
 
 
-@app.command()
-def verify(artifact: Source, trust_remote_code: Trust = False, json_file: Json = None, debug: Debug = False) -> None:
+@command()
+@options.flat
+def verify(artifact: options.Artifact, common: options.Common) -> None:
     """Check the checksums, shapes and values of an artifact.
 
     Example: vqcompress verify out
     """
-    with session([artifact], json_file) as (console, write):
-        from rich.filesize import decimal as size
+    with session(common.json) as (console, write):
+        from vqcompress.evaluate.verify import verify
 
-        from vqcompress.evaluate.verify import verify as run
-        from vqcompress.evaluate.wording import duration
-
-        facts = run(artifact) | {"seconds": took()}
+        facts = verify(artifact) | {"seconds": took()}
         write(facts)
-        counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
-        counts += "" if facts["checksums"] else ", no checksums"
-        console.print(f"{artifact}: ok ({counts}, {duration(facts['seconds'])})")
+        tables.verified(console, facts, artifact)
 
 
-@app.command()
+@command()
 def generate(
-    artifact: Source,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Text to continue.")],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum number of new tokens.")
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="N", min=0, help="Sampling temperature; 0 is greedy.")
-    ] = 0.0,
-    seed: Seed = 0,
-    kv_cache: KVCache = None,
-    cpu_weights: CpuWeights = Weights.auto,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    debug: Debug = False,
+    model: options.AnyModel,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: options.Seed = 0,
+    kv_cache: options.KVCache = None,
+    cpu_weights: options.CpuWeights = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+    debug: options.Debug = False,
 ) -> None:
     """Continue a prompt.
 
     Example: vqcompress generate out --prompt "Once upon a time"
     """
-    artifact = pinned(artifact, revision)
-    with session([artifact], None, (kv_cache,)):
-        from vqcompress.runtime.generate import generate as run
+    with session():
+        from vqcompress.runtime.generate import generate
 
-        knobs = max_new_tokens, temperature, seed
-        result = run(artifact, prompt, *knobs, cpu_weights.value, kv_cache)
+        model, sampling = options.pinned(model, revision), (max_new_tokens, temperature, seed)
+        result = generate(model, prompt, *sampling, cpu_weights, kv_cache)
         print(f"{result['new_tokens']} tokens, {result['tokens_per_second']} tokens/s", file=sys.stderr)
 
 
-@app.command()
-def doctor(
-    model: Model,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    json_file: Json = None,
-    debug: Debug = False,
-) -> None:
+@command()
+@options.flat
+def doctor(model: options.Model, revision: options.Revision = None, *, common: options.Common) -> None:
     """Check whether an architecture is supported and which weights can be compressed.
 
     Example: vqcompress doctor demo
     """
-    model = pinned(model, revision)
-    with session([model], json_file) as (console, write):
-        from vqcompress.cli import tables as show
+    with session(common.json) as (console, write):
         from vqcompress.evaluate.doctor import examine
 
-        facts = examine(model)
+        facts = examine(options.pinned(model, revision))
         write(facts)
-        show.examined(console, facts)
+        tables.examined(console, facts)
         if not facts["ok"]:
             raise typer.Exit(1)
 
 
-@app.command()
-def recipes(debug: Debug = False) -> None:
+@command()
+def recipes(debug: options.Debug = False) -> None:
     """List the packaged recipes.
 
     Example: vqcompress recipes
     """
-    known, to = packaged(), console()
-    width = max((len(name) for name in known), default=0)
-    for name, path in known.items():
-        to.print(f"{name:{width}}  {description(path)}")
+    for name, path in packaged().items():
+        console().print(f"{name:16}  {description(path)}")
 
 
 def set_up_memory() -> None:
@@ -323,6 +223,6 @@ def set_up_memory() -> None:
 
 
 def main() -> None:
-    """The entry point of the `vqcompress` command."""
+    """Run the `vqcompress` command."""
     set_up_memory()
-    app(prog_name="vqcompress", obj=vqcompress.STARTED)
+    app(prog_name="vqcompress")

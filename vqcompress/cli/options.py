@@ -1,75 +1,50 @@
-"""Options that commands share: names, types and help. Nothing heavy is imported here."""
+"""Options of the commands: each is declared once, with its type and help. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from functools import partial
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
-from vqcompress.storage.recipe_files import packaged
+from vqcompress.cli.console import DEBUG, leads
+from vqcompress.errors import UsageError
+from vqcompress.storage import hub
+from vqcompress.storage.recipe_files import AS_STORED, LEAST, MOST, packaged, recipe_file
 from vqcompress.storage.trust import trusting
 
-DEBUG = "vqcompress.debug"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vqcompress.pipeline.quantize import QuantizeOptions
+
 # The keys of `export.FORMATS`, repeated because importing it imports torch.
-FORMATS = ("dense", "fp8", "compressed-tensors", "aqlm")
-# Prefix of the packaged KV cache recipes.
-CACHE_PREFIX = "kv-"
+ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
+FORMATS = get_args(ExportFormat)
 
 
-class Weights(StrEnum):
-    """How compressed weights are held on a CPU; auto means dense if that fits into memory."""
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with a parameter per option, as typer needs it. It is called with its dataclasses of options."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        types = get_type_hints(groups[name], include_extras=True) if name in groups else hints
+        members = inspect.signature(groups[name]).parameters.values() if name in groups else [parameter]
+        parameters += [p.replace(kind=p.KEYWORD_ONLY, annotation=types[p.name]) for p in members]
 
-    auto = "auto"
-    dense = "dense"
-    packed = "packed"
+    @wraps(command)
+    def call(**given: Any) -> None:
+        made = {name: kind(**{f: given.pop(f) for f in kind.__dataclass_fields__}) for name, kind in groups.items()}
+        command(**given, **made)
 
-
-class States(StrEnum):
-    """Where hidden states are kept between blocks."""
-
-    memory = "memory"
-    disk = "disk"
-
-
-class Device(StrEnum):
-    """The device to compute on."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-def _set_debug(ctx: typer.Context, value: bool) -> None:
-    if value:
-        ctx.meta[DEBUG] = True
-
-
-def _trust(ctx: typer.Context, value: bool) -> None:
-    if value:
-        # Trusted until the command ends.
-        ctx.with_resource(trusting())
-
-
-def _complete_recipe(incomplete: str) -> list[str]:
-    return [name for name in packaged() if name.startswith(incomplete) and not name.startswith(CACHE_PREFIX)]
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    if not "demo".startswith(incomplete):
-        # The shell completes paths.
-        return []
-    return ["demo", *(path.name for path in Path().glob(f"{incomplete}*/"))]
-
-
-def _complete_cache(incomplete: str) -> list[str]:
-    return [name for name in packaged() if name.startswith(incomplete) and name.startswith(CACHE_PREFIX)]
-
-
-def _complete_format(incomplete: str) -> list[str]:
-    return [name for name in FORMATS if name.startswith(incomplete)]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def pinned(model: str, revision: str | None) -> str:
@@ -77,73 +52,151 @@ def pinned(model: str, revision: str | None) -> str:
     return model if revision is None else f"{model}@{revision}"
 
 
-_model = partial(typer.Argument, metavar="MODEL", autocompletion=_complete_model)
-Model = Annotated[str, _model(help="Hugging Face directory, hub id, or 'demo'.")]
-Either = Annotated[str, _model(help="Artifact, Hugging Face directory, hub id, or 'demo'.")]
-Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Output directory of `quantize`, or hub id.")]
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="NAME",
-        help="Packaged recipe (see `recipes`) or YAML file.",
-        autocompletion=_complete_recipe,
-    ),
+def _checked(check: Callable[[str], object]) -> Callable[..., Any]:
+    """A callback of typer that checks a value, or each of several, before torch is imported."""
+
+    def callback(value: Any) -> Any:
+        for one in [value] if isinstance(value, str) else value or ():
+            check(one)
+        return value
+
+    return callback
+
+
+def _check_recipe(name: str) -> None:
+    if name != AS_STORED:
+        recipe_file(name, packaged())
+
+
+def _check_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    if value is not None and not value.parent.is_dir():
+        raise UsageError(f"{param.opts[0]} {value}: the directory does not exist")
+    return value
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> None:
+    ctx.meta[DEBUG] = value
+
+
+def _trust(ctx: typer.Context, value: bool) -> None:
+    # Trusted until the command ends.
+    ctx.with_resource(trusting(value))
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    return [name for name in packaged() if name.startswith(incomplete)]
+
+
+def _complete_cache(incomplete: str) -> list[str]:
+    return [name for name in _complete_recipe(incomplete) if name.startswith("kv-")]
+
+
+_model = partial(typer.Argument, callback=_checked(hub.find))
+_recipe = partial(typer.Option, callback=_checked(_check_recipe))
+_text = partial(typer.Option, metavar="FILE", callback=_checked(hub.check_text))
+_file = partial(typer.Option, metavar="FILE", callback=_check_file, dir_okay=False, writable=True)
+_calibration = partial(typer.Option, rich_help_panel="Calibration")
+_window = partial(typer.Option, rich_help_panel="Windows")
+_hardware = partial(typer.Option, rich_help_panel="Hardware")
+_hub = partial(typer.Option, rich_help_panel="Hugging Face hub")
+_cache = partial(_recipe, metavar="RECIPE", autocompletion=_complete_cache)
+_output = typer.Option("--output", "-o", metavar="OUT", help="Output directory.")
+
+Model = Annotated[str, _model(metavar="MODEL", help="Hugging Face directory, hub id, or 'demo'.")]
+AnyModel = Annotated[str, _model(metavar="MODEL", help="Artifact, Hugging Face directory, hub id, or 'demo'.")]
+Models = Annotated[list[str], _model(metavar="MODEL", help="Artifacts, Hugging Face directories or hub ids.")]
+Artifact = Annotated[str, _model(metavar="ARTIFACT", help="Output directory of quantize, or hub id.")]
+Output = Annotated[Path, _output]
+OptionalOutput = Annotated[Path | None, _output]
+Overwrite = Annotated[bool, typer.Option(help="Overwrite an earlier result in OUT; other files are left alone.")]
+Baseline = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Original model to compare with.", callback=_checked(hub.find))
 ]
+Text = Annotated[str, _text(help="Text, JSONL or Parquet file, or dataset id.")]
 KVCache = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-cache",
-        metavar="RECIPE",
-        help="Quantize the KV cache: kv-fp8, kv-vq-4bit, kv-vq-2bit, or 'artifact' for what the artifact stores.",
-        autocompletion=_complete_cache,
-    ),
+    str | None, _cache(help=f"Quantize the KV cache: kv-fp8, or '{AS_STORED}' for the artifact's own codebooks.")
 ]
-Format = Annotated[
-    str, typer.Option("--format", help=f"Output format: {', '.join(FORMATS)}.", autocompletion=_complete_format)
-]
-Revision = Annotated[
-    str | None,
-    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub id (or MODEL@REV)."),
-]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow Python code from the model repository.", callback=_trust)
-]
-Push = Annotated[
-    str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this Hugging Face repository.")
-]
-Private = Annotated[bool, typer.Option("--private", help="Create a private repository (--push-to-hub).")]
-TargetBits = Annotated[
-    float | None,
-    typer.Option(
-        "--target-bits",
-        help="Choose a setting per weight for this average, 1.5 to 6 bits.",
-    ),
-]
-Calibration = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibration",
-        help="Text, JSONL or Parquet file, or dataset id; repeatable (default: built-in text).",
-    ),
-]
-Samples = Annotated[
-    int | None, typer.Option("--samples", metavar="N", min=1, help="Calibration rows (default: up to 128).")
-]
-Seqlen = Annotated[
-    int | None,
-    typer.Option("--seqlen", metavar="N", min=2, help="Tokens per row (default: context, up to 2048)."),
-]
-Kept = Annotated[States, typer.Option("--states", help="Where to keep hidden states between blocks.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Random seed.")]
-Where = Annotated[Device, typer.Option("--device", help="Device; auto uses a GPU if available.")]
+Format = Annotated[ExportFormat, typer.Option(metavar="FORMAT", help=f"Output format: {', '.join(FORMATS)}.")]
+Html = Annotated[Path | None, _file("--html", help="Write an HTML page with charts.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Random seed.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], _hardware(help="Device to compute on; auto prefers a GPU.")]
 CpuWeights = Annotated[
-    Weights,
-    typer.Option("--cpu-weights", help="On a CPU, decode weights once (dense) or at every call (packed)."),
+    Literal["auto", "dense", "packed"],
+    _hardware(help="On a CPU, decode weights once (dense) or in every call (packed)."),
 ]
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Overwrite an existing artifact or unfinished run; other files are left alone."),
-]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")]
+Revision = Annotated[str | None, _hub(metavar="REV", help="Branch, tag or commit of MODEL; same as MODEL@REV.")]
+Trust = Annotated[bool, _hub(help="Run Python code of the model's repository.", callback=_trust)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", callback=_set_debug)]
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of nearly every command."""
+
+    trust_remote_code: Trust = False
+    json: Annotated[Path | None, _file(allow_dash=True, help="Write the result as JSON; - for stdout.")] = None
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run of `quantize`, planned or done."""
+
+    model: Model
+    recipe: Annotated[
+        str | None,
+        _recipe(metavar="NAME|FILE", help="Packaged or own recipe (YAML file).", autocompletion=_complete_recipe),
+    ] = None
+    target_bits: Annotated[
+        float | None,
+        typer.Option(min=LEAST, max=MOST, help="Choose a setting per weight that together take BITS on average."),
+    ] = None
+    kv_cache: Annotated[str | None, _cache(help="Also prepare a KV cache: kv-fp8, kv-vq-4bit or kv-vq-2bit.")] = None
+    seed: Seed = 0
+    calibration: Annotated[
+        list[str] | None,
+        _text(help="Text, JSONL or Parquet file, or dataset id; repeatable.", rich_help_panel="Calibration"),
+    ] = None
+    samples: Annotated[int | None, _calibration(min=1, help="Number of rows. Default: up to 128.")] = None
+    seqlen: Annotated[int | None, _calibration(min=2, help="Tokens per row. Default: context, up to 2048.")] = None
+    device: Device = "auto"
+    states: Annotated[Literal["memory", "disk"], _hardware(help="Where to keep hidden states.")] = "memory"
+    revision: Revision = None
+
+    def job(self, out: Path | None = None, overwrite: bool = False) -> QuantizeOptions:
+        """The options that the pipeline takes."""
+        from vqcompress.pipeline.quantize import QuantizeOptions
+
+        same = {key: value for key, value in vars(self).items() if key not in ("model", "calibration", "revision")}
+        return QuantizeOptions(
+            pinned(self.model, self.revision), out, texts=self.calibration, overwrite=overwrite, **same
+        )
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """How a text is cut into windows; the arguments of `perplexity` and `compare`."""
+
+    seqlen: Annotated[int | None, _window(min=2, help="Tokens per window. Default: the model's context.")] = None
+    stride: Annotated[int | None, _window(min=1, help="Tokens between starts. Default: no overlap.")] = None
+    limit: Annotated[int | None, _window("--windows", min=1, help="Number of windows. Default: all.")] = None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Where to upload the result."""
+
+    push_to_hub: Annotated[str | None, _hub(metavar="REPO", help="Upload the result to this repository.")] = None
+    private: Annotated[bool, _hub("--private", help="Make a new repository private.")] = False
+
+    def check(self) -> None:
+        """UsageError or VQCompressError if the upload would fail."""
+        if self.private and self.push_to_hub is None:
+            raise UsageError("--private needs --push-to-hub REPO")
+        if self.push_to_hub is not None and leads():
+            hub.check_upload(self.push_to_hub)
+
+    def push(self, folder: Path, console: Console) -> None:
+        """Upload a directory, if that was asked for, and print its address."""
+        if self.push_to_hub is not None and leads():
+            console.print(f"pushed  {hub.push(folder, self.push_to_hub, self.private)}")

@@ -3,130 +3,115 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich import progress
+from rich.filesize import pick_unit_and_suffix
+from rich.table import Table
+from rich.text import Text
 
 from vqcompress.cli.console import console
 from vqcompress.evaluate.read_report import mean
 from vqcompress.evaluate.wording import duration
 
-Callback = Callable[[str, dict[str, Any]], None]
 # Seconds over which speed is averaged. One large weight may take minutes.
 SPEED_PERIOD = 3600.0
 # Off a terminal, lines per counted step.
 LOG_LINES = 8
+# On a terminal, targets shown above the bar.
+NEWEST = 4
 
 
-def plural(count: int, noun: str) -> str:
-    """'1 block', '2 blocks'."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+class RateColumn(progress.ProgressColumn):
+    """Units per second, such as '61.2k weights/s'."""
+
+    def render(self, task: progress.Task) -> Text:
+        """The rate of a task; empty while it is unknown."""
+        unit, suffix = pick_unit_and_suffix(int(task.speed or 0), ["", "k", "M", "G"], 1000)
+        return Text(f"{task.speed / unit:.1f}{suffix} {task.fields['unit']}/s" if task.speed else "")
 
 
-class StepBar:
-    """One bar that shows the current step. Without a terminal nothing is drawn, but the time left is still known."""
+class StepBar(progress.Progress):
+    """A bar of the current step. Off a terminal nothing is drawn, and eighths of a step are logged."""
 
     def __init__(self, description: str):
-        columns = TextColumn("{task.description}", markup=False), BarColumn(24)
-        self.bars = Progress(
-            SpinnerColumn(),
-            *columns,
-            TextColumn("{task.fields[count]}"),
-            TimeRemainingColumn(),
+        figures = progress.TaskProgressColumn(), RateColumn(), progress.TimeRemainingColumn()
+        super().__init__(
+            *(progress.TextColumn("{task.description}", markup=False), progress.BarColumn(20), *figures),
             console=console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty(),
             speed_estimate_period=SPEED_PERIOD,
         )
-        self.id = self.bars.add_task(description, total=None, count="")
+        self.id = self.add_task(description, total=None, unit="steps")
 
-    def start(self, description: str, total: int) -> None:
-        """Begin another step, of `total` units."""
-        self.bars.reset(self.id, description=description, total=total)
-
-    def advance(self, amount: int) -> None:
-        """Count units of work that are done."""
-        self.bars.update(self.id, advance=amount)
-
-    def count(self, description: str, done: int, total: int) -> None:
-        """Show a step of which `done` of `total` units are done; in a log at most `LOG_LINES` times."""
-        task = self.bars.tasks[0]
-        if task.total != total or done == 0:
-            self.start(description, total)
-        before = task.completed
-        self.bars.update(self.id, description=description, completed=done)
-        if self.bars.disable and (done == 0 or done * LOG_LINES // total > before * LOG_LINES // total):
-            self.log(f"{description}: {done * 100 // total} %{self.time_left()}")
+    def count(self, done: int, total: int, **task: Any) -> None:
+        """Show that `done` of `total` units are done. task: the description and the unit of another step."""
+        before = self.tasks[0]
+        if before.total != total or done == 0:
+            self.reset(self.id, total=total, **task)
+        eighth = before.completed * LOG_LINES // total
+        self.update(self.id, completed=done, **task)
+        if self.disable and (done == 0 or done * LOG_LINES // total > eighth):
+            self.console.print(f"{before.description}: {done * 100 // total} %{self.time_left()}")
 
     def time_left(self) -> str:
         """', about 5 s left', or nothing where the speed is not known yet or nothing is left."""
-        seconds = self.bars.tasks[0].time_remaining
+        seconds = self.tasks[0].time_remaining
         return f", about {duration(seconds)} left" if seconds else ""
 
-    def log(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
-        self.bars.console.print(line)
 
+class QuantizeProgress(StepBar):
+    """The progress callback of `quantize`, which counts in weights because blocks differ in size.
 
-class QuantizeProgress:
-    """The progress callback of `quantize`: it counts in weights, because blocks differ in size."""
+    Above the bar are the targets that were compressed last. A line per block is printed, off a terminal too.
+    """
 
-    def __init__(self, bar: StepBar):
-        self.bar = bar
-        # Of the blocks that this run does, the weights of each target.
+    def __init__(self) -> None:
+        # Rich draws while the constructor runs.
+        self.newest: deque[dict[str, Any]] = deque(maxlen=NEWEST)
+        # Number of weights of each target that this run compresses.
         self.weights: dict[str, int] = {}
-        self.earlier: set[str] = set()
+        super().__init__("planning")
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
         """Show one event of `quantize`."""
-        block = f"block {facts['index'] + 1}/{facts['count']}" if "index" in facts else ""
         if event == "measure":
-            self.bar.count("measuring the error of each setting", facts["index"], facts["count"])
+            self.count(facts["index"], facts["count"], description="measuring errors of settings", unit="blocks")
         elif event == "plan":
             self._plan(facts["plan"], set(facts["done"]))
         elif event == "block":
-            self.bar.bars.update(self.bar.id, count=block)
+            self.update(self.id, description=f"block {facts['index'] + 1}/{facts['count']}")
         elif event == "target":
-            self.bar.advance(self.weights[facts["name"]])
-        elif event == "done" and (self.weights or facts["name"] in self.earlier):
-            self.bar.log(f"{block} {facts['name']}: {self._block(facts)}")
+            self.newest.append(facts["row"])
+            self.update(self.id, advance=self.weights[facts["name"]])
+        elif event == "done":
+            self._done(facts)
         elif event == "after":
-            self.bar.bars.update(self.bar.id, count=f"{facts['done']}/{facts['total']}")
-            self.bar.count(facts["what"], facts["done"], facts["total"])
+            self.newest.clear()
+            self.count(facts["done"], facts["total"], description=facts["what"], unit="steps")
+
+    def get_renderables(self) -> Iterable[Any]:
+        """The newest targets and the bar."""
+        table = Table.grid(padding=(0, 2))
+        for row in self.newest:
+            bits, error = f"{row['bits_per_weight']:.2f} bits", f"relative error {row['relative_error']:.3g}"
+            table.add_row(row["name"], row["method"], bits, error)
+        return table, self.make_tasks_table(self.tasks)
 
     def _plan(self, plan: Any, earlier: set[str]) -> None:
-        blocks, self.earlier = [block for block in plan.blocks if block.name not in earlier], earlier
-        self.weights = {t.name: t.weights for block in blocks for t in plan.compressed(block)}
-        todo = f"{plural(len(self.weights), 'weight')} in {plural(len(blocks), 'block')} to compress"
-        if not plan.targets:
-            todo = f"{plural(len(blocks), 'block')} to copy, no weights to compress"
-        self.bar.log(todo + (f"; {plural(len(earlier), 'block')} done by an earlier run" if earlier else ""))
-        self.bar.start("compressing", sum(self.weights.values()))
+        blocks = [block for block in plan.blocks if block.name not in earlier]
+        self.weights = {target.name: target.weights for block in blocks for target in plan.compressed(block)}
+        kept = f"; blocks done by an earlier run: {len(earlier)}" if earlier else ""
+        self.console.print(f"blocks: {len(blocks)}; weights to compress: {len(self.weights)}{kept}")
+        self.reset(self.id, description="compressing", total=sum(self.weights.values()), unit="weights")
 
-    def _block(self, facts: dict[str, Any]) -> str:
+    def _done(self, facts: dict[str, Any]) -> None:
         rows = facts["record"]["targets"]
-        if facts["name"] in self.earlier:
-            return "done by an earlier run"
-        if not rows:
-            return "nothing to compress"
-        bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
-        text = f"{plural(len(rows), 'weight')}, {bits:.2f} bits, relative error {error:.3g}"
-        return f"{text}, {duration(facts['record']['seconds'])}{self.bar.time_left()}"
-
-
-@contextmanager
-def watching() -> Iterator[Callback]:
-    """The progress callback to give to `quantize`."""
-    bar = StepBar("planning")
-    with bar.bars:
-        yield QuantizeProgress(bar)
-
-
-@contextmanager
-def counting(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback that takes the units done and their total."""
-    bar = StepBar(description)
-    with bar.bars:
-        yield lambda done, total: bar.count(description, done, total)
+        if any(row["name"] in self.weights for row in rows):
+            bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
+            text = f"{len(rows)} weights, {bits:.2f} bits, relative error {error:.3g}"
+            block = f"block {facts['index'] + 1}/{facts['count']} {facts['name']}"
+            self.console.print(f"{block}: {text}, {duration(facts['record']['seconds'])}{self.time_left()}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -28,52 +27,11 @@ def _table(to: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) ->
     to.print(table)
 
 
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
-
-
-def _experts(to: Console, facts: dict[str, Any], each: bool) -> None:
-    """Tokens per expert, for each mixture or for all together, and the weights that no calibration token reached."""
-    mixtures = facts["experts"] if each else {"total": _together(facts["experts"])} if facts["experts"] else {}
-    for place, tokens in mixtures.items():
-        text = f"{len(tokens['routed'])} experts, {min(tokens['routed']):,} to {max(tokens['routed']):,} tokens each"
-        if tokens["counted"] != tokens["routed"]:
-            text += f", counted {min(tokens['counted']):,} to {max(tokens['counted']):,}"
-        if tokens["borrowed"]:
-            which = ", ".join(map(str, tokens["borrowed"])) if each else f"{len(tokens['borrowed'])} of them"
-            text += f"; too few tokens, so statistics of the whole layer are used: {which}"
-        to.print(f"experts {place}: {text}")
-    if names := facts["uncalibrated"]:
-        to.print(f"warning no calibration token reached {', '.join(names)}")
-
-
-def _together(mixtures: dict[str, dict[str, list[int]]]) -> dict[str, list[int]]:
-    return {key: [n for tokens in mixtures.values() for n in tokens[key]] for key in ("routed", "counted", "borrowed")}
-
-
-def quantized(to: Console, report: dict[str, Any], out: str, model: str, texts: Sequence[str] | None) -> None:
-    """The result of `quantize` and the command to type next. texts: the --calibration options."""
-    before, after = report["source_bytes"], report["artifact_bytes"]
-    device = f", {size(report['peak_device_bytes'])} on the GPU" if report["peak_device_bytes"] else ""
-    if report["target_bits"] is not None:
-        rows = [(row["setting"], f"{row['targets']:,}", f"{row['weights']:,}") for row in report["settings"]]
-        _table(to, ("setting", "targets", "weights"), rows)
-    to.print(f"{out}: {_bits(report)}")
-    to.print(f"size    {size(before)} → {size(after)}, {shrunk(before, after)}")
-    _experts(to, report, each=False)
-    if texts and report["calibration"] is None:
-        to.print(f"note    {report['recipe']} needs no data, so --calibration was ignored")
-    if worst := max(report["targets"], key=lambda row: row["relative_error"], default=None):
-        to.print(f"error   at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})")
-    if report["kv_cache"]:
-        to.print(f"cache   {cache_line(report['kv_cache'])}; turn it on by --kv-cache {AS_STORED}")
-    before = report["seconds_before"]
-    run = f", {duration(report['seconds'] - before)} of it in this run" if before else ""
-    to.print(f"took    {duration(report['seconds'])}{run}, peak memory {size(report['peak_rss_bytes'])}{device}")
-    command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}"
-    if report["kv_cache"]:
-        command += f" --kv-cache {AS_STORED}"
-    to.print(f"next    {command}", soft_wrap=True)
+def _lines(to: Console, width: int, lines: Mapping[str, str | None]) -> None:
+    """Print labels, padded to a width, and their texts, leaving out those without a text."""
+    for label, text in lines.items():
+        if text:
+            to.print(f"{label:{width}}{text}")
 
 
 def _bits(facts: dict[str, Any]) -> str:
@@ -83,107 +41,138 @@ def _bits(facts: dict[str, Any]) -> str:
     return f"{facts['bits_per_weight']:.3f} bits per weight over {facts['weights_quantized']:,} weights"
 
 
-def _left(to: Console, left_dense: dict[str, str]) -> None:
-    """Weights that stay dense and the reasons, a line per kind of weight."""
+def _memory(facts: dict[str, Any]) -> str:
+    """Peak memory of the process and of its GPU, if one was used."""
+    device = f", {size(facts['peak_device_bytes'])} on the GPU" if facts["peak_device_bytes"] else ""
+    return f"{size(facts['peak_rss_bytes'])}{device}"
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return " × ".join(map(str, row["shape"]))
+
+
+def _dense(to: Console, left_dense: dict[str, str]) -> None:
+    """Print the weights that stay dense and the reasons, a line per kind of weight."""
     for (name, why), count in Counter((kind(name), kind(why)) for name, why in left_dense.items()).items():
         to.print(f"dense   {name}{f' (×{count})' if count > 1 else ''}: {why}")
 
 
+def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None:
+    """Print the result of `quantize` and the command to type next."""
+    before, after = report["source_bytes"], report["artifact_bytes"]
+    to.print(f"{out}: {_bits(report)}")
+    worst = max(report["targets"], key=lambda row: row["relative_error"], default=None)
+    cached = f" --kv-cache {AS_STORED}" if report["kv_cache"] else ""
+    command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}{cached}"
+    lines = {
+        "size": f"{size(before)} → {size(after)}, {shrunk(before, after)}",
+        "warning": report["uncalibrated"] and f"no calibration token reached {', '.join(report['uncalibrated'])}",
+        "error": worst and f"at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})",
+        "cache": report["kv_cache"] and f"{cache_line(report['kv_cache'])}; turn it on by{cached}",
+        "took": f"{duration(report['seconds'])}, peak memory {_memory(report)}",
+    }
+    _lines(to, 8, lines)
+    to.print(f"next    {command}", soft_wrap=True)
+
+
 def planned(to: Console, plan: dict[str, Any]) -> None:
-    """A plan: a row per kind of weight, sizes, memory and the weights that stay dense."""
+    """Print a plan: a row per kind of weight, sizes, memory and the weights that stay dense."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     for row in plan["targets"]:
-        shape = " × ".join(map(str, row["shape"]))
         bits = "-" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
-        counts[kind(row["name"]), shape, row["method"] or "measured", bits] += 1
+        counts[kind(row["name"]), _shape(row), row["method"] or "measured", bits] += 1
     rows = [(name, f"{count:,}", *others) for (name, *others), count in counts.items()]
     if rows:
         _table(to, ("weight", "count", "shape", "method", "bits per weight"), rows)
     for name, bits in plan.get("candidates", {}).items():
         to.print(f"choice  {name}: {bits:.3f} bits per weight")
-    before, after = plan["source_bytes"], plan["artifact_bytes"]
-    if plan["rotation"]:
-        to.print("rotate  the residual stream and attention values, folded into the weights")
-    to.print(f"total   {len(plan['targets'])} targets, {_bits(plan)}")
-    if plan["kv_cache"]:
-        to.print(f"cache   {cache_line(plan['kv_cache'])}; codebooks of {size(plan['codebook_bytes'])}")
-    to.print(f"size    {size(before)} → about {size(after)}, {shrunk(before, after)}")
-    tokens = f"{plan['calibration_tokens']:,} tokens of calibration" if plan["calibration_tokens"] else "no calibration"
-    device = f" and {size(plan['peak_device_bytes'])} on its GPU" if plan["peak_device_bytes"] else ""
-    to.print(f"needs   at most about {size(plan['peak_rss_bytes'])} of memory{device} a process; {tokens}")
-    _left(to, plan["left_dense"])
+    before, after, tokens = plan["source_bytes"], plan["artifact_bytes"], plan["calibration_tokens"]
+    cache = plan["kv_cache"] and f"{cache_line(plan['kv_cache'])}; codebooks of {size(plan['codebook_bytes'])}"
+    data = f"{tokens:,} tokens of calibration" if tokens else "no calibration"
+    lines = {
+        "rotate": "the residual stream and attention values, folded into the weights" if plan["rotation"] else None,
+        "total": f"{len(plan['targets'])} targets, {_bits(plan)}",
+        "cache": cache,
+        "size": f"{size(before)} → about {size(after)}, {shrunk(before, after)}",
+        "needs": f"at most about {_memory(plan)} of memory a process; {data}",
+    }
+    _lines(to, 8, lines)
+    _dense(to, plan["left_dense"])
 
 
 def inspected(to: Console, facts: dict[str, Any]) -> None:
-    """An artifact: a row per target, the options of its methods and totals."""
+    """Print an artifact: a row per target, the options of its methods and totals."""
     cells = []
     for row in facts["targets"]:
+        errors = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("relative_error", "proxy_error")]
         tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
-        errors = (_error(row["relative_error"]), _error(row["proxy_error"]))
-        shape = " × ".join(map(str, row["shape"]))
-        cells.append((row["name"], row["method"], shape, f"{row['bits_per_weight']:.3f}", *errors, tokens))
+        cells.append((row["name"], row["method"], _shape(row), f"{row['bits_per_weight']:.3f}", *errors, tokens))
     if cells:
         titles = "weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens"
         _table(to, titles, cells)
     settings = Counter((row["method"], tuple(row["options"].items())) for row in facts["targets"])
     for (method, options), count in settings.items():
         to.print(f"{method} ({count} weights): {', '.join(f'{key}={value}' for key, value in options)}")
-    if books := facts["codebooks"].values():
-        means = ", ".join(f"{100 * sum(book['hottest'][i] for book in books) / len(books):.0f}" for i in range(3))
-        to.print(f"entries the most used 1/8, 1/4, 1/2 of a codebook cover {means} % of uses (mean of {len(books)})")
-    _experts(to, facts, each=True)
+    for name, tokens in facts["experts"].items():
+        low, high, few = min(tokens["routed"]), max(tokens["routed"]), tokens["borrowed"]
+        shared = f"; statistics of the whole layer for {', '.join(map(str, few))}" if few else ""
+        to.print(f"experts {name}: {len(tokens['routed'])}, of {low:,} to {high:,} tokens each{shared}")
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
-    if facts["kv_cache"]:
-        to.print(f"cache   {cache_line(facts['kv_cache'])}")
-    to.print(f"total   {len(facts['targets'])} targets, {_bits(facts)}")
-    to.print(f"size    {before}{size(facts['artifact_bytes'])} in {facts['files']} files")
+    lines = {
+        "cache": facts["kv_cache"] and cache_line(facts["kv_cache"]),
+        "total": f"{len(facts['targets'])} targets, {_bits(facts)}",
+        "size": f"{before}{size(facts['artifact_bytes'])} in {facts['files']} files",
+    }
+    _lines(to, 8, lines)
+
+
+def verified(to: Console, facts: dict[str, Any], artifact: str) -> None:
+    """Print what `verify` has checked."""
+    counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
+    sums = "" if facts["checksums"] else ", no checksums"
+    to.print(f"{artifact}: ok ({counts}{sums}, {duration(facts['seconds'])})")
 
 
 def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
-    """A perplexity and its protocol: figures of different protocols are not comparable."""
-    to.print(f"perplexity  {facts['perplexity']:.4f}   ({facts['bits_per_byte']:.4f} bits per byte)")
+    """Print a perplexity and its protocol: figures of different protocols are not comparable."""
+    lines = {"perplexity": f"{facts['perplexity']:.4f}   ({facts['bits_per_byte']:.4f} bits per byte)"}
     if "baseline" in facts:
-        divergence = facts["kl_divergence"]
-        to.print(f"baseline    {facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})")
-        to.print(f"KL          mean {divergence['mean']:.5f}, p99 {divergence['p99']:.4f}, max {divergence['max']:.3f}")
-        to.print(f"same top-1  {100 * facts['top1_agreement']:.2f} %")
-    to.print(f"protocol    {text}: {protocol_line(facts)}, float32")
-    to.print(f"took        {duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}")
+        kl = facts["kl_divergence"]
+        lines["baseline"] = f"{facts['baseline']['perplexity']:.4f}   (ratio {facts['ratio']:.4f})"
+        lines["KL"] = f"mean {kl['mean']:.5f}, p99 {kl['p99']:.4f}, max {kl['max']:.3f}"
+        lines["same top-1"] = f"{100 * facts['top1_agreement']:.2f} %"
+    lines["protocol"] = f"{text}: {protocol_line(facts)}, float32"
+    lines["took"] = f"{duration(facts['seconds'])}, peak memory {size(facts['peak_rss_bytes'])}"
+    _lines(to, 12, lines)
 
 
 def speed(to: Console, facts: dict[str, Any]) -> None:
-    """Tokens per second, memory and the conditions they were measured under."""
-    device = f", {size(facts['peak_device_bytes'])} on the GPU" if facts["peak_device_bytes"] else ""
-    to.print(f"prefill              {facts['prefill_tokens_per_second']:,.1f} tokens/s")
-    to.print(f"decode               {facts['decode_tokens_per_second']:,.1f} tokens/s")
-    to.print(f"time to first token  {1000 * facts['time_to_first_token']:.1f} ms")
-    to.print(f"peak memory          {size(facts['peak_rss_bytes'])}{device}")
-    to.print(f"cache                {size(facts['cache_bytes'])}, {facts['kv_cache'] or 'plain'}")
-    shape = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
-    to.print(f"measured             {shape}, on {facts['device']} in {facts['dtype']}")
-    if other := facts.get("baseline"):
-        ratios = (f"{kind} {facts[f'{kind}_relative_to_baseline']:.2f}" for kind in ("prefill", "decode"))
-        to.print(f"relative to baseline {other['model']}: {', '.join(ratios)}")
-        memory = size(other["peak_device_bytes"] or other["peak_rss_bytes"])
-        theirs = f"peak memory {memory}, cache {size(other['cache_bytes'])}"
-        to.print(f"baseline             decode {other['decode_tokens_per_second']:,.1f} tokens/s, {theirs}")
+    """Print tokens per second, memory and the conditions they were measured under; a column per model."""
+    rows = []
+    for model in (facts, *([facts["baseline"]] if "baseline" in facts else [])):
+        rates = (f"{model[f'{phase}_tokens_per_second']:,.1f}" for phase in ("prefill", "decode"))
+        memory = size(model["peak_device_bytes"] or model["peak_rss_bytes"])
+        first = f"{1000 * model['time_to_first_token']:.1f} ms"
+        rows.append((model["model"], *rates, first, memory, size(model["cache_bytes"])))
+    _table(to, ("model", "prefill tokens/s", "decode tokens/s", "first token", "peak memory", "cache"), rows)
+    sizes = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
+    to.print(f"measured  {sizes}, cache {facts['kv_cache'] or 'plain'}, on {facts['device']} in {facts['dtype']}")
 
 
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:
-    """The files of an export, the weights that it decoded, and the result of --verify."""
-    written = f"{facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}"
-    to.print(f"{out}: {facts['format']}, {written}")
-    _left(to, facts["left_dense"])
+    """Print the files of an export, the weights that it decoded, and the result of --verify."""
+    to.print(f"{out}: {facts['format']}, {facts['files']} files, {size(facts['bytes'])}, {duration(facts['seconds'])}")
+    _dense(to, facts["left_dense"])
     if "verified" in facts:
         read = facts["verified"]
         loss = f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact (at most {read['bound']:g})"
-        what = f"{read['tokens']} tokens of {read['text']}, activations {read['activations']}"
-        to.print(f"verified: loads in {read['reader']}; {loss} over {what}")
+        over = f"{read['tokens']} tokens of {read['text']}, activations {read['activations']}"
+        to.print(f"verified: loads in {read['reader']}; {loss} over {over}")
     to.print(f"next    {facts['next']}", soft_wrap=True)
 
 
 def examined(to: Console, facts: dict[str, Any]) -> None:
-    """The checks of `doctor`, and the weights that stay dense."""
+    """Print the checks of `doctor`, the norms that smoothing folds into, and the weights that stay dense."""
     to.print(f"{facts['architecture']}: {'ok' if facts['ok'] else 'FAIL'}")
     for check in facts["checks"]:
         to.print(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}")
@@ -192,30 +181,13 @@ def examined(to: Console, facts: dict[str, Any]) -> None:
     kinds = (([kind(path) for path in f["input"].split(", ")], kind(f["producer"] or "")) for f in facts["folds"])
     for reads, producer in dict.fromkeys((", ".join(dict.fromkeys(paths)), producer) for paths, producer in kinds):
         to.print(f"smooth  {reads}: {f'folds into {producer}' if producer else 'at run time'}")
-    _left(to, facts["left_dense"])
+    _dense(to, facts["left_dense"])
 
 
-def compared(to: Console, found: dict[str, Any], caches: Sequence[str] = ()) -> None:
-    """A row per model, from the most bits to the fewest, and a bar of its KL divergence.
-
-    caches: models with dense weights that hold codebooks for the KV cache.
-    """
-    models = found["models"]
+def compared(to: Console, found: dict[str, Any]) -> None:
+    """Print a row per model, from the most bits to the fewest, and the protocol."""
     titles = "model", "bits", "size", "perplexity", "ratio", "mean KL", "top-1"
-    rows = [(row["model"], f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in models]
-    _table(to, titles, rows)
-    if found["baseline"] is None:
-        to.print("note        no KL divergence without an original; give --baseline")
-    else:
-        to.print("mean KL by bits per weight")
-        losses = [row["kl_divergence"]["mean"] for row in models]
-        most = max((loss for loss in losses if math.isfinite(loss)), default=0) or 1
-        for row, loss in zip(models, losses, strict=True):
-            bar = "█" * round(40 * loss / most) or "▏" if math.isfinite(loss) else f"{loss}"
-            name = row["model"] if len(row["model"]) <= 20 else f"…{row['model'][-19:]}"
-            to.print(f"{row['bits_per_weight']:6.3f}  {name:20} {bar}")
-    for model in caches:
-        how = f"eval perplexity {shlex.quote(model)} --kv-cache {AS_STORED}"
-        to.print(f"note        {model} quantizes only the KV cache, which is off here; measure it by `{how}`")
-    to.print(f"protocol    {found['text']}: {protocol_line(found['protocol'])}, float32")
-    to.print(f"took        {duration(found['seconds'])}")
+    cells = [(f"{row['bits_per_weight']:.3f}", size(row["bytes"]), *quality_cells(row)) for row in found["models"]]
+    _table(to, titles, [(row["model"], *rest) for row, rest in zip(found["models"], cells, strict=True)])
+    lines = {"protocol": f"{found['text']}: {protocol_line(found['protocol'])}, float32"}
+    _lines(to, 12, {**lines, "took": duration(found["seconds"])})

@@ -74,12 +74,6 @@ def _original(models: list[str]) -> str | None:
         return None
 
 
-def only_caches(models: list[str]) -> list[str]:
-    """The artifacts that compress only the KV cache, whose effect `compare` does not measure."""
-    found = [(model, Artifact(path)) for model in models if Artifact.is_one(path := resolve(model))]
-    return [model for model, artifact in found if artifact.cache and not artifact.entries]
-
-
 def _footprint(model: str) -> dict[str, Any]:
     """JSON: bits per compressed weight (of an uncompressed model: per weight), and bytes of the weight files."""
     path = resolve(model)
