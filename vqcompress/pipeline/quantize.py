@@ -189,7 +189,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.hashing.shutdown()
-        self.writer.__exit__()
+        self.writer.__exit__(kind, error, trace)
 
     def prepare(self, plans: list[Plan], progress: Progress) -> None:
         """Choose settings within a budget, write the non-block weights, and embed the calibration rows."""

@@ -146,9 +146,12 @@ class Writer(Shards):
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.group.is_main:
             os.close(self._lock)
+        # The first record holds the weights outside of the blocks.
+        if isinstance(error, KeyboardInterrupt) and len(self.done) > 1:
+            error.args = ("finished blocks are kept; give the same command again to continue",)
 
     def _lock_directory(self) -> None:
         try:
