@@ -1,6 +1,6 @@
-"""Kernels compiled ahead of time, for devices that are not here: what tests and the table of resources look at.
+"""Kernels compiled ahead of time for devices that are not here, and the resources that they take.
 
-And what follows from that for config: which of them fit a device, and how much of a codebook a program may keep.
+Also: which configs fit a device, and how many entries of a codebook a program may keep in registers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from triton.runtime.jit import create_function_from_signature
 
 from vqcompress.methods.triton.launch import Call, DeviceProperties
 
-# Those that the table of resources is made for.
+# The architectures of the table of resources.
 ARCHS: list[int | str] = [80, 90, 100, "gfx942"]
-# Compiled kernel → what it takes.
+# Compiled kernel → its resources.
 _known: dict[str, Resources] = {}
 _parsing = RLock()
 

@@ -26,7 +26,7 @@ from vqcompress.kv_cache import kernel_encode
 
 
 class Bench(Figures):
-    """Attention, and coding."""
+    """Figures of attention to coded keys and values, and of coding them."""
 
     def torch_attention(self, cache: Cache) -> float:
         """Seconds of torch's attention to as many keys and values of 16 bits."""
@@ -43,7 +43,7 @@ class Bench(Figures):
         return self.dense[key]
 
     def attention(self, cache: Cache) -> None:
-        """One token's."""
+        """Attention of one token: check it, then print its time."""
         turned = ", turned" if cache.turned else ""
         heads = f"{cache.queries} / {cache.heads} heads of {cache.channels}"
         label = f"attention, batch {cache.batch}, {cache.tokens} tokens, {heads}, d {cache.d}{turned}"
@@ -60,7 +60,7 @@ class Bench(Figures):
             self.write({"figure": label, "microseconds": round(took * 1e6, 2), "ratio": round(ratio, 3)})
 
     def coding(self, cache: Cache, tokens: int) -> None:
-        """Keys of so many tokens of every row."""
+        """Coding of the keys of `tokens` tokens of every row."""
         _, coded, _ = cache.parts(self.device, self.dtype)
         book, cos, sin = coded.book_k, coded.cos_BTD, coded.sin_BTD
         size, turned = (cache.batch, cache.heads, tokens, cache.channels), ", turned back" if cache.turned else ""

@@ -2,11 +2,11 @@
 
 Usage: python scripts/bench_codebooks.py [--samples N] [--json FILE]
 
-The error is the mean square of what is left of N fixed pseudo-random weights, normalized to mean 0 and variance 1; no
+The error is the mean squared error of N fixed pseudo-random weights, normalized to mean 0 and variance 1, without
 Hessian, scales or rotation. Learned codebooks are learned from another sample, with the default options.
 CPU seconds are those of the search (learning left out), one thread, compiled beforehand.
 A trellis of 16 bits takes a quarter of N.
-The last line is JSON. Exits with 1 if a target is missed: the defaults of N are needed for the figures to hold.
+The last line is JSON. Exits with 1 if a target is missed; targets hold for the default N.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vqcompress.methods.vq.learned import nearest
 
 # The scalar quantizer with the least error on the unit Gaussian (Max 1960), by bits.
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
-# By name: the error that the words may have, and where the number comes from.
+# By name: the error that the codewords may have.
 TARGETS = {
     "learned<4,8,1>": 0.099,
     "trellis 2, states 14": 0.072,
@@ -43,8 +43,8 @@ UNIT = bitshift.SEQUENCE
 
 
 @dataclass(frozen=True)
-class Words:
-    """A family at one size. quantize: the words (N, d) nearest to vectors (N, d). share: of the sample."""
+class Codewords:
+    """A family at one size. quantize: the codewords (N, d) nearest to vectors (N, d). share: of the sample."""
 
     name: str
     bits: float
@@ -64,22 +64,22 @@ def entries(book_Kd: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x_Nd: book_Kd[nearest(x_Nd, book_Kd[None], 1)[:, 0]]
 
 
-def learned(d: int, bits: int, samples: int) -> Words:
+def learned(d: int, bits: int, samples: int) -> Codewords:
     """A codebook that the method learns from a sample of its own, as it is stored."""
     method = Codebook(d=d, bits=bits)
     train_OI = gaussian(samples, 1).view(-1, UNIT)
     parts = method.fit_shared([train_OI], [Statistics()], torch.Generator().manual_seed(0))
     book_Kd = (parts["codebook"].float() * parts["step"][:, None, None])[0]
-    return Words(f"learned<{d},{bits},1>", bits / d, d, entries(book_Kd))
+    return Codewords(f"learned<{d},{bits},1>", bits / d, d, entries(book_Kd))
 
 
-def families(samples: int) -> Iterator[Words]:
-    """All that is measured; codebooks are learned on the way."""
+def families(samples: int) -> Iterator[Codewords]:
+    """Every family that is measured; learns the codebooks."""
     for d, bits in ((4, 8), (2, 6), (2, 8)):
         yield learned(d, bits, samples)
     for state_bits in (12, 14, 16):
         for bits in (1, 2, 3, 4):
-            yield Words(
+            yield Codewords(
                 f"trellis {bits}, states {state_bits}",
                 bits,
                 UNIT,
@@ -88,23 +88,23 @@ def families(samples: int) -> Iterator[Words]:
             )
 
 
-def measure(words: Words, samples: int) -> dict[str, object]:
+def measure(codewords: Codewords, samples: int) -> dict[str, object]:
     """Error and search of a family."""
-    count = max(round(samples * words.share) // UNIT, 1) * UNIT
-    x_Nd = gaussian(count, 0).view(-1, words.d)
+    count = max(round(samples * codewords.share) // UNIT, 1) * UNIT
+    x_Nd = gaussian(count, 0).view(-1, codewords.d)
     # Compiles, and fills caches.
-    words.quantize(x_Nd[:2])
+    codewords.quantize(x_Nd[:2])
     start = time.process_time()
-    value_Nd = words.quantize(x_Nd)
+    value_Nd = codewords.quantize(x_Nd)
     seconds = time.process_time() - start
     error = (x_Nd - value_Nd).double().square().mean().item()
-    target = TARGETS.get(words.name)
+    target = TARGETS.get(codewords.name)
     return {
-        "name": words.name,
-        "bits": words.bits,
+        "name": codewords.name,
+        "bits": codewords.bits,
         "samples": count,
         "error": error,
-        "over_bound": error * 4.0**words.bits,
+        "over_bound": error * 4.0**codewords.bits,
         "cpu_seconds_per_million": seconds / count * 1e6,
         "target": target,
         "met": None if target is None else error <= target,
@@ -122,28 +122,28 @@ def main() -> None:
     a.samples -= a.samples % UNIT
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 110)
-    table = Table("words", "bits", "error", "bound", "error / bound", "Lloyd–Max", "CPU s / M", "target")
+    table = Table("codewords", "bits", "error", "bound", "error / bound", "Lloyd–Max", "CPU s / M", "target")
     for column in table.columns:
         column.no_wrap = True
     rows = []
-    for words in families(a.samples):
-        row = measure(words, a.samples)
+    for codewords in families(a.samples):
+        row = measure(codewords, a.samples)
         rows.append(row)
-        print(f"{words.name}: {row['error']:.5f}", file=sys.stderr, flush=True)
+        print(f"{codewords.name}: {row['error']:.5f}", file=sys.stderr, flush=True)
         table.add_row(
-            words.name,
-            f"{words.bits:g}",
+            codewords.name,
+            f"{codewords.bits:g}",
             f"{row['error']:.5f}",
-            f"{4.0**-words.bits:.5f}",
+            f"{4.0**-codewords.bits:.5f}",
             f"{row['over_bound']:.3f}",
-            f"{LLOYD_MAX[int(words.bits)]:.5f}" if words.bits in LLOYD_MAX else "",
+            f"{LLOYD_MAX[int(codewords.bits)]:.5f}" if codewords.bits in LLOYD_MAX else "",
             f"{row['cpu_seconds_per_million']:.2f}",
             "" if row["target"] is None else f"{row['target']:.5f} {'met' if row['met'] else 'MISSED'}",
         )
     console.print(table)
     console.print("CPU s / M: of the search, per million weights, one thread")
     missed = [row["name"] for row in rows if row["met"] is False]
-    result = {"samples": a.samples, "words": rows, "missed": missed}
+    result = {"samples": a.samples, "codewords": rows, "missed": missed}
     if a.json:
         a.json.write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""What several processes on this machine bring `quantize`: seconds of one with one thread, and of more, in turns.
+"""Speed-up of `quantize` by several processes on this machine: seconds of one and of more, in turns.
 
 Usage: python scripts/bench_distributed.py MODEL --calibration FILE [--recipe NAME] [--processes N] [--rounds R]
                                            [--samples N] [--seqlen L] [--json FILE]
@@ -21,12 +21,12 @@ import time
 from pathlib import Path
 
 
-def run(words: list[str], processes: int, out: Path) -> tuple[float, str]:
+def run(arguments: list[str], processes: int, out: Path) -> tuple[float, str]:
     """Seconds, and a digest of the shards."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    command = [sys.executable, *launcher, "-m", "vqcompress", "quantize", *words, "-o", str(out), "--overwrite"]
+    command = [sys.executable, *launcher, "-m", "vqcompress", "quantize", *arguments, "-o", str(out), "--overwrite"]
     start = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     seconds = time.perf_counter() - start
@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--seqlen", default="512")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    words = [a.model, "--recipe", a.recipe, "--device", "cpu", "--calibration", a.calibration]
-    words += ["--samples", a.samples, "--seqlen", a.seqlen]
+    arguments = [a.model, "--recipe", a.recipe, "--device", "cpu", "--calibration", a.calibration]
+    arguments += ["--samples", a.samples, "--seqlen", a.seqlen]
     times: dict[int, list[float]] = {1: [], a.processes: []}
     digests = set()
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(a.rounds):
             for processes, found in times.items():
-                seconds, digest = run(words, processes, Path(folder) / "artifact")
+                seconds, digest = run(arguments, processes, Path(folder) / "artifact")
                 found.append(seconds)
                 digests.add(digest)
                 print(f"{processes} processes: {seconds:.1f} s", flush=True)

@@ -1,4 +1,4 @@
-"""How fast data-free `fp8-tile` goes through a checkpoint, beside reading it and writing half of it with safetensors.
+"""Speed of data-free `fp8-tile`, beside reading a checkpoint and writing half of it with safetensors.
 
 Usage: python scripts/bench_io.py [--layers N] [--hidden N] [--rounds N] [--folder DIR] [--json FILE]
 

@@ -32,7 +32,8 @@ from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.pipeline.quantize import calibration
+from vqcompress.pipeline.calibration import calibration
+from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
@@ -146,7 +147,8 @@ def main() -> None:
     if not a.calibration or not a.text:
         parser.error("--calibration and --text are missing, or --memory")
     model, tokenizer = load(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
-    rows_NL = calibration(open_model(a.model), [a.calibration], a.samples, a.seqlen, a.seed)
+    options = QuantizeOptions(a.model, texts=[a.calibration], samples=a.samples, seqlen=a.seqlen, seed=a.seed)
+    rows_NL = calibration(open_model(a.model), options)
     rotary = find_rotary(model)
     config = model.config.get_text_config()
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

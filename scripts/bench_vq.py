@@ -1,4 +1,4 @@
-"""What settings of `vq` cost in quality and time, beside scalar quantization with error feedback (GPTQ) at 4 bits.
+"""Quality and time of settings of `vq`, beside scalar quantization with error feedback (GPTQ) at 4 bits.
 
 Usage: python scripts/bench_vq.py MODEL --text FILE --calibration FILE [--samples N] [--seqlen L] [--windows N]
                                   [--only NAME ...] [--json FILE]
@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "3 trellis": {"codebook": "trellis", "bits": 3},
     "4 learned": {"d": 2, "bits": 8},
     "4 trellis": {"codebook": "trellis", "bits": 4},
-    # What each piece is worth.
+    # Without, or with another choice of, one part of the method.
     "2 trellis, no rotation": {"codebook": "trellis", "bits": 2, "rotation": False},
     "2 trellis, no feedback": {"codebook": "trellis", "bits": 2, "feedback": False},
     "2 trellis, no order": {"codebook": "trellis", "bits": 2, "activation_order": False},

@@ -1,4 +1,4 @@
-"""Config of kernels that are worth measuring, and how a kernel is given some of them: for tune.py and for tests.
+"""Launch configs of kernels that are worth measuring, and a way to force one: for tune.py and for tests.
 
 Shape legend: T rows, O outputs, I inputs.
 """
@@ -30,7 +30,7 @@ from vqcompress.methods.vq.format import Format
 
 @contextmanager
 def trying(kernel: str, config: Config) -> Iterator[None]:
-    """Inside, a kernel has these config for everything."""
+    """Context in which a kernel is launched with this config, whatever its arguments."""
     ask = launch.get_config
 
     def chosen(asked: str, *place: Any) -> Config:
@@ -41,7 +41,7 @@ def trying(kernel: str, config: Config) -> Iterator[None]:
 
 
 def distinct(*found: Iterable[Config]) -> list[Config]:
-    """All, each once, in their order."""
+    """All configs, each once, in their order."""
     listed = [config for some in found for config in some]
     return [config for n, config in enumerate(listed) if config not in listed[:n]]
 
@@ -49,7 +49,7 @@ def distinct(*found: Iterable[Config]) -> list[Config]:
 def _shapes(
     gpu: DeviceProperties, rows: int, sides_O: tuple[int, ...], per_thread: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(BLOCK_T, BLOCK_O, warps) with up to so many accumulators of a thread."""
+    """(BLOCK_T, BLOCK_O, warps) with at most `per_thread` accumulators of a thread."""
     height = max(16, triton.next_power_of_2(rows))
     for block_T, block_O, warps in product((16, 32, 64, 128, 256), sides_O, (4, 8)):
         accumulators = block_T * block_O // (warps * gpu.warp)
@@ -63,7 +63,7 @@ def _shapes(
 def _splits(
     gpu: DeviceProperties, block: tuple[int, int], rows: int, shape: tuple[int, int], block_I: int
 ) -> list[int]:
-    """None, and for two programs on each processor or for one. block: rows and outputs."""
+    """Numbers of splits: 1, and those for one or two programs on each processor. block: rows and outputs."""
     tiles = triton.cdiv(rows, block[0]) * triton.cdiv(shape[0], block[1])
     return sorted({1, *(tiling.split_for(gpu, n * tiles, rows, shape[1], block_I) for n in (1, 2))})
 

@@ -375,7 +375,7 @@ def sealed_files(draw: random.Random, artifacts: list[Path], truths: Any, into: 
 
 
 def recipe_text(draw: random.Random, artifacts: list[Path], truths: Any, into: Path) -> str:
-    """A packaged recipe with other words, lines or bytes."""
+    """A packaged recipe with another value, line or byte."""
     path = draw.choice(list(packaged().values()))
     text, lines = path.read_text(), path.read_text().splitlines()
     for _ in range(draw.choice((1, 1, 2, 4))):
@@ -389,8 +389,8 @@ def recipe_text(draw: random.Random, artifacts: list[Path], truths: Any, into: P
                 lines += ["rules:", f"  - {draw.choice(RULE_LINES)}"]
             case 3:
                 word = str(draw.choice(NASTY))
-                words = lines[at].replace("{", "").split(": ")
-                lines[at] = lines[at].replace(words[-1].strip("{} "), word[:5000], 1)
+                fields = lines[at].replace("{", "").split(": ")
+                lines[at] = lines[at].replace(fields[-1].strip("{} "), word[:5000], 1)
             case 4:
                 lines = ["rules:", f"  - {draw.choice(RULE_LINES)}", "  - {match: '*', method: int8}"]
             case 5:

@@ -1,7 +1,7 @@
 """Times on a GPU with a cold cache: calls over many copies of the weights, recorded as one graph.
 
-A graph leaves out what Python takes for a launch, as decoding with graphs does; and since its calls go through more
-memory than a cache holds, every call reads its weights from memory.
+A graph leaves out the time that Python takes for a launch, as decoding with graphs does. Its calls read more bytes than
+a cache holds, so every call reads its weights from memory.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-# Bytes of weights that a round goes through, at least; several times the cache of any GPU.
+# Least bytes of weights in a round; several times the cache of any GPU.
 ROUND = 256 << 20
-# At least so many, so that what the launch of a graph takes is shared, and at most.
+# Bounds of the number of copies: with few, the launch of the graph would count.
 LEAST, MOST = 4, 256
 
 
 def copies(size: int) -> int:
-    """How many weights of so many bytes make a round."""
+    """Number of copies of a weight of `size` bytes in a round."""
     return max(LEAST, min(MOST, -(-ROUND // size)))
 
 

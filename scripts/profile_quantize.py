@@ -1,4 +1,4 @@
-"""Where the time of `quantize` goes on a random Llama of 300 M parameters: the table of docs/performance.md.
+"""A profile of `quantize` on a random Llama of 300 M parameters: the table of docs/performance.md.
 
 Usage: python scripts/profile_quantize.py RECIPE … [--samples N] [--seqlen L] [--top N]
 
@@ -21,7 +21,7 @@ RUN = """
 import cProfile, json, pstats, resource, sys, time
 from pathlib import Path
 from vqcompress.cli import main as cli
-getattr(cli, "set_up_memory", lambda: None)()
+cli.set_up_memory()
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 import vqcompress.pipeline.block
 before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -56,9 +56,9 @@ def main() -> None:
         model, out = str(Path(folder) / "model"), str(Path(folder) / "out")
         write_llama(Path(model), layers=6, hidden=2048, inner=6144)
         for recipe in a.recipes:
-            knobs = {"model": model, "out": out, "recipe": recipe, "samples": a.samples, "seqlen": a.seqlen}
+            options = {"model": model, "out": out, "recipe": recipe, "samples": a.samples, "seqlen": a.seqlen}
             for top in (0, a.top):
-                code = RUN.format(**knobs, top=top)
+                code = RUN.format(**options, top=top)
                 done = subprocess.run(
                     [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
                 )

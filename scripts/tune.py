@@ -1,14 +1,15 @@
-"""Measures the config of kernels on this GPU and writes them into the launch table that comes with the package.
+"""Measures launch configs of kernels on this GPU and writes the fastest into the launch table of the package.
 
 Usage: python scripts/tune.py [--only CASE ...] [--rows N ...] [--dtype TYPE] [--limit SECONDS] [--again]
        python scripts/tune.py --dry-run [--arch ARCH]
 
 For every product of kernel_cases.py, every number of rows and every mixture of experts the candidates are compiled at
-once, those that do not fit or that spill are dropped, the others are timed, and the fastest is kept. Where words come
-from a table, the fastest few are also timed with as many hot entries as cost no resident program (`ahead.hot_entries`).
+once, those that do not fit or that spill are dropped, the others are timed, and the fastest is kept. Where codewords
+come from a table, the fastest few are also timed with the hot entries that cost no resident program (see
+`ahead.hot_entries`).
 Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last coded caches
 of keys and values, and the searches of quantization itself. The table is written after every place, so a run that is
-cut off keeps what it has; a later one goes on where config are missing. --dry-run goes through tiny places without a
+cut off keeps what it has; a later one goes on where configs are missing. --dry-run goes through tiny places without a
 GPU, launches and compiles nothing, and fails if any launcher would have to guess afterwards.
 """
 
@@ -59,9 +60,9 @@ from vqcompress.methods.vq import kernel_nearest as nearest
 from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 
-# Config of one kernel that are tried at one place.
+# Most configs of one kernel that are tried at one place.
 MOST = 24
-# The fastest of them, which are also tried with hot entries.
+# Number of the fastest that are also tried with hot entries.
 FEW = 4
 # Vectors, and sequences of a trellis, that a search is given at once: by a column of a weight, or by many.
 VECTORS, SEQUENCES, BEAM = (256, 1024, 4096), (4, 16, 64, 256), 4
@@ -90,7 +91,7 @@ class Place:
         return launch.key(self.rows, self.shape)
 
     def launches(self, option: Config, gpu: DeviceProperties) -> list[Call]:
-        """What the call would launch with some config."""
+        """The launches of the call with some config."""
         with candidates.trying(self.kernel, option), launch.recording(gpu) as calls:
             self.call(self.one)
         return calls
@@ -103,7 +104,7 @@ def _products(name: str, gpu: DeviceProperties, rows: int, shape: Shape) -> list
 
 
 class Places:
-    """What there is to tune on a device; without memory on `meta`.
+    """The places to tune on a device; without memory on `meta`.
 
     Places come one by one, since later ones depend on what was chosen: how many partial sums are added up, say.
     """
@@ -162,7 +163,7 @@ class Places:
         yield Place(f"vq.path.{form.name}", rows, shape, options, multiplied(), one, weights)
 
     def experts(self, case: Case, size: tuple[int, int, int], rows: int) -> Iterator[Place]:
-        """The same of a mixture (E, O, I) for so many rows of all experts together."""
+        """The same of a mixture (E, O, I), for `rows` rows of all experts together."""
         count, *rest = size
         shape, method = (rest[0], rest[1]), cast(Any, case.method)
         x_SI = random_rows(rows, shape[1], self.device, self.dtype)
@@ -228,14 +229,14 @@ class Places:
         return cache.parts(self.device, self.dtype, seed)
 
     def searches(self, case: Case) -> Iterator[Place]:
-        """What quantization with a method searches with."""
+        """The searches of quantization with a method."""
         form: Any = getattr(case.method, "form", None)
         if form is None:
             return
         if form.family == "trellis":
-            words_S, shape = self._draw(1, 1 << form.depth)[0], (1 << form.depth, form.bits)
+            codewords_S, shape = self._draw(1, 1 << form.depth)[0], (1 << form.depth, form.bits)
             options = candidates.of_walks(self.gpu, form.depth, form.bits)
-            walk = lambda x_NT: viterbi.walks(x_NT, words_S, form.depth, form.bits, 32)  # noqa: E731
+            walk = lambda x_NT: viterbi.walks(x_NT, codewords_S, form.depth, form.bits, 32)  # noqa: E731
             yield from (self._search("viterbi", shape, options, walk, self._draw(n, 256)) for n in SEQUENCES)
             return
         shape = (1 << form.bits, form.d)
@@ -283,7 +284,7 @@ class Tuner:
         if place.key in entries and (not self.again or (place.kernel, place.key) in self.done):
             return
         self.done.add((place.kernel, place.key))
-        # Every so many of a long list.
+        # Of a long list, evenly spread ones.
         options = place.options[:: -(-len(place.options) // MOST)]
         launches = [place.launches(option, self.gpu) for option in options]
         if self.compiles and "path" not in options[0]:
@@ -301,7 +302,7 @@ class Tuner:
             print(f"{place.kernel} {place.key}: {took * 1e6:.1f} µs, {entries[place.key]} of {len(times)}", flush=True)
 
     def split(self, place: Place, option: Config) -> int:
-        """How many hot entries cost nothing with some config."""
+        """The largest number of hot entries that costs nothing with some config."""
 
         def launched(hot: int) -> Call:
             return next(c for c in place.launches(option | {"HOT": hot}, self.gpu) if "HOT" in c.config)
@@ -336,7 +337,7 @@ def all_places(
     mixtures: dict[str, Any],
     caches: list[Cache],
 ) -> Iterator[Iterator[Place]]:
-    """Everything, what matters most first: few rows, then many, then caches and the searches."""
+    """Every place, the most important first: few rows, then many, then caches and the searches."""
     sizes = [size for some, _ in mixtures.values() for size in some]
     for count in rows:
         for shape in dict.fromkeys(shape for model in shapes.values() for shape in model):
@@ -349,7 +350,7 @@ def all_places(
 
 
 def dry_run(arch: int | str, cases: list[Case], rows: Sequence[int]) -> tuple[int, set[str]]:
-    """How many places there are in tiny models, and what launchers would still guess after tuning them.
+    """The number of places in tiny models, and the launches that would still use a default after tuning them.
 
     For a device that is not here; its table is changed for this process, not written.
     """

@@ -1,4 +1,4 @@
-"""What all tests run under: no network, quiet threads, uninitialized memory filled with NaN; and shared fixtures."""
+"""The setting of all tests: no network, quiet threads, uninitialized memory filled with NaN; and shared fixtures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import fcntl
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,16 +87,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make) → the directory of that name, filled by make(directory) in the first worker that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+def _named(prefix: str, *facts: object) -> str:
+    return f"{prefix}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+@pytest.fixture(scope="session")
+def toy(once: Callable[..., Path]) -> Toy:
     """toy(family, **arguments of toy_checkpoint) → a checkpoint's directory, made once; do not write into it."""
-    made: dict[str, Path] = {}
 
     def make(family: str = "llama", **arguments: Any) -> Path:
-        key = f"{family}-{sorted(arguments.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family)
-            made[key] = toy_checkpoint(folder, family, **{"hidden": 64, **arguments})
-        return made[key]
+        arguments = {"hidden": 64, **arguments}
+        name = _named(family, sorted(arguments.items()))
+        return once(name, lambda folder: toy_checkpoint(folder, family, **arguments))
 
     return make
 
@@ -117,21 +138,16 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
 
 @pytest.fixture(scope="session")
-def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+def quantized(toy: Toy, recipe_file: Callable[[str], str], text: Path, once: Callable[..., Path]) -> Toy:
     """quantized(recipe, family, seed=0, **of toy_checkpoint) → an artifact, made once; do not write into it."""
     from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 
-    made: dict[str, Path] = {}
-
     def make(recipe: str = "int8-plain", family: str = "llama", seed: int = 0, **arguments: Any) -> Path:
-        key = f"{recipe} {family} {seed} {sorted(arguments.items())}"
-        if key not in made:
-            out = tmp_path_factory.mktemp("artifact") / "artifact"
-            model = toy(family, **arguments)
-            quantize(
-                QuantizeOptions(str(model), out, recipe_file(recipe), [str(text)], samples=8, seqlen=64, seed=seed)
-            )
-            made[key] = out
-        return made[key]
+        job = (str(toy(family, **arguments)), recipe_file(recipe), [str(text)])
+
+        def run(folder: Path) -> None:
+            quantize(QuantizeOptions(job[0], folder / "artifact", *job[1:], samples=8, seqlen=64, seed=seed))
+
+        return once(_named("quantized", recipe, family, seed, sorted(arguments.items())), run) / "artifact"
 
     return make

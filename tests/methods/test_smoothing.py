@@ -20,8 +20,11 @@ from vqcompress.model.folds import Input, find_inputs
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import linear_targets
 from vqcompress.pipeline import quantize as quantizing
-from vqcompress.pipeline.block import first_states, gather, smooth
+from vqcompress.pipeline.calibration import first_states
+from vqcompress.pipeline.context import BlockContext
 from vqcompress.pipeline.plan import make_plan
+from vqcompress.pipeline.smoothing import Smoother
+from vqcompress.pipeline.statistics import gather
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import SINGLE, Checkpoint
@@ -59,8 +62,8 @@ def smoothed_block(path: Path, text: str) -> tuple[BlockStream, nn.Module, nn.Mo
     states = first_states(stream, ROWS)
     dense, module = stream.load_block(0), stream.load_block(0)
     inputs = find_inputs(module, plan.blocks[0], lambda m: stream.run(m, 0, states[0]))
-    statistics = gather(stream, plan, 0, module, states, inputs, 0)
-    rewrites = smooth(stream, plan, plan.blocks[0], module, inputs, statistics, 0)
+    context = BlockContext(stream, plan, 0, states, 0)
+    rewrites = Smoother(context, module, gather(context, module, inputs)).smooth(inputs)
     return stream, dense, module, rewrites, inputs, states[0]
 
 

@@ -1,4 +1,4 @@
-"""What `plan` says: sizes of the largest open models from their configs alone; memory."""
+"""`plan`: sizes of the largest open models from their configs alone, and a bound on memory."""
 
 from __future__ import annotations
 
@@ -32,18 +32,10 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
         },
         405.9e9,
     ),
-    "Qwen3-235B-A22B": (
-        {
-            "model_type": "qwen3_moe", "num_hidden_layers": 94, "hidden_size": 4096, "intermediate_size": 12288,
-            "moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 64,
-            "head_dim": 128, "num_key_value_heads": 4, "vocab_size": 151936, "max_position_embeddings": 40960,
-        },
-        235.1e9,
-    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["Llama-3.1-405B", pytest.param("DeepSeek-V3", marks=pytest.mark.slow)])
 def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: Path) -> None:
     config, published = MODELS[name]
     (tmp_path / "config.json").write_text(json.dumps(COMMON | config))

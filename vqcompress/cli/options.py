@@ -20,7 +20,7 @@ from vqcompress.storage.trust import trusting
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vqcompress.pipeline.quantize import QuantizeOptions
+    from vqcompress.pipeline.options import QuantizeOptions
 
 # The keys of `export.FORMATS`, repeated because importing it imports torch.
 ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
@@ -165,7 +165,7 @@ class RunOptions:
 
     def job(self, out: Path | None = None, overwrite: bool = False) -> QuantizeOptions:
         """The options that the pipeline takes."""
-        from vqcompress.pipeline.quantize import QuantizeOptions
+        from vqcompress.pipeline.options import QuantizeOptions
 
         same = {key: value for key, value in vars(self).items() if key not in ("model", "calibration", "revision")}
         return QuantizeOptions(

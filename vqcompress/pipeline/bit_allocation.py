@@ -8,51 +8,44 @@ B of them in a batch, L tokens of a row, H hidden channels, T targets, K candida
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqcompress.errors import UsageError
 from vqcompress.methods import layout_bits
 from vqcompress.model.stream import BlockStream
-from vqcompress.pipeline.block import BlockEncoder, first_states, probe_of, study
-from vqcompress.pipeline.plan import Plan, make_plan
+from vqcompress.pipeline.block import BlockEncoder, study
+from vqcompress.pipeline.calibration import first_states
+from vqcompress.pipeline.context import BlockContext
+from vqcompress.pipeline.plan import Plan, Progress, make_plan
 from vqcompress.pipeline.smoothing import Rewrites
 from vqcompress.pipeline.statistics import gather
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import stored_bits
-from vqcompress.storage.hidden_states import States
 from vqcompress.storage.recipe import Recipe
 from vqcompress.storage.recipe_files import check_choice
 from vqcompress.storage.writer import Writer
 
-Watch = Callable[[str, dict[str, Any]], None]
+# The recipe whose candidates are taken where only a budget is given.
 CANDIDATES = "mixed"
 MEASURED_TOKENS = 2048
 
 
-def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | None = None) -> Recipe:
+def choose_recipe(name: str | None, target_bits: float | None, kv_cache: str | None) -> Recipe:
     """The recipe of a name, or without one that of a budget; UsageError if recipe and budget do not fit together.
 
-    kv_cache: a recipe whose `cache` goes with it, if it has none of its own.
+    kv_cache: a recipe whose `cache` takes the place of its own.
     """
     check_choice(name, target_bits, kv_cache)
-    knobs = recipes.cache_config(kv_cache) if kv_cache else None
     recipe = recipes.load(name or CANDIDATES)
-    if knobs and recipe.cache not in (None, knobs):
-        raise UsageError(f"--recipe {name} and --kv-cache {kv_cache} code the cache in two ways; leave one of them out")
-    recipe = replace(recipe, cache=knobs or recipe.cache)
-    if target_bits is None:
-        if recipe.candidates:
-            raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")
-        return recipe
-    if not recipe.candidates:
-        hint = f"take a recipe with a list 'candidates', such as {CANDIDATES}, or leave --target-bits out"
-        raise UsageError(f"recipe {recipe.name} has rules, so there is nothing to choose: {hint}")
+    recipe = replace(recipe, cache=recipes.cache_config(kv_cache)) if kv_cache else recipe
+    if recipe.candidates and target_bits is None:
+        raise UsageError(f"recipe {recipe.name} lists candidates to choose from; add --target-bits, such as 2.5")
+    if target_bits is not None and not recipe.candidates:
+        raise UsageError(f"recipe {recipe.name} has no candidates for --target-bits to choose from; {CANDIDATES} has")
     return recipe
 
 
@@ -70,21 +63,23 @@ def make_plans(stream: BlockStream, recipe: Recipe, target_bits: float | None) -
     return [replace(plan, target_bits=float(target_bits)) for plan in plans]
 
 
-def allocate(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> Plan:
+def allocate(
+    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, progress: Progress
+) -> Plan:
     """The plan of the least summed damage whose stored bits are within the budget, as a recipe with a rule per target.
 
-    plans: of `make_plans`. What the writer knows as measured is not measured again.
+    plans: of `make_plans`. Blocks that the writer has measurements of are not measured again.
     """
     recipe, targets, target_bits = plans[0].recipe, plans[0].targets, plans[0].target_bits
     assert target_bits is not None
     if any(block.name not in writer.measured for block in plans[0].blocks):
-        _measure(stream, plans, rows_NL, writer, seed, watch)
+        _measure(stream, plans, rows_NL, writer, seed, progress)
     damage = {name: row for block in writer.measured.values() for name, row in block.items()}
     budget = target_bits * plans[0].weights
     picks = choose(_bits(plans), np.array([damage[target.name] for target in targets]), budget)
     rules = tuple(replace(recipe.candidates[k], match=t.name) for t, k in zip(targets, picks, strict=True))
-    words = f"{recipe.name} at --target-bits {target_bits:g}: what was chosen for each weight"
-    plan = make_plan(stream, replace(recipe, description=words, rules=rules, candidates=()))
+    description = f"{recipe.name} at --target-bits {target_bits:g}: the setting that was chosen for each weight"
+    plan = make_plan(stream, replace(recipe, description=description, rules=rules, candidates=()))
     assert sum(stored_bits(plan.entries).values()) <= budget
     return replace(plan, target_bits=target_bits)
 
@@ -123,50 +118,46 @@ def choose(bits_TK: np.ndarray, error_TK: np.ndarray, budget: float) -> list[int
 
 
 def _bits(plans: list[Plan]) -> np.ndarray:
-    """Bits (T, K), as if each target paid alone for what it may share: who else will choose the same is not known."""
+    """Bits (T, K), as if each target paid alone for shared parts: how many others will choose the same is unknown."""
     each = [[layout_bits(e.layout()) + layout_bits(e.method.shared_layout()) for e in plan.entries] for plan in plans]
     return np.array(each, dtype=np.float64).T
 
 
-def _measure(stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, watch: Watch) -> None:
-    """Note the damage of every candidate to every target, block by block, in one pass of the dense model."""
+def _measure(
+    stream: BlockStream, plans: list[Plan], rows_NL: Tensor, writer: Writer, seed: int, progress: Progress
+) -> None:
+    """Save the damage of every candidate to every target, block by block, in one pass of the dense model."""
     few = max(1, MEASURED_TOKENS // rows_NL.shape[1])
-    # So that it is also known how blocks are called with these rows alone.
+    # Also learns how blocks are called with these rows alone.
     stream.embed(rows_NL[:few])
     states = first_states(stream, rows_NL)
     for i, block in enumerate(plans[0].blocks):
-        watch("measure", {"index": i, "count": len(plans[0].blocks), "name": block.name})
-        if block.name in writer.measured:
-            module = stream.load_block(i)
-        else:
-            module, damage = _measure_block(stream, plans, i, states, probe_of(stream, states, few, None), seed)
+        progress("measure", {"index": i, "count": len(plans[0].blocks), "name": block.name})
+        if block.name not in writer.measured:
+            damage = _measure_block(BlockContext(stream, plans[0], i, states, seed), plans, few)
             writer.save_measured(block.name, damage)
-        stream.forward(module, i, states)
-        # Gone before the next one comes.
-        del module
+        stream.forward(stream.load_block(i), i, states)
 
 
-def _measure_block(
-    stream: BlockStream, plans: list[Plan], index: int, states: States, probe_BLH: Tensor, seed: int
-) -> tuple[nn.Module, dict[str, list[float]]]:
-    """The dense block, and for each target the damage of every candidate."""
-    block = plans[0].blocks[index]
-    tensors, module, inputs, statistics = study(stream, plans[0], index, states, seed)
+def _measure_block(context: BlockContext, plans: list[Plan], rows: int) -> dict[str, list[float]]:
+    """For each target of a block the damage of every candidate. rows: their number to measure with."""
+    stream, block, probe_BLH = context.stream, context.block, context.probe(rows, None)
+    tensors, module, inputs, statistics = study(context)
     gathered = {plans[0].methods[0].needs: statistics}
-    clean_BLH = stream.run(module, index, probe_BLH).float()
+    clean_BLH = context.run(module, probe_BLH).float()
     damage: dict[str, list[float]] = {target.name: [] for target in plans[0].compressed(block)}
     for plan in plans:
-        needs, encoded = plan.methods[0].needs, dict(tensors)
+        candidate, needs, encoded = replace(context, plan=plan), plan.methods[0].needs, dict(tensors)
         if needs not in gathered:
-            gathered[needs] = gather(stream, plan, index, module, states, inputs, seed)
-        BlockEncoder(stream, plan, block, encoded, gathered[needs], Rewrites(), seed).encode()
-        stored = stream.load_block(index, encoded, [e for e in plan.entries if e.target.name in damage])
+            gathered[needs] = gather(candidate, module, inputs)
+        BlockEncoder(candidate, encoded, gathered[needs], Rewrites()).encode()
+        stored = stream.load_block(context.index, encoded, plan.entries_of(block))
         for target in plan.compressed(block):
             path = block.local(target)
             original = module.get_submodule(path)
             module.set_submodule(path, stored.get_submodule(path))
-            changed_BLH = stream.run(module, index, probe_BLH).float() - clean_BLH
+            changed_BLH = context.run(module, probe_BLH).float() - clean_BLH
             module.set_submodule(path, original)
             share_BL = changed_BLH.square().sum(-1) / clean_BLH.square().sum(-1).clamp(min=1e-30)
             damage[target.name].append(share_BL.mean(dtype=torch.float64).item())
-    return module, damage
+    return damage

@@ -11,41 +11,36 @@ Shape legend: O output rows, I input channels, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from vqcompress.methods.statistics import Accumulator, Statistics
 from vqcompress.model.folds import Input
-from vqcompress.model.stream import BlockStream
+from vqcompress.pipeline.context import BlockContext
 from vqcompress.storage.distributed import reduce_statistics
-from vqcompress.storage.hidden_states import States
 
 TOLERANCE = 0.02
 
 
 @torch.no_grad()
-def closing_layer(stream: BlockStream, index: int, module: nn.Module, inputs: list[Input], probe: Tensor) -> str | None:
+def closing_layer(context: BlockContext, module: nn.Module, inputs: list[Input]) -> str | None:
     """The path of the linear layer that is read last and adds its output to the block's; None if that is not so.
 
     Proven by running: another weight must change the block's output by exactly what it makes of the layer's input.
     """
+    probe = context.probe()
     alone = [entrance.consumers[0] for entrance in inputs if len(entrance.consumers) == 1 and entrance.mixture is None]
     layer = module.get_submodule(alone[-1]) if alone else None
     if not isinstance(layer, nn.Linear) or layer.out_features != probe.shape[-1]:
         return None
     seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     weight = layer.weight.data
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight) * weight.std()
-    try:
-        before = stream.run(module, index, probe)
+    with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        before = context.run(module, probe)
         layer.weight.data = weight + change
-        after = stream.run(module, index, probe)
-    finally:
+        after = context.run(module, probe)
         layer.weight.data = weight
-        handle.remove()
     expected = (seen[0] @ change.T).float()
     gap = (after.float() - before.float() - expected.view_as(after)).norm()
     # Two outputs that were rounded to a short type differ by that much.
@@ -53,52 +48,35 @@ def closing_layer(stream: BlockStream, index: int, module: nn.Module, inputs: li
     return alone[-1] if gap <= TOLERANCE * expected.norm() + rounding else None
 
 
-@dataclass(frozen=True)
-class OutputCorrection:
-    """What corrects the output of a block. path: of its closing layer inside the block.
+@torch.no_grad()
+def corrected(
+    context: BlockContext, module: nn.Module, path: str, weight_OI: Tensor, needs: frozenset[str], seed: int | None
+) -> tuple[Tensor, Statistics]:
+    """The weight of the closing layer that brings the block's output nearest to the dense one's; its statistics.
 
-    states: the hidden states that enter the stored block, by batch. reference: the outputs of the dense block.
+    The reference of the context is the output of the dense block. module: the block, all but the closing layer as
+    stored. path: of the closing layer. seed: of its statistics.
     """
-
-    stream: BlockStream
-    index: int
-    path: str
-    states: States
-    reference: States
-
-    @torch.no_grad()
-    def __call__(
-        self, module: nn.Module, weight_OI: Tensor, needs: frozenset[str], statistics: Statistics
-    ) -> tuple[Tensor, Statistics]:
-        """The weight that brings the block's output nearest to the dense one's, and the statistics of its input.
-
-        module: the block, all but the closing layer as stored. statistics: of the input in the dense block.
-        """
-        layer, group = module.get_submodule(self.path), self.stream.group
-        counts = group.all_gather(sum(t.shape[0] * t.shape[1] for t in self.states))
-        tokens, before = sum(counts), sum(counts[: group.rank])
-        seen = Accumulator(needs | {"hessian"}, weight_OI.shape[1], tokens, self.stream.device, before)
-        # In float64, as in an accumulator.
-        missing_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
-        entering: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-        try:
-            for state, dense in zip(self.states, self.reference, strict=True):
-                gap_TO = (dense.float() - self.stream.run(module, self.index, state).float()).flatten(0, -2)
-                x = entering.pop()
-                seen.add(x)
-                missing_OI += gap_TO.T @ x.reshape(len(gap_TO), -1).float()
-        finally:
-            handle.remove()
-        reduce_statistics(group, seen)
-        group.all_reduce(missing_OI)
-        known = seen.statistics(statistics.seed)
-        # Free its sums: they are as large as what follows.
-        del seen
-        assert known.hessian_II is not None
-        hessian_II = known.hessian_II.double()
-        # Damping in proportion to channels / tokens, so that a few tokens are not overfitted.
-        damping = max(1e-3, len(hessian_II) / tokens) * hessian_II.diagonal().mean().clamp(min=1e-30)
-        hessian_II.diagonal().add_(damping)
-        move_OI = torch.linalg.solve(hessian_II, missing_OI.double().T / tokens).T
-        return (weight_OI.double() + move_OI).float(), known
+    stream, (tokens, before) = context.stream, context.count_tokens()
+    seen = Accumulator(needs | {"hessian"}, weight_OI.shape[1], tokens, stream.device, before)
+    # In float64, as in an accumulator.
+    missing_OI = torch.zeros_like(weight_OI, dtype=torch.float64)
+    entering: list[Tensor] = []
+    with module.get_submodule(path).register_forward_pre_hook(lambda _, args: entering.append(args[0])):
+        for state, dense in zip(context.states, context.reference, strict=True):
+            gap_TO = (dense.float() - context.run(module, state).float()).flatten(0, -2)
+            x = entering.pop()
+            seen.add(x)
+            missing_OI += gap_TO.T @ x.reshape(len(gap_TO), -1).float()
+    reduce_statistics(stream.group, seen)
+    stream.group.all_reduce(missing_OI)
+    known = seen.statistics(seed)
+    # Free its sums: they are as large as what follows.
+    del seen
+    assert known.hessian_II is not None
+    hessian_II = known.hessian_II.double()
+    # Damping in proportion to channels / tokens, so that a few tokens are not overfitted.
+    damping = max(1e-3, len(hessian_II) / tokens) * hessian_II.diagonal().mean().clamp(min=1e-30)
+    hessian_II.diagonal().add_(damping)
+    move_OI = torch.linalg.solve(hessian_II, missing_OI.double().T / tokens).T
+    return (weight_OI.double() + move_OI).float(), known

@@ -8,7 +8,6 @@ Shape legend: B rows, L tokens of a row, V vocabulary, O output rows, I input ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import SMOOTHING, Entry
-from vqcompress.storage.distributed import ProcessGroup
 from vqcompress.storage.recipe import Tuning
 
 # Tokens of a step: smaller steps learn more in the same number of passes.
@@ -47,109 +45,58 @@ class _Master:
 
 
 class _Tuned(nn.Module):
-    """y = decoded weight · x + bias of a compressed linear layer, with the masters in place of its tunable parts."""
+    """y = decoded weight · x + bias of a compressed linear layer. trained: takes the place of its tunable parts."""
 
-    def __init__(self, layer: CompressedLinear, masters: dict[str, _Master]):
+    def __init__(self, layer: CompressedLinear, trained: dict[str, nn.Parameter]):
         super().__init__()
-        self.layer = layer
-        self.trained = nn.ParameterDict({name: master.parameter for name, master in masters.items()})
+        self.layer, self.trained = layer, nn.ParameterDict(trained)
         self.unit_OI: Tensor | None = None
-        if masters.keys() == {"scale"}:
+        if trained.keys() == {"scale"}:
             # The rows of a weight are proportional to their scale: decoded once, with a scale of 1.
-            ones = {"scale": torch.ones_like(masters["scale"].parameter.detach())}
-            self.unit_OI = layer.entry.method.decode(self._parts() | ones, layer.entry.target.shape)
+            self.unit_OI = self._decode({"scale": torch.ones_like(trained["scale"].detach())})
 
-    def _parts(self) -> dict[str, Tensor]:
-        return {name: part for name, part in self.layer.parts().items() if name != SMOOTHING}
+    def _decode(self, trained: dict[str, Tensor]) -> Tensor:
+        parts = {name: part for name, part in self.layer.parts().items() if name != SMOOTHING}
+        return self.layer.entry.method.decode(parts | trained, self.layer.entry.target.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, I) → (…, O)."""
         if self.unit_OI is not None:
             weight_OI = self.unit_OI * self.trained["scale"][:, None]
         else:
-            weight_OI = self.layer.entry.method.decode(
-                self._parts() | dict(self.trained), self.layer.entry.target.shape
-            )
+            weight_OI = self._decode(dict(self.trained))
         if self.layer.entry.smoothed:
             x = x / self.layer.parts()[SMOOTHING].to(x)
         return nn.functional.linear(x, weight_OI.to(x.dtype), self.layer.bias)
 
 
-@dataclass(frozen=True)
-class TunableParams:
-    """The parameters that are trained in the place of stored tensors, named as they will be stored."""
+def _attach(root: nn.Module, entries: Iterable[Entry], stream: BlockStream) -> list[_Master]:
+    """Put masters in the place of the norms, biases and tunable parts of a float32 model; returns them.
 
-    masters: list[_Master]
-
-    @classmethod
-    def attach(cls, root: nn.Module, entries: Iterable[Entry], stream: BlockStream) -> TunableParams:
-        """Put masters in the place of the norms, biases and tunable parts of a float32 model.
-
-        entries: of its compressed layers. stream: of the original, whose names and types the masters get.
-        """
-        on_disk, packed = stream.names.on_disk, (CompressedLinear, SharedParts)
-        inside = {id(p) for module in root.modules() if isinstance(module, packed) for p in module.parameters()}
-        vectors = []
-        for path, parameter in root.named_parameters():
-            if parameter.dim() == 1 and id(parameter) not in inside:
-                name = on_disk(path)
-                vectors.append(_Master(name, parameter, stream.source.tensors[name].dtype, LEAST_UNIT))
-                parent, _, attribute = path.rpartition(".")
-                setattr(root.get_submodule(parent), attribute, vectors[-1].parameter)
-        parts: dict[str, _Master] = {}
-        for entry in entries:
-            layer = root.get_submodule(entry.target.name)
-            assert isinstance(layer, CompressedLinear)
-            own, tuned = entry.layout(), {}
-            for part in entry.method.tunable:
-                name = on_disk(f"{entry.target.name}.weight_{part}" if part in own else f"{entry.shared}.{part}")
-                if name not in parts:
-                    stored = layer.parts()[part]
-                    parts[name] = _Master(name, stored, stored.dtype)
-                tuned[part] = parts[name]
-            root.set_submodule(entry.target.name, _Tuned(layer, tuned))
-        return cls([*vectors, *parts.values()])
-
-    def stored(self) -> dict[str, Tensor]:
-        """The values to store, by name on disk."""
-        return {master.name: master.stored() for master in self.masters}
-
-
-def _fit(
-    masters: list[_Master],
-    epochs: int,
-    rate: float,
-    batches: int,
-    seed: int,
-    loss_of: Callable[[int], Tensor | None],
-    group: ProcessGroup,
-    tell: Callable[[int, int], None] = lambda step, steps: None,
-) -> None:
-    """Adam on the masters, each with steps in its own unit; the rate falls to nothing.
-
-    loss_of: of a batch's number; None if another process of the group has that batch. tell: called before every step,
-    with its number and how many there are.
+    entries: of its compressed layers. stream: of the original, whose names and types the masters get.
     """
-    groups = [{"params": [m.parameter], "lr": 0.0} for m in masters]
-    optimizer, steps = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-16), epochs * batches
-    draw = torch.Generator().manual_seed(seed)
-    order = [int(k) for _ in range(epochs) for k in torch.randperm(batches, generator=draw)]
-    with torch.enable_grad():
-        for step, k in enumerate(order):
-            tell(step, steps)
-            now = rate * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-            for settings, master in zip(optimizer.param_groups, masters, strict=True):
-                settings["lr"] = now * master.unit
-            optimizer.zero_grad()
-            loss = loss_of(k)
-            if loss is not None:
-                loss.backward()
-            for master in masters if group.size > 1 else ():
-                gradient = master.parameter.grad
-                master.parameter.grad = torch.zeros_like(master.parameter) if gradient is None else gradient
-                # All but one add zeros.
-                group.all_reduce(master.parameter.grad)
-            optimizer.step()
+    on_disk, packed = stream.names.on_disk, (CompressedLinear, SharedParts)
+    inside = {id(p) for module in root.modules() if isinstance(module, packed) for p in module.parameters()}
+    vectors = []
+    for path, parameter in root.named_parameters():
+        if parameter.dim() == 1 and id(parameter) not in inside:
+            name = on_disk(path)
+            vectors.append(_Master(name, parameter, stream.source.tensors[name].dtype, LEAST_UNIT))
+            parent, _, attribute = path.rpartition(".")
+            setattr(root.get_submodule(parent), attribute, vectors[-1].parameter)
+    parts: dict[str, _Master] = {}
+    for entry in entries:
+        layer = root.get_submodule(entry.target.name)
+        assert isinstance(layer, CompressedLinear)
+        own, trained = entry.layout(), {}
+        for part in entry.method.tunable:
+            name = on_disk(f"{entry.target.name}.weight_{part}" if part in own else f"{entry.shared}.{part}")
+            if name not in parts:
+                stored = layer.parts()[part]
+                parts[name] = _Master(name, stored, stored.dtype)
+            trained[part] = parts[name].parameter
+        root.set_submodule(entry.target.name, _Tuned(layer, trained))
+    return [*vectors, *parts.values()]
 
 
 def distill(
@@ -160,24 +107,35 @@ def distill(
     rows_NL: Tensor,
     tuning: Tuning,
     seed: int,
-    tell: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """New values, by name on disk, of all scales, codebooks and norms of a model, for predictions like its original's.
 
-    student: the compressed model, changed by this. teacher: the original; both in float32 on the same device. stream:
-    of the original. rows_NL: calibration tokens. tell: see `_fit`.
+    Adam, each tensor with steps in its own unit; the rate falls to 0. student: the compressed model, changed by this.
+    teacher: the original; both in float32 on the same device. stream: of the original. rows_NL: calibration tokens.
+    progress: called before every step with its number and the number of steps.
     """
-    tunable = TunableParams.attach(student, entries, stream)
-    device = next(iter(teacher.parameters())).device
-    batches = rows_NL.to(device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
-
-    def loss_of(k: int) -> Tensor | None:
-        if k % stream.group.size != stream.group.rank:
-            return None
-        with torch.no_grad():
-            wanted_BLV = teacher(batches[k]).logits.float().log_softmax(-1)
-        found_BLV = student(batches[k]).logits.float().log_softmax(-1)
-        return (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean()
-
-    _fit(tunable.masters, tuning.distill_epochs, tuning.distill_rate, len(batches), seed, loss_of, stream.group, tell)
-    return tunable.stored()
+    masters, group = _attach(student, entries, stream), stream.group
+    batches = rows_NL.to(next(teacher.parameters()).device).split(max(1, BATCH_TOKENS // rows_NL.shape[1]))
+    gradients = [torch.zeros_like(master.parameter) for master in masters]
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.parameter.grad = gradient
+    optimizer = torch.optim.Adam([{"params": [m.parameter]} for m in masters], betas=(0.9, 0.95), eps=1e-16)
+    draw = torch.Generator().manual_seed(seed)
+    order = [int(k) for _ in range(tuning.distill_epochs) for k in torch.randperm(len(batches), generator=draw)]
+    for step, k in enumerate(order):
+        progress(step, len(order))
+        rate = tuning.distill_rate * min(1.0, (step + 1) / WARMUP) * (1 - step / len(order))
+        for settings, master in zip(optimizer.param_groups, masters, strict=True):
+            settings["lr"] = rate * master.unit
+        optimizer.zero_grad(set_to_none=False)
+        if k % group.size == group.rank:
+            with torch.no_grad():
+                wanted_BLV = teacher(batches[k]).logits.float().log_softmax(-1)
+            found_BLV = student(batches[k]).logits.float().log_softmax(-1)
+            (wanted_BLV.exp() * (wanted_BLV - found_BLV)).sum(-1).mean().backward()
+        for gradient in gradients:
+            # All processes but one add zeros.
+            group.all_reduce(gradient)
+        optimizer.step()
+    return {master.name: master.stored() for master in masters}

@@ -1,6 +1,6 @@
-"""What a plan costs, from a config alone: bits and bytes that are stored, peak memory, tokens of calibration.
+"""What `plan` shows, from a config alone: stored bits and bytes, peak memory, calibration tokens.
 
-Memory is a bound for one process, by the phases of a run. Nothing is measured and nothing is written.
+Memory is an upper bound for one process. Nothing is measured and nothing is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vqcompress.pipeline.plan import Plan
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import stored_bits
 from vqcompress.storage.checkpoint import stored_dtype
-from vqcompress.storage.targets import kind
+from vqcompress.storage.targets import Block, kind
 
 # Bytes per weight while it is encoded: itself, a smoothed copy, what it decodes to, and the work of its method.
 ENCODE_BYTES = 32
@@ -24,28 +24,28 @@ ENCODE_BYTES = 32
 HESSIAN_BYTES = 12
 
 
-def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, states: str = "memory") -> dict[str, Any]:
-    """JSON for `plan`, see docs/recipes.md. With a budget plans has one plan for each candidate.
+def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, states: str) -> dict[str, Any]:
+    """JSON for `plan`, see docs/recipes.md. With a budget there is one plan for each candidate.
 
     rows, seqlen: of the calibration; 0 rows if the recipe reads no text. states: where hidden states are kept.
-    Bits are those of folded smoothing; where a fold cannot be proven, a vector per input is added.
+    Smoothing is taken as folded; where a fold cannot be proven, the artifact has another vector per input.
     """
     bits = [sum(stored_bits(plan.entries).values()) for plan in plans]
     plan, spent = max(zip(plans, bits, strict=True), key=lambda pair: pair[1])
-    weights, itemsize, budget = plan.weights, stored_dtype(stream.source.config).itemsize, plan.target_bits
+    weights, itemsize, budget, cache = plan.weights, _itemsize(stream), plan.target_bits, plan.recipe.cache
+    stored = stored_bits(plan.entries)
     choice: dict[str, Any] = {}
     if budget is not None:
         spent = min(spent, budget * weights)
         names = (recipes.setting(p.methods[0]) for p in plans)
-        per_weight = (b / p.weights for b, p in zip(bits, plans, strict=True))
-        choice = {"target_bits": budget, "candidates": dict(zip(names, per_weight, strict=True))}
-    parameters = _outside(stream) + sum(_sizes(stream))
+        choice = {"target_bits": budget, "candidates": {n: b / weights for n, b in zip(names, bits, strict=True)}}
+    outside, blocks = _parameters(stream)
+    parameters = outside + sum(blocks)
     source = stream.source.bytes or parameters * itemsize
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
     # Rotated, a head that was tied to the embeddings is stored by itself.
     untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
-    codebooks = cache_channels(stream) * ENTRIES * 2 if plan.learns_cache else 0
-    cache = plan.recipe.cache
+    codebooks = _cache_channels(stream) * ENTRIES * 2 if plan.learned_cache else 0
     return {
         "recipe": plan.recipe.name,
         "rotation": plan.recipe.rotation,
@@ -58,107 +58,92 @@ def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, sta
         "artifact_bytes": source + (untied - weights) * itemsize + int(spent) // 8 + codebooks,
         **_memory(plan, stream, rows, seqlen, states),
         "calibration_tokens": rows * seqlen,
-        "targets": _targets(plan),
+        "targets": [
+            {
+                "name": entry.target.name,
+                # With a budget it is not known yet.
+                "method": entry.method.name if budget is None else None,
+                "shape": list(entry.target.shape),
+                "bits_per_weight": stored[entry.target.name] / entry.target.weights if budget is None else None,
+            }
+            for entry in plan.entries
+        ],
         "left_dense": plan.left_dense,
         **choice,
     }
 
 
-def _targets(plan: Plan) -> list[dict[str, Any]]:
-    """A row for each target; with a budget its method is not known yet."""
-    stored, open_ = stored_bits(plan.entries), plan.target_bits is not None
-    return [
-        {
-            "name": entry.target.name,
-            "method": None if open_ else entry.method.name,
-            "shape": list(entry.target.shape),
-            "bits_per_weight": None if open_ else stored[entry.target.name] / entry.target.weights,
-        }
-        for entry in plan.entries
-    ]
+def _itemsize(stream: BlockStream) -> int:
+    return stored_dtype(stream.source.config).itemsize
 
 
-def _sizes(stream: BlockStream) -> list[int]:
-    """Parameters of each block."""
-    return [sum(p.numel() for p in layer.parameters()) for layer in stream.skeletons]
-
-
-def _outside(stream: BlockStream) -> int:
-    """Parameters outside of the blocks."""
-    return sum(p.numel() for p in stream.model.parameters())
+def _parameters(stream: BlockStream) -> tuple[int, list[int]]:
+    """Number of parameters outside of the blocks, and of each block."""
+    outside, *blocks = (sum(p.numel() for p in m.parameters()) for m in (stream.model, *stream.skeletons))
+    return outside, blocks
 
 
 def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str) -> dict[str, int]:
     """Upper bounds on the peaks of one process, on the host and on its GPU, and the bytes of hidden states in them."""
-    on_gpu, stored = stream.device.type == "cuda", stored_dtype(stream.source.config).itemsize
-    rotated, itemsize = bool(plan.recipe.rotation), stream.dtype.itemsize
-    hidden = stream.model.config.get_text_config().hidden_size
-    size, outside, targets = max(_sizes(stream)), _outside(stream), plan.targets
-    width = max((max(t.shape) for t in targets), default=hidden)
+    on_gpu, rotated, itemsize = stream.device.type == "cuda", bool(plan.recipe.rotation), stream.dtype.itemsize
+    (outside, blocks), hidden = _parameters(stream), stream.model.config.get_text_config().hidden_size
+    size = max(blocks)
+    width = max((max(t.shape) for t in plan.targets), default=hidden)
     states = rows * seqlen * hidden * itemsize * (1 + plan.needs_reference) if plan.calibrated else 0
-    # Both at once: the block as stored (a rotated one is float32, and turned in a copy), and its largest weight.
-    read = size * (stored + 8 * rotated)
-    work = max((t.weights for t in targets), default=0) * ENCODE_BYTES
+    # Both at once: the block as stored (a rotated one also in float32, twice), and its largest weight.
+    read = size * (_itemsize(stream) + 8 * rotated)
+    work = max((t.weights for t in plan.targets), default=0) * ENCODE_BYTES
     if plan.calibrated:
         batch = min(max(1, BATCH_TOKENS // seqlen), rows) * seqlen
-        hessians = max(sum(channels**2 for channels in _hessian_inputs(plan, i)) for i in range(len(plan.blocks)))
-        work += (size + batch * (4 * width + 8 * hidden)) * itemsize + hessians * HESSIAN_BYTES
-        work += outside * itemsize + states * (where == "memory")
+        hessians = max(_hessian_entries(plan, block) for block in plan.blocks)
+        work += (size + outside + batch * (4 * width + 8 * hidden)) * itemsize + hessians * HESSIAN_BYTES
+        work += states * (where == "memory")
     if plan.recipe.tuning:
-        # Two whole models in float32, gradients of one, and what all its layers keep of a batch.
-        work = max(work, (size * len(plan.blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(plan.blocks))
-    if plan.learns_cache:
-        work = max(work, cache_memory(plan, stream, rows, seqlen))
-    samples = cache_samples(plan, stream, rows * seqlen) if plan.learns_cache else 0
-    ahead = max(1, plan.ahead(stream.device))
-    host = read + samples if on_gpu else ahead * (read + work) + samples
-    host = peak_rss_bytes() + max(host, outside * stored * (1 + 4 * rotated))
+        # Two whole models in float32, gradients of one, and the activations of all layers for a batch.
+        work = max(work, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
+    work = max(work, cache_memory(plan, stream, rows * seqlen))
+    # Without calibration, the next block is encoded while one is written.
+    host = (1 if plan.calibrated else 2) * (read if on_gpu else read + work)
+    host = peak_rss_bytes() + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
     return {"peak_rss_bytes": host, "peak_device_bytes": work if on_gpu else 0, "states_bytes": states}
 
 
-def _hessian_inputs(plan: Plan, index: int) -> list[int]:
-    """Channels of every input of a block whose Hessian is gathered, as far as a config tells.
+def _hessian_entries(plan: Plan, block: Block) -> int:
+    """Entries of all Hessians that are gathered for a block, as far as a config tells.
 
     Layers beside each other that are equally wide count as readers of one input, also those of all experts, but the
     last of its parent counts alone: it reads what the others made.
     """
-    targets = plan.blocks[index].targets
-    last = {target.name.rpartition(".")[0]: target.name for target in targets}
-    found: dict[tuple[str, int], int] = {}
-    for target in targets:
+    last = {target.name.rpartition(".")[0]: target.name for target in block.targets}
+    inputs = set()
+    for target in block.targets:
         parent, channels = target.name.rpartition(".")[0], target.shape[1]
         if "hessian" in plan.rules[target.name].needs:
-            found[target.name if target.name == last[parent] else kind(parent), channels] = channels
-    return list(found.values())
+            inputs.add((target.name if target.name == last[parent] else kind(parent), channels))
+    return sum(channels**2 for _, channels in inputs)
 
 
-def cache_channels(stream: BlockStream) -> int:
+def _cache_channels(stream: BlockStream) -> int:
     """Channels of the keys and values of one token, in all layers."""
     config = stream.model.config.get_text_config()
     if latent := getattr(config, "kv_lora_rank", None):
-        # Latent attention keeps what keys and values are made of, and the part of keys that positions rotate.
+        # Latent attention keeps what keys and values are made of, and the part of keys that is rotated by position.
         return len(stream.blocks) * int(latent + config.qk_rope_head_dim)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return len(stream.blocks) * (getattr(config, "num_key_value_heads", None) or heads) * 2 * width
 
 
-def cache_samples(plan: Plan, stream: BlockStream, tokens: int) -> int:
-    """Bytes on the host of the keys and values (and gradients) that codebooks of a cache are learned from."""
-    cache = plan.recipe.cache
-    assert cache is not None
-    return min(CACHE_TOKENS, tokens) * cache_channels(stream) * 4 * (1 + (cache.weights == "gradient"))
-
-
-def cache_memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int) -> int:
-    """Bytes on the device to calibrate a cache: the whole model, and what its layers keep of a batch."""
-    cache, config, itemsize = plan.recipe.cache, stream.model.config.get_text_config(), stream.dtype.itemsize
-    assert cache is not None
-    gradient = cache.weights == "gradient"
+def cache_memory(plan: Plan, stream: BlockStream, tokens: int) -> int:
+    """A bound on the bytes to learn codebooks of a cache: the whole model, a batch with gradients, and the samples."""
+    if plan.learned_cache is None:
+        return 0
+    (outside, blocks), config, itemsize = (
+        _parameters(stream),
+        stream.model.config.get_text_config(),
+        stream.dtype.itemsize,
+    )
     width = max((t.shape[1] for block in stream.blocks for t in block.targets), default=0)
-    tokens = min(max(1, CACHE_BATCH_TOKENS // seqlen), rows) * seqlen
-    # For gradients all layers keep what entered their products.
-    held = len(stream.blocks) if gradient else 1
-    activations = tokens * itemsize * (4 * width + 6 * config.hidden_size) * held
-    logits = tokens * config.vocab_size * (itemsize + 12 * gradient)
-    return (_outside(stream) + sum(_sizes(stream))) * itemsize + activations + logits
+    layers = len(blocks) * itemsize * (4 * width + 6 * config.hidden_size)
+    batch = min(CACHE_BATCH_TOKENS, tokens) * (layers + config.vocab_size * (itemsize + 12))
+    return (outside + sum(blocks)) * itemsize + batch + min(CACHE_TOKENS, tokens) * _cache_channels(stream) * 8

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from vqcompress.errors import UsageError
 from vqcompress.methods import Method
 from vqcompress.model.coverage import dense_weights
-from vqcompress.model.experts import Experts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Entry
-from vqcompress.storage.recipe import Recipe, Rule
+from vqcompress.storage.recipe import KVCacheConfig, Recipe, Rule
 from vqcompress.storage.targets import Block, Target
 
-# See `Plan.ahead`.
-AHEAD = 2
+# Called with the name of an event of a run ("measure", "plan", "block", "target", "done", "after") and facts about it.
+Progress = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which target gets which method. rules: target name → rule, for every linear layer of the blocks.
 
-    left_dense: what stays as it is although it is a large weight → why. target_bits: the budget, if there is one.
+    left_dense: name of a large weight that no rule reaches → the reason. target_bits: the budget, if there is one.
     """
 
     recipe: Recipe
@@ -33,17 +32,13 @@ class Plan:
     target_bits: float | None = None
 
     def compressed(self, block: Block) -> list[Target]:
-        """The targets of a block whose rule is more than to keep them."""
+        """The targets of a block that the recipe does not keep dense."""
         return [t for t in block.targets if not self.rules[t.name].method.dense]
-
-    def correcting(self, block: Block) -> set[str]:
-        """Paths of the targets of a block that correct its output if they close it."""
-        return {block.local(t) for t in self.compressed(block) if self.rules[t.name].method.compensates}
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the dense model's hidden states are needed too, to correct the output of blocks by."""
-        return any(self.correcting(block) for block in self.blocks)
+        """Whether the hidden states of the dense model are needed, to correct the outputs of blocks."""
+        return any(self.rules[target.name].method.compensates for target in self.targets)
 
     @property
     def targets(self) -> list[Target]:
@@ -58,42 +53,37 @@ class Plan:
     @property
     def entries(self) -> list[Entry]:
         """How all targets will be stored if no smoothing is left for run time."""
-        return [self.entry(block, target, False) for block in self.blocks for target in self.compressed(block)]
+        return [entry for block in self.blocks for entry in self.entries_of(block)]
 
     @property
     def methods(self) -> list[Method]:
-        """The distinct methods, in the order of the recipe; their places name shared parts on disk."""
+        """The distinct methods, in the order of the recipe; a method's index is in the names of its shared parts."""
         return list(dict.fromkeys(rule.method for rule in self.recipe.rules))
 
     @property
     def calibrated(self) -> bool:
-        """Whether any target asks for statistics, or a budget for measurements; if not, the model is never run."""
+        """Whether the model runs on calibration rows: for statistics, or to measure candidates for a budget."""
         return self.target_bits is not None or any(self.rules[target.name].needs for target in self.targets)
 
     @property
     def reads_text(self) -> bool:
-        """Whether rows are needed, for weights or for the codebooks of a cache."""
-        return self.calibrated or self.learns_cache
+        """Whether calibration rows are needed, for weights or for the codebooks of a cache."""
+        return self.calibrated or self.learned_cache is not None
 
     @property
-    def learns_cache(self) -> bool:
-        """Whether codebooks of keys and values come after the blocks."""
-        return self.recipe.cache is not None and self.recipe.cache.codebook == "learned"
+    def learned_cache(self) -> KVCacheConfig | None:
+        """The options of a cache whose codebooks are learned after the blocks; None without one."""
+        cache = self.recipe.cache
+        return cache if cache is not None and cache.codebook == "learned" else None
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether more work comes after the blocks."""
-        return self.learns_cache or self.recipe.tuning is not None
-
-    def ahead(self, device: torch.device) -> int:
-        """How many blocks may be made while another is written: none with calibration, a rotated model or a GPU."""
-        return 0 if self.calibrated or self.recipe.rotation or device.type != "cpu" else AHEAD
-
-    def entry(self, block: Block, target: Target, smoothed: bool) -> Entry:
-        """How the target will be stored."""
-        method = self.rules[target.name].method
-        shared = f"{block.name}.shared_parts.{self.methods.index(method)}" if method.shared_layout() else None
-        return Entry(target, method, smoothed, shared)
+    def entries_of(self, block: Block, smoothed: Collection[str] = ()) -> list[Entry]:
+        """How the targets of a block will be stored. smoothed: paths of those whose input is divided at run time."""
+        entries = []
+        for target in self.compressed(block):
+            method = self.rules[target.name].method
+            shared = f"{block.name}.shared_parts.{self.methods.index(method)}" if method.shared_layout() else None
+            entries.append(Entry(target, method, block.local(target) in smoothed, shared))
+        return entries
 
 
 def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
@@ -104,9 +94,4 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
     if not plan.targets and (recipe.cache is None or recipe.candidates):
         raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
-    if recipe.experts and not any(isinstance(m, Experts) for layer in stream.skeletons for m in layer.modules()):
-        why = stream.fused_reason or "the model has no mixture of experts"
-        raise UsageError(f"recipe {recipe.name}: 'experts' speaks of nothing here: {why}")
-    if recipe.experts and not plan.calibrated:
-        raise UsageError(f"recipe {recipe.name}: 'experts' calibrates nothing: its methods need no data")
     return plan

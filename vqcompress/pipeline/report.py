@@ -13,43 +13,26 @@ from torch import Tensor
 
 import vqcompress
 from vqcompress.evaluate.read_report import mean, named
-from vqcompress.methods import PackedTensors
-from vqcompress.methods.vq.codebook import entry_uses
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
+from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan
-from vqcompress.storage.artifact import STAGED, Entry
+from vqcompress.storage.artifact import STAGED
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.recipe import setting
-from vqcompress.storage.targets import Block, kind
+from vqcompress.storage.targets import kind
 from vqcompress.storage.writer import Writer
 
+VERSIONS = {module.__name__: str(module.__version__) for module in (vqcompress, torch, transformers)}
 
-class CodebookUses:
-    """How often the entries of codebooks are used by the weights of a block, each codebook in its place.
 
-    Places: the path of shared parts, a target with its own, or the settings whose table ships with the package.
+def codebook_facts(uses_RK: Tensor, shared: bool) -> dict[str, Any]:
+    """JSON for a codebook: entries K of a stage, the share of uses that the first 1/8, 1/4 and 1/2 take, and `counts`.
+
+    uses_RK: number of uses of each entry. shared: only then are the counts listed.
     """
-
-    def __init__(self, block: Block):
-        self.block = block
-        self.sums: dict[tuple[str, bool], Tensor] = {}
-
-    def add(self, entry: Entry, parts: PackedTensors, common: PackedTensors) -> None:
-        """Count the codes of a target. parts: its own; common: those that it shares."""
-        own, uses_RK = "codebook" in parts, entry_uses(entry.method, parts, entry.target.shape)
-        place = entry.target.name if own else entry.shared or f"{self.block.name}: {setting(entry.method)}"
-        if uses_RK is not None:
-            self.sums[place, own] = self.sums.get((place, own), 0) + uses_RK
-
-    def report(self) -> dict[str, Any]:
-        """JSON by place: entries, the share of uses that the first 1/8, 1/4 and 1/2 take; counts unless a target's."""
-        found = {}
-        for (place, own), uses_RK in self.sums.items():
-            count = uses_RK.shape[1]
-            firsts = [uses_RK[:, : -(-count // part)].sum().item() / uses_RK.sum().item() for part in (8, 4, 2)]
-            every = {} if own else {"counts": uses_RK.tolist()}
-            found[place] = {"entries": count, "hottest": [round(share, 4) for share in firsts], **every}
-        return found
+    count, total = uses_RK.shape[1], uses_RK.sum()
+    hottest = [round((uses_RK[:, : -(-count // part)].sum() / total).item(), 4) for part in (8, 4, 2)]
+    return {"entries": count, "hottest": hottest} | ({"counts": uses_RK.tolist()} if shared else {})
 
 
 def _kept(plan: Plan) -> dict[str, str]:
@@ -61,18 +44,16 @@ def _kept(plan: Plan) -> dict[str, str]:
 
 
 def run_report(
-    model: str,
+    options: QuantizeOptions,
     plan: Plan,
     source: Checkpoint,
     writer: Writer,
     rows: Tensor | None,
-    texts: list[str],
-    seed: int,
-    learned: float | None,
+    cache_seconds: float | None,
 ) -> dict[str, Any]:
     """The report of a run, JSON; docs/artifact.md lists every key.
 
-    learned: the seconds that codebooks of keys and values took, if any were learned.
+    cache_seconds: the time that codebooks of keys and values took, if any were learned.
     bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights; None of none.
     """
     shards = {name: record for name, record in writer.done.items() if name != STAGED}
@@ -83,16 +64,21 @@ def run_report(
     for target in plan.targets:
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
     after = {"(distillation)": writer.done[STAGED]["seconds"]} if STAGED in writer.done else {}
-    after |= {"(codebooks of keys and values)": learned} if learned is not None else {}
+    after |= {"(codebooks of keys and values)": cache_seconds} if cache_seconds is not None else {}
+    model, calibration = options.model, None
+    if rows is not None:
+        texts = [named(text) for text in options.texts or []]
+        calibration = {"samples": rows.shape[0], "seqlen": rows.shape[1], "texts": texts}
+    is_local = model == "demo" or os.path.exists(os.path.expanduser(model))
     sources = [record["source"] for record in shards.values()]
     files = [record["file"] for record in shards.values()] + list(writer.extra_files)
     return {
         "recipe": named(plan.recipe.name),
         "rotation": plan.recipe.rotation,
         "model": named(model),
-        "base_model": None if model == "demo" or os.path.exists(os.path.expanduser(model)) else model.partition("@")[0],
+        "base_model": None if is_local else model.partition("@")[0],
         "revision": source.revision,
-        "seed": seed,
+        "seed": options.seed,
         "target_bits": plan.target_bits,
         "bits_per_weight": mean(targets, "bits_per_weight") if targets else None,
         "weights_quantized": weights,
@@ -102,15 +88,9 @@ def run_report(
         "seconds_before": writer.seconds_before,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
-        "calibration": None
-        if rows is None
-        else {"samples": rows.shape[0], "seqlen": rows.shape[1], "texts": [named(text) for text in texts]},
+        "calibration": calibration,
         "inputs": writer.inputs | {"weights": hashlib.sha256("".join(sources).encode()).hexdigest()},
-        "versions": {
-            "vqcompress": vqcompress.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": VERSIONS,
         "kv_cache": plan.recipe.cache.model_dump(mode="json") if plan.recipe.cache else None,
         "left_dense": plan.left_dense | _kept(plan),
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -149,15 +148,6 @@ class Checkpoint:
                 for name in wanted:
                     found[name] = handle.get_tensor(name)
         return found
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Let the system read these tensors into its cache meanwhile, if it can; takes no memory of ours."""
-        source, names = self.holders(names)
-        if hasattr(os, "posix_fadvise"):
-            for file, wanted in source._by_file(names).items():
-                with (self.path / file).open("rb") as stream:
-                    for info in (source.tensors[name] for name in wanted):
-                        os.posix_fadvise(stream.fileno(), info.start, info.bytes, os.POSIX_FADV_WILLNEED)
 
     def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
         """The checkpoint of the files themselves, and the names in it of what these tensors are made of."""

@@ -1,0 +1,37 @@
+"""Calibration rows, and the hidden states that they become.
+
+Shape legend: N rows, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vqcompress.errors import UsageError
+from vqcompress.model.stream import BlockStream
+from vqcompress.model.tokenizer import load_tokenizer, tokenize
+from vqcompress.pipeline.options import QuantizeOptions
+from vqcompress.storage.checkpoint import Checkpoint
+from vqcompress.storage.hidden_states import States, keep
+from vqcompress.storage.text import calibration_rows
+
+PROBE_TOKENS = 64
+
+
+def calibration(source: Checkpoint, options: QuantizeOptions) -> Tensor:
+    """The calibration rows (N, L) for a checkpoint; L is 2,048 or the model's context if that is shorter."""
+    texts, length = list(options.texts or []), source.row_length(options.seqlen)
+    tokenizer = load_tokenizer(source.path)
+    return calibration_rows(texts, lambda text: tokenize(tokenizer, text), options.samples, length, options.seed)
+
+
+def first_states(stream: BlockStream, rows_NL: Tensor) -> States:
+    """The hidden states that enter the first block, by batch; each of several processes has some of the batches."""
+    # Also learns how blocks are called with the few tokens of `BlockContext.probe`.
+    stream.embed(rows_NL[:1, :PROBE_TOKENS])
+    batches, group = stream.batches(rows_NL), stream.group
+    if len(batches) < group.size:
+        raise UsageError(
+            f"{len(batches)} batches of calibration rows are too few for {group.size} processes; start fewer"
+        )
+    return keep((stream.embed(batch) for batch in group.shard(batches)), stream.scratch)
