@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from vqcompress.errors import VQCompressError
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.storage import writer
-from vqcompress.storage.artifact import JOURNAL, SHARD, STAGED_FILE, Artifact
+from vqcompress.storage.artifact import DRAFT, JOURNAL, SHARD, Artifact
 
 Job = Callable[..., list[str]]
 TUNED = """
@@ -186,11 +186,10 @@ def test_a_damaged_shard_of_an_unfinished_run_is_made_again(
     assert contents(unfinished) == straight
 
 
-@pytest.mark.parametrize("damaged", [STAGED_FILE, SHARD.format(3, 3)])
-def test_a_file_damaged_after_distillation_makes_a_run_begin_again(
-    damaged: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_shard_damaged_after_distillation_makes_a_run_begin_again(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first shard has its distilled values then, so the blocks behind it cannot be made again as they were."""
+    """Earlier shards have their distilled values then, so a later block cannot be made again as it was."""
     write, out = writer.Shards.write_shard, tmp_path / "out"
 
     def stop(shards: writer.Shards, file: str, tensors: Any) -> Any:
@@ -202,14 +201,14 @@ def test_a_file_damaged_after_distillation_makes_a_run_begin_again(
         patch.setattr(writer.Shards, "write_shard", stop)
         with pytest.raises(Killed):
             job(out, TUNED)
-    path = next(out.glob(f"*{damaged}"))
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    draft = out / (DRAFT + SHARD.format(3, 3))
+    draft.write_bytes(draft.read_bytes()[:-1])
     assert len(job(out, TUNED)) == 2
     job(tmp_path / "straight", TUNED)
     assert contents(out) == contents(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"inputs": 3}', "no blocks", "empty records"])
+@pytest.mark.parametrize("damage", ["{", "no blocks", "empty records"])
 def test_a_damaged_journal_is_named_and_can_be_overwritten(
     damage: str, unfinished: Path, job: Job, straight: dict[str, str]
 ) -> None:
