@@ -1,4 +1,4 @@
-"""The shapes, weights and methods that tests and benchmarks share; a new method is an entry in `METHOD_CASES`.
+"""Shapes, weights and methods that tests and benchmarks share; a new method is an entry in `METHOD_CASES`.
 
 A method that bounds its own error also has an entry in `ERROR_BOUNDS`, and one that rounds activations an entry in
 `LINEAR_REFERENCES`. References are float64 and share no code with what they check.
@@ -68,8 +68,8 @@ def statistics(columns: int) -> Statistics:
     return accumulator.statistics()
 
 
-def _case(name: str, **knobs: object) -> tuple[str, Method]:
-    return "-".join([name, *(f"{knob}={value}" for knob, value in knobs.items())]), make(name, knobs)
+def _case(name: str, **options: object) -> tuple[str, Method]:
+    return "-".join([name, *(f"{option}={value}" for option, value in options.items())]), make(name, options)
 
 
 METHOD_CASES: list[tuple[str, Method]] = [
@@ -89,7 +89,7 @@ METHOD_CASES: list[tuple[str, Method]] = [
 
 
 def encoded(method: Method, weight_OI: Tensor, seed: int = 0) -> tuple[PackedTensors, PackedTensors]:
-    """What `encode` stores, and all parts that `decode` wants: those and the shared ones."""
+    """The tensors that `encode` returns, and those that `decode` takes: these and the shared ones."""
     shared: PackedTensors = {}
     known = statistics(weight_OI.shape[1])
     if method.shared_layout():

@@ -1,7 +1,7 @@
-"""Every command in README.md and docs/ is run, or parsed where it cannot be; docs, recipes, knobs and options agree.
+"""Every command in README.md and docs/ is parsed, and run with `-m slow`; docs, recipes and options agree.
 
-In the pages a fence without a language holds commands, one with `console` a session: lines behind `$ ` are commands,
-the others what they print. Commands run in their order, in a folder of the page's own, on toys in place of models.
+In the pages a fence without a language holds commands. One with `console` holds a session: lines after `$ ` are
+commands, the others their output. Commands run in order, in a folder for the page, with toys in place of models.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 import yaml
 from conftest import ROOT
-from processes import Processes
 from pydantic import BaseModel
-from quickstart import work
 from torch.distributed.run import get_args_parser
 from typer._click.exceptions import MissingParameter
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from vqcompress.cli.main import app
-from vqcompress.export import verify
 from vqcompress.methods import METHODS
 from vqcompress.methods.smoothing import Smoothing
 from vqcompress.methods.vq.trellis import Trellis
@@ -46,13 +42,13 @@ TEXT_OF = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 each_page = pytest.mark.parametrize("page", TEXT_OF)
 
-# What takes the place of what a reader has.
+# Models and texts of the reader, for which toys are taken.
 MODELS = {"demo", "MODEL", "./my-model"}
 TEXTS = {"FILE", "wikitext2-test.txt", "calibration.txt", "code-test.txt", "my-text.txt", "my-calibration.txt"}
 TEXTS |= {f"vqcompress/demo/{name}.txt" for name in ("calibration", "evaluation")}
-# Artifacts that a page speaks of without making them: by the format that they are exported to, else the first.
+# Recipes of artifacts that a page uses without making them, by the format that they are exported to.
 MADE = {"": "vq-small", "fp8": "fp8-tile", "compressed-tensors": "int8-plain", "aqlm": "vq-2bit-aqlm"}
-# So that a toy is enough.
+# Options that make a run small.
 SMALLER = {
     "quantize": {"--calibration": None, "--samples": "4", "--seqlen": "32"},
     "plan": {"--samples": "4", "--seqlen": "32"},
@@ -61,10 +57,10 @@ SMALLER = {
     "speed": {"--prompt-tokens": "4", "--new-tokens": "2"},
     "generate": {"--max-new-tokens": "2"},
 }
-# Commands that are only parsed, or looked at, and why.
+# Commands that are only parsed or checked, and why.
 NOT_RUN = {
     r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh": "takes minutes, makes a venv, or needs a GPU",
-    r"python scripts/\w+\.py": "takes minutes; its own parser must take the words",
+    r"python scripts/\w+\.py": "takes minutes; its own parser must accept the options",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
     r"vqcompress .*(ORG/NAME|--push-to-hub|--install-completion)": "needs the hub or GPUs, or changes the shell",
     r"python -c \"import vqcompress; from lm_eval": "run by tests/test_lm_eval.py",
@@ -72,14 +68,12 @@ NOT_RUN = {
     r"vllm serve ": "vLLM is not installed here; docs/serving.md says that it is untested",
     r"xdg-open ": "opens a browser",
 }
-# Pages whose programs and recipes another test takes: test_add_a_method.py, test_lm_eval.py.
+# Pages whose programs and recipes run in test_add_a_method.py and test_lm_eval.py.
 ELSEWHERE = {"add-a-method.md", "serving.md"}
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
-    """(language, body) of a page's fences in their order; a command is a piece of its own, of language ``, and so is
-    what a session shows of its output, of language `output`.
-    """
+    """(language, body) of the fences of a page. Each command is a piece without a language; its output is `output`."""
     found = []
     for language, body in FENCE.findall(text):
         if language == "console":
@@ -94,12 +88,12 @@ def pieces(text: str) -> list[tuple[str, str]]:
 
 
 def labels(output: str) -> set[str]:
-    """The words that lines begin with: what stays the same from model to model."""
+    """The words that lines begin with, which are the same for every model."""
     return set(re.findall(r"^([a-z][\w-]+)", output, re.MULTILINE))
 
 
 def mentioned(text: str) -> list[str]:
-    """Commands between backticks in running text that are more than a name, as they would be typed."""
+    """Commands with arguments between backticks in running text."""
     prose = FENCE.sub("", text)
     return [
         " ".join(found.split())
@@ -112,7 +106,7 @@ def words_of(line: str) -> list[str]:
 
 
 def parse(words: list[str]) -> Any:
-    """The context of the command that would run; typer's error if a word is none of its own."""
+    """The context of the command that would run; typer's error for an unknown option or value."""
     command: Any = get_command(app)
     context = command.make_context("vqcompress", words)
     while hasattr(command, "commands"):
@@ -128,11 +122,11 @@ def parse(words: list[str]) -> Any:
 
 
 class Parsed(Exception):
-    """Instead of what a script does after its parser."""
+    """Raised by a script after its parser, in place of its work."""
 
 
 def parse_script(words: list[str], patch: pytest.MonkeyPatch) -> None:
-    """Let a script parse its arguments, and no more."""
+    """Let a script parse its arguments and do nothing else."""
     whole = argparse.ArgumentParser.parse_args
 
     def stop(parser: argparse.ArgumentParser, *arguments: Any) -> None:
@@ -141,13 +135,13 @@ def parse_script(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(argparse.ArgumentParser, "parse_args", stop)
     patch.setattr(sys, "argv", words)
-    # They import each other.
+    # Scripts import each other.
     patch.syspath_prepend(str(ROOT / "scripts"))
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
-def look_at(line: str, patch: pytest.MonkeyPatch) -> None:
+def check(line: str, patch: pytest.MonkeyPatch) -> None:
     """Parse a command that is not run."""
     words = words_of(line)
     if words[0] == "vqcompress" and "--install-completion" not in words and "COMMAND" not in words:
@@ -177,7 +171,7 @@ class Desk:
         self.folder, self.toy, self.text, self.quantized = folder, toy, text, quantized
 
     def run(self, line: str) -> str:
-        """What a line prints; its exit code must be 0, and what it says it writes must be there."""
+        """The output of a command. Its exit code must be 0, and the files that it names must exist."""
         words = words_of(line)
         if words[0] != "vqcompress":
             done = subprocess.run(line, shell=True, cwd=self.folder, capture_output=True, text=True)
@@ -194,13 +188,13 @@ class Desk:
         return result.stdout + result.stderr
 
     def python(self, code: str) -> str:
-        """A program with what is here in place of what a reader has."""
+        """A program with toys in place of models."""
         for name in re.findall(r'"(OUT[-\w]*|demo-\w+)"', code):
             self._artifact(name, "")
         return re.sub(r'"(demo|MODEL)"', lambda found: repr(str(self.toy)), code)
 
     def _at_hand(self, words: list[str]) -> list[str]:
-        """The words, with what is here for models and texts; artifacts that are spoken of are put into the folder."""
+        """The words with toys in place of models and texts. Artifacts that they name are put into the folder."""
         form = words[words.index("--format") + 1] if "--format" in words else ""
         found = []
         for before, word in zip(["", *words], words, strict=False):
@@ -216,7 +210,7 @@ class Desk:
         return found
 
     def _artifact(self, name: str, form: str) -> None:
-        """An artifact of that name that can be exported to the format."""
+        """Put an artifact of that name, which can be exported to the format, into the folder."""
         recipe, family = MADE[form if form in MADE else ""], "llama"
         if not (self.folder / name).exists():
             # Written into by --report.
@@ -258,17 +252,9 @@ def desk(
     text: Path,
     quantized: Callable[..., Path],
     quick_recipes: dict[str, Path],
-    processes: Processes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Desk:
-    def read(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        """The reader of an export in a process that has imported what takes seconds."""
-        *_, dash_c, code, export, ids, logits = command
-        assert dash_c == "-c"
-        return processes.python(code, Path(export).absolute(), ids, Path(logits).absolute())
-
-    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=read))
     monkeypatch.setattr(recipe, "packaged", lambda: quick_recipes)
     monkeypatch.chdir(tmp_path)
     return Desk(tmp_path, toy("llama", **TOY), text, quantized)
@@ -276,7 +262,7 @@ def desk(
 
 @pytest.mark.slow
 @each_page
-def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_programs_of_a_page_run(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = ""
     for language, body in pieces(TEXT_OF[page]):
         if language and page in ELSEWHERE:
@@ -284,7 +270,7 @@ def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.M
         if language == "python":
             exec(compile(desk.python(body), page, "exec"), {"__name__": page})
         elif language == "yaml":
-            # Where a page speaks of one key, the rules are left out.
+            # Examples of other keys leave the rules out.
             rules = (
                 ""
                 if re.search("^(rules|candidates|cache):", body, re.MULTILINE)
@@ -294,7 +280,7 @@ def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.M
             recipe.load("page.yaml")
         elif not language and any(re.match(pattern, body) for pattern in NOT_RUN):
             with monkeypatch.context() as patch:
-                look_at(body, patch)
+                check(body, patch)
         elif not language:
             printed = desk.run(body)
         elif language == "output":
@@ -303,30 +289,23 @@ def test_all_that_a_page_shows_runs(page: str, desk: Desk, monkeypatch: pytest.M
 
 @each_page
 def test_commands_of_a_page_can_be_typed(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command of a fence parses; `-m slow` also runs it."""
+    """Every command of a fence parses."""
     for language, body in pieces(TEXT_OF[page]):
         if not language:
             with monkeypatch.context() as patch:
-                look_at(body, patch)
+                check(body, patch)
 
 
 @each_page
-def test_what_is_mentioned_can_be_typed(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_in_running_text_can_be_typed(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in mentioned(TEXT_OF[page]):
         # A mention may leave arguments out.
         with monkeypatch.context() as patch, suppress(MissingParameter, typer.Exit):
-            look_at(line, patch)
+            check(line, patch)
 
 
-def test_the_quickstart_begins_with_what_is_quick() -> None:
-    order = sorted((name for name in packaged() if not name.startswith("kv-")), key=work)
-    assert order[0] == "fp8-tile"
-    assert order[-1] == "vq-2bit-tuned"
-    assert order.index("smoothquant-int8") < order.index("vq-2bit")
-
-
-# Knobs: heading of docs/recipes.md → the model that the table below it is of.
-KNOBS: dict[str, type[BaseModel]] = {
+# Heading of docs/recipes.md → the model whose options the table below it lists.
+OPTIONS: dict[str, type[BaseModel]] = {
     **{f"`{name}`": method for name, method in METHODS.items() if name != "keep"},
     "`smoothing`": Smoothing,
     "`tuning`": Tuning,
@@ -335,11 +314,11 @@ KNOBS: dict[str, type[BaseModel]] = {
 }
 
 
-def table_of_knobs(heading: str) -> dict[str, str]:
-    """Knob → its default as the page says it, of the table with the header `knob` below a heading."""
+def table_of_options(heading: str) -> dict[str, str]:
+    """Option → its default, from the table below a heading."""
     section = re.search(rf"^## {heading}.*?(?=^## |\Z)", TEXT_OF["recipes.md"], re.DOTALL | re.MULTILINE)
     assert section, heading
-    rows = re.search(r"^\| (?:knob|option) .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
+    rows = re.search(r"^\| option .*?\n\n", section[0] + "\n\n", re.DOTALL | re.MULTILINE)
     assert rows, heading
     found = {}
     for row in rows[0].splitlines()[2:]:
@@ -350,9 +329,9 @@ def table_of_knobs(heading: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("heading", KNOBS)
-def test_every_knob_is_in_the_docs_with_its_default(heading: str) -> None:
-    fields, said = dict(KNOBS[heading].model_fields), table_of_knobs(heading)
+@pytest.mark.parametrize("heading", OPTIONS)
+def test_every_option_is_in_the_docs_with_its_default(heading: str) -> None:
+    fields, said = dict(OPTIONS[heading].model_fields), table_of_options(heading)
     fields |= Trellis.model_fields | fields if heading == "`vq`" else {}
     assert said.keys() == fields.keys()
     for name, field in fields.items():
@@ -367,7 +346,7 @@ def test_every_knob_is_in_the_docs_with_its_default(heading: str) -> None:
 def test_every_recipe_is_in_the_docs(page: str) -> None:
     named = set(re.findall(r"`([\w-]+)`", TEXT_OF[page]))
     assert packaged().keys() <= named
-    # And none that there is not.
+    # And every name that looks like a recipe is one.
     assert {name for name in named if re.fullmatch(r"(vq|kv|mixed|fp8|smoothquant)-[\w-]+", name)} <= packaged().keys()
 
 

@@ -86,7 +86,12 @@ def commands() -> dict[str, Any]:
 
 def test_commands_and_options_are_frozen() -> None:
     options = {
-        name: {opt for param in command.params if param.param_type_name == "option" for opt in param.opts}
+        name: {
+            o
+            for param in command.params
+            if param.param_type_name == "option"
+            for o in param.opts + param.secondary_opts
+        }
         for name, command in commands().items()
     }
     assert options == OPTIONS

@@ -21,7 +21,7 @@ from vqcompress.export import export
 from vqcompress.methods.hadamard import block_size
 from vqcompress.model.rotation import RotatedCheckpoint, _watch
 from vqcompress.model.stream import BlockStream
-from vqcompress.pipeline.block import generator_for
+from vqcompress.pipeline.context import generator_for
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
 from vqcompress.runtime.load import load
 from vqcompress.storage import recipe as recipes

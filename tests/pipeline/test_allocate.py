@@ -216,8 +216,8 @@ def test_the_plan_shows_the_budget_and_the_candidates(toy: Callable[..., Path], 
         (["--recipe", "fp8-tile", "--kv-cache", "artifact"], "'artifact'"),
         (["--recipe", "mixed"], "--target-bits"),
         (["--recipe", "vq-2bit", "--target-bits", "2.5"], "vq-2bit"),
-        (["--target-bits", "1.4"], "1.4"),
-        (["--target-bits", "nan"], "nan"),
+        (["--target-bits", "1.4"], "--target-bits"),
+        (["--target-bits", "nan"], "--target-bits"),
     ],
 )
 def test_a_recipe_and_a_budget_that_do_not_fit_are_refused(

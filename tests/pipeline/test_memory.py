@@ -22,7 +22,7 @@ TEXT = Path(vqcompress.__file__).parent / "demo" / "calibration.txt"
 
 
 def facts(processes: Processes, words: list[str], json_file: Path, limit: int = 0) -> dict[str, Any]:
-    """What a command of ours writes as JSON, in a process that may take so many bytes of address space."""
+    """The JSON that a command writes, in a process that may take at most `limit` bytes of address space."""
     done = processes.python(VQCOMPRESS, *words, "--json", json_file, limit=limit)
     assert done.returncode == 0, done.stderr[-1000:]
     found: dict[str, Any] = json.loads(json_file.read_text())
@@ -53,7 +53,7 @@ def test_a_model_of_three_times_the_memory(tmp_path: Path, processes: Processes)
     # The limit bites: reading the weights as a whole does not fit.
     plain = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     assert processes.python(plain, tmp_path / "model", limit=LIMIT).returncode != 0
-    # As bytes, which are half as many to write.
+    # A copy in 16 bits would take twice as long to write.
     everything(processes, tmp_path / "model", tmp_path, "fp8-tile", LIMIT, "fp8")
     # pytest would keep its gigabytes for days.
     shutil.rmtree(tmp_path)

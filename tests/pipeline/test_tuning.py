@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kills import Killed, contents
+from kills import contents
 
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.perplexity import perplexity
@@ -38,7 +38,7 @@ def recipe(folder: Path, knobs: str = "", tuning: str = "") -> str:
 
 
 def run(model: Path, out: Path, file: str, text: Path, **more: Any) -> dict[str, Any]:
-    return quantize(QuantizeOptions(str(model), out, file, [str(text)], samples=24, seqlen=64, **more))
+    return quantize(QuantizeOptions(str(model), out, file, [str(text)], samples=8, seqlen=64, **more))
 
 
 @pytest.mark.parametrize(
@@ -110,24 +110,6 @@ def test_tuned_artifacts_load_and_run(
 ) -> None:
     run(toy(family), tmp_path / "out", recipe_file(f"{TUNED}\nrules:\n  - {rule}\n"), text)
     assert perplexity(str(tmp_path / "out"), str(text), seqlen=64, limit=4)["perplexity"] < 1e5
-
-
-@pytest.mark.parametrize("event", ["block", "after"])
-@pytest.mark.slow
-def test_a_killed_tuned_run_ends_in_the_same_bytes(event: str, toy: Make, text: Path, tmp_path: Path) -> None:
-    """Killed at the second block, and at the second step of distillation; `tests/storage` kills later ones."""
-    model, file = toy("llama"), recipe(tmp_path, "", TUNED)
-    run(model, tmp_path / "whole", file, text)
-
-    def die(at: str, facts: dict[str, Any]) -> None:
-        if at == event and 1 in (facts.get("index"), facts.get("done")):
-            raise Killed
-
-    options = QuantizeOptions(str(model), tmp_path / "cut", file, [str(text)], samples=24, seqlen=64)
-    with pytest.raises(Killed):
-        quantize(options, die)
-    quantize(options)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -105,19 +105,20 @@ def _explain(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def session(json_file: Path | None = None) -> Iterator[tuple[Console, Callable[[dict[str, Any]], None]]]:
-    """The console, and a function that writes the result as JSON; libraries are quiet inside.
+def session(json_file: Path | None = None) -> Iterator[Callable[..., None]]:
+    """A function that shows a result: show(table, result, …) writes the JSON and calls table(console, result, …).
 
-    With `--json -` everything but the JSON goes to stderr.
+    Libraries are quiet inside. With `--json -` everything but the JSON goes to stderr.
     """
     stdout, to_stdout = sys.stdout, str(json_file) == "-"
 
-    def write(result: dict[str, Any]) -> None:
+    def show(table: Callable[..., None], result: dict[str, Any], *more: Any) -> None:
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
         if leads() and to_stdout:
             stdout.write(text)
         elif leads() and json_file is not None:
             json_file.write_text(text, encoding="utf-8")
+        table(console(), result, *more)
 
     with contextlib.redirect_stdout(sys.stderr if to_stdout else stdout), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,4 +131,4 @@ def session(json_file: Path | None = None) -> Iterator[tuple[Console, Callable[[
         if sys.stderr.isatty():
             # Downloads from the hub keep their bars.
             enable_progress_bars()
-        yield console(), write
+        yield show

@@ -31,7 +31,7 @@ def perplexity(
     Example: vqcompress eval perplexity out --text test.txt --baseline demo
     """
     model = options.pinned(model, revision)
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.cli.progress import StepBar
         from vqcompress.evaluate import model_card
         from vqcompress.evaluate.perplexity import perplexity
@@ -40,20 +40,19 @@ def perplexity(
             model_card.check_writable(model)
         with StepBar(f"perplexity of {model}") as bar:
             result = perplexity(model, text, baseline, device, bar.count, kv_cache, **vars(windows))
-        write(result)
-        tables.perplexity(console, result, text)
+        show(tables.perplexity, result, text)
         if report:
             changed = model_card.add_evaluation(model, result)
-            console.print(f"report      added to {', '.join(changed)} of {model}")
+            print(f"report      added to {', '.join(changed)} of {model}")
 
 
 @evaluation.command(cls=Command)
 @options.flat
 def speed(
     model: options.AnyModel,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 64,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts.")] = 1,
     baseline: options.Baseline = None,
     kv_cache: options.KVCache = None,
     cpu_weights: options.CpuWeights = "auto",
@@ -66,13 +65,12 @@ def speed(
 
     Example: vqcompress eval speed out --prompt-tokens 512 --baseline demo
     """
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.evaluate.speed import speed
 
         sizes = prompt_tokens, new_tokens, batch
         result = speed(options.pinned(model, revision), *sizes, baseline, device, cpu_weights, kv_cache)
-        write(result)
-        tables.speed(console, result)
+        show(tables.speed, result)
 
 
 @options.flat
@@ -92,15 +90,14 @@ def compare(
 
     Example: vqcompress compare out-2bit out-4bit --text test.txt --html compared.html
     """
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.cli.progress import StepBar
         from vqcompress.evaluate.compare import compare
         from vqcompress.evaluate.report_html import comparison_page
 
         with StepBar("comparing models") as bar:
             result = compare(models, text, baseline, device, bar.count, **vars(windows))
-        write(result)
-        tables.compared(console, result)
+        show(tables.compared, result)
         if html is not None:
             html.write_text(comparison_page(result), encoding="utf-8")
-            console.print(f"charts      {html}")
+            print(f"charts      {html}")

@@ -65,16 +65,15 @@ def quantize(
         raise UsageError("-o OUT is missing, or 'demo', the packaged model; give a directory, or --dry-run")
     check_choice(run.recipe, run.target_bits, run.kv_cache)
     upload.check()
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.cli.progress import QuantizeProgress
         from vqcompress.pipeline.quantize import quantize
 
         job = run.job(output, overwrite)
         with QuantizeProgress() as progress:
             report = quantize(job, progress, vqcompress.STARTED)
-        write(report)
-        tables.quantized(console, report, str(output), job.model)
-        upload.push(output, console)
+        show(tables.quantized, report, str(output), job.model)
+        upload.push(output)
 
 
 @command()
@@ -89,12 +88,11 @@ def plan(run: options.RunOptions, common: options.Common) -> None:
 
 def _plan(run: options.RunOptions, common: options.Common) -> None:
     check_choice(run.recipe, run.target_bits, run.kv_cache)
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.pipeline.quantize import dry_run
 
         summary = dry_run(run.job())
-        write(summary)
-        tables.planned(console, summary)
+        show(tables.planned, summary)
 
 
 app.add_typer(evaluation, name="eval")
@@ -120,13 +118,12 @@ def export(
     Example: vqcompress export out --format dense -o out-dense --verify
     """
     upload.check()
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.export import export
 
         result = export(artifact, format, output, verify, overwrite) | {"seconds": took()}
-        write(result)
-        tables.exported(console, result, str(output))
-        upload.push(output, console)
+        show(tables.exported, result, str(output))
+        upload.push(output)
 
 
 @command()
@@ -136,12 +133,11 @@ def inspect(artifact: options.Artifact, common: options.Common) -> None:
 
     Example: vqcompress inspect out
     """
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.evaluate.inspect import inspect
 
         facts = inspect(artifact)
-        write(facts)
-        tables.inspected(console, facts)
+        show(tables.inspected, facts)
 
 
 @command()
@@ -151,20 +147,19 @@ def verify(artifact: options.Artifact, common: options.Common) -> None:
 
     Example: vqcompress verify out
     """
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.evaluate.verify import verify
 
         facts = verify(artifact) | {"seconds": took()}
-        write(facts)
-        tables.verified(console, facts, artifact)
+        show(tables.verified, facts, artifact)
 
 
 @command()
 def generate(
     model: options.AnyModel,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: options.Seed = 0,
     kv_cache: options.KVCache = None,
     cpu_weights: options.CpuWeights = "auto",
@@ -191,12 +186,11 @@ def doctor(model: options.Model, revision: options.Revision = None, *, common: o
 
     Example: vqcompress doctor demo
     """
-    with session(common.json) as (console, write):
+    with session(common.json) as show:
         from vqcompress.evaluate.doctor import examine
 
         facts = examine(options.pinned(model, revision))
-        write(facts)
-        tables.examined(console, facts)
+        show(tables.examined, facts)
         if not facts["ok"]:
             raise typer.Exit(1)
 

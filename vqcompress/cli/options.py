@@ -7,20 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from vqcompress.cli.console import DEBUG, leads
 from vqcompress.errors import UsageError
+from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.storage import hub
 from vqcompress.storage.recipe_files import AS_STORED, LEAST, MOST, packaged, recipe_file
 from vqcompress.storage.trust import trusting
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from vqcompress.pipeline.options import QuantizeOptions
 
 # The keys of `export.FORMATS`, repeated because importing it imports torch.
 ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
@@ -95,8 +91,8 @@ _model = partial(typer.Argument, callback=_checked(hub.find))
 _recipe = partial(typer.Option, callback=_checked(_check_recipe))
 _text = partial(typer.Option, metavar="FILE", callback=_checked(hub.check_text))
 _file = partial(typer.Option, metavar="FILE", callback=_check_file, dir_okay=False, writable=True)
-_calibration = partial(typer.Option, rich_help_panel="Calibration")
-_window = partial(typer.Option, rich_help_panel="Windows")
+_calibration = partial(typer.Option, metavar="N", rich_help_panel="Calibration")
+_window = partial(typer.Option, metavar="N", rich_help_panel="Windows")
 _hardware = partial(typer.Option, rich_help_panel="Hardware")
 _hub = partial(typer.Option, rich_help_panel="Hugging Face hub")
 _cache = partial(_recipe, metavar="RECIPE", autocompletion=_complete_cache)
@@ -108,7 +104,7 @@ Models = Annotated[list[str], _model(metavar="MODEL", help="Artifacts, Hugging F
 Artifact = Annotated[str, _model(metavar="ARTIFACT", help="Output directory of quantize, or hub id.")]
 Output = Annotated[Path, _output]
 OptionalOutput = Annotated[Path | None, _output]
-Overwrite = Annotated[bool, typer.Option(help="Overwrite an earlier result in OUT; other files are left alone.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT; keep other files.")]
 Baseline = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Original model to compare with.", callback=_checked(hub.find))
 ]
@@ -118,15 +114,15 @@ KVCache = Annotated[
 ]
 Format = Annotated[ExportFormat, typer.Option(metavar="FORMAT", help=f"Output format: {', '.join(FORMATS)}.")]
 Html = Annotated[Path | None, _file("--html", help="Write an HTML page with charts.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Random seed.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**31 - 1, help="Random seed.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], _hardware(help="Device to compute on; auto prefers a GPU.")]
 CpuWeights = Annotated[
     Literal["auto", "dense", "packed"],
     _hardware(help="On a CPU, decode weights once (dense) or in every call (packed)."),
 ]
 Revision = Annotated[str | None, _hub(metavar="REV", help="Branch, tag or commit of MODEL; same as MODEL@REV.")]
-Trust = Annotated[bool, _hub(help="Run Python code of the model's repository.", callback=_trust)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", callback=_set_debug)]
+Trust = Annotated[bool, _hub("--trust-remote-code", help="Run Python code of the model.", callback=_trust)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.", is_eager=True, callback=_set_debug)]
 
 
 @dataclass(frozen=True)
@@ -145,17 +141,26 @@ class RunOptions:
     model: Model
     recipe: Annotated[
         str | None,
-        _recipe(metavar="NAME|FILE", help="Packaged or own recipe (YAML file).", autocompletion=_complete_recipe),
+        _recipe(
+            metavar="NAME|FILE",
+            help="Packaged recipe (see vqcompress recipes) or YAML file.",
+            autocompletion=_complete_recipe,
+        ),
     ] = None
     target_bits: Annotated[
         float | None,
-        typer.Option(min=LEAST, max=MOST, help="Choose a setting per weight that together take BITS on average."),
+        typer.Option(
+            metavar="BITS", min=LEAST, max=MOST, help="Average for which a setting is chosen for each weight."
+        ),
     ] = None
-    kv_cache: Annotated[str | None, _cache(help="Also prepare a KV cache: kv-fp8, kv-vq-4bit or kv-vq-2bit.")] = None
+    kv_cache: Annotated[str | None, _cache(help="Also compress the KV cache: kv-fp8, kv-vq-4bit or kv-vq-2bit.")] = None
     seed: Seed = 0
     calibration: Annotated[
         list[str] | None,
-        _text(help="Text, JSONL or Parquet file, or dataset id; repeatable.", rich_help_panel="Calibration"),
+        _text(
+            help="Text, JSONL, Parquet or dataset id; repeatable. Default: built-in text.",
+            rich_help_panel="Calibration",
+        ),
     ] = None
     samples: Annotated[int | None, _calibration(min=1, help="Number of rows. Default: up to 128.")] = None
     seqlen: Annotated[int | None, _calibration(min=2, help="Tokens per row. Default: context, up to 2048.")] = None
@@ -165,8 +170,6 @@ class RunOptions:
 
     def job(self, out: Path | None = None, overwrite: bool = False) -> QuantizeOptions:
         """The options that the pipeline takes."""
-        from vqcompress.pipeline.options import QuantizeOptions
-
         same = {key: value for key, value in vars(self).items() if key not in ("model", "calibration", "revision")}
         return QuantizeOptions(
             pinned(self.model, self.revision), out, texts=self.calibration, overwrite=overwrite, **same
@@ -196,7 +199,7 @@ class Upload:
         if self.push_to_hub is not None and leads():
             hub.check_upload(self.push_to_hub)
 
-    def push(self, folder: Path, console: Console) -> None:
+    def push(self, folder: Path) -> None:
         """Upload a directory, if that was asked for, and print its address."""
         if self.push_to_hub is not None and leads():
-            console.print(f"pushed  {hub.push(folder, self.push_to_hub, self.private)}")
+            print(f"pushed  {hub.push(folder, self.push_to_hub, self.private)}")

@@ -1,48 +1,27 @@
-"""Writes artifacts in formats that other runtimes load. A format is a pure function of one block's tensors."""
+"""Writes artifacts in formats that other runtimes load: one file per format, with its `export` and its `READER`."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqcompress.errors import UsageError, VQCompressError, did_you_mean
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.export import aqlm, compressed_tensors, dense, fp8
-from vqcompress.export.rewrite import Export
-from vqcompress.export.verify import Reader, compare
-from vqcompress.model.device import peak_rss_bytes
+from vqcompress.export.rewrite import tensors
+from vqcompress.export.verify import compare
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.artifact import OURS, SHARD, Artifact
+from vqcompress.storage.artifact import SHARD, Artifact
 from vqcompress.storage.checkpoint import INDEX, read_json, resolve
 from vqcompress.storage.writer import Shards, clear
 
-# Stands in the index of an export, beside a list of its other files: --overwrite deletes only files of ours.
+# Stands in the index of an export, beside a list of its other files: --overwrite deletes only files of an export.
 WRITER = "vqcompress export"
 
-
-@dataclass(frozen=True)
-class Format:
-    """The function that converts an artifact, or refuses to before anything is written; and what reads the result."""
-
-    export: Callable[[BlockStream, Artifact], Export]
-    reader: Reader
-
-
-FORMATS = {
-    "dense": Format(dense.export, Reader()),
-    "fp8": Format(fp8.export, Reader()),
-    # This reader rounds activations to steps of amax / 127.5; artifacts use amax / 127.
-    "compressed-tensors": Format(
-        compressed_tensors.export, Reader("compressed-tensors>=0.20", rounds=True, bound=0.01)
-    ),
-    "aqlm": Format(aqlm.export, Reader("aqlm[cpu]>=1.1.7", setup=aqlm.REFERENCE)),
-}
+FORMATS: dict[str, Any] = {"dense": dense, "fp8": fp8, "compressed-tensors": compressed_tensors, "aqlm": aqlm}
 
 
 def export(artifact: str, format: str, out: Path, verify: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -50,62 +29,49 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
 
     verify: load the result with its own reader in a fresh process and compare its logits with the artifact's.
     """
-    start = time.perf_counter()
-    if format not in FORMATS:
-        raise UsageError(f"no export format '{format}'.{did_you_mean(format, FORMATS)}")
-    reader = FORMATS[format].reader
-    source = Artifact(resolve(artifact))
+    source, reader = Artifact(resolve(artifact)), FORMATS[format].READER
     source.check_files()
     if not source.entries and format != "dense":
         raise VQCompressError(f"{artifact} has no compressed weight to write as {format}; export --format dense")
     stream = BlockStream(source, torch.device("cpu"), torch.float32)
     made = FORMATS[format].export(stream, source)
-    if verify:
-        reader.check_installed()
-        if made.unreadable:
-            raise UsageError(made.unreadable)
+    if verify and made.for_vllm:
+        raise UsageError(f"--verify: transformers cannot load experts in {format}, which only vLLM reads")
     _empty(out, overwrite)
-    count = len(stream.blocks) + 1
-    weight_map: dict[str, str] = {}
-    total = 0
-    shards = Shards(out)
-    companions = source.companions()
-    metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
+    shards, companions = Shards(out), source.companions()
     # The index is written first, so that an interrupted export can be recognized and replaced.
-    shards.write(INDEX, json.dumps({"metadata": metadata, "weight_map": {}}).encode())
-    for number, tensors in enumerate(made.tensors, 1):
-        weight_map |= dict.fromkeys(tensors, shards.write_shard(SHARD.format(number, count), tensors)["file"])
-        total += sum(t.nbytes for t in tensors.values())
+    metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
+    shards.write(INDEX, json.dumps({"metadata": metadata}).encode())
+    weight_map: dict[str, str] = {}
+    size, count = 0, len(stream.blocks) + 1
+    for number, shard in enumerate(tensors(stream, source, made), 1):
+        weight_map |= dict.fromkeys(shard, shards.write_shard(SHARD.format(number, count), shard)["file"])
+        size += sum(t.nbytes for t in shard.values())
     for path in companions:
         shards.write(path.name, path.read_bytes())
-    index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
     # config.json is written last, so that an interrupted export does not load.
-    shards.write("config.json", json.dumps(made.config, indent=2).encode())
-    result: dict[str, Any] = {"format": format, "files": count, "bytes": total, "left_dense": made.left_dense}
-    result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.unreadable else reader.line(out)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    if made.quantization_config:
+        config["quantization_config"] = made.quantization_config
+    shards.write("config.json", json.dumps(config, indent=2).encode())
+    result: dict[str, Any] = {"format": format, "files": count, "bytes": size}
+    result["left_dense"] = made.left_dense
+    result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.for_vllm else reader.line(out)
     if verify:
-        try:
-            result["verified"] = compare(stream, source, out, reader, made.held)
-        except KeyboardInterrupt:
-            (out / "config.json").unlink(missing_ok=True)
-            raise
-    return {**result, "seconds": round(time.perf_counter() - start, 3), "peak_rss_bytes": peak_rss_bytes()}
+        result["verified"] = compare(stream, source, out, reader)
+    return result
 
 
 def _empty(out: Path, overwrite: bool) -> None:
     """Delete an earlier export in a directory; VQCompressError if the directory holds anything else."""
-    # An export that is killed while it writes the index leaves only the partial file.
-    if out.is_dir() and any(path.name != f"{INDEX}.partial" for path in out.iterdir()):
-        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
-        metadata = index.get("metadata") if isinstance(index, dict) else None
-        if not isinstance(metadata, dict) or metadata.get("written_by") != WRITER:
+    if out.is_dir() and any(out.iterdir()):
+        metadata = read_json(out / INDEX).get("metadata", {}) if (out / INDEX).is_file() else {}
+        if metadata.get("written_by") != WRITER:
             raise VQCompressError(f"{out} holds files that are not an export; choose another directory")
-        weights = [path for path in out.iterdir() if path.suffix in (".safetensors", ".bin")]
-        if foreign := [path for path in weights if not OURS.fullmatch(path.name)]:
-            raise VQCompressError(f"{foreign[0]} was not written by vqcompress export; choose another directory")
         # An interrupted export has no config.json and is replaced.
         if not overwrite and (out / "config.json").exists():
             raise VQCompressError(f"{out} already holds an export; choose another directory or give --overwrite")
-        clear(out, {"config.json", *map(str, metadata.get("beside", []))})
+        clear(out, {"config.json", *metadata["beside"]})
     out.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqcompress.export.fp8 import unsupported
-from vqcompress.export.rewrite import Export, dense_modules, mixture_of, mixtures, refuse, tensors
+from vqcompress.export.rewrite import Export, mixture_of, mixtures, one_method
+from vqcompress.export.stays_dense import dense_modules
+from vqcompress.export.verify import Reader
 from vqcompress.methods import PackedTensors
 from vqcompress.methods.vq.codebook import Codebook
 from vqcompress.methods.vq.packing import unpack
@@ -29,43 +30,35 @@ def forward(self, x):
     return torch.nn.functional.linear(x, weight, self.bias)
 QuantizedLinear.forward = forward
 """
+READER = Reader("aqlm[cpu]>=1.1.7", setup=REFERENCE)
 
 
 def export(stream: BlockStream, artifact: Artifact) -> Export:
-    """`X.codes`, `X.codebooks` and `X.scales`. All compressed layers must share d, bits and stages."""
-    first, experts = next(iter(artifact.entries.values())), mixtures(stream)
-    method = first.method
+    """`X.codes`, `X.codebooks` and `X.scales`. All compressed layers must have the same options."""
+    experts = mixtures(stream)
 
     def why(entry: Entry) -> str:
-        own = entry.method
-        if not isinstance(own, Codebook) or not isinstance(method, Codebook):
-            codewords = "" if own.name != "vq" else " without a learned codebook"
-            return f"is compressed by {own.name}{codewords}"
-        if own.rotation:
+        if isinstance(entry.method, Codebook) and entry.method.rotation:
             return "is rotated at run time"
-        if (own.d, own.bits, own.stages) != (method.d, method.bits, method.stages):
-            return f"has another d, bits or stages than {first.target.name}"
-        if entry.target.shape[1] % own.d:
-            return f"has {entry.target.shape[1]} inputs, no multiple of d = {own.d}"
+        if isinstance(entry.method, Codebook) and entry.target.shape[1] % entry.method.d:
+            return f"has {entry.target.shape[1]} inputs, no multiple of d = {entry.method.d}"
         if mixture_of(entry.target.name) in experts:
             return "is an expert's, which transformers does not build as a linear layer"
-        return unsupported(stream, entry)
+        return ""
 
-    refuse(artifact, "aqlm", why, "quantize with vq-2bit-aqlm, or keep such weights in a recipe like it")
+    method = one_method(stream, artifact, (Codebook,), "aqlm needs vq-2bit-aqlm or a recipe like it", why)
     assert isinstance(method, Codebook)
-    held = frozenset(artifact.entries)
-    dense = dense_modules(stream, held)
+    dense = dense_modules(stream, artifact.entries)
     config = {
         "quant_method": "aqlm",
         "in_group_size": method.d,
         "out_group_size": 1,
         "num_codebooks": method.stages,
         "nbits_per_codebook": method.bits,
-        # transformers 5 looks for module names; earlier versions and AQLM's own files use tensor names.
+        # transformers 5 looks for module names; AQLM's own files use tensor names.
         "linear_weights_not_to_quantize": [*dense, *(f"{name}.weight" for name in dense)],
     }
-    found = tensors(stream, artifact, held, _write)
-    return Export({**artifact.config, "quantization_config": config}, held, {}, found)
+    return Export(config, _write, artifact.entries.keys(), {})
 
 
 def _write(entry: Entry, parts: PackedTensors) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from vqcompress.export.rewrite import Export, tensors
+from vqcompress.export.rewrite import Export
+from vqcompress.export.verify import Reader
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact
 
+READER = Reader()
+
 
 def export(stream: BlockStream, artifact: Artifact) -> Export:
-    """All weights decoded, and the config without its quantization. Any artifact can be exported."""
-    config = {k: v for k, v in artifact.config.items() if k != "quantization_config"}
-    return Export(config, frozenset(), {}, tensors(stream, artifact, (), lambda entry, parts: {}))
+    """Every weight decoded. Any artifact can be exported."""
+    return Export(None, lambda entry, parts: {}, (), {})

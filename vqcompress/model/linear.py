@@ -177,13 +177,12 @@ def replace_linears(
         setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared, packed))
 
 
-def decode_layers(model: nn.Module, weight: Callable[[CompressedLinear], Tensor] = lambda layer: layer.weight) -> None:
-    """Put plain layers of the decoded weights in the place of compressed ones: for gradients, which codes and rounded
-    activations have none of. weight: what such a layer gets."""
+def decode_layers(model: nn.Module) -> None:
+    """Replace compressed layers by plain ones of the decoded weights, which have gradients and exact activations."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, CompressedLinear):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(weight(layer), requires_grad=False)
+            plain.weight = nn.Parameter(layer.weight, requires_grad=False)
             plain.register_parameter("bias", layer.bias)
             model.set_submodule(path, plain)
 

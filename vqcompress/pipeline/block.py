@@ -23,7 +23,7 @@ from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.correction import closing_layer, corrected
-from vqcompress.pipeline.plan import Progress
+from vqcompress.pipeline.plan import Progress, silent
 from vqcompress.pipeline.report import codebook_facts
 from vqcompress.pipeline.smoothing import Rewrites, Smoother
 from vqcompress.pipeline.statistics import coverage, gather
@@ -96,7 +96,7 @@ class BlockEncoder:
         # How often entries of codebooks are used, by the path of shared parts or the target.
         self.uses: dict[str, Tensor] = {}
 
-    def encode(self, closing: str | None = None, progress: Progress = lambda event, facts: None) -> dict[str, Any]:
+    def encode(self, closing: str | None = None, progress: Progress = silent) -> dict[str, Any]:
         """Encode all targets; returns JSON: `targets`, a row for each, and `codebooks`.
 
         closing: path of the layer that corrects the block's output, and is encoded last.

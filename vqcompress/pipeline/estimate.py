@@ -98,14 +98,15 @@ def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str)
         hessians = max(_hessian_entries(plan, block) for block in plan.blocks)
         work += (size + outside + batch * (4 * width + 8 * hidden)) * itemsize + hessians * HESSIAN_BYTES
         work += states * (where == "memory")
+    whole = cache_memory(plan, stream, rows * seqlen)
     if plan.recipe.tuning:
         # Two whole models in float32, gradients of one, and the activations of all layers for a batch.
-        work = max(work, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
-    work = max(work, cache_memory(plan, stream, rows * seqlen))
+        whole = max(whole, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
     # Without calibration, the next block is encoded while one is written.
-    host = (1 if plan.calibrated else 2) * (read if on_gpu else read + work)
+    ahead = 1 if plan.calibrated else 2
+    host = ahead * read if on_gpu else max(ahead * (read + work), whole)
     host = peak_rss_bytes() + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
-    return {"peak_rss_bytes": host, "peak_device_bytes": work if on_gpu else 0, "states_bytes": states}
+    return {"peak_rss_bytes": host, "peak_device_bytes": max(work, whole) if on_gpu else 0, "states_bytes": states}
 
 
 def _hessian_entries(plan: Plan, block: Block) -> int:

@@ -18,6 +18,10 @@ from vqcompress.storage.targets import Block, Target
 Progress = Callable[[str, dict[str, Any]], None]
 
 
+def silent(event: str, facts: dict[str, Any]) -> None:
+    """The progress callback that ignores all events."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which target gets which method. rules: target name → rule, for every linear layer of the blocks.

@@ -28,7 +28,7 @@ from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
 from vqcompress.pipeline.options import QuantizeOptions
-from vqcompress.pipeline.plan import Plan, Progress
+from vqcompress.pipeline.plan import Plan, Progress, silent
 from vqcompress.pipeline.report import VERSIONS, run_report
 from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
@@ -43,9 +43,7 @@ from vqcompress.storage.writer import Shard, Writer
 NON_BLOCK = "(outside of the blocks)"
 
 
-def quantize(
-    options: QuantizeOptions, progress: Progress = lambda event, facts: None, began: float | None = None
-) -> dict[str, Any]:
+def quantize(options: QuantizeOptions, progress: Progress = silent, began: float | None = None) -> dict[str, Any]:
     """Compress a model; returns the report.
 
     An unfinished run of the same inputs in `options.out` is continued, and ends in the same bytes. began: the reading
@@ -84,7 +82,7 @@ def _open(options: QuantizeOptions, weights: bool = True) -> tuple[BlockStream, 
 class Run:
     """A run of `quantize` and its state: begun, or continued from an unfinished one, in the directory of the options.
 
-    plan: of the candidates' plans the first, until `prepare` chooses. rows: of calibration, None if none are needed.
+    plan: the first of `plans`, until `prepare` chooses within a budget. rows: of calibration, None if none are needed.
     hidden: the states that enter the next block, by batch. reference: those of the dense model, if a recipe corrects
     outputs. entries: of the blocks that are done. shards: makes those of the other blocks, by name.
     """
@@ -146,27 +144,25 @@ class Run:
         if self.plan.needs_reference:
             self.reference = keep(self.hidden, stream.scratch)
         todo = [i for i, name in enumerate(names) if name not in writer.done]
-        if not self.hidden:
-            todo = todo[group.rank :: group.size]
-        make = partial(map, self._make_shard) if self.hidden else partial(_one_ahead, self._make_shard)
-        self.shards = make(todo)
+        make, alone = self._make_shard, todo[group.rank :: group.size]
+        self.shards = map(make, todo) if self.hidden else _one_ahead(make, alone)
 
     def quantize_block(self, index: int) -> None:
-        """Compress and store a block unless that is done, and run the hidden states through what was stored."""
-        block, stream, last = self.plan.blocks[index], self.stream, index + 1 == len(self.plan.blocks)
+        """Compress and store a block unless that is done, and run the hidden states through the stored block."""
+        block, stream, is_last = self.plan.blocks[index], self.stream, index + 1 == len(self.plan.blocks)
         event = {"index": index, "count": len(self.plan.blocks), "name": block.name}
         done_before = block.name in self.writer.done
         if not done_before:
             self.progress("block", event)
-            # The shard has no name here, so that it is freed before the next block is made.
+            # Without a variable for the shard, it is freed before the next block is encoded.
             self.writer.commit(dict(islice(self.shards, 1)))
-        elif self.reference and not last:
+        elif self.reference and not is_last:
             stream.forward(stream.load_block(index), index, self.reference)
         record = self.writer.done[block.name]
         stored = self.plan.entries_of(block, record["smoothed"])
         self.entries += stored
-        if self.hidden and not last:
-            # The next block sees what was stored, so that it can correct these errors. Nor has the module a name.
+        if self.hidden and not is_last:
+            # The next block sees the stored weights, so that it can correct their errors.
             tensors = artifact.tensors_of(self.writer.out / record["file"])
             stream.forward(stream.load_block(index, tensors, stored), index, self.hidden)
         release_freed_memory()
@@ -198,7 +194,7 @@ class Run:
         return cache_books(model, self.rows, cache, self.options.seed, self.group, self._after)
 
     def finish(self, books: Books | None) -> dict[str, Any]:
-        """Turn what was committed into an artifact; returns the report. The first process writes, the others wait."""
+        """Complete the artifact; returns the report. The first process writes, the others wait."""
         cache_seconds = self.writer.lap() if books is not None else None
         self.writer.apply_staged()
         return self.group.broadcast(0, self._write_artifact(books, cache_seconds) if self.group.is_main else None)

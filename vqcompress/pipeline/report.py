@@ -1,4 +1,4 @@
-"""What a run did, as JSON: the content of report.json."""
+"""The content of report.json: the facts about a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def codebook_facts(uses_RK: Tensor, shared: bool) -> dict[str, Any]:
 
 
 def _kept(plan: Plan) -> dict[str, str]:
-    """The weights that the recipe keeps → that it does; names of blocks and experts have a * for their number."""
+    """Kind of weight → how many of it the recipe keeps; in a kind, numbers of blocks and experts are a *."""
     compressed = {target.name for target in plan.targets}
     every = Counter(kind(target.name) for block in plan.blocks for target in block.targets)
     some = Counter(kind(t.name) for block in plan.blocks for t in block.targets if t.name not in compressed)
