@@ -1,4 +1,4 @@
-"""Attention of one token to coded keys and values, against torch's in bfloat16; and coding. A GPU, or --interpret.
+"""Attention of one token to coded keys and values, against torch's in bfloat16. A GPU, or --interpret.
 
 Usage: python scripts/bench_attention.py [--tokens N ...] [--json FILE] [--limit SECONDS]
        python scripts/bench_attention.py --interpret
@@ -12,21 +12,19 @@ correctness alone. --json appends a line per figure.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_kernels import Figures, error, parse
-from gpu_clock import LEAST, ROUND, copies, seconds
+from gpu_clock import ROUND, copies, seconds
 from kernel_cases import CACHES, TINY_CACHES, Cache
 
 from vqcompress.kv_cache import codes as reference
 from vqcompress.kv_cache import kernel as kv
-from vqcompress.kv_cache import kernel_encode
 
 
 class Bench(Figures):
-    """Figures of attention to coded keys and values, and of coding them."""
+    """Times of attention."""
 
     def torch_attention(self, cache: Cache) -> float:
         """Seconds of torch's attention to as many keys and values of 16 bits."""
@@ -48,46 +46,22 @@ class Bench(Figures):
         heads = f"{cache.queries} / {cache.heads} heads of {cache.channels}"
         label = f"attention, batch {cache.batch}, {cache.tokens} tokens, {heads}, d {cache.d}{turned}"
         parts = cache.parts(self.device, self.dtype)
-        # The reference decodes all that it is given.
-        q_BQD, tokens, scaling = parts
-        row = tokens._replace(codes_k=tokens.codes_k[:1], codes_v=tokens.codes_v[:1])
-        first = q_BQD[:1], row, scaling
-        if self.right(label, error(kv.attend(*parts)[0][:1], reference.attend(*first)[0])) and not self.a.interpret:
+        # The reference decodes everything, so it gets one row.
+        q_BQD, codes_k, book_k, codes_v, *others = parts
+        expected_BQD = reference.attend(q_BQD[:1], codes_k[:1], book_k, codes_v[:1], *others)[0]
+        if self.right(label, error(kv.attend(*parts)[0][:1], expected_BQD)) and not self.a.interpret:
             made = [cache.parts(self.device, self.dtype, seed) for seed in range(copies(cache.bytes()))]
             took = seconds(lambda given: kv.attend(*given), made)
             ratio, share = self.torch_attention(cache) / took, cache.bytes() / took / self.bandwidth
             print(f"{label}: {took * 1e6:.1f} µs, {ratio:.2f} × torch, {share:.0%} of bandwidth", flush=True)
             self.write({"figure": label, "microseconds": round(took * 1e6, 2), "ratio": round(ratio, 3)})
 
-    def coding(self, cache: Cache, tokens: int) -> None:
-        """Coding of the keys of `tokens` tokens of every row."""
-        _, coded, _ = cache.parts(self.device, self.dtype)
-        book, cos, sin = coded.book_k, coded.cos_BTD, coded.sin_BTD
-        size, turned = (cache.batch, cache.heads, tokens, cache.channels), ", turned back" if cache.turned else ""
-        x_BHTD = torch.randn(size, device=self.device, dtype=self.dtype)
-        angles = [cos[:, :tokens], sin[:, :tokens]] if cache.turned else []
-        codes = kernel_encode.encode(x_BHTD, book, *angles)
-        plain = reference.apply_rope(x_BHTD, *angles, inverse=True) if cache.turned else x_BHTD
-        few = slice(0, 64)
-        other = (codes[:1, :, few] != reference.encode(plain[:1, :, few], book)).float().mean().item()
-        label = (
-            f"coding {tokens} tokens, batch {cache.batch}, {cache.heads} heads of {cache.channels}, d {cache.d}{turned}"
-        )
-        # Where float32 cannot tell which entry is nearer, codes may differ.
-        if self.right(label, other) and not self.a.interpret:
-            took = seconds(lambda x: kernel_encode.encode(x, book, *angles), [x_BHTD] * LEAST) / (cache.batch * tokens)
-            print(f"{label}: {took * 1e6:.3f} µs a token", flush=True)
-            self.write({"figure": label, "microseconds": round(took * 1e6, 4)})
-
     def run(self) -> None:
-        """All, attention first."""
+        """Measure every cache."""
         caches = (
             TINY_CACHES if self.a.interpret else [c for c in CACHES if not self.a.tokens or c.tokens in self.a.tokens]
         )
-        jobs: list[Any] = [lambda c=c: self.attention(c) for c in caches]
-        shortest = [c for c in caches if c.tokens == min(c.tokens for c in caches)]
-        jobs += [lambda c=c, n=n: self.coding(c, n) for c in shortest for n in (1, c.tokens)]
-        self.work(jobs)
+        self.work([lambda c=c: self.attention(c) for c in caches])
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ nothing in full precision and once with the newest tokens and the first ones. Bi
 over a context of 32,768 tokens. Scalar baselines are rounded as stored: per token in groups of channels, and as KIVI
 (arXiv 2402.02750) does it, keys by channel in groups of tokens and values by token. --other: a text of another kind,
 which nothing was calibrated on. --memory prints the bytes of a cache that holds so many tokens, measured, and those of
-a plain one; MODEL may then be `random`, 4 layers with 8 heads of 128 channels.
+a plain one; MODEL may then be `random`, 32 layers with 8 heads of 128 channels.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from vqcompress.evaluate.perplexity import open_model
 from vqcompress.evaluate.speed import cache_nbytes
 from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.attention import CACHE, decoding, find_rotary
+from vqcompress.kv_cache.attention import CACHE
 from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
-from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
+from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned
+from vqcompress.kv_cache.rotary import find_rotary
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.pipeline.calibration import calibration
-from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
+from vqcompress.storage.text import calibration_rows
 
 CONTEXT = 32768
 GROUP = 64
@@ -78,8 +77,7 @@ def perplexity(model, windows_NL: Tensor, quantizers, rotary, window: int, sinks
                 logits = model(batch, use_cache=False).logits
             else:
                 cache = KVCache(model, KVCacheSpec(quantizers, rotary, window, sinks), strict=True)
-                with decoding(model):
-                    logits = model(batch, **{CACHE: cache}, use_cache=True).logits
+                logits = model(batch, **{CACHE: cache}, use_cache=True).logits
             total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / windows_NL[:, 1:].numel())
 
@@ -108,12 +106,11 @@ def memory(name: str, tokens: int, window: int, sinks: int, json_file: Path | No
     ways: dict[str, KVQuantizer] = {"fp8": FP8()}
     for d in (2, 4, 8):
         ways[f"learned {d}x8"] = Learned(torch.randn(heads, channels // d, kv.ENTRIES, d).half())
-        ways[f"universal {d}x8"] = Universal(d)
     for way in (*found, *ways):
         if way in ways:
             turned = rotary if isinstance(ways[way], Learned) else [None] * len(rotary)
             config = KVCacheSpec([(ways[way], ways[way])] * len(rotary), turned, window, sinks)
-            cache = KVCache(model, config, tokens)
+            cache = KVCache(model, config)
             model(prompt, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             found[way] = cache.nbytes()
         share = round(found[way] / found["plain, bfloat16"], 4)
@@ -147,8 +144,7 @@ def main() -> None:
     if not a.calibration or not a.text:
         parser.error("--calibration and --text are missing, or --memory")
     model, tokenizer = load(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
-    options = QuantizeOptions(a.model, texts=[a.calibration], samples=a.samples, seqlen=a.seqlen, seed=a.seed)
-    rows_NL = calibration(open_model(a.model), options)
+    rows_NL = calibration_rows([a.calibration], lambda t: tokenize(tokenizer, t), a.samples, a.seqlen, a.seed)
     rotary = find_rotary(model)
     config = model.config.get_text_config()
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -160,10 +156,10 @@ def main() -> None:
     ways = {"fp8": (8 + 32 / channels, [(FP8(), FP8())] * len(rotary), plain)}
     for d in a.d:
         options = KVCacheConfig(bits=8 // d, weights="uniform" if a.uniform else "gradient")
-        books = calibrate(model, rows_NL, options, rotary, a.seed)
+        books, _ = calibrate(model, rows_NL, options, a.seed)
         bits = 8 / d + 16 * kv.ENTRIES / CONTEXT
-        ways[f"learned {d}x8"] = (bits, [(Learned(k), Learned(v)) for k, v in books], rotary)
-        ways[f"universal {d}x8"] = (8 / d + 16 / channels, [(Universal(d), Universal(d))] * len(rotary), plain)
+        learned = [(Learned(books[f"{n}.keys"]), Learned(books[f"{n}.values"])) for n in range(len(rotary))]
+        ways[f"learned {d}x8"] = (bits, learned, rotary)
     for bits in (4, 2):
         total = bits + 32 / min(GROUP, channels)
         ways[f"scalar {bits}, by token"] = (total, [(Scalar(bits, False), Scalar(bits, False))] * len(rotary), plain)

@@ -155,21 +155,12 @@ def of_rotate(gpu: DeviceProperties, columns: int) -> Iterator[Config]:
             yield from {config["num_warps"]: config for config in tried}.values()
 
 
-def of_attend(
-    gpu: DeviceProperties, shape: tuple[int, ...], batch: int, element: int, turned: bool
-) -> Iterator[Config]:
-    """Of `kv.attend`, as `kv.default_config`."""
-    for m, tables, size, warps in product((1, 16), (0, 1), (2048, 4096, 8192, 16384), (2, 4, 8)):
-        grouped = m == 1 or (shape[0] > shape[1] and element == 2 and not tables)
-        if grouped and not (tables and turned) and 16 <= size // (gpu.warp * warps) <= 64:
-            yield kv.make_config(gpu, shape, batch, m, tables, size, warps)
-
-
-def of_encode(rows: int) -> Iterator[Config]:
-    """Of `kv.encode`."""
-    for v, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-        if v <= triton.next_power_of_2(rows) and v <= 8 * warps:
-            yield {"V": v, "num_warps": warps}
+def of_attend(gpu: DeviceProperties, shape: tuple[int, ...], batch: int) -> Iterator[Config]:
+    """Of `kv.attend`, its default config first."""
+    yield kv.default_config(gpu, shape, batch)
+    for size, threads in product((2048, 4096, 8192, 16384), (64, 128, 256)):
+        if 16 <= size // threads <= 64:
+            yield kv.default_config(gpu, shape, batch, size, threads)
 
 
 def of_walks(gpu: DeviceProperties, states: int, k: int) -> list[Config]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.coded_tokens import CodedTokens
 from vqcompress.methods import Method, PackedTensors, make
 from vqcompress.methods.fp8 import reference as fp8_ref
 from vqcompress.methods.int8 import reference as int8_ref
@@ -155,8 +154,8 @@ class Cache:
     d: int = 4
     turned: bool = False
 
-    def parts(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, CodedTokens, float]:
-        """The arguments of `attend`, without a mask and scales."""
+    def parts(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Any, ...]:
+        """The arguments of `attend`."""
         draw = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
         def normal(*shape: int) -> Tensor:
@@ -170,8 +169,7 @@ class Cache:
         angle_BTD = normal(1, self.tokens, self.channels // 2).repeat(1, 1, 2)
         angles = [angle_BTD.cos().to(dtype), angle_BTD.sin().to(dtype)] if self.turned else [None, None]
         q_BQD = normal(self.batch, self.queries, self.channels).to(dtype)
-        tokens = CodedTokens(codes[0], books[0], codes[1], books[1], 0, self.tokens, None, *angles)
-        return q_BQD, tokens, self.channels**-0.5
+        return q_BQD, codes[0], books[0], codes[1], books[1], *angles, 0, self.tokens, self.channels**-0.5
 
     def bytes(self) -> int:
         """Of the codes of keys and values, and the codebooks."""

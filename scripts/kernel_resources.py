@@ -20,7 +20,6 @@ import torch
 from kernel_cases import CACHES, CASES, by_kernel, random_rows
 
 from vqcompress.kv_cache import kernel as kv
-from vqcompress.kv_cache import kernel_encode
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
@@ -64,11 +63,6 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
         turned = ", turned" if cache.turned else ""
         name = f"{cache.tokens} tokens, {cache.queries} / {cache.heads} heads of {cache.channels}, d {cache.d}{turned}"
         yield from ((name, cache.batch, call) for call in calls)
-    with launch.recording(arch) as calls:
-        for tokens in (1, 4096):
-            x_BHTD = torch.empty((1, 32, tokens, 128), dtype=torch.bfloat16, device=META)
-            kernel_encode.encode(x_BHTD, torch.empty((32, 32, 256, 4), dtype=torch.float16, device=META))
-    yield from ((f"{call.arguments[5]} keys of 32 heads of 128, d 4", 0, call) for call in calls)
     with launch.recording(arch) as calls:
         for states in (12, 14, 16):
             viterbi.walks(torch.empty((16, 256), device=META), torch.empty(1 << states, device=META), states, 2, 32)

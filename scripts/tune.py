@@ -48,7 +48,6 @@ from kernel_cases import (
 )
 
 from vqcompress.kv_cache import kernel as kv
-from vqcompress.kv_cache import kernel_encode
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
@@ -201,28 +200,16 @@ class Places:
         return Place(kernel, rows, (columns, sums), options, call, sums_STO, lambda: [sums_STO] * LEAST)
 
     def cache(self, cache: Cache) -> Iterator[Place]:
-        """Attention of one token to coded keys and values, and coding one token and many."""
-        one, channels, d, tokens = self.parts(cache, 0), cache.channels, cache.d, cache.tokens
-        of, element = (cache.queries, cache.heads, channels, d, tokens), self.dtype.itemsize
-        kernel = f"kv.attend{'.turned' if cache.turned else ''}{'.float32' if element == 4 else ''}"
-        of_all = self.gpu, of, cache.batch, element, cache.turned
-        options = candidates.distinct([kv.default_config(*of_all)], candidates.of_attend(*of_all))
-        place = (*of[:4], triton.next_power_of_2(tokens))
+        """Attention of one token to coded keys and values."""
+        one, shape = self.parts(cache, 0), (cache.queries, cache.heads, cache.channels, cache.d, cache.tokens)
+        kernel = "kv.attend.turned" if cache.turned else "kv.attend"
+        options = candidates.distinct(candidates.of_attend(self.gpu, shape, cache.batch))
+        place = (*shape[:4], triton.next_power_of_2(cache.tokens))
 
         def caches() -> list[Any]:
             return [self.parts(cache, seed) for seed in range(copies(cache.bytes()))]
 
         yield Place(kernel, cache.batch, place, options, lambda parts: kv.attend(*parts), one, caches)
-        _, coded_tokens, _ = one
-        book, angles = coded_tokens.book_k, (coded_tokens.cos_BTD, coded_tokens.sin_BTD)
-        for count in (1, min(tokens, 4096)):
-            rows, near = cache.batch * count, [a if a is None else a[:, :count] for a in angles]
-            x_BHTD = random_rows(rows * cache.heads, channels, self.device, self.dtype)
-            x_BHTD = x_BHTD.view(cache.batch, cache.heads, count, channels)
-            options = candidates.distinct([kernel_encode.default_config(self.gpu, rows)], candidates.of_encode(rows))
-            place = cache.heads * channels // d, d
-            coded = lambda x, near=near: kernel_encode.encode(x, book, *near)  # noqa: E731
-            yield Place("kv.encode", rows, place, options, coded, x_BHTD, lambda x=x_BHTD: [x] * LEAST)
 
     def parts(self, cache: Cache, seed: int) -> Any:
         """Of a cache, on this device."""

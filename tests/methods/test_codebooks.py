@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcompress.kv_cache import gaussian as entries_of
 from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.packing import pack
 
@@ -64,18 +63,3 @@ def test_errors_on_the_unit_gaussian() -> None:
     for bits, state_bits, bound in ((2, 12, 1.24), (3, 12, 1.27), (4, 12, 1.35)):
         value_NT = bitshift.decode(bitshift.PathSearch(bits, state_bits).paths(x_NT), bits, state_bits)
         assert (x_NT - value_NT).square().mean() / x_NT.var() < bound * 4.0**-bits
-
-
-@pytest.mark.parametrize("d", entries_of.DIMENSIONS)
-def test_gaussian_entries_are_a_fixed_point_of_k_means(d: int) -> None:
-    book_Kd = entries_of.entries(d)
-    assert book_Kd.shape == (256, d)
-    x_Nd = gaussian(200_000, d)
-    code_N = torch.cdist(x_Nd, book_Kd).argmin(1)
-    uses_K = torch.bincount(code_N, minlength=len(book_Kd))
-    mean_Kd = torch.zeros_like(book_Kd).index_add_(0, code_N, x_Nd) / uses_K[:, None]
-    assert ((mean_Kd - book_Kd).square().sum(1) * uses_K).sum() / uses_K.sum() < 0.02 * (
-        x_Nd - book_Kd[code_N]
-    ).square().sum(1).mean()
-    # Most used first, but for the noise of counting.
-    assert uses_K[: len(uses_K) // 4].sum() > 1.1 * uses_K[-(len(uses_K) // 4) :].sum()

@@ -9,7 +9,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Protocol, TypedDict, Unpack, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
-from vqcompress.kv_cache.attention import CACHE, AttentionHook, decoding
+from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
 from vqcompress.model.device import (
     check_fits,
@@ -122,14 +121,10 @@ class CodedCacheLogits:
     @torch.inference_mode()
     def logits(self, number: int, first: int) -> Tensor:
         """As `Logits` says; tokens go one by one where the attention of the model cannot be replaced."""
-        ids_BL, at_once = (
-            self.windows_NL[number : number + 1].to(self.network.device),
-            AttentionHook(self.network).covers_all_layers,
-        )
+        ids_BL, at_once = self.windows_NL[number : number + 1].to(self.network.device), install(self.network)
         cache, network = KVCache(self.network, self.config, strict=at_once), cast(Any, self.network)
-        with decoding(self.network) if at_once else nullcontext():
-            parts = [ids_BL] if at_once else ids_BL.split(1, 1)
-            found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
+        parts = [ids_BL] if at_once else ids_BL.split(1, 1)
+        found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
         return torch.cat(found)[first:-1]
 
 

@@ -3,7 +3,6 @@
 New tokens are encoded at once. The first tokens of a row (attention sinks, StreamingLLM, arXiv 2309.17453) and the
 newest ones also stay in full precision, and are read instead of their codes. A prompt attends in full precision and is
 encoded once; every later token attends to the stored past.
-Shape legend: B rows, T tokens, D channels of a head, S first tokens in full precision.
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
 from typing import Any
-from weakref import WeakMethod, finalize
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from vqcompress.errors import VQCompressError
-from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.attention import CACHE, AttentionHook, find_rotary
+from vqcompress.kv_cache.attention import CACHE, install
+from vqcompress.kv_cache.codes import ENTRIES
 from vqcompress.kv_cache.layer import KVLayer, Shared
-from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned, Universal
+from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned
+from vqcompress.kv_cache.rotary import find_rotary
 
 KINDS = ("keys", "values")
 
@@ -45,80 +43,30 @@ class KVCacheSpec:
 class KVCache(Cache):
     """Keys and values of a model as codes: a cache for its forward and `generate`.
 
-    length: of the longest sequence, if it is known, so that no memory is left over. strict: every token of a prompt,
-    too, attends to the past as stored (needs `attention.decoding`), for measuring.
+    strict: every token of a prompt, too, attends to the past as stored, for measuring; needs `attention.install`.
     """
 
-    def __init__(self, model: PreTrainedModel, config: KVCacheSpec, length: int | None = None, strict: bool = False):
-        hooked = not strict and AttentionHook(model).install()
-        self.shared = Shared(config.window, config.sinks, length or (1 << 60), strict, hooked)
-        # The thread whose forward uses this cache: others may run the model at the same time.
-        self._thread: int | None = None
-        self.model, self._rows_unknown = model, True
+    def __init__(self, model: PreTrainedModel, config: KVCacheSpec, strict: bool = False):
+        install(model)
+        self.shared = Shared(model, config.window, config.sinks, strict)
         plain, count = DynamicCache(config=model.config).layers, len(config.quantizers)
         windows = [None if strict else getattr(layer, "sliding_window", None) for layer in plain]
         # DynamicCache counts no layers for some configs.
         windows = (windows + [None] * count)[:count]
         pairs = zip(config.quantizers, config.rotary, windows, strict=True)
-        layers = [KVLayer(self.shared, *each) for each in pairs]
-        super().__init__([*layers])
-        self._user = {id(module): layer for module, layer in reversed(list(zip(config.rotary, layers, strict=True)))}
-        turn, begin = WeakMethod(self._after_rotary), WeakMethod(self._before_forward)
-        hooks = [m.register_forward_hook(partial(_call, turn)) for m in dict.fromkeys(filter(None, config.rotary))]
+        super().__init__([KVLayer(self.shared, *each) for each in pairs])
         # On the inner model: it sees the same arguments whichever way the outer one is called.
-        hooks.append(model.base_model.register_forward_pre_hook(partial(_call, begin), with_kwargs=True))
-        for hook in hooks:
-            finalize(self, hook.remove)
-
-    def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Begin a step, and find where rows that are padded on the left begin."""
-        if not any(given is self for given in (*args, *kwargs.values())):
-            if self._thread == get_ident():
-                self._thread = None
-            return
-        self._thread = get_ident()
-        self.shared.begin_step()
-        if self.shared.hooked and not AttentionHook(self.model).installed:
-            raise VQCompressError("another attention was set while a coded cache was in use; make a new cache")
-        if self._rows_unknown or not self.get_seq_length():
-            self._find_rows(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
-
-    def _find_rows(self, mask: Any) -> None:
-        shared = self.shared
-        shared.first_token_B, shared.sinks_end, self._rows_unknown = None, shared.sinks, False
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            # If the prompt comes in pieces, a row may begin in a later one.
-            begun_B, first_B = mask.any(1), mask.long().argmax(1)
-            self._rows_unknown, first_B = not bool(begun_B.all()), first_B.masked_fill(~begun_B, mask.shape[1])
-            if last := int(first_B.max()):
-                shared.first_token_B, shared.sinks_end = first_B, last + shared.sinks
-
-    def _after_rotary(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self._thread == get_ident():
-            self.shared.append_angles(module, out, self._user[id(module)].get_seq_length())
-
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch axis to all that is stored."""
-        for part in (self.shared, *self.layers):
-            part.map_rows(change)  # type: ignore[union-attr]
+        if _find_rows not in model.base_model._forward_pre_hooks.values():
+            model.base_model.register_forward_pre_hook(_find_rows, with_kwargs=True)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows into the order of beams."""
-        self.map_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
+        self._map_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.map_rows(lambda part: part.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some of the rows."""
-        self.map_rows(lambda part: part[indices])
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._rows_unknown = True
-        self.shared.angles.clear()
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis to all that is stored."""
+        for part in (self.shared, *self.layers):
+            part.map_rows(change)  # type: ignore[union-attr]
 
     def nbytes(self) -> int:
         """Memory of all layers in bytes, cos and sin of the rotary embeddings included."""
@@ -126,10 +74,12 @@ class KVCache(Cache):
         return angles + sum(layer.nbytes() for layer in self.layers)  # type: ignore[union-attr]
 
 
-def _call(method: WeakMethod[Any], *arguments: Any) -> None:
-    """A method of a cache that may be gone."""
-    if (found := method()) is not None:
-        found(*arguments)
+def _find_rows(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Show a coded cache the attention mask of its prompt."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, KVCache):
+            given.shared.find_rows(mask, given.get_seq_length())
 
 
 def make_config(
@@ -142,27 +92,23 @@ def make_config(
     do not fit the model.
     """
     rotary = find_rotary(model)
-    if settings["keys"] == "after" or settings["codebook"] != "learned":
-        # Codes without calibration gain nothing from keys without their embedding.
+    if settings["codebook"] == "fp8":
+        # FP8 gains nothing from keys without their embedding.
+        quantizers: Any = [(FP8(), FP8())] * len(rotary)
+        return KVCacheSpec(quantizers, [None] * len(rotary), settings["window"], settings["sinks"])
+    if settings["keys"] == "after":
         rotary = [None] * len(rotary)
-    device, d = model.device, 8 // settings["bits"]
-    if settings["codebook"] != "learned":
-        quantizer: KVQuantizer = FP8() if settings["codebook"] == "fp8" else Universal(d, device)
-        quantizers = [(quantizer, quantizer)] * len(rotary)
-    else:
-        if [module is not None for module in rotary] != settings.get("before"):
-            raise VQCompressError("the codebooks of the cache were learned for another model than this one")
-        quantizers = []
-        for n in range(len(rotary)):
-            pair = [(books or {}).get(f"{n}.{kind}") for kind in KINDS]
-            if any(b is None or b.dim() != 4 or b.shape[2:] != (kv.ENTRIES, d) or not b.isfinite().all() for b in pair):
-                raise VQCompressError(f"the codebooks of the cache of layer {n} are missing or damaged")
-            # The kernels read float16; the reference on a CPU computes in float32.
-            keys, values = (
-                Learned(b.to(device) if device.type == "cuda" else b.float()) for b in pair if b is not None
-            )
-            quantizers.append((keys, values))
+    if books is None or [module is not None for module in rotary] != settings.get("before"):
+        raise VQCompressError("the codebooks of the cache were learned for another model than this one")
+    quantizers = [tuple(_learned(model, settings, books, f"{n}.{kind}") for kind in KINDS) for n in range(len(rotary))]
     return KVCacheSpec(quantizers, rotary, settings["window"], settings["sinks"])
+
+
+def _learned(model: PreTrainedModel, settings: dict[str, Any], books: dict[str, Tensor], name: str) -> Learned:
+    book = books.get(name)
+    if book is None or book.dim() != 4 or book.shape[2:] != (ENTRIES, 8 // settings["bits"]):
+        raise VQCompressError(f"the codebook {name} of the cache is missing or damaged")
+    return Learned(book.to(model.device))
 
 
 def use_kv_cache(model: PreTrainedModel, config: KVCacheSpec) -> None:

@@ -8,19 +8,18 @@ G = D / d groups, E entries, d channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vqcompress.errors import VQCompressError
 from vqcompress.kv_cache import codes as kv
-from vqcompress.kv_cache.attention import CACHE, find_rotary
+from vqcompress.kv_cache.attention import CACHE, RecordingCache
 from vqcompress.kv_cache.cache import KINDS
+from vqcompress.kv_cache.rotary import Angles, apply_rope, find_rotary, take_angles
 from vqcompress.storage.distributed import ALONE, ProcessGroup
 from vqcompress.storage.recipe import KVCacheConfig
 
@@ -28,97 +27,85 @@ from vqcompress.storage.recipe import KVCacheConfig
 TOKENS = 64 * kv.ENTRIES
 # Tokens in one forward pass.
 BATCH_TOKENS = 2048
-# Tensors by name, and for each layer whether its keys are coded without their rotary embedding.
+# `N.keys` and `N.values` of each layer: (H, G, E, d) float16. And whether its keys are coded without their embedding.
 Books = tuple[dict[str, Tensor], list[bool]]
-# By batch, keys or values of a layer: (T, H, D) float32, and the cost of an error in each number.
-Samples = list[tuple[Tensor, Tensor | None]]
 # Called with the name of the work, and how much of how much is done.
 Progress = Callable[[str, int, int], None]
-
-
-class _RecordingCache(DynamicCache):
-    """A plain cache that records (keys, values) by layer, and their gradients if asked to."""
-
-    def __init__(self, gradients: bool):
-        super().__init__()
-        self.gradients, self.states = gradients, dict[int, tuple[Tensor, Tensor]]()
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own."""
-        for states in (key_states, value_states) if self.gradients else ():
-            states.retain_grad()
-        self.states[layer_idx] = key_states, value_states
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def calibrate(
     model: PreTrainedModel,
     rows_NL: Tensor,
     options: KVCacheConfig,
-    rotary: list[nn.Module | None],
     seed: int = 0,
     group: ProcessGroup = ALONE,
     progress: Progress = lambda name, done, total: None,
-) -> list[tuple[Tensor, Tensor]]:
-    """For each layer the codebooks (H, G, E, d) float16 of its keys and of its values.
+) -> Books:
+    """The codebooks of an artifact's cache, and `before` of its config; called by all processes of a group.
 
-    options: bits, weights and rounds are used. With `gradient` an error weighs the squared gradient of the rows' loss
-    (CQ, arXiv 2405.03917, section 3.3; KVQuant, arXiv 2401.18079, section 3.2). rotary: from `find_rotary`; keys of a
-    layer with a module are learned without their embedding. VQCompressError if the channels of a head are no multiple
-    of d.
+    With `gradient` an error weighs the squared gradient of the rows' loss (CQ, arXiv 2405.03917, section 3.3; KVQuant,
+    arXiv 2401.18079, section 3.2). The parameters of the model lose theirs. VQCompressError if the channels of a head
+    are no multiple of d.
     """
-    d, found = 8 // options.bits, dict[int, tuple[Tensor, Tensor]]()
-    samples = _gather(model, rows_NL, options, rotary, group, progress)
-    name = "learning codebooks of keys and values, layer"
+    rotary = find_rotary(model)
+    if options.keys == "after":
+        rotary = [None] * len(rotary)
+    samples = _samples(model, rows_NL, options, rotary, group, progress)
+    name, learned = "learning codebooks of keys and values, layer", dict[str, Tensor]()
     for first in range(0, len(samples), group.size):
         progress(name, first, len(samples))
-        own: list[list[Samples]] = []
+        own: list[list[list[Tensor]]] = []
         for rank, pair in enumerate(samples[first : first + group.size]):
             shares = [group.gather(rank, parts) for parts in pair]
             own = shares if rank == group.rank else own
             pair.clear()
         draw = torch.Generator().manual_seed(seed)
-        books = [kv.learn(*_joined(shares, model.device), d, options.rounds, draw).cpu() for shares in own]
-        if books:
-            found[first + group.rank] = books[0], books[1]
+        for kind, share in zip(KINDS[: len(own)], own, strict=True):
+            x_THD, *weight = torch.cat([part for parts in share for part in parts], 1).to(model.device)
+            book = kv.learn(x_THD, weight[0] if weight else None, 8 // options.bits, options.rounds, draw)
+            learned[f"{first + group.rank}.{kind}"] = book.cpu()
     progress(name, len(samples), len(samples))
-    every = {layer: books for each in group.all_gather(found) for layer, books in each.items()}
-    return [every[layer] for layer in range(len(samples))]
+    every = {name: book for each in group.all_gather(learned) for name, book in each.items()}
+    names = [f"{layer}.{kind}" for layer in range(len(samples)) for kind in KINDS]
+    return {name: every[name] for name in names}, [module is not None for module in rotary]
 
 
-def cache_books(
-    model: PreTrainedModel, rows_NL: Tensor, options: KVCacheConfig, seed: int, group: ProcessGroup, progress: Progress
-) -> Books:
-    """The tensors of an artifact's calibrated cache, and `before` of its config; called by all processes of a group."""
-    rotary = find_rotary(model)
-    if options.keys == "after":
-        rotary = [None] * len(rotary)
-    books = calibrate(model, rows_NL, options, rotary, seed, group, progress)
-    named = {f"{n}.{kind}": book for n, pair in enumerate(books) for kind, book in zip(KINDS, pair, strict=True)}
-    return named, [module is not None for module in rotary]
+def _samples(
+    model: PreTrainedModel,
+    rows_NL: Tensor,
+    options: KVCacheConfig,
+    rotary: list[nn.Module | None],
+    group: ProcessGroup,
+    progress: Progress,
+) -> list[list[list[Tensor]]]:
+    """For each layer the samples of its keys and of its values from this process's share of the rows, by batch.
 
-
-def _joined(shares: list[Samples], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The samples of all processes as one tensor on a device, and their costs."""
-    states, costs = zip(*(part for share in shares for part in share), strict=True)
-    return torch.cat(states).to(device), None if costs[0] is None else torch.cat(costs).to(device)
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which no weight asks for a gradient."""
-    before = [parameter.requires_grad for parameter in model.parameters()]
+    A sample is (1, T, H, D) float32 on the CPU, or (2, T, H, D) with the cost of an error in each number.
+    """
+    d, step = 8 // options.bits, max(1, -(-rows_NL.numel() // TOKENS))
+    found: list[list[list[Tensor]]] = [[[], []] for _ in rotary]
+    share = group.shard(list(enumerate(rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1])))))
+    name = f"gathering keys and values for the codebooks of {len(rotary)} layers, batch"
     model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, wants in zip(model.parameters(), before, strict=True):
-            parameter.requires_grad_(wants)
+    for done, (number, batch_NL) in enumerate(share):
+        progress(name, done, len(share))
+        states = _forward(model, batch_NL.to(model.device), options.weights == "gradient")
+        angles = {module: take_angles(module) for module in set(rotary)}
+        every = slice(number % step, None, step)
+        for layer, (pair, module) in enumerate(zip(states, rotary, strict=True)):
+            for x, parts, turn in zip(pair, found[layer], (angles[module], None), strict=True):
+                if x.shape[3] % d:
+                    raise VQCompressError(f"layer {layer}: heads of {x.shape[3]} channels have no groups of {d}")
+                sample = [_tokens(x.detach(), turn, every)]
+                if x.grad is not None:
+                    sample.append(_tokens(x.grad, turn, every).square())
+                parts.append(torch.stack(sample))
+    return found
 
 
 def _forward(model: PreTrainedModel, batch_NL: Tensor, gradients: bool) -> list[tuple[Tensor, Tensor]]:
     """Keys and values (N, H, L, D) of each layer, with the gradients of the loss if asked for."""
-    cache = _RecordingCache(gradients)
+    cache = RecordingCache()
     with torch.set_grad_enabled(gradients):
         # No weight asks for a gradient, so the input must.
         embedded = model.get_input_embeddings()(batch_NL).detach().requires_grad_(gradients)
@@ -129,46 +116,10 @@ def _forward(model: PreTrainedModel, batch_NL: Tensor, gradients: bool) -> list[
     return list(cache.states.values())
 
 
-def _gather(
-    model: PreTrainedModel,
-    rows_NL: Tensor,
-    options: KVCacheConfig,
-    rotary: list[nn.Module | None],
-    group: ProcessGroup,
-    progress: Progress,
-) -> list[list[Samples]]:
-    """For each layer the samples of its keys and of its values from this process's share of the rows."""
-    d, step = 8 // options.bits, max(1, -(-rows_NL.numel() // TOKENS))
-    found: list[list[Samples]] = [[[], []] for _ in rotary]
-    share = group.shard(list(enumerate(rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1])))))
-    name = f"gathering keys and values for the codebooks of {len(rotary)} layers, batch"
-    angles: dict[nn.Module | None, tuple[Tensor, Tensor]] = {}
-    hooks = [m.register_forward_hook(lambda m, _, out: angles.update({m: out})) for m in filter(None, set(rotary))]
-    try:
-        with _frozen(model):
-            for done, (number, batch_NL) in enumerate(share):
-                progress(name, done, len(share))
-                states = _forward(model, batch_NL.to(model.device), options.weights == "gradient")
-                every = slice(number % step, None, step)
-                for layer, (pair, module) in enumerate(zip(states, rotary, strict=True)):
-                    for x, parts, turn in zip(pair, found[layer], (angles.get(module), None), strict=True):
-                        if x.shape[3] % d:
-                            raise VQCompressError(
-                                f"layer {layer}: heads of {x.shape[3]} channels are no multiple of the {d} that share "
-                                f"a code at {options.bits} bits; choose more bits, or codebook fp8"
-                            )
-                        cost = None if x.grad is None else _tokens(x.grad, turn, every).square()
-                        parts.append((_tokens(x.detach(), turn, every), cost))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _tokens(x_BHTD: Tensor, angles: tuple[Tensor, Tensor] | None, every: slice) -> Tensor:
+def _tokens(x_BHTD: Tensor, angles: Angles | None, every: slice) -> Tensor:
     """A slice of the tokens (n, H, D), float32 on the CPU, without the rotary embedding of `angles`.
 
     The embedding is a rotation, so removing it from a gradient gives the gradient of the keys before it.
     """
-    x_BHTD = x_BHTD if angles is None else kv.apply_rope(x_BHTD, *angles, inverse=True)
+    x_BHTD = x_BHTD if angles is None else apply_rope(x_BHTD, angles, inverse=True)
     return x_BHTD.transpose(1, 2).flatten(0, 1)[every].float().cpu()

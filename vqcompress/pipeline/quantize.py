@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import vqcompress
 from vqcompress.evaluate.model_card import documents
-from vqcompress.kv_cache.calibrate import Books, cache_books
+from vqcompress.kv_cache.calibrate import Books, calibrate
 from vqcompress.methods import PackedTensors
 from vqcompress.model.device import check_fits, choose_device, model_dtype, release_freed_memory
 from vqcompress.model.linear import decode_layers
@@ -191,7 +191,7 @@ class Run:
         self.writer.apply_staged()
         model = self._stored_model(self.stream.dtype)
         decode_layers(model)
-        return cache_books(model, self.rows, cache, self.options.seed, self.group, self._after)
+        return calibrate(model, self.rows, cache, self.options.seed, self.group, self._after)
 
     def finish(self, books: Books | None) -> dict[str, Any]:
         """Complete the artifact; returns the report. The first process writes, the others wait."""

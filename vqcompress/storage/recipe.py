@@ -48,18 +48,18 @@ class ExpertCalibration(BaseModel):
 
 
 class KVCacheConfig(BaseModel):
-    """How keys and values are kept while a model runs, see `runtime.cache`.
+    """How keys and values are kept while a model runs, see `kv_cache.cache`.
 
     bits: per channel. codebook: `learned` ones of each layer, head and group of channels, which `quantize` calibrates
-    and the artifact holds; the `universal` one, which needs no data; or `fp8` (E4M3). weights: of errors in learning,
-    by the squared `gradient` of the calibration rows, which takes the whole model in memory with its activations, or
-    `uniform`. rounds: of k-means. keys: stored before their rotary embedding where that can be proven (`auto`), or
-    `after` it. window, sinks: how many of the newest and of the first tokens stay as they are.
+    and the artifact holds, or `fp8` (E4M3), which needs no data. weights: of errors in learning, by the squared
+    `gradient` of the calibration rows, which takes the whole model in memory with its activations, or `uniform`.
+    rounds: of k-means. keys: stored before their rotary embedding where that can be proven (`auto`), or `after` it.
+    window, sinks: how many of the newest and of the first tokens stay in full precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     bits: Literal[1, 2, 4, 8] = 4
-    codebook: Literal["learned", "universal", "fp8"] = "learned"
+    codebook: Literal["learned", "fp8"] = "learned"
     weights: Literal["gradient", "uniform"] = "gradient"
     rounds: int = Field(12, ge=1, le=1000)
     keys: Literal["auto", "after"] = "auto"
@@ -70,7 +70,7 @@ class KVCacheConfig(BaseModel):
     def _fit_together(self) -> KVCacheConfig:
         """8 bits are E4M3 and the other way round."""
         if (self.bits == 8) != (self.codebook == "fp8"):
-            raise ValueError("fp8 has 8 bits, learned and universal codebooks 1, 2 or 4")
+            raise ValueError("fp8 has 8 bits, learned codebooks 1, 2 or 4")
         return self
 
 
