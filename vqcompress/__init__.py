@@ -12,7 +12,7 @@ from vqcompress.runtime import autoload
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
-# Start of the process, so that the time of a command includes the imports.
+# Start of the process: the time of a command includes its imports.
 STARTED = time.perf_counter()
 
 autoload.install()
@@ -23,7 +23,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """`vqcompress.load`, imported when asked for: it brings torch and transformers along."""
+    """`vqcompress.load`, imported at its first use because it imports torch and transformers."""
     if name == "load":
         from vqcompress.runtime.load import load
 

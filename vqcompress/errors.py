@@ -1,4 +1,4 @@
-"""Failures that one line explains. Anything else that escapes is a bug and shows its traceback."""
+"""Errors that the command line prints as one line. Any other exception is a bug."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from textwrap import shorten
 
 
 class VQCompressError(Exception):
-    """What went wrong, naming the tensor or the setting, its value, and what to do (exit code 1)."""
+    """A failure (exit code 1). The message names the file, tensor or option, and says what to do."""
 
 
 class Fallback(UserWarning):
-    """A weight is multiplied another way than by its kernel; says which way and why."""
+    """A weight is multiplied without its kernel; the message says how and why."""
 
 
 class UsageError(VQCompressError):
-    """The words of the command or of a recipe are off (exit code 2)."""
+    """A wrong option or recipe (exit code 2)."""
 
 
 def one_line(error: BaseException) -> str:
@@ -27,12 +27,12 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' with the nearest known name, else the list of all of them."""
+    """' Did you mean X?' with the most similar known name, or the list of known names if none is similar."""
     names = sorted(known)
     near = nearest(str(name), names)
     return f" Did you mean '{near}'?" if near else f" Known: {', '.join(names) or 'none'}."
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name that is most like this one, if any is at least so like it (0 to 1)."""
+    """The most similar known name; None if no similarity (0 to 1) reaches the cutoff."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)

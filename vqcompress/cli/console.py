@@ -75,14 +75,11 @@ class Commands(TyperGroup):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
-        except (typer.Abort, BrokenPipeError):
-            # Typer exits quietly, also when the reader closed the pipe.
-            raise
         except KeyboardInterrupt as pressed:
             code, text = 130, f"interrupted: {pressed}" if str(pressed) else "interrupted"
         except Exception as error:
-            if hasattr(error, "exit_code"):
-                # An exit or a usage error of typer, which prints it.
+            if hasattr(error, "exit_code") or isinstance(error, BrokenPipeError):
+                # Typer prints its usage errors, and exits quietly when the reader closed the pipe.
                 raise
             if ctx.meta.get(DEBUG):
                 traceback.print_exc(file=sys.stderr)

@@ -141,11 +141,7 @@ class RunOptions:
     model: Model
     recipe: Annotated[
         str | None,
-        _recipe(
-            metavar="NAME|FILE",
-            help="Packaged recipe (see vqcompress recipes) or YAML file.",
-            autocompletion=_complete_recipe,
-        ),
+        _recipe(metavar="NAME|FILE", help="Packaged recipe or YAML file.", autocompletion=_complete_recipe),
     ] = None
     target_bits: Annotated[
         float | None,
@@ -155,9 +151,10 @@ class RunOptions:
     ] = None
     kv_cache: Annotated[str | None, _cache(help="Also compress the KV cache: kv-fp8, kv-vq-4bit or kv-vq-2bit.")] = None
     seed: Seed = 0
-    calibration: Annotated[
+    texts: Annotated[
         list[str] | None,
         _text(
+            "--calibration",
             help="Text, JSONL, Parquet or dataset id; repeatable. Default: built-in text.",
             rich_help_panel="Calibration",
         ),
@@ -170,10 +167,9 @@ class RunOptions:
 
     def job(self, out: Path | None = None, overwrite: bool = False) -> QuantizeOptions:
         """The options that the pipeline takes."""
-        same = {key: value for key, value in vars(self).items() if key not in ("model", "calibration", "revision")}
-        return QuantizeOptions(
-            pinned(self.model, self.revision), out, texts=self.calibration, overwrite=overwrite, **same
-        )
+        same = {name: value for name, value in vars(self).items() if name != "revision"}
+        same["model"] = pinned(self.model, self.revision)
+        return QuantizeOptions(out=out, overwrite=overwrite, **same)
 
 
 @dataclass(frozen=True)
