@@ -20,21 +20,20 @@ from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton import tiles as tiling
 from vqcompress.methods.triton.launch import Config, DeviceProperties
-from vqcompress.methods.vq import kernel_dequantize as dequantize
-from vqcompress.methods.vq import kernel_gemm as gemm
-from vqcompress.methods.vq import kernel_gemv as gemv
+from vqcompress.methods.vq import kernel_multiply as multiply
 from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 from vqcompress.methods.vq.format import Format
+from vqcompress.methods.vq.kernel_decode import tile_config
 
 
 @contextmanager
-def trying(kernel: str, config: Config) -> Iterator[None]:
-    """Context in which a kernel is launched with this config, whatever its arguments."""
+def trying(kernel: str, config: Config | None) -> Iterator[None]:
+    """Context in which a kernel is launched with this config, whatever its arguments; None: with its usual one."""
     ask = launch.get_config
 
     def chosen(asked: str, *place: Any) -> Config:
-        return config if asked == kernel else ask(asked, *place)
+        return config if config and asked == kernel else ask(asked, *place)
 
     with mock.patch.object(launch, "get_config", chosen):
         yield
@@ -90,37 +89,22 @@ def of_fp8(gpu: DeviceProperties, rows: int, outputs: int, inputs: int) -> Itera
 TILES = ((16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (128, 64))
 
 
-def _tiles(form: Format) -> Iterator[tuple[int, int, int]]:
-    """(streams, units, warps) with 8 to 64 values of a thread."""
-    for (across, along), warps in product(TILES, (4, 8)):
-        if 8 <= across * along // (32 * warps) <= 64:
-            yield across, max(1, along // triton.next_power_of_2(form.weights)), warps
-
-
-def _halved(configs: Iterable[Config]) -> Iterator[Config]:
-    """Each config, and with half as many slices."""
-    for config in configs:
-        yield from (config | {"SPLIT": split} for split in sorted({config["SPLIT"], max(1, config["SPLIT"] // 2)}))
-
-
-def of_gemv(gpu: DeviceProperties, shape: tuple[int, int], form: Format, element: int = 2) -> list[Config]:
-    """Of `gemv`, without hot entries, the default first."""
-    tried = (gemv.make_config(gpu, shape, form, *tile) for tile in _tiles(form))
-    return distinct([gemv.default_config(gpu, shape, form, element)], _halved(tried))
-
-
-def of_gemm(
-    gpu: DeviceProperties, rows: int, shape: tuple[int, int], form: Format, experts: int = 0, element: int = 2
+def of_multiply(
+    gpu: DeviceProperties, rows: int, shape: tuple[int, int], form: Format, experts: int, element: int
 ) -> list[Config]:
-    """Of `gemm`, the default first."""
-    most = max(16, triton.next_power_of_2(-(-rows // experts) if experts else rows))
-    tiles = [
-        {"BT": height, "BA": streams, "BN": units, "num_warps": warps}
-        for height in sorted({16, min(64, most), min(128, most)})
-        for streams, units, warps in _tiles(form)
-    ]
-    tried = (gemm.make_config(gpu, rows, shape, form, experts, tile) for tile in tiles)
-    return distinct([gemm.default_config(gpu, rows, shape, form, experts, element)], _halved(tried))
+    """Of `multiply` without hot entries, the default first; also with half as many slices."""
+    heights: list[Config] = [{}]
+    if rows > 1 or experts:
+        most = max(16, triton.next_power_of_2(-(-rows // experts) if experts else rows))
+        heights = [{"BT": height} for height in sorted({16, min(64, most), min(128, most)})]
+    tried = [multiply.default_config(gpu, rows, shape, form, experts, element)]
+    for height, (across, along), warps in product(heights, TILES, (4, 8)):
+        # With 8 to 64 values of a thread.
+        if 8 <= across * along // (32 * warps) <= 64:
+            blocks = height | tile_config(form, across, along, warps)
+            config = multiply.make_config(gpu, rows, shape, form, experts, blocks)
+            tried += [config | {"SPLIT": split} for split in sorted({config["SPLIT"], max(1, config["SPLIT"] // 2)})]
+    return distinct(tried)
 
 
 def hot_entries(form: Format) -> list[int]:
@@ -132,18 +116,11 @@ def hot_entries(form: Format) -> list[int]:
 
 
 def of_dequantize(form: Format) -> list[Config]:
-    """Of `dequantize`, the guess first."""
+    """Of `dequantize`, the default first."""
     sizes = product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8))
     # With 8 to 64 values of a thread.
-    tried = [dequantize.make_config(form, a, along, w) for a, along, w in sizes if 256 <= a * along // w <= 2048]
-    return distinct([dequantize.make_config(form)], tried)
-
-
-def of_lut_gemv(gpu: DeviceProperties, shape: tuple[int, int], form: Format) -> list[Config]:
-    """Of `lut_gemv`, the guess first."""
-    sizes = [(256, 2048, 8), *product((128, 512), (1024, 2048, 4096), (4, 8))]
-    tried = [gemv.make_lut_config(gpu, shape, form, *size) for size in sizes]
-    return distinct(s | {"SPLIT": split} for s in tried for split in (s["SPLIT"], max(1, s["SPLIT"] // 2)))
+    tried = [tile_config(form, a, along, w) for a, along, w in sizes if 256 <= a * along // w <= 2048]
+    return distinct([tile_config(form, 16, 256, 4)], tried)
 
 
 def of_rotate(gpu: DeviceProperties, columns: int) -> Iterator[Config]:

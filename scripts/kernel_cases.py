@@ -18,6 +18,7 @@ from vqcompress.methods import Method, PackedTensors, make
 from vqcompress.methods.fp8 import reference as fp8_ref
 from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.vq import reference as product
+from vqcompress.methods.vq.base import stored
 
 Shape = tuple[int, int]
 # (O, I) of the linear layers of models that people run.
@@ -95,10 +96,10 @@ def random_rows(rows: int, columns: int, device: torch.device, dtype: torch.dtyp
     return torch.randn((rows, columns), device=device, generator=torch.Generator(device).manual_seed(1)).to(dtype)
 
 
-def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, PackedTensors, Shape], Tensor]:
+def by_kernel(case: Case, route: str = "") -> Callable[[Tensor, PackedTensors, Shape], Tensor]:
     """x (T, I), parts, (O, I) → (T, O) by the kernels, also where operators would run their reference.
 
-    way: see `product.on_gpu`.
+    route: see `product.on_gpu`.
     """
     from vqcompress.methods.fp8 import kernel as fp8
     from vqcompress.methods.int8 import kernel as int8
@@ -108,9 +109,7 @@ def by_kernel(case: Case, way: str = "") -> Callable[[Tensor, PackedTensors, Sha
         return lambda x, parts, shape: int8.linear(x, parts["codes"], parts["scale"], None)
     if method.name == "fp8":
         return lambda x, parts, shape: fp8.linear(x, parts["codes"], parts["scale"], method.power_of_two_scales)
-    return lambda x, parts, shape: product.on_gpu(
-        x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form, way
-    )
+    return lambda x, parts, shape: product.on_gpu(x, *stored(parts), method.form.name, None, route)
 
 
 def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, PackedTensors], Tensor]:
@@ -123,9 +122,7 @@ def grouped_by_kernel(case: Case) -> Callable[[Tensor, Tensor, PackedTensors], T
         return lambda x, ends, parts: int8.grouped(x, ends, parts["codes"], parts["scale"])
     if method.name == "fp8":
         return lambda x, ends, parts: fp8.grouped(x, ends, parts["codes"], parts["scale"], method.power_of_two_scales)
-    return lambda x, ends, parts: product.grouped_on_gpu(
-        x, ends, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form
-    )
+    return lambda x, ends, parts: product.on_gpu(x, *stored(parts), method.form.name, ends)
 
 
 def reference(case: Case, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> Tensor:
@@ -133,7 +130,7 @@ def reference(case: Case, x_TI: Tensor, parts: PackedTensors, shape: Shape) -> T
     method: Any = case.method
     x = x_TI.float()
     if method.name == "vq":
-        return product.reference(x, parts["codes"], parts["table"], parts["scale"], parts.get("signs"), method.form)
+        return product.reference(x, *stored(parts), method.form)
     if method.name == "fp8":
         x = fp8_ref.fp8_rounded(x, method.power_of_two_scales)
     else:

@@ -23,10 +23,9 @@ from vqcompress.kv_cache import kernel as kv
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
-from vqcompress.methods.vq import kernel_gemm as gemm
-from vqcompress.methods.vq import kernel_gemv as gemv
 from vqcompress.methods.vq import kernel_nearest as nearest
 from vqcompress.methods.vq import viterbi_kernel as viterbi
+from vqcompress.methods.vq.kernel_multiply import multiply
 
 META, SHAPE = torch.device("meta"), (4096, 4096)
 
@@ -41,11 +40,6 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
                 by_kernel(case)(x_TI, parts, SHAPE)
             yield from ((case.name, rows, call) for call in calls)
         method: Any = case.method
-        with launch.recording(arch) as calls:
-            if method.name == "vq" and method.form.by_rows:
-                x_TI = random_rows(1, SHAPE[1], META, torch.bfloat16)
-                gemv.lut_gemv(x_TI, parts["codes"], parts["table"], SHAPE[0], method.form)
-        yield from ((f"{case.name}, look-ups", 1, call) for call in calls)
         experts, x_SI = 64, random_rows(512, SHAPE[1], META, torch.bfloat16)
         ends_E = torch.empty(experts, dtype=torch.int32, device=META)
         stacked = {name: part.expand(experts, *part.shape) for name, part in parts.items()}
@@ -55,7 +49,7 @@ def calls_of(arch: int | str) -> Iterator[tuple[str, int, launch.Call]]:
             elif method.name == "fp8":
                 fp8.grouped(x_SI, ends_E, stacked["codes"], stacked["scale"], False)
             else:
-                gemm.gemm(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
+                multiply(x_SI, stacked["codes"], stacked["table"], SHAPE[0], method.form, ends_E)
         yield from ((f"{case.name}, 64 experts", 512, call) for call in calls)
     for cache in CACHES:
         with launch.recording(arch) as calls:
@@ -75,7 +69,7 @@ def rows_of(arch: int | str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for purpose, rows, call in calls_of(arch):
         name = f"{call.kernel.__module__.rpartition('.')[2]}.{call.kernel.__name__.strip('_')}"
-        config = {k: v for k, v in call.config.items() if isinstance(v, int | str)}
+        config = {k: v for k, v in call.config.items() if isinstance(v, int | str | tuple)}
         key = f"{name} {sorted(config.items())}"
         if key not in found:
             used = ahead.resources(ahead.compile_call(call, arch))

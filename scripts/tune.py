@@ -7,7 +7,7 @@ For every product of kernel_cases.py, every number of rows and every mixture of 
 once, those that do not fit or that spill are dropped, the others are timed, and the fastest is kept. Where codewords
 come from a table, the fastest few are also timed with the hot entries that cost no resident program (see
 `ahead.hot_entries`).
-Then the ways to multiply (tiles, look-ups on codes, a decoded weight and cuBLAS) are timed with that; last coded caches
+Then the ways to multiply (tiles, a decoded weight and cuBLAS) are timed with that; last coded caches
 of keys and values, and the searches of quantization itself. The table is written after every place, so a run that is
 cut off keeps what it has; a later one goes on where configs are missing. --dry-run goes through tiny places without a
 GPU, launches and compiles nothing, and fails if any launcher would have to guess afterwards.
@@ -53,8 +53,7 @@ from vqcompress.methods.int8 import kernel as int8
 from vqcompress.methods.triton import launch
 from vqcompress.methods.triton.launch import Call, Config, DeviceProperties
 from vqcompress.methods.vq import kernel_dequantize as dequantize
-from vqcompress.methods.vq import kernel_gemm as gemm
-from vqcompress.methods.vq import kernel_gemv as gemv
+from vqcompress.methods.vq import kernel_multiply
 from vqcompress.methods.vq import kernel_nearest as nearest
 from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import viterbi_kernel as viterbi
@@ -124,8 +123,8 @@ class Places:
                 {n: p.clone() if n == "codes" else p for n, p in four[k % len(four)].items()} for k in range(number)
             ]
 
-        def multiplied(way: str = "") -> Callable[[Any], Any]:
-            run = by_kernel(case, way)
+        def multiplied(route: str = "") -> Callable[[Any], Any]:
+            run = by_kernel(case, route)
             return lambda parts: run(x_TI, parts, shape)
 
         if method.name in ("int8", "fp8"):
@@ -136,21 +135,15 @@ class Places:
         if method.rotation:
             yield self._rotate(x_TI, one["signs"])
         element, read = self.dtype.itemsize, (one["codes"], one["table"], shape[0], form)
-        # Timed with the addition of the slices.
-        if rows == 1:
-            options, splits = candidates.of_gemv(self.gpu, shape, form, element), candidates.hot_entries(form)
-            yield Place(gemv.name(form, element), rows, shape, options, multiplied("fused"), one, weights, splits)
-            sums.append(gemv.gemv(x_TI, *read))
-        elif rows <= 1024:
-            options = candidates.of_gemm(self.gpu, rows, shape, form, 0, element)
-            yield Place(gemm.name(form, 0, element), rows, shape, options, multiplied("fused"), one, weights)
-            sums.append(gemm.gemm(x_TI, *read))
-        ways = ["dequantize"] + (["fused"] if rows <= 1024 else [])
-        if form.by_rows and form.bits <= 10 and rows <= 4:
-            ways.append("lut_gemv")
-            options = candidates.of_lut_gemv(self.gpu, shape, form)
-            yield Place(f"vq.lut_gemv.{form.name}", rows, shape, options, multiplied("lut_gemv"), one, weights)
-            sums.append(gemv.lut_gemv(x_TI, *read))
+        routes = ["dequantize"]
+        if rows <= 1024:
+            routes.append("fused")
+            options = candidates.of_multiply(self.gpu, rows, shape, form, 0, element)
+            splits = candidates.hot_entries(form) if rows == 1 else ()
+            name = kernel_multiply.name(form, rows, 0, element)
+            # Timed with the addition of the slices.
+            yield Place(name, rows, shape, options, multiplied("fused"), one, weights, splits)
+            sums.append(kernel_multiply.multiply(x_TI, *read))
 
         def decoded(parts: Any) -> None:
             dequantize.dequantize(parts["codes"], parts["table"], shape, form, self.dtype)
@@ -158,8 +151,8 @@ class Places:
         options = candidates.of_dequantize(form)
         yield Place(f"vq.dequantize.{form.name}", 1, shape, options, decoded, one, weights)
         yield from (self._finish(sums_STO, one["scale"], method.rotation) for sums_STO in sums)
-        options = [{"path": way} for way in ways]
-        yield Place(f"vq.path.{form.name}", rows, shape, options, multiplied(), one, weights)
+        options = [{"route": route} for route in routes]
+        yield Place(f"vq.route.{form.name}", rows, shape, options, multiplied(), one, weights)
 
     def experts(self, case: Case, size: tuple[int, int, int], rows: int) -> Iterator[Place]:
         """The same of a mixture (E, O, I), for `rows` rows of all experts together."""
@@ -178,18 +171,18 @@ class Places:
             yield Place(f"{method.name}.grouped", rows, size, options, call, one, made)
             return
         form, element = method.form, self.dtype.itemsize
-        options = candidates.of_gemm(self.gpu, rows, shape, form, count, element)
-        yield Place(gemm.name(form, count, element), rows, size, options, call, one, made)
+        options = candidates.of_multiply(self.gpu, rows, shape, form, count, element)
+        yield Place(kernel_multiply.name(form, rows, count, element), rows, size, options, call, one, made)
         if "signs" in one:
             yield self._rotate(x_SI, one["signs"][0])
-        sums_STO = gemm.gemm(x_SI, one["codes"], one["table"], shape[0], form, ends_E)
+        sums_STO = kernel_multiply.multiply(x_SI, one["codes"], one["table"], shape[0], form, ends_E)
         yield self._finish(sums_STO, one["scale"][0], "signs" in one)
 
     def _rotate(self, x_TI: torch.Tensor, signs: torch.Tensor) -> Place:
         rows, columns = x_TI.shape
         options = list(candidates.of_rotate(self.gpu, columns))
         call = lambda x_TI: rotate.rotate(x_TI, signs)  # noqa: E731
-        return Place("rotate", rows, (1, columns), options, call, x_TI, lambda: [x_TI] * LEAST)
+        return Place("rotate", rows, (columns, 1), options, call, x_TI, lambda: [x_TI] * LEAST)
 
     def _finish(self, sums_STO: torch.Tensor, scale_O: torch.Tensor, rotated: bool) -> Place:
         sums, rows, columns = sums_STO.shape
@@ -274,7 +267,7 @@ class Tuner:
         # Of a long list, evenly spread ones.
         options = place.options[:: -(-len(place.options) // MOST)]
         launches = [place.launches(option, self.gpu) for option in options]
-        if self.compiles and "path" not in options[0]:
+        if self.compiles and "route" not in options[0]:
             options = [options[n] for n in ahead.fitting(launches, self.gpu)]
         times = self._times(place, options)
         if self.compiles and place.splits:
@@ -292,7 +285,7 @@ class Tuner:
         """The largest number of hot entries that costs nothing with some config."""
 
         def launched(hot: int) -> Call:
-            return next(c for c in place.launches(option | {"HOT": hot}, self.gpu) if "HOT" in c.config)
+            return next(c for c in place.launches(option | {"HOT": hot}, self.gpu) if c.kernel.__name__ == "_gemv")
 
         return ahead.hot_entries(place.splits, launched, self.gpu)
 

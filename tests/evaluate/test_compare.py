@@ -56,16 +56,12 @@ def test_each_model_has_the_figures_it_has_alone(
     assert original["bytes"] == (toy() / "model.safetensors").stat().st_size
 
 
-def test_the_one_model_that_is_no_artifact_is_the_original(artifacts: list[str], toy: Make, tmp_path: Path) -> None:
-    other, wide = str(toy("llama", seed=1)), tmp_path / "wide"
+def test_the_one_model_that_is_no_artifact_is_the_original(artifacts: list[str], toy: Make) -> None:
+    other = str(toy("llama", seed=1))
     assert _original([*artifacts, other]) == other
     # Two dense checkpoints, or none beside it, leave the original unclear.
     assert _original([*artifacts, other, str(toy())]) is None
     assert _original([other]) is None
-    shutil.copytree(other, wide)
-    config = json.loads((wide / "config.json").read_text())
-    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
-    assert _original([*artifacts, str(wide)]) is None
 
 
 def test_without_an_original_there_is_no_divergence(artifacts: list[str], text: Path, tmp_path: Path) -> None:
@@ -85,7 +81,7 @@ def test_models_of_other_tokens_do_not_compare(artifacts: list[str], toy: Make, 
         compare([artifacts[0], str(toy("llama", vocab=300))], str(text), seqlen=32, limit=1)
 
 
-@pytest.mark.parametrize("named", ["org/name", "org/name@v1", "/nowhere", 3, None, ["demo"], "a\0b", "x" * 5000])
+@pytest.mark.parametrize("named", ["org/name", "org/name@v1", "/nowhere", None])
 def test_nothing_is_downloaded_since_a_report_names_it(
     named: object, artifacts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

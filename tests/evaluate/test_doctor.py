@@ -1,4 +1,4 @@
-"""The doctor proves an architecture on a toy of it, and plans and diagnoses need no weights."""
+"""The doctor proves an architecture on a toy of it, from its config alone."""
 
 from __future__ import annotations
 
@@ -16,25 +16,8 @@ from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.doctor import examine
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
 from vqcompress.runtime.load import load
-from vqcompress.storage import trust
 
 Make = Callable[..., Path]
-Alone = Callable[..., dict[str, Any]]
-LLAMA_70B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
 DEEPSEEK_671B: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -59,57 +42,39 @@ DEEPSEEK_671B: dict[str, Any] = {
     "vocab_size": 129280,
     "max_position_embeddings": 163840,
 }
-# In a process of its own: its peak memory is its own (ru_maxrss would count the process that started it), and no test
-# fills its uninitialized memory with NaN.
-ALONE = """
+# In a process of its own, whose peak memory is the doctor's.
+EXAMINE = """
 import json, sys
 from pathlib import Path
 from vqcompress.evaluate.doctor import examine
-from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
-found = examine(sys.argv[2]) if sys.argv[1] == "doctor" else dry_run(QuantizeOptions(sys.argv[2], None, sys.argv[3]))
+found = examine(sys.argv[1])
 peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"found": found, "peak": peak}))
 """
 
 
-@pytest.fixture
-def alone(tmp_path: Path, processes: Processes) -> Alone:
-    def run(config: dict[str, Any], *arguments: str) -> dict[str, Any]:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        done = processes.python(ALONE, arguments[0], tmp_path, *arguments[1:])
-        assert done.returncode == 0, done.stderr[-2000:]
-        result = json.loads(done.stdout.splitlines()[-1])
-        assert result["peak"] < 3e9
-        return result["found"]
-
-    return run
-
-
 @pytest.mark.parametrize(
     "family",
     [
-        *("llama", "gemma", "opt", "qwen3_moe", "deepseek_v3"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt_neox", "mixtral")),
+        *("llama", "opt", "deepseek_v3"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gemma", "qwen3", "qwen3_moe", "gpt_neox", "mixtral")
+        ),
     ],
 )
-def test_the_doctor_finds_common_architectures_sound(family: str, toy: Make) -> None:
-    found = examine(str(toy(family)))
+def test_the_doctor_finds_common_architectures_sound(family: str, toy: Make, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((toy(family) / "config.json").read_bytes())
+    found = examine(str(tmp_path))
     assert found["ok"], found["checks"]
     # All but the routers of mixtures.
     assert found["coverage"] == 1 if "experts" not in str(found["folds"]) else found["coverage"] > 0.99
     assert found["blocks"] == 2
     assert not any("experts" in why for why in found["left_dense"].values())
-
-
-def test_the_doctor_works_from_a_config_alone(toy: Make, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((toy() / "config.json").read_bytes())
-    assert examine(str(tmp_path))["ok"]
-
-
-def test_the_doctor_tells_where_smoothing_costs_nothing(toy: Make) -> None:
-    folds = {fold["input"]: fold["producer"] for fold in examine(str(toy()))["folds"]}
-    assert folds["self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"] == "input_layernorm"
-    assert folds["mlp.down_proj"] == "mlp.up_proj"
+    if family == "llama":
+        folds = {fold["input"]: fold["producer"] for fold in found["folds"]}
+        assert folds["self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"] == "input_layernorm"
+        assert folds["mlp.down_proj"] == "mlp.up_proj"
 
 
 def test_the_doctor_names_the_experts_that_stay_dense(tmp_path: Path) -> None:
@@ -139,24 +104,16 @@ def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
         examine(str(tmp_path))
 
 
-def test_what_transformers_says_is_cut_between_words() -> None:
-    said = trust.reason(ValueError("pip install --upgrade\n transformers " * 20))
-    assert len(said) <= 300
-    assert set(said.split()) == {"pip", "install", "--upgrade", "transformers", "…"}
-
-
 @pytest.mark.parametrize(
     ("kind", "architecture"),
     [
-        ("ViT", "ViTForImageClassification"),
         ("Bert", "BertForMaskedLM"),
         ("Llama", "LlamaForSequenceClassification"),
         ("T5", "T5ForConditionalGeneration"),
-        ("CLIP", "CLIPModel"),
         ("Llava", "LlavaForConditionalGeneration"),
     ],
 )
-def test_what_is_no_causal_language_model_is_refused_by_name(kind: str, architecture: str, tmp_path: Path) -> None:
+def test_other_models_than_causal_ones_are_refused_by_name(kind: str, architecture: str, tmp_path: Path) -> None:
     """transformers would build a causal model from some of these configs, with random weights."""
     config = getattr(transformers, f"{kind}Config")()
     config.architectures = [architecture]
@@ -202,40 +159,12 @@ def test_the_doctor_takes_a_config_that_computes_its_types_of_layers(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_doctor_builds_no_large_model(alone: Alone) -> None:
-    found = alone(LLAMA_70B, "doctor")
-    assert found["ok"], found["checks"]
-    assert (found["blocks"], found["targets"], found["coverage"]) == (80, 560, 1)
-
-
-@pytest.mark.slow
-def test_the_doctor_looks_at_671_billion_weights(alone: Alone) -> None:
-    found = alone(DEEPSEEK_671B, "doctor")
-    assert found["ok"], found["checks"]
-    assert found["targets"] == 61 * 5 + 3 * 3 + 58 * 3 * 257
-    assert found["coverage"] > 0.999
-
-
-@pytest.mark.slow
-def test_671_billion_weights_are_planned_from_a_config(alone: Alone) -> None:
-    found = alone(DEEPSEEK_671B, "plan", "vq-2bit")
-    assert found["source_bytes"] == pytest.approx(2 * 671e9, rel=0.01)
-    assert found["bits_per_weight"] < 2.1
-    assert found["weights_quantized"] == pytest.approx(671e9, rel=0.01)
-    assert found["artifact_bytes"] < 0.14 * found["source_bytes"]
-
-
-def test_a_plan_agrees_with_what_is_done(quantized: Make, toy: Make, text: Path) -> None:
-    planned = dry_run(QuantizeOptions(str(toy()), None, "vq-2bit", [str(text)], samples=8, seqlen=64))
-    done = json.loads((quantized("vq-2bit") / "report.json").read_text())
-    for key in ("bits_per_weight", "weights_quantized", "source_bytes", "left_dense"):
-        assert planned[key] == pytest.approx(done[key]) if key != "left_dense" else planned[key] == done[key]
-    # Beside the parts there is the marker.
-    assert planned["artifact_bytes"] == pytest.approx(done["artifact_bytes"], rel=0.05)
-    assert [t["name"] for t in planned["targets"]] == [t["name"] for t in done["targets"]]
-
-
-def test_a_plan_writes_nothing(toy: Make, text: Path) -> None:
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir())
-    dry_run(QuantizeOptions(str(toy()), None, "fp8-tile"))
-    assert sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir()) == before
+def test_the_doctor_examines_671_billion_weights_in_little_memory(tmp_path: Path, processes: Processes) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_671B))
+    done = processes.python(EXAMINE, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["found"]["ok"], result["found"]["checks"]
+    assert result["found"]["targets"] == 61 * 5 + 3 * 3 + 58 * 3 * 257
+    assert result["found"]["coverage"] > 0.999
+    assert result["peak"] < 3e9

@@ -171,23 +171,22 @@ def test_a_cache_without_its_codebooks_is_refused(
     assert all(name in done.stderr for name in named)
 
 
-@pytest.mark.parametrize(
-    ("name", "change"), [("1.keys", "short"), ("1.keys", "nan"), ("1.keys", "gone"), ("2.keys", "new")]
-)
-def test_damaged_codebooks_are_named(name: str, change: str, coded: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["short", "nan", "gone"])
+def test_damaged_codebooks_are_named(change: str, coded: Make, tmp_path: Path) -> None:
     shutil.copytree(coded(), tmp_path / "out")
     books = load_file(tmp_path / "out" / KV_CACHE)
-    book = books.pop(name, books["0.keys"].clone())
+    book = books.pop("1.keys")
     if change != "gone":
-        books[name] = {"short": book[:, :, :100].contiguous(), "nan": book * torch.nan, "new": book}[change]
+        books["1.keys"] = {"short": book[:, :, :100].contiguous(), "nan": book * torch.nan}[change]
     save_file(books, tmp_path / "out" / KV_CACHE)
     with pytest.raises(VQCompressError, match=KV_CACHE):
         load(tmp_path / "out", kv_cache=True)
     refresh_sums(tmp_path / "out", [KV_CACHE])
-    with pytest.raises(VQCompressError, match=name):
-        verify(str(tmp_path / "out"))
-    if change in ("short", "gone"):
-        with pytest.raises(VQCompressError, match=name):
+    if change == "nan":
+        with pytest.raises(VQCompressError, match=r"1\.keys"):
+            verify(str(tmp_path / "out"))
+    else:
+        with pytest.raises(VQCompressError, match=r"1\.keys"):
             load(tmp_path / "out", kv_cache=True)
         (tmp_path / "out" / KV_CACHE).unlink()
         with pytest.raises(VQCompressError, match=KV_CACHE):
@@ -228,6 +227,7 @@ def test_a_run_that_died_while_it_learned_goes_on(
     assert sums(tmp_path / "out") == sums(coded())
 
 
+@pytest.mark.slow
 def test_codebooks_are_learned_beside_weights_without_gradients(
     toy: Make, text: Path, small: str, tmp_path: Path
 ) -> None:

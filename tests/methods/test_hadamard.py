@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqcompress.methods.hadamard import block_size, hadamard, random_signs
-
-SIZES = [1, 2, 3, 6, 96, 256, 512, 3 * 2048, 2**17]
+from vqcompress.methods.hadamard import hadamard, random_signs
 
 
 def by_definition(n: int) -> Tensor:
@@ -18,12 +16,7 @@ def by_definition(n: int) -> Tensor:
     return torch.block_diag(*[torch.tensor(rows, dtype=torch.float64)] * (n // b)) / b**0.5
 
 
-@pytest.mark.parametrize(("n", "b"), [(1, 1), (7, 1), (8, 8), (12, 4), (768, 256), (4096, 4096), (11008, 256)])
-def test_the_block_is_the_largest_power_of_two_that_divides(n: int, b: int) -> None:
-    assert block_size(n) == b
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 6, 96, 256, 512, 1536])
+@pytest.mark.parametrize("n", [1, 3, 6, 256, 1536])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_the_matrix_of_the_definition(n: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
@@ -33,19 +26,13 @@ def test_it_is_the_matrix_of_the_definition(n: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(hadamard(x.T, dim=0), expected.T)
 
 
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [1, 6, 512, 3 * 2048, 2**17])
 def test_it_is_its_own_inverse_and_keeps_lengths(n: int) -> None:
     x = torch.randn(3, n, 2, generator=torch.Generator().manual_seed(n))
     y = hadamard(x, dim=1)
     assert y.shape == x.shape
     torch.testing.assert_close(hadamard(y, dim=1), x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(y.double().norm(dim=1), x.double().norm(dim=1), atol=0, rtol=1e-5)
-
-
-def test_one_loud_channel_is_spread_over_its_block() -> None:
-    x = torch.zeros(1, 512)
-    x[0, 3] = 16
-    assert torch.equal(hadamard(x).abs(), torch.full((1, 512), 16 / 512**0.5))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (8,)])

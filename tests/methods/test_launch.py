@@ -59,7 +59,7 @@ def test_no_kernel_with_settings_is_left_to_its_guess(arch: int | str, monkeypat
     assert count > 100
     assert default == set()
     assert visited == lookups()
-    assert len(visited) >= 10
+    assert len(visited) >= 5
 
 
 @pytest.mark.slow
@@ -132,8 +132,8 @@ def place_of(name: str, arch: int) -> Any:
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("learned 4,8", (32, 32, 4)),
-        ("learned 2x8", (32, 32, 4)),
+        ("learned 4,8", (32, 128, 4)),
+        ("learned 2x8", (32, 256, 4)),
     ],
 )
 def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int]) -> None:
@@ -142,11 +142,11 @@ def test_hot_entries_take_only_what_is_left(name: str, tile: tuple[int, int, int
     import tune
 
     gpu, place = launch.DEVICES[90], place_of(name, 90)
-    option = next(o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) == tile)
+    option = next(o for o in place.options if (o["BO"], o["BI"], o["num_warps"]) == tile)
     split = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
 
     def used(hot: int) -> ahead.Resources:
-        (call,) = (c for c in place.launches(option | {"HOT": hot}, gpu) if "HOT" in c.config)
+        (call,) = (c for c in place.launches(option | {"HOT": hot}, gpu) if c.kernel.__name__ == "_gemv")
         return ahead.resources(ahead.compile_call(call, 90))
 
     programs = used(0).resident(gpu)
@@ -170,12 +170,12 @@ def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
     gpu = launch.DEVICES[90]
     found = {}
     tiles = {
-        "learned 4,8": (32, 32, 4),
-        "learned 2x8": (32, 32, 4),
+        "learned 4,8": (32, 128, 4),
+        "learned 2x8": (32, 256, 4),
     }
     for name, tile in tiles.items():
         place = place_of(name, 90)
-        option = next(o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) == tile)
+        option = next(o for o in place.options if (o["BO"], o["BI"], o["num_warps"]) == tile)
         found[name] = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
     assert found == {"learned 4,8": 256, "learned 2x8": 0}
 
@@ -186,20 +186,20 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     import tune
 
     gpu, place = launch.DEVICES[90], place_of("learned 4,8", 90)
-    kept = [o for o in place.options if (o["BA"], o["BN"], o["num_warps"]) in ((32, 32, 4), (32, 64, 4))][:2]
+    kept = [o for o in place.options if (o["BO"], o["BI"], o["num_warps"]) in ((32, 128, 4), (32, 256, 4))][:2]
     # A tile that no thread has registers for.
-    spilling = {**kept[0], "BA": 256, "BN": 64, "num_warps": 4}
+    spilling = {**kept[0], "BO": 256, "BI": 256, "num_warps": 4}
     place = replace(place, options=[spilling, *kept], splits=[256])
     tried = []
 
     def clock(call: Any, weights: Any) -> float:
         tried.append(launch.get_config(place.kernel, META, 1, (), lambda gpu: {}))
-        return 1.0 if tried[-1]["HOT"] else 2.0
+        return 1.0 if tried[-1].get("HOT") else 2.0
 
     tuner = tune.Tuner(gpu, 60.0, False, clock)
     tuner.tune(place)
     assert spilling not in tried
-    assert [o["HOT"] for o in tried] == [0, 0, 256]
+    assert [o.get("HOT", 0) for o in tried] == [0, 0, 256]
     assert tuner.table[place.kernel][place.key]["HOT"] == 256
     assert launch.table(gpu) is tuner.table
     before = len(tried)
@@ -228,7 +228,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_for(monkeypatch: pytest.M
         for case in CASES:
             by_kernel(case)(x_TI, case.parts((4096, 4096), META, torch.bfloat16), (4096, 4096))
     one_of_each = list({call.kernel: call for call in calls}.values())
-    assert len(one_of_each) == 9
+    assert len(one_of_each) == 7
     monkeypatch.setattr(triton.runtime.driver, "_active", StandIn(ahead.target_of(90)))
     for call in one_of_each:
         monkeypatch.setattr(call.kernel, "device_caches", defaultdict(call.kernel.create_binder))

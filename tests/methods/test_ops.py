@@ -36,14 +36,9 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
     ends_E = torch.tensor([2, 2, 5], dtype=torch.int32)
     method: Any = make("vq", {"iterations": 1, "feedback": False, "rotation": True})
     parts = method.prepare(encoded(method, gaussian((64, 48)))[1], (64, 48), packed=True)
-    words: tuple[Any, ...] = (
-        inputs(5, 48),
-        *(parts[n] for n in ("codes", "table", "scale", "signs")),
-        "learned",
-        4,
-        8,
-        1,
-    )
+    stored: tuple[Any, ...] = tuple(parts[n] for n in ("codes", "table", "scale", "signs"))
+    stacked = (a.expand(3, *a.shape) for a in stored)
+    form, rows_TI = method.form.name, inputs(5, 48)
     arguments: dict[str, Sequence[tuple[object, ...]]] = {
         "int8_quantize": [(x,) for x in xs],
         "fp8_quantize": [(x, flag) for x in xs for flag in (False, True)],
@@ -53,8 +48,7 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
         + [(x, p.float(), scale_PJ, False)],
         "int8_grouped": [(x, ends_E, w.expand(3, -1, -1), scale_O.expand(3, -1)) for x in xs[:2]],
         "fp8_grouped": [(x, ends_E, p.expand(3, -1, -1), scale_PJ.expand(3, -1, -1), True) for x in xs[:2]],
-        "vq_linear": [words],
-        "vq_grouped": [(words[0], ends_E, *(a.expand(3, *a.shape) for a in words[1:5]), *words[5:])],
+        "vq_linear": [(rows_TI, *stored, form), (rows_TI, *stacked, form, ends_E)],
     }
     return arguments[op]
 
@@ -62,7 +56,7 @@ def samples(op: str) -> Sequence[tuple[object, ...]]:
 OPS = ["int8_quantize", "int8_linear", "int8_grouped", "fp8_quantize", "fp8_linear", "fp8_grouped"]
 
 
-@pytest.mark.parametrize("op", [*OPS, "vq_linear", "vq_grouped"])
+@pytest.mark.parametrize("op", [*OPS, "vq_linear"])
 def test_opcheck(op: str) -> None:
     for arguments in samples(op):
         fp8_argument = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments)

@@ -48,19 +48,21 @@ def interpret(interpreted: Callable[..., np.ndarray]) -> Callable[..., np.ndarra
     return lambda *arguments: interpreted(by_interpreter, *arguments)
 
 
-@pytest.mark.parametrize(("bits", "state_bits"), [(1, 8), (2, 10), (3, 9), (4, 8)])
-def test_kernel_answers_what_the_cpu_does(interpret: Callable[..., np.ndarray], bits: int, state_bits: int) -> None:
-    for sequences, length in ((3, 16), (1, 40)):
-        x_NT = gaussian(sequences, length)
-        assert np.array_equal(interpret(x_NT, bits, state_bits, {}), by_cpu(x_NT, bits, state_bits))
+@pytest.mark.parametrize(
+    ("bits", "state_bits", "sequences", "length"), [(1, 8, 2, 16), (2, 10, 1, 40), (3, 9, 2, 16), (4, 8, 2, 16)]
+)
+def test_kernel_answers_what_the_cpu_does(
+    interpret: Callable[..., np.ndarray], bits: int, state_bits: int, sequences: int, length: int
+) -> None:
+    x_NT = gaussian(sequences, length)
+    assert np.array_equal(interpret(x_NT, bits, state_bits, {}), by_cpu(x_NT, bits, state_bits))
 
 
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(bits, marks=SLOW) for bits in (1, 4))])
 def test_costs_in_tiles(interpret: Callable[..., np.ndarray], bits: int) -> None:
-    """As for more state_bits than registers hold; and back pointers for two sequences at a time."""
-    rows, classes = 2 * 18, 1 << 10 - bits
-    x_NT = gaussian(3, 18)
-    found_NT = interpret(x_NT, bits, 10, {"IN_REGISTERS": 9, "TILE": 8, "SCRATCH": 2 * rows * classes})
+    """As for more states than registers hold; and back pointers for one sequence at a time."""
+    x_NT = gaussian(2, 16)
+    found_NT = interpret(x_NT, bits, 10, {"IN_REGISTERS": 9, "TILE": 8, "SCRATCH": 2 * 16 << 10 - bits})
     assert np.array_equal(found_NT, by_cpu(x_NT, bits, 10))
 
 
@@ -101,21 +103,15 @@ def test_compiles_without_spills(arch: int | str, bits: int, state_bits: int) ->
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_kernel_on_a_gpu(bits: int) -> None:
+def test_kernel_on_a_gpu(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for state_bits in (8, 12, 14, 15, 16):
         for sequences, length in ((5, 256), (2, 287), (1, 16), (3, 40)):
             x_NT = gaussian(sequences, length)
             found_NT = bitshift.PathSearch(bits, state_bits).paths(torch.from_numpy(x_NT).cuda())
             assert found_NT.is_cuda
             assert np.array_equal(found_NT.cpu().numpy(), by_cpu(x_NT, bits, state_bits)), (state_bits, length)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_chunks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vqcompress.methods.vq import viterbi_kernel as viterbi
-
-    monkeypatch.setattr(viterbi, "SCRATCH", 150 * 256 * 4096)
+    # Back pointers for 150 sequences at a time.
+    monkeypatch.setattr("vqcompress.methods.vq.viterbi_kernel.SCRATCH", 150 * 256 << 14 - bits)
     x_NT = gaussian(400, 256)
-    found_NT = bitshift.PathSearch(2, 14).paths(torch.from_numpy(x_NT).cuda())
-    assert np.array_equal(found_NT[::50].cpu().numpy(), by_cpu(x_NT[::50], 2, 14))
+    found_NT = bitshift.PathSearch(bits, 14).paths(torch.from_numpy(x_NT).cuda())
+    assert np.array_equal(found_NT[::50].cpu().numpy(), by_cpu(x_NT[::50], bits, 14))

@@ -77,24 +77,28 @@ def decode(method: VectorQuantizer, parts: PackedTensors, weight_OI: Tensor) -> 
     return decoded_OI
 
 
+def proxy_error(statistics: Statistics, weight_OI: Tensor, method: VectorQuantizer) -> float:
+    """Of the output, relative."""
+    error = statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
+    assert error is not None
+    return error
+
+
 @pytest.mark.parametrize(
     ("knobs", "bound"),
     [
         # The rate-distortion limit of a Gaussian is 4**-bits: 0.0625, 0.0156, 0.0039.
         ({"d": 4, "bits": 8}, 0.10),
         ({"d": 2, "bits": 6}, 0.031),
-        ({"d": 2, "bits": 8}, 0.0082),
-        ({"d": 1, "bits": 3}, 0.036),
-        ({"d": 4, "bits": 4, "stages": 2}, 0.12),
         ({"d": 8, "bits": 5, "stages": 3, "iterations": 6, "codebook_updates": 1}, 0.125),
         ({"codebook": "trellis", "bits": 1, "state_bits": 12}, 0.295),
         ({"codebook": "trellis", "state_bits": 12}, 0.077),
-        ({"codebook": "trellis", "state_bits": 10, "bits": 4}, 0.0065),
+        ({"codebook": "trellis", "bits": 3, "state_bits": 10}, 0.022),
     ],
 )
 def test_error_on_a_gaussian(knobs: dict[str, Any], bound: float) -> None:
     method = vq({**knobs, "feedback": False})
-    weight_OI = gaussian(256, 256) * 0.02
+    weight_OI = gaussian(256, 128) * 0.02
     assert relative_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI)) < bound
 
 
@@ -105,7 +109,7 @@ def test_two_bits_are_two_bits() -> None:
 
 
 def test_wider_entries_matter_at_high_rates() -> None:
-    weight_OI = gaussian(64, 256)
+    weight_OI = gaussian(64, 128)
     errors = []
     for entry_bits in (8, 16):
         method = Codebook(d=1, bits=9, entry_bits=entry_bits, feedback=False, scope="target", **QUICK)
@@ -114,59 +118,40 @@ def test_wider_entries_matter_at_high_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs",
-    [
-        {"scope": "target", "stages": 2, "bits": 5, **QUICK},
-        {"scope": "block", "stages": 2, "bits": 5, **QUICK},
-        {"codebook": "trellis", "state_bits": 8},
-    ],
-    ids=str,
+    "knobs", [{"scope": "target", "stages": 2, "bits": 4, **QUICK}, {"codebook": "trellis", "state_bits": 8}], ids=str
 )
 def test_same_seed_same_bytes_whatever_the_threads(knobs: dict[str, Any]) -> None:
     method = vq(knobs)
     # More rows than one trellis path, so that threads share them.
-    weight_OI, statistics = gaussian(600, 96), correlated(96)
+    weight_OI, statistics = gaussian(600, 48), correlated(48)
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 2):
+        for count in (1, 2):
             torch.set_num_threads(count)
             results.append(encode(method, weight_OI, statistics))
     finally:
         torch.set_num_threads(threads)
-    for parts in results[1:]:
-        assert all(torch.equal(part, results[0][name]) for name, part in parts.items())
+    assert all(torch.equal(part, results[0][name]) for name, part in results[1].items())
     assert not torch.equal(encode(method, weight_OI, statistics, seed=9)["codes"], results[0]["codes"])
-
-
-def test_feedback_lowers_the_error_of_the_output() -> None:
-    weight_OI, statistics = gaussian(128, 128), correlated(128)
-    errors = []
-    for feedback in (False, True):
-        method = Codebook(bits=6, feedback=feedback, **QUICK)
-        assert method.needs == {"hessian" if feedback else "sumsq"}
-        errors.append(
-            statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
-        )
-    assert errors[0] is not None
-    assert errors[1] is not None
-    assert errors[1] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize(
     ("knob", "low", "high"),
-    [("iterations", 0, 20), ("codebook_updates", 0, 4), ("beam", 1, 8), ("activation_order", False, True)],
+    [
+        ("feedback", False, True),
+        ("iterations", 0, 20),
+        ("codebook_updates", 0, 4),
+        ("beam", 1, 8),
+        ("activation_order", False, True),
+    ],
 )
 def test_effort_lowers_the_error(knob: str, low: Any, high: Any) -> None:
     weight_OI, statistics = gaussian(256, 64), correlated(64)
     errors = []
     for value in (low, high):
         method = Codebook(d=4, bits=4, stages=2, **{"iterations": 5, "codebook_updates": 0, "beam": 4} | {knob: value})
-        errors.append(
-            statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, statistics), weight_OI))
-        )
-    assert errors[0] is not None
-    assert errors[1] is not None
+        errors.append(proxy_error(statistics, weight_OI, method))
     assert errors[1] < errors[0]
 
 
@@ -178,35 +163,33 @@ def odd_weights() -> dict[str, Tensor]:
     return {
         "zero": torch.zeros(5, 12),
         "constant": torch.full((5, 12), -0.3),
-        "single row": gaussian(1, 40),
         "single number": torch.tensor([[3.0]]),
         "ragged": gaussian(7, 131),
         "fewer columns than d": gaussian(6, 3),
         "outlier": outlier_OI,
         "all magnitudes": mixed_OI,
-        "largest": torch.full((2, 8), torch.finfo(torch.float32).max),
         "smallest": torch.full((2, 8), 1e-45),
     }
 
 
 @pytest.mark.parametrize(
     "knobs",
-    [*FAMILIES.values(), {"d": 5, "bits": 3, "stages": 2, "scope": "target", **QUICK}, {"feedback": False, **QUICK}],
+    [*FAMILIES.values(), {"d": 5, "bits": 3, "stages": 2, "scope": "target", "feedback": False, **QUICK}],
     ids=str,
 )
-@pytest.mark.parametrize("name", odd_weights())
-def test_odd_weights(name: str, knobs: dict[str, Any]) -> None:
-    weight_OI = odd_weights()[name]
-    method = vq(knobs)
-    decoded_OI = decode(method, encode(method, weight_OI, hessian_of(gaussian(64, weight_OI.shape[1], 1))), weight_OI)
-    assert torch.equal(decoded_OI[(weight_OI == 0).all(1)], weight_OI[(weight_OI == 0).all(1)])
-    size = weight_OI.abs().max().double().clamp(min=1e-300)
-    gap_OI, unit_OI = (weight_OI.double() - decoded_OI.double()) / size, weight_OI.double() / size
-    if method.rotation:
-        # A rotation keeps the sum of squares, not the largest number.
-        assert gap_OI.square().sum() <= unit_OI.square().sum()
-    else:
-        assert gap_OI.abs().max() <= 1
+def test_odd_weights(knobs: dict[str, Any]) -> None:
+    for name, weight_OI in odd_weights().items():
+        method, statistics = vq(knobs), hessian_of(gaussian(64, weight_OI.shape[1], 1))
+        decoded_OI = decode(method, encode(method, weight_OI, statistics), weight_OI)
+        zero_O = (weight_OI == 0).all(1)
+        assert torch.equal(decoded_OI[zero_O], weight_OI[zero_O]), name
+        size = weight_OI.abs().max().double().clamp(min=1e-300)
+        gap_OI, unit_OI = (weight_OI.double() - decoded_OI.double()) / size, weight_OI.double() / size
+        if method.rotation:
+            # A rotation keeps the sum of squares, not the largest number.
+            assert gap_OI.square().sum() <= unit_OI.square().sum(), name
+        else:
+            assert gap_OI.abs().max() <= 1, name
 
 
 def odd_statistics(columns: int) -> dict[str, Statistics]:
@@ -231,35 +214,26 @@ def odd_statistics(columns: int) -> dict[str, Statistics]:
 
 
 @each_family
-@pytest.mark.parametrize("name", odd_statistics(24))
-def test_odd_statistics(name: str, knobs: dict[str, Any]) -> None:
-    weight_OI = gaussian(64, 24)
-    method = vq(knobs)
-    decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)[name]), weight_OI)
-    assert relative_error(weight_OI, decoded_OI) < 0.5
+def test_odd_statistics(knobs: dict[str, Any]) -> None:
+    weight_OI, method = gaussian(64, 24), vq(knobs)
+    for name, statistics in odd_statistics(24).items():
+        decoded_OI = decode(method, encode(method, weight_OI, statistics), weight_OI)
+        assert relative_error(weight_OI, decoded_OI) < 0.5, name
+        if name == "dead channels" and not method.rotation:
+            assert relative_error(weight_OI[:, ::3], decoded_OI[:, ::3]) < 0.5
 
 
-def test_dead_channels_are_still_encoded() -> None:
-    weight_OI = gaussian(64, 24)
-    method = Codebook(bits=8, **QUICK)
-    decoded_OI = decode(method, encode(method, weight_OI, odd_statistics(24)["dead channels"]), weight_OI)
-    assert relative_error(weight_OI[:, ::3], decoded_OI[:, ::3]) < 0.5
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("scope", ["target", "block"])
-def test_weights_that_are_not_finite_are_refused(value: float, scope: str) -> None:
-    weight_OI = gaussian(4, 8)
-    method = Codebook(scope=scope, **QUICK)
-    shared = method.fit_shared([weight_OI], [Statistics()], seeded())
-    weight_OI[2, 3] = value
-    with pytest.raises(ValueError, match="NaN or Inf"):
-        method.encode(weight_OI, Statistics(), seeded(), shared)
-
-
-def test_statistics_that_are_not_finite_are_refused() -> None:
+def test_what_is_not_finite_is_refused() -> None:
+    method = Codebook(**QUICK)
+    shared = method.fit_shared([gaussian(4, 8)], [Statistics()], seeded())
+    for value in (math.nan, math.inf, -math.inf):
+        weight_OI = gaussian(4, 8)
+        weight_OI[2, 3] = value
+        for refused in (method, Codebook(scope="target", **QUICK)):
+            with pytest.raises(ValueError, match="weight"):
+                refused.encode(weight_OI, Statistics(), seeded(), shared)
     with pytest.raises(ValueError, match="statistics"):
-        Codebook(scope="target").encode(gaussian(4, 8), Statistics(hessian_II=torch.full((8, 8), math.inf)), seeded())
+        method.encode(gaussian(4, 8), Statistics(hessian_II=torch.full((8, 8), math.inf)), seeded(), shared)
 
 
 def test_block_shares_one_codebook() -> None:
@@ -272,8 +246,6 @@ def test_block_shares_one_codebook() -> None:
         stored = method.encode(weight_OI, known, seeded(), shared)
         assert set(stored) == {"codes", "scale"}
         assert relative_error(weight_OI, decode(method, stored | shared, weight_OI)) < 0.6
-    with pytest.raises(ValueError, match="fit_shared"):
-        method.encode(weights[0], statistics[0], seeded())
     alone = Codebook(scope="target", bits=5, **QUICK)
     assert alone.shared_layout() == {}
     assert alone.fit_shared(weights, statistics, seeded()) == {}
@@ -282,48 +254,34 @@ def test_block_shares_one_codebook() -> None:
 def test_entries_are_sorted_by_use() -> None:
     method = Codebook(bits=4, feedback=False, scope="target", training_vectors=10**6)
     weight_OI = gaussian(64, 64).sign() * gaussian(64, 64).square()
-    parts = encode(method, weight_OI, Statistics())
-    uses_K = torch.bincount(parts["codes"].flatten() & 15, minlength=16) + torch.bincount(parts["codes"].flatten() >> 4)
+    uses_RK = entry_uses(method, encode(method, weight_OI, Statistics()), (64, 64))
+    assert uses_RK is not None
     # The integers of the codebook are rounded after the sort, which moves a few vectors.
-    assert (uses_K.diff() <= 0.02 * uses_K.sum()).all()
-    assert uses_K[0] > uses_K[-1]
+    assert (uses_RK[0].diff() <= 0.02 * uses_RK.sum()).all()
+    assert uses_RK[0, 0] > uses_RK[0, -1]
 
 
 @pytest.mark.parametrize("knobs", [{"d": 3, "bits": 5}, {"d": 4, "bits": 3, "stages": 2, "scope": "target"}])
 def test_counts_are_of_the_stored_codes(knobs: dict[str, Any]) -> None:
     method = Codebook(**knobs, **QUICK)
-    weight_OI = gaussian(21, 50)
-    parts = encode(method, weight_OI, correlated(50))
+    parts = encode(method, gaussian(21, 50), correlated(50))
     counts_RK = entry_uses(method, parts, (21, 50))
     assert counts_RK is not None
-    assert counts_RK.dtype == torch.int64
     assert counts_RK.shape == (method.stages, 1 << method.bits)
     assert (counts_RK.sum(1) == 21 * -(-50 // method.d)).all()
     # By another way: the mean of the weight is that of its entries.
     parts = {**parts, "scale": torch.ones_like(parts["scale"])}
     book_RKd = parts["codebook"].float() * parts["step"][:, None, None]
-    columns = -(-50 // method.d) * method.d
-    whole_OJ = Codebook(**knobs).decode(parts, (21, columns))
+    whole_OJ = method.decode(parts, (21, -(-50 // method.d) * method.d))
     torch.testing.assert_close(whole_OJ.sum(), (counts_RK[..., None] * book_RKd).sum(), rtol=1e-4, atol=1e-3)
 
 
-def test_check_names_the_part() -> None:
+def test_check_names_the_tensor() -> None:
     method = Codebook(d=3, bits=3, scope="target", **QUICK)
-    shape = (4, 8)
-    parts = encode(method, gaussian(*shape), Statistics())
-    stray = parts["codes"].clone()
-    stray[0, -1] |= 0x80
-    broken = {
-        "codes": stray,
-        "scale": torch.full((4,), math.nan, dtype=torch.bfloat16),
-        "codebook": parts["codebook"][:, :-1],
-        "step": parts["step"].double(),
-    }
-    for name, part in broken.items():
+    parts = encode(method, gaussian(4, 8), Statistics())
+    for name in ("scale", "step"):
         with pytest.raises(ValueError, match=name):
-            method.check(parts | {name: part}, shape)
-    with pytest.raises(ValueError, match="scale is missing"):
-        method.check({name: part for name, part in parts.items() if name != "scale"}, shape)
+            method.check(parts | {name: torch.full_like(parts[name], math.nan)}, (4, 8))
 
 
 @pytest.mark.parametrize("beam", [1, 3, 64])
@@ -371,12 +329,9 @@ def test_error_feedback_is_that_of_the_inverse_hessian() -> None:
 def test_what_is_stored_decodes_to_what_was_chosen(knobs: dict[str, Any]) -> None:
     """299 rows: more than one trellis path, and a group of columns that is cut."""
     method, weight_OI, statistics = vq(knobs), gaussian(299, 48), correlated(48)
-    parts = encode(method, weight_OI, statistics)
-    error = statistics.proxy_error(weight_OI, decode(method, parts, weight_OI))
-    blind = statistics.proxy_error(weight_OI, decode(method, encode(method, weight_OI, Statistics()), weight_OI))
-    assert error is not None
-    assert blind is not None
-    assert error < 0.7 * blind
+    error = proxy_error(statistics, weight_OI, method)
+    blind_OI = decode(method, encode(method, weight_OI, Statistics()), weight_OI)
+    assert error < 0.7 * float(statistics.proxy_error(weight_OI, blind_OI) or 0)
 
 
 def test_rotation_spreads_outliers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from processes import VQCOMPRESS, Processes
 
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run
 
+Make = Callable[..., Path]
 COMMON = {"torch_dtype": "bfloat16", "tie_word_embeddings": False}
 # Config, and parameters as published (DeepSeek-V3 without the layer that predicts a second token).
 MODELS: dict[str, tuple[dict[str, Any], float]] = {
@@ -66,3 +68,19 @@ def test_no_more_memory_is_used_than_planned(recipe: str, tmp_path: Path, proces
     planned, used = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plan", "report"))
     # The libraries themselves grow while they run.
     assert used["peak_rss_bytes"] < planned["peak_rss_bytes"] + 2**28
+
+
+def test_a_plan_agrees_with_what_is_done(quantized: Make, toy: Make, text: Path) -> None:
+    planned = dry_run(QuantizeOptions(str(toy()), None, "vq-2bit", [str(text)], samples=8, seqlen=64))
+    done = json.loads((quantized("vq-2bit") / "report.json").read_text())
+    for key in ("bits_per_weight", "weights_quantized", "source_bytes", "left_dense"):
+        assert planned[key] == pytest.approx(done[key]) if key != "left_dense" else planned[key] == done[key]
+    # Beside the parts there is the marker.
+    assert planned["artifact_bytes"] == pytest.approx(done["artifact_bytes"], rel=0.05)
+    assert [t["name"] for t in planned["targets"]] == [t["name"] for t in done["targets"]]
+
+
+def test_a_plan_writes_nothing(toy: Make, text: Path) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir())
+    dry_run(QuantizeOptions(str(toy()), None, "fp8-tile"))
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in toy().iterdir()) == before

@@ -1,1 +1,1 @@
-"""What people want to know about a model or an artifact."""
+"""Measures models and artifacts, checks them, and describes them to people."""

@@ -31,14 +31,10 @@ STYLE: Any = {
     "legend.frameon": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": f"cycler('marker', {list('osD^v')}) * cycler('color', {COLOURS})",
     "lines.markersize": 4,
-    "lines.linewidth": 1,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
     "grid.alpha": 0.25,
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), INK
@@ -97,7 +93,9 @@ def chart(
         if legend_rows:
             figure.legend(loc="lower center", ncols=columns)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     svg = out.getvalue().replace(INK, "currentColor")
     # Charts of one page must not share ids.
     prefix = re.sub(r"\W+", "-", title)

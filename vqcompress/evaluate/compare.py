@@ -34,16 +34,16 @@ def compare(
     if not models:
         raise UsageError(f"{baseline} is the original; name at least one other model")
     found, protocol = score(models, text, baseline, device, progress, **cut)
-    nothing = {"ratio": None, "kl_divergence": None, "top1_agreement": None}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"model": model, **_footprint(model), "perplexity": scores.perplexity}
-        | (scores.against_baseline(baseline) if baseline is not None else nothing)
+        | dict.fromkeys(("ratio", "kl_divergence", "top1_agreement"))
+        | (scores.against_baseline(baseline) if baseline is not None else {})
         for model, scores in zip(models, found, strict=True)
     ]
     rows.sort(key=lambda row: -row["bits_per_weight"])
     if baseline is not None:
         same = {"ratio": 1.0, "kl_divergence": dict.fromkeys(("mean", "p99", "max"), 0.0), "top1_agreement": 1.0}
-        rows.insert(0, {"model": baseline, **_footprint(baseline), **rows[0]["baseline"], **same})
+        rows.insert(0, {**rows[0]["baseline"], "model": baseline, **_footprint(baseline), **same})
     return {
         "text": named(text),
         "protocol": protocol,
@@ -54,23 +54,19 @@ def compare(
 
 
 def _original(models: list[str]) -> str | None:
-    """The original of several models, or None if it is unclear or not on this machine.
+    """The only dense checkpoint among several models, or the model that the reports of all artifacts name.
 
-    It is the only dense checkpoint among them, if all vocabularies have one size; else the model that all reports name.
+    None if there are several, or if it is not on this machine: a report is not trusted to start a download.
     """
     plain = [model for model in models if not Artifact.is_one(resolve(model))]
-    vocabularies = {Checkpoint(resolve(model)).config.get("vocab_size") for model in models}
-    if len(plain) == len(vocabularies) == 1 < len(models):
-        return plain[0]
-    found = [read_report(path).get("model") for path in map(resolve, models) if Artifact.is_one(path)]
-    model: Any = found[0] if found and found.count(found[0]) == len(found) else None
-    repo = hub.ID.fullmatch(model) if isinstance(model, str) else None
+    if plain:
+        return plain[0] if len(plain) == 1 < len(models) else None
+    name, *others = {str(read_report(resolve(model)).get("model")) for model in models}
     try:
-        if repo and model != "demo" and not (Path(model) / "config.json").is_file():
-            # A report is not trusted to start a download.
-            hub.fetch(repo[1], repo[2], download=False)
-        return model if repo and not Artifact.is_one(resolve(model)) else None
-    except (VQCompressError, OSError):
+        found = hub.find(name)
+        path = found if isinstance(found, Path) else hub.fetch(*found, download=False)
+        return None if others or Artifact.is_one(path) else name
+    except VQCompressError:
         return None
 
 

@@ -22,32 +22,28 @@ def inspect(path: str) -> dict[str, Any]:
     report = read_report(artifact.path)
     measured = {row["name"]: row for row in report.get("targets", [])}
     stored = stored_bits(artifact.entries.values())
-    rows = []
-    for name, entry in artifact.entries.items():
-        rows.append(
-            {
-                "name": name,
-                "method": entry.method.name,
-                "options": entry.method.model_dump(mode="json"),
-                "shape": list(entry.target.shape),
-                "smoothed": entry.smoothed,
-                "bits_per_weight": stored[name] / entry.target.weights,
-                **{key: measured.get(name, {}).get(key) for key in MEASURED},
-            }
-        )
+    rows = [
+        {
+            "name": name,
+            "method": entry.method.name,
+            "options": entry.method.model_dump(mode="json"),
+            "shape": list(entry.target.shape),
+            "smoothed": entry.smoothed,
+            "bits_per_weight": stored[name] / entry.target.weights,
+            **{key: measured.get(name, {}).get(key) for key in MEASURED},
+        }
+        for name, entry in artifact.entries.items()
+    ]
     weights = sum(entry.target.weights for entry in artifact.entries.values())
     return {
         "artifact": path,
-        "recipe": report.get("recipe"),
-        "model": report.get("model"),
+        **{key: report.get(key) for key in ("recipe", "model", "source_bytes")},
+        **{key: report.get(key, {}) for key in ("codebooks", "experts")},
         "bits_per_weight": sum(stored.values()) / weights if weights else None,
         "weights_quantized": weights,
-        "source_bytes": report.get("source_bytes"),
         "artifact_bytes": sum(file.stat().st_size for file in artifact.files),
         "files": len(artifact.files),
-        "kv_cache": artifact.config["quantization_config"].get("kv_cache"),
-        "codebooks": report.get("codebooks", {}),
-        "experts": report.get("experts", {}),
+        "kv_cache": artifact.cache,
         "uncalibrated": report.get("uncalibrated", []),
         "targets": rows,
     }

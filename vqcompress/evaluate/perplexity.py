@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -19,51 +19,36 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
 from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
-from vqcompress.model.device import (
-    check_fits,
-    choose_device,
-    model_dtype,
-    peak_rss_bytes,
-)
+from vqcompress.model.device import choose_device, model_dtype, peak_rss_bytes
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.runtime.load import kv_cache_config, load
-from vqcompress.storage.artifact import Artifact
+from vqcompress.storage.artifact import Artifact, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint, resolve
 from vqcompress.storage.text import fingerprint, read_text
 
 # Called with the steps done and their total.
 Progress = Callable[[int, int], None]
-# Numbers in the float32 logits that are scored at once.
-LOGITS = 2**24
+# The number of a window → its logits (L, V).
+Logits = Callable[[int], Tensor]
+# Float32 logits that are scored at a time: those of a long window and a large vocabulary would be gigabytes.
+MAX_LOGITS = 2**24
 # Characters of the text by which tokenizers are compared.
 SAMPLE = 20_000
 
 
 def open_model(model: str) -> Checkpoint:
-    """The artifact or the dense checkpoint that MODEL names; an artifact's files are checked first."""
+    """The artifact or the dense checkpoint that MODEL names; an artifact's files are compared with their checksums."""
     path = resolve(model)
-    if Artifact.is_one(path):
-        artifact = Artifact(path)
-        artifact.check_files()
-        return artifact
-    source = Checkpoint(path)
-    if not source.tensors:
-        raise VQCompressError(f"{path} has no safetensors weights")
-    if other := source.config.get("quantization_config"):
-        words = f"{model} is quantized in another format ({other.get('quant_method')})"
-        raise VQCompressError(f"{words}: measure the artifact that it came from, or export --format dense")
-    return source
-
-
-def _loaded_bytes(source: Checkpoint, dtype: torch.dtype) -> int:
-    """The least memory that a loaded model takes: codes as they are, all else in the type that is computed in."""
-    tensors = source.tensors.values()
-    return sum(t.bytes if t.dtype.itemsize == 1 else t.bytes // t.dtype.itemsize * dtype.itemsize for t in tensors)
+    if not Artifact.is_one(path):
+        return open_checkpoint(model)
+    artifact = Artifact(path)
+    artifact.check_files()
+    return artifact
 
 
 class Windowing(TypedDict, total=False):
-    """How a text is cut: tokens of a window, tokens from one window to the next, the most windows."""
+    """How a text is cut: tokens of a window, tokens from one window to the next, most windows; None is the default."""
 
     seqlen: int | None
     stride: int | None
@@ -74,13 +59,9 @@ def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tens
     """Windows (N, L) of a text's tokens (n,), one every `stride`; a tail shorter than a window is dropped."""
     if stride > seqlen:
         raise UsageError(f"--stride {stride} is more than --seqlen {seqlen}: tokens in between would not count")
-    if seqlen < 2 or stride < 1 or (limit is not None and limit < 1):
-        raise UsageError(f"--seqlen {seqlen} --stride {stride} --windows {limit} must be at least 2, 1 and 1")
     if len(tokens) < seqlen:
-        hint = "give a longer text or a smaller --seqlen"
-        raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}; {hint}")
-    cut = tokens.unfold(0, seqlen, stride)
-    return cut[:limit] if limit else cut
+        raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
+    return tokens.unfold(0, seqlen, stride)[:limit]
 
 
 def first_scored(number: int, seqlen: int, stride: int) -> int:
@@ -88,44 +69,33 @@ def first_scored(number: int, seqlen: int, stride: int) -> int:
     return 0 if number == 0 else max(seqlen - stride - 1, 0)
 
 
-class Logits(Protocol):
-    """The logits of one model, window by window."""
-
-    def logits(self, number: int, first: int) -> Tensor:
-        """The logits (P, V) that predict the tokens after position `first` of a window."""
-
-
-class StreamedLogits:
-    """Logits of a model that is streamed over all windows block by block: one block at a time is in memory."""
-
-    def __init__(self, stream: BlockStream, windows_NL: Tensor, step: Callable[[], None]):
-        self.stream, self.windows_NL = stream, windows_NL
-        states = [stream.embed(batch) for batch in stream.batches(windows_NL)]
-        for i in range(len(stream.blocks)):
-            stream.forward(stream.load_block(i), i, states)
-            step()
-        self.rows = [row for state in states for row in state.split(1)]
-
-    def logits(self, number: int, first: int) -> Tensor:
-        """As `Logits` says."""
-        return self.stream.logits(self.windows_NL[number : number + 1], self.rows[number])[0, first:-1]
+def streamed_logits(stream: BlockStream, windows_NL: Tensor, step: Callable[[], None]) -> Logits:
+    """Logits of a model that is run over all windows block by block, with one block at a time in memory."""
+    states = [stream.embed(batch) for batch in stream.batches(windows_NL)]
+    for i in range(len(stream.blocks)):
+        stream.forward(stream.load_block(i), i, states)
+        step()
+    rows = [row for state in states for row in state.split(1)]
+    return lambda number: stream.logits(windows_NL[number : number + 1], rows[number])[0]
 
 
-class CodedCacheLogits:
-    """Logits of a model in memory whose tokens attend to coded keys and values."""
+def coded_cache_logits(model: str, recipe: str, device: str, windows_NL: Tensor) -> Logits:
+    """Logits of a model in memory whose tokens attend to coded keys and values.
 
-    def __init__(self, model: str, recipe: str, device: str, windows_NL: Tensor):
-        self.network, self.windows_NL = load(model, device), windows_NL
-        self.config = kv_cache_config(self.network, resolve(model), recipe)
+    Tokens go one by one where the attention of the model cannot be replaced.
+    """
+    network: Any = load(model, device)
+    config = kv_cache_config(network, resolve(model), recipe)
+    at_once = install(network)
 
     @torch.inference_mode()
-    def logits(self, number: int, first: int) -> Tensor:
-        """As `Logits` says; tokens go one by one where the attention of the model cannot be replaced."""
-        ids_BL, at_once = self.windows_NL[number : number + 1].to(self.network.device), install(self.network)
-        cache, network = KVCache(self.network, self.config, strict=at_once), cast(Any, self.network)
+    def logits(number: int) -> Tensor:
+        ids_BL = windows_NL[number : number + 1].to(network.device)
+        cache = KVCache(network, config, strict=at_once)
         parts = [ids_BL] if at_once else ids_BL.split(1, 1)
-        found = [network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
-        return torch.cat(found)[first:-1]
+        return torch.cat([network(part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts])
+
+    return logits
 
 
 class Scores:
@@ -137,8 +107,8 @@ class Scores:
         self.divergences: list[Tensor] = []
 
     def add(self, logits_PV: Tensor, labels_P: Tensor, baseline_PV: Tensor | None) -> None:
-        """Score the predictions of labels, a few at a time: float32 logits of a large vocabulary are large."""
-        at_once = max(1, LOGITS // logits_PV.shape[1])
+        """Score the predictions of labels."""
+        at_once = max(1, MAX_LOGITS // logits_PV.shape[1])
         for start in range(0, len(labels_P), at_once):
             part = slice(start, start + at_once)
             labels, logits = labels_P[part], logits_PV[part].float()
@@ -188,35 +158,41 @@ def score(
     chosen = choose_device(device)
     names = [*models, *([baseline] if baseline is not None else [])]
     sources = [open_model(name) for name in names]
-    length = sources[0].row_length(cut.get("seqlen"))
-    stride = length if (given := cut.get("stride")) is None else given
+    seqlen = sources[0].row_length(cut.get("seqlen"))
+    stride = cut.get("stride") or seqlen
     tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
-    _check_tokenizers(names, tokenizers, content)
-    windows_NL = windows(tokenize(tokenizers[0], content), length, stride, cut.get("limit"))
-    for source in sources:
-        source.row_length(length)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
-    if kv_cache is not None:
-        needed = _loaded_bytes(sources[0], streams[0].dtype)
-        check_fits(needed, chosen, "eval perplexity --kv-cache", "without --kv-cache it reads block by block")
+    _check_comparable(names, tokenizers, streams, content)
+    windows_NL = windows(tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"))
+    for source in sources:
+        source.row_length(seqlen)
     # A model with a coded cache is not streamed, so its blocks are no steps.
-    streamed = streams if kv_cache is None else streams[1:]
-    step = _counter(progress, sum(len(stream.blocks) for stream in streamed) + len(models) * len(windows_NL))
-    reference = StreamedLogits(streams[-1], windows_NL, step) if baseline is not None else None
-    firsts = [first_scored(number, length, stride) for number in range(len(windows_NL))]
+    blocks = sum(len(stream.blocks) for stream in (streams[1:] if kv_cache else streams))
+    total, done = blocks + len(models) * len(windows_NL), itertools.count(1)
+
+    def step() -> None:
+        progress(next(done), total)
+
+    reference = streamed_logits(streams[-1], windows_NL, step) if baseline is not None else None
+    firsts = [first_scored(number, seqlen, stride) for number in range(len(windows_NL))]
+    labels = [window_L[first + 1 :] for window_L, first in zip(windows_NL, firsts, strict=True)]
     found = []
     for n, model in enumerate(models):
-        own: Logits
-        if n == 0 and kv_cache is not None:
-            own = CodedCacheLogits(model, kv_cache, device, windows_NL)
+        if kv_cache and n == 0:
+            own = coded_cache_logits(model, kv_cache, device, windows_NL)
         else:
-            own = StreamedLogits(streams[n], windows_NL, step)
-        found.append(_score_windows(own, reference, windows_NL, firsts, step))
-    labels = [window_L[first + 1 :] for window_L, first in zip(windows_NL, firsts, strict=True)]
+            own = streamed_logits(streams[n], windows_NL, step)
+        scores = Scores()
+        for number, first in enumerate(firsts):
+            logits_PV = own(number)[first:-1]
+            reference_PV = reference(number)[first:-1] if reference is not None else None
+            scores.add(logits_PV, labels[number].to(logits_PV.device), reference_PV)
+            step()
+        found.append(scores)
     return found, {
         "tokens": found[0].tokens,
         "windows": len(windows_NL),
-        "seqlen": length,
+        "seqlen": seqlen,
         "stride": stride,
         "bos": False,
         "kv_cache": kv_cache,
@@ -226,34 +202,15 @@ def score(
     }
 
 
-def _counter(progress: Progress, total: int) -> Callable[[], None]:
-    """A function that reports one more step of `total`."""
-    done = itertools.count(1)
-    return lambda: progress(next(done), total)
-
-
-def _check_tokenizers(names: list[str], tokenizers: list[Any], content: str) -> None:
+def _check_comparable(names: list[str], tokenizers: list[Any], streams: list[BlockStream], text: str) -> None:
     """VQCompressError naming the first model that cuts the text into other tokens than the first model does."""
-    starts = [tokenize(tokenizer, content[:SAMPLE]) for tokenizer in tokenizers]
-    for name, start in zip(names, starts, strict=True):
-        if not torch.equal(start, starts[0]):
-            raise VQCompressError(f"{names[0]} and {name} have other tokens or vocabularies, so they do not compare")
-
-
-def _score_windows(
-    own: Logits, reference: Logits | None, windows_NL: Tensor, firsts: list[int], step: Callable[[], None]
-) -> Scores:
-    """The scores of one model, against a reference if there is one. firsts: of each window, as `first_scored`."""
-    scores = Scores()
-    for number, first in enumerate(firsts):
-        logits_PV = own.logits(number, first)
-        reference_PV = reference.logits(number, first) if reference is not None else None
-        if reference_PV is not None and logits_PV.shape != reference_PV.shape:
-            sizes = f"{logits_PV.shape[1]} and {reference_PV.shape[1]}"
-            raise VQCompressError(f"model and baseline have vocabularies of different sizes, {sizes} tokens")
-        scores.add(logits_PV, windows_NL[number, first + 1 :].to(logits_PV.device), reference_PV)
-        step()
-    return scores
+    found = [
+        (tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
+        for tokenizer, stream in zip(tokenizers, streams, strict=True)
+    ]
+    for name, own in zip(names, found, strict=True):
+        if own != found[0]:
+            raise VQCompressError(f"{names[0]} and {name} differ in tokens or vocabularies, so they do not compare")
 
 
 def perplexity(

@@ -25,9 +25,7 @@ def mean(rows: list[dict[str, Any]], key: str) -> float | None:
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a directory, {} if it has none; VQCompressError if report.json is something else."""
     file = folder / "report.json"
-    if not file.is_file():
-        return {}
-    report = read_json(file)
+    report = read_json(file) if file.is_file() else {}
     rows = report.get("targets", []) if isinstance(report, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
         raise VQCompressError(f"{file} is not a report of vqcompress; delete it to go on without it")

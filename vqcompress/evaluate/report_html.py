@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -97,21 +96,20 @@ def _smoothed_inputs(targets: Rows) -> dict[str, Rows]:
 def comparison_page(found: dict[str, Any]) -> str:
     """The page of `compare --html`, from the result of `compare`: the table, and charts of loss over bits."""
     models = found["models"]
-    names = [Path(row["model"]).name for row in models]
-    names = names if len(set(names)) == len(names) else [row["model"] for row in models]
+    # The end of a long path fits into a legend.
+    names = [row["model"][-40:] for row in models]
     losses = {"perplexity": [row["perplexity"] for row in models]}
     if found["baseline"] is not None:
         losses["mean KL divergence"] = [row["kl_divergence"]["mean"] for row in models]
         losses["same top-1, %"] = [100 * row["top1_agreement"] for row in models]
     drawn: Charts = {}
     for title, values in losses.items():
-        points = {
-            name: {row["bits_per_weight"]: [value]}
-            for name, row, value in zip(names, models, values, strict=True)
-            if row["model"] != found["baseline"] and math.isfinite(value)
-        }
-        # The original's bits would stretch the axis; a line shows how good it is.
-        level = (f"{names[0]} (original)", values[0]) if found["baseline"] is not None else None
+        rows = [row for row in zip(names, models, values, strict=True) if math.isfinite(row[2])]
+        points, level = {name: {model["bits_per_weight"]: [value]} for name, model, value in rows}, None
+        if found["baseline"] is not None:
+            # The bits of the original would stretch the axis, so it is a line.
+            points.pop(names[0])
+            level = f"{names[0]} (original)", values[0]
         if points:
             drawn[title] = chart(title, "bits per weight", "", points, level)
     return render("compare.html.j2", found=found, charts=drawn)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from vqcompress.errors import UsageError
 from vqcompress.kv_cache.attention import CACHE
 from vqcompress.kv_cache.cache import KVCache
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes, reset_peak_memory
@@ -33,42 +32,25 @@ def speed(
 ) -> dict[str, Any]:
     """Prefill and decode tokens per second, time to first token (s), bytes of the cache and peak memory; JSON.
 
-    Greedy `generate` on random prompts. baseline: a second model, measured afterwards in the same process; adds
+    Greedy `generate` on random prompts. baseline: a second model, measured before in the same process; adds
     `baseline` and the speeds relative to it. kv_cache: a recipe with a `cache`, or `artifact`; not for the baseline.
     """
-    if min(prompt_tokens, batch) < 1 or new_tokens < 2:
-        raise UsageError(
-            f"--prompt-tokens {prompt_tokens} --batch {batch} --new-tokens {new_tokens}: need at least 1, 1 and 2"
-        )
-    found = _measure(model, (prompt_tokens, new_tokens, batch), device, cpu_weights, kv_cache)
-    if baseline is not None:
-        found["baseline"] = _measure(baseline, (prompt_tokens, new_tokens, batch), device, cpu_weights, None)
-        for kind in ("prefill", "decode"):
-            rate = f"{kind}_tokens_per_second"
-            found[f"{kind}_relative_to_baseline"] = round(found[rate] / found["baseline"][rate], 3)
-    return found
-
-
-def _measure(
-    model: str, sizes: tuple[int, int, int], device: str, cpu_weights: str, kv_cache: str | None
-) -> dict[str, Any]:
-    """The figures of one model. sizes: prompt tokens, new tokens, batch."""
-    # Memory of a model that was measured before must not count in this one's peak.
+    sizes = prompt_tokens, new_tokens, batch
+    other = speed(baseline, *sizes, None, device, cpu_weights) if baseline is not None else None
+    # Memory of the baseline must not count in the model's peak.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     reset_peak_memory()
-    prompt_tokens, new_tokens, batch = sizes
     network = load(model, device, cpu_weights=cpu_weights, kv_cache=kv_cache or False)
     vocabulary = network.config.get_text_config().vocab_size
     prompt_BL = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    prompt_BL = prompt_BL.to(network.device)
     # No token ends a text early, and no setting of the checkpoint makes a step dearer than a greedy one.
     assert network.generation_config is not None
     network.generation_config.update(eos_token_id=None, pad_token_id=0, num_beams=1, do_sample=False)
-    rounds = [time_generate(network, prompt_BL, new_tokens) for _ in range(1 + ROUNDS)][1:]
+    rounds = [time_generate(network, prompt_BL.to(network.device), new_tokens) for _ in range(1 + ROUNDS)][1:]
     prefill, decode = median(r[0] for r in rounds), median(r[1] for r in rounds)
-    return {
+    found: dict[str, Any] = {
         "model": model,
         "device": str(network.device),
         "dtype": str(network.dtype).removeprefix("torch."),
@@ -83,34 +65,32 @@ def _measure(
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
     }
-
-
-class _FirstToken(LogitsProcessor):
-    """Notes when the logits of the first new token are there."""
-
-    at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores, unchanged."""
-        if self.at is None:
-            self.at = _now(scores.device)
-        return scores
+    if other is not None:
+        found["baseline"] = other
+        for kind in ("prefill", "decode"):
+            rate = f"{kind}_tokens_per_second"
+            found[f"{kind}_relative_to_baseline"] = round(found[rate] / other[rate], 3)
+    return found
 
 
 def time_generate(network: PreTrainedModel, prompt_BL: Tensor, new_tokens: int) -> tuple[float, float, int]:
     """Seconds until the first of `new_tokens` tokens, seconds for the others, and the bytes of the cache at the end."""
-    first = _FirstToken()
-    start = _now(prompt_BL.device)
+    times = [_now(prompt_BL.device)]
+
+    def note_first_token(ids_BL: Tensor, scores_BV: Tensor) -> Tensor:
+        if len(times) == 1:
+            times.append(_now(prompt_BL.device))
+        return scores_BV
+
     out: Any = network.generate(  # type: ignore[operator]
         prompt_BL,
         attention_mask=torch.ones_like(prompt_BL),
         max_new_tokens=new_tokens,
-        logits_processor=LogitsProcessorList([first]),
+        logits_processor=LogitsProcessorList([note_first_token]),
         return_dict_in_generate=True,
     )
-    end = _now(prompt_BL.device)
-    assert first.at is not None
-    return first.at - start, end - first.at, cache_nbytes(getattr(out, CACHE))
+    start, first = times
+    return first - start, _now(prompt_BL.device) - first, cache_nbytes(getattr(out, CACHE))
 
 
 def _now(device: torch.device) -> float:

@@ -57,10 +57,3 @@ def shrunk(before: float, after: float) -> str:
     """How a size has changed: 3.03 times smaller."""
     larger = after > before
     return f"{max(before, after) / max(min(before, after), 1):.2f} times {'larger' if larger else 'smaller'}"
-
-
-def short(value: float | None) -> str:
-    """A number in three digits: 0.0123, 1.2e-5, 12,300; a dash if it is unknown."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}".replace("e-0", "e-")

@@ -32,7 +32,7 @@ from vqcompress.methods.vq.ldlq import (
     ldlq,
     ldlq_problem,
 )
-from vqcompress.methods.vq.packing import check_padding, pack, packed_width, unpack
+from vqcompress.methods.vq.packing import pack, packed_width, unpack
 
 
 class VectorQuantizer(Method):
@@ -68,34 +68,42 @@ class VectorQuantizer(Method):
         """Whether `compensate` is on and feedback gathers the Hessian that the correction needs."""
         return self.compensate and self.feedback
 
-    def _codes_layout(self, shape: Shape) -> tuple[int, int, int]:
-        """Number of bit streams, codes of one, and bits of a code."""
-        raise NotImplementedError
-
     def layout(self, shape: Shape) -> Layout:
         """codes, scale, and the signs of a rotation."""
-        streams, count, bits = self._codes_layout(shape)
-        layout: Layout = {"codes": (torch.uint8, (streams, packed_width(count, bits))), "scale": (SCALE, (shape[0],))}
+        streams, count = self.form.stream(shape)
+        layout: Layout = {
+            "codes": (torch.uint8, (streams, packed_width(count, self.form.bits))),
+            "scale": (SCALE, (shape[0],)),
+        }
         if self.rotation:
             layout["signs"] = (torch.uint8, (1, packed_width(shape[1], 1)))
         return layout
 
-    def _table(self, tensors: PackedTensors) -> Tensor:
-        """The float32 entries that the operator reads; one zero where codewords are computed."""
-        raise NotImplementedError
-
-    def _search(
-        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, quantizer: Quantizer
-    ) -> tuple[Tensor, PackedTensors]:
-        """Codes (G, …) in the order of the columns, and the packed tensors but for them."""
+    def encode(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
+    ) -> PackedTensors:
+        """The packed tensors of a weight. ValueError if it or the Hessian holds NaN or Inf."""
+        quantizer, own = self._quantizer(weight_OI, statistics, generator, shared or {})
         signs = self._signs(weight_OI, statistics, generator)
-        factor = self._factor(statistics, weight_OI, quantizer.d, signs)
+        factor = self._factor(statistics, weight_OI, signs)
         problem = ldlq_problem(weight_OI, factor, signs)
         codes, value_OJ = ldlq(problem, quantizer)
-        tensors = {"scale": fit_scales(problem, value_OJ).to(SCALE)}
+        codes_G = torch.stack(codes)[factor.order_G.argsort()]
+        streams = codes_G.movedim(0, 1).flatten(1) if self.form.by_rows else codes_G
+        tensors = {"codes": pack(streams, self.form.bits), "scale": fit_scales(problem, value_OJ).to(SCALE)}
         if signs:
             tensors["signs"] = pack((signs[0][None] < 0).int(), 1).to(weight_OI.device)
-        return torch.stack(codes)[factor.order_G.argsort()], tensors
+        return tensors | own
+
+    def _quantizer(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors
+    ) -> tuple[Quantizer, PackedTensors]:
+        """The search for codes, and packed tensors that belong to it and to this weight alone."""
+        raise NotImplementedError
+
+    def _table(self, tensors: PackedTensors) -> Tensor:
+        """The float32 entries that the operator reads; one zero where codewords are computed."""
+        return torch.zeros(1, device=tensors["codes"].device)
 
     def _signs(
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator
@@ -107,11 +115,9 @@ class VectorQuantizer(Method):
         rows, columns = weight_OI.shape
         return random_signs(columns, of_input), random_signs(rows, generator)
 
-    def _factor(
-        self, statistics: Statistics, weight_OI: Tensor, d: int, signs: tuple[Tensor, Tensor] | None
-    ) -> HessianFactor:
-        of_input = signs[0] if signs else None
-        return factorize_hessian(statistics, weight_OI, d, self.feedback, self.damping, self.activation_order, of_input)
+    def _factor(self, statistics: Statistics, weight_OI: Tensor, signs: tuple[Tensor, Tensor] | None) -> HessianFactor:
+        options = self.form.d, self.feedback, self.damping, self.activation_order
+        return factorize_hessian(statistics, weight_OI, *options, signs[0] if signs else None)
 
     def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """The float32 (O, I) weight that was stored."""
@@ -121,56 +127,44 @@ class VectorQuantizer(Method):
             return value_OI * scale_O1
         signs_I = 1.0 - 2.0 * unpack(tensors["signs"], 1, shape[1])[0]
         # The scale comes last, so that nothing overflows on the way.
-        weight_OI = hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
-        limit = torch.finfo(torch.float32).max
-        return weight_OI.clamp(-limit, limit)
-
-    def check(self, tensors: PackedTensors, shape: Shape) -> None:
-        """Raise ValueError naming the tensor if it is missing, misshapen, not finite or has bits behind its codes."""
-        for name, (dtype, size) in (self.layout(shape) | self.shared_layout()).items():
-            if name not in tensors:
-                raise ValueError(f"{name} is missing")
-            if tensors[name].dtype != dtype or tensors[name].shape != size:
-                found = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
-                raise ValueError(f"{name} is {found}; it must be {dtype} {size}")
-        super().check(tensors, shape)
-        _, count, bits = self._codes_layout(shape)
-        check_padding(tensors["codes"], bits, count)
-        if self.rotation:
-            check_padding(tensors["signs"], 1, shape[1])
+        return hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
 
     def has_kernel(self, shape: Shape) -> bool:
         """Whether the kernels accept the shape."""
-        return not self.form.refusal(shape)
+        return self.form.has_kernel(shape)
 
     def prepare(
         self, tensors: PackedTensors, shape: Shape, dtype: torch.dtype = torch.float32, packed: bool = False
     ) -> PackedTensors:
         """codes, scale, signs and a table of entries; the decoded weight on a CPU and where the kernels refuse."""
-        on_cpu, refusal = tensors["codes"].device.type == "cpu", self.form.refusal(shape)
-        if refusal and not on_cpu:
+        on_cpu, has_kernel = tensors["codes"].device.type == "cpu", self.has_kernel(shape)
+        if not has_kernel and not on_cpu:
             # Python shows the same message once.
-            warnings.warn(f"a weight is decoded once and multiplied dense: {refusal}", Fallback, stacklevel=2)
-        if (on_cpu and not packed) or (not on_cpu and refusal):
+            reason = f"{shape[0]} outputs are no multiple of 32, so its paths do not end on whole words"
+            warnings.warn(f"a weight is decoded once and multiplied dense: {reason}", Fallback, stacklevel=2)
+        if not (packed if on_cpu else has_kernel):
             return super().prepare(tensors, shape, dtype)
-        return {name: tensors[name] for name in ("codes", "scale", "signs") if name in tensors} | {
-            "table": self._table(tensors)
+        return {"table": self._table(tensors)} | {
+            name: tensors[name] for name in ("codes", "scale", "signs") if name in tensors
         }
 
     def linear(self, x_TI: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
         """x Wᵀ by a dense product, or by `reference.vq_linear`."""
         if "weight" in prepared:
             return super().linear(x_TI, prepared, shape)
-        form, stored = self.form, (prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs"))
         if x_TI.requires_grad and torch.is_grad_enabled():
-            return reference.reference(x_TI, *stored, form)
-        y_TO: Tensor = reference.vq_linear(x_TI, *stored, form.family, form.d, form.bits, form.depth)
+            return reference.reference(x_TI, *stored(prepared), self.form)
+        y_TO: Tensor = reference.vq_linear(x_TI, *stored(prepared), self.form.name)
         return y_TO
 
     def grouped(self, x_SI: Tensor, ends_E: Tensor, prepared: PackedTensors, shape: Shape) -> Tensor:
-        """`linear` of the rows of every expert, by `reference.vq_grouped`."""
+        """`linear` of the rows of every expert, by `reference.vq_linear`."""
         if "weight" in prepared or (x_SI.requires_grad and torch.is_grad_enabled()):
             return super().grouped(x_SI, ends_E, prepared, shape)
-        form, stored = self.form, (prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs"))
-        y_SO: Tensor = reference.vq_grouped(x_SI, ends_E, *stored, form.family, form.d, form.bits, form.depth)
+        y_SO: Tensor = reference.vq_linear(x_SI, *stored(prepared), self.form.name, ends_E)
         return y_SO
+
+
+def stored(prepared: PackedTensors) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """codes, table, scale and signs, as `reference.vq_linear` takes them."""
+    return prepared["codes"], prepared["table"], prepared["scale"], prepared.get("signs")

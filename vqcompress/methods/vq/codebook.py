@@ -17,9 +17,9 @@ from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.base import VectorQuantizer
 from vqcompress.methods.vq.format import Format
-from vqcompress.methods.vq.ldlq import HessianFactor, ldlq_problem
+from vqcompress.methods.vq.ldlq import HessianFactor, Quantizer, ldlq_problem
 from vqcompress.methods.vq.learned import CodebookSearch, learn, sample_rows
-from vqcompress.methods.vq.packing import pack, unpack
+from vqcompress.methods.vq.packing import unpack
 
 ENTRY = {8: torch.int8, 16: torch.int16}
 
@@ -53,18 +53,9 @@ class Codebook(VectorQuantizer):
         """Scales and entries."""
         return ("scale", "codebook")
 
-    @property
-    def _size(self) -> tuple[int, int, int]:
-        return self.stages, 1 << self.bits, self.d
-
-    def _groups(self, columns: int) -> int:
-        return -(-columns // self.d)
-
-    def _codes_layout(self, shape: Shape) -> tuple[int, int, int]:
-        return shape[0], self._groups(shape[1]) * self.stages, self.bits
-
     def _codebook_layout(self) -> Layout:
-        return {"codebook": (ENTRY[self.entry_bits], self._size), "step": (torch.float32, (self.stages,))}
+        size = self.stages, 1 << self.bits, self.d
+        return {"codebook": (ENTRY[self.entry_bits], size), "step": (torch.float32, (self.stages,))}
 
     def layout(self, shape: Shape) -> Layout:
         """codes, scale and signs; codebook and step if they are the target's own."""
@@ -80,20 +71,11 @@ class Codebook(VectorQuantizer):
         """The codebook of a block, learned from rows of all its weights. ValueError if they hold NaN or Inf."""
         return self._learn(weights, statistics, generator) if self.scope == "block" else {}
 
-    def encode(
-        self,
-        weight_OI: Tensor,
-        statistics: Statistics,
-        generator: torch.Generator,
-        shared: PackedTensors | None = None,
-    ) -> PackedTensors:
-        """The packed tensors of a weight. ValueError for NaN or Inf, or without the codebook of the block."""
-        if self.scope == "block" and not shared:
-            raise ValueError("vq with scope block encodes with the codebook that fit_shared returned; there is none")
+    def _quantizer(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors
+    ) -> tuple[Quantizer, PackedTensors]:
         own = self._learn([weight_OI], [statistics], generator) if self.scope == "target" else {}
-        quantizer = CodebookSearch(self._entries(own or shared or {}), self.beam)
-        codes_GOR, tensors = self._search(weight_OI, statistics, generator, quantizer)
-        return {"codes": pack(codes_GOR.movedim(0, 1).flatten(1), self.bits)} | tensors | own
+        return CodebookSearch(self._entries(own or shared), self.beam), own
 
     def _entries(self, tensors: PackedTensors) -> Tensor:
         """The entries in float32, (R, K, d)."""
@@ -104,17 +86,18 @@ class Codebook(VectorQuantizer):
 
     def _learn(self, weights: list[Tensor], statistics: list[Statistics], generator: torch.Generator) -> PackedTensors:
         """codebook and step for rows sampled from the weights."""
-        share = self.training_vectors / sum(w.shape[0] * self._groups(w.shape[1]) for w in weights)
+        vectors = sum(w.shape[0] * self.form.units((w.shape[0], w.shape[1])) for w in weights)
         # Targets with the same input share its statistics, and with them the factor of its Hessian.
         factors: dict[int, HessianFactor] = {}
         problems = []
         for weight_OI, known in zip(weights, statistics, strict=True):
-            rows_OI = sample_rows(weight_OI, share, generator)
+            rows_OI = sample_rows(weight_OI, self.training_vectors / vectors, generator)
             signs = self._signs(rows_OI, known, generator)
-            if id(known) not in factors or known.seed is None:
-                factors[id(known)] = self._factor(known, weight_OI, self.d, signs)
+            if id(known) not in factors:
+                factors[id(known)] = self._factor(known, weight_OI, signs)
             problems.append(ldlq_problem(rows_OI, factors[id(known)], signs))
-        codebooks_RKd = learn(problems, self._size, self.beam, self.iterations, self.codebook_updates, generator)
+        size = self.stages, 1 << self.bits, self.d
+        codebooks_RKd = learn(problems, size, self.beam, self.iterations, self.codebook_updates, generator)
         dtype = ENTRY[self.entry_bits]
         step_R = codebooks_RKd.abs().amax((1, 2)) / torch.iinfo(dtype).max
         step_R = torch.where(step_R > 0, step_R, 1.0)
@@ -125,6 +108,5 @@ def entry_uses(method: Method, tensors: PackedTensors, shape: Shape) -> Tensor |
     """How often a weight uses each entry of its codebooks, int64 (R, K); None for a method without codebooks."""
     if not isinstance(method, Codebook):
         return None
-    _, count, bits = method._codes_layout(shape)
-    codes_NR = unpack(tensors["codes"], bits, count).reshape(-1, method.stages)
-    return torch.stack([torch.bincount(code_N, minlength=1 << bits) for code_N in codes_NR.T])
+    codes_NR = unpack(tensors["codes"], method.bits, method.form.stream(shape)[1]).view(-1, method.stages)
+    return torch.stack([torch.bincount(code_N, minlength=1 << method.bits) for code_N in codes_NR.T])

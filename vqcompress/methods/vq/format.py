@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqcompress.methods.vq.bitshift import padded
+
 
 @dataclass(frozen=True)
 class Format:
@@ -20,6 +22,17 @@ class Format:
     bits: int
     depth: int = 1
 
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        """The format with this `name`."""
+        family, *numbers = name.split(".")
+        return cls(family, *map(int, numbers))
+
+    @property
+    def name(self) -> str:
+        """The name in operators and launch tables: family, d, bits and depth with dots between them."""
+        return f"{self.family}.{self.d}.{self.bits}.{self.depth}"
+
     @property
     def by_rows(self) -> bool:
         """Whether a stream of codes belongs to a row of the weight, not to a column."""
@@ -27,37 +40,28 @@ class Format:
 
     @property
     def weights(self) -> int:
-        """Weights that one unit of a stream stands for: a code, or the whole words of 32 bits of a trellis."""
-        return (32 if self.bits == 3 else 32 // self.bits) if self.family == "trellis" else self.d
-
-    @property
-    def name(self) -> str:
-        """The name in launch tables."""
-        return f"{self.family}.{self.d}.{self.bits}.{self.depth}"
+        """Weights of one unit of a stream: those of a code, or of the fewest whole 32-bit words of a trellis."""
+        return self.d if self.by_rows else 32 if self.bits == 3 else 32 // self.bits
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of codes per weight."""
-        stages = self.depth if self.family == "learned" else 1
-        return self.bits * stages / self.d
+        return self.bits * self.depth / self.d if self.by_rows else self.bits
 
     def units(self, shape: tuple[int, int]) -> int:
         """Units of a stream of an (O, I) weight."""
         return -(-shape[1 if self.by_rows else 0] // self.weights)
 
-    def view(self, codes: Tensor) -> Tensor:
-        """Stored codes (…, bytes) as what the kernels load: whole words where a unit is one."""
-        if self.family == "trellis":
-            return codes.view(torch.int32)
-        if self.bits == 16:
-            return codes.view(torch.int16)
-        if self.bits == 8 and self.depth in (2, 4):
-            # The codes of all stages of a codeword.
-            return codes.view(torch.int16 if self.depth == 2 else torch.int32)
-        return codes
+    def stream(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Number of bit streams of an (O, I) weight, and codes of one."""
+        return (shape[0], self.units(shape) * self.depth) if self.by_rows else (shape[1], padded(shape[0]))
 
-    def refusal(self, shape: tuple[int, int]) -> str:
-        """Why the kernels cannot multiply with such a weight; empty if they can."""
-        if self.family == "trellis" and shape[0] % 32:
-            return f"{shape[0]} outputs are no multiple of 32, so its paths do not end on whole words"
-        return ""
+    def view(self, codes: Tensor) -> Tensor:
+        """Stored codes (…, bytes) as the kernels load them: in elements of a unit of 16 or 32 bits, or of a byte."""
+        if not self.by_rows:
+            return codes.view(torch.int32)
+        return codes.view({16: torch.int16, 32: torch.int32}.get(self.bits * self.depth, torch.uint8))
+
+    def has_kernel(self, shape: tuple[int, int]) -> bool:
+        """Whether the kernels multiply with such a weight: sequences of a trellis have to end on whole words."""
+        return self.by_rows or shape[0] % 32 == 0

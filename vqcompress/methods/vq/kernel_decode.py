@@ -2,8 +2,10 @@
 
 A tile has A streams of codes and B units of each; a unit stands for J weights. Learned codewords are rows of a codebook
 and run along a row of the weight; a trellis runs down a column, and its codewords are computed from the state.
+Constants of the kernels: FORM is what `form_constants` returns; TILE is (BO, BI, HOT), the outputs and inputs of a tile
+and the number of entries of a stage that a program keeps on chip.
 Shape legend: A streams, B units of a stream, J weights of a unit (a power of two), K entries of a stage, D weights of
-an entry.
+an entry, M = B · J; of a tile of the weight I inputs and O outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqcompress.methods.triton import launch
-from vqcompress.methods.triton.launch import Config, DeviceProperties
+from vqcompress.methods.triton.launch import Config
 from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.format import Format
 
@@ -25,29 +27,29 @@ MEAN, DEVIATION, CUBIC = tl.constexpr(bitshift.MEAN), tl.constexpr(bitshift.DEVI
 MAGIC = tl.constexpr(0x4B000000)
 
 
+def form_constants(form: Format, device: torch.device) -> tuple[int, ...]:
+    """FORM: whether streams are rows, D, J, bits of a code, stages or bits of a state, whether to use NVIDIA's dp4a."""
+    gpu = launch.device_properties(device)
+    # The interpreter knows no assembly.
+    dp4a = isinstance(gpu.arch, int) and gpu.name != "interpreter"
+    return int(form.by_rows), form.d, triton.next_power_of_2(form.weights), form.bits, form.depth, int(dp4a)
+
+
 @triton.jit
-def _code(codes, at, n, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Code n of the streams that begin at `at`: int32. Of 8 or 16 bits it is an element, else a window of bytes."""
-    if BITS == 8 or BITS == 16:
-        code = tl.load(codes + at + n, inside, 0).to(tl.int32)
+def _code(codes_AB, unit_1B, r, inside_AB, BITS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Code r of the DEPTH codes of learned codewords, int32. codes_AB: where the streams begin, (A, 1)."""
+    if BITS * DEPTH == 8 or BITS * DEPTH == 16 or BITS * DEPTH == 32:
+        code_AB = tl.load(codes_AB + unit_1B, inside_AB, 0).to(tl.int32) >> (BITS * r)
     else:
-        byte, shift = n * BITS // 8, n * BITS % 8
-        window = tl.load(codes + at + byte, inside, 0).to(tl.int32)
+        bit_1B = (unit_1B * DEPTH + r) * BITS
+        byte_AB, shift_1B = codes_AB + bit_1B // 8, bit_1B % 8
+        code_AB = tl.load(byte_AB, inside_AB, 0).to(tl.int32)
         # The bytes that a code reaches into, and no others: the last stream ends with the memory.
-        window |= tl.load(codes + at + byte + 1, inside & (shift + BITS > 8), 0).to(tl.int32) << 8
+        code_AB |= tl.load(byte_AB + 1, inside_AB & (shift_1B + BITS > 8), 0).to(tl.int32) << 8
         if BITS > 9:
-            window |= tl.load(codes + at + byte + 2, inside & (shift + BITS > 16), 0).to(tl.int32) << 16
-        code = window >> shift
-    return code & ((1 << BITS) - 1)
-
-
-@triton.jit
-def stage_code(codes, at, n, r, inside, BITS: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Code r of the DEPTH codes of codeword n, int32. Two or four codes of 8 bits are one element of `codes`."""
-    if BITS == 8 and (DEPTH == 2 or DEPTH == 4):
-        return (tl.load(codes + at + n, inside, 0).to(tl.int32) >> (8 * r)) & 255
-    else:
-        return _code(codes, at, n * DEPTH + r, inside, BITS)
+            code_AB |= tl.load(byte_AB + 2, inside_AB & (shift_1B + BITS > 16), 0).to(tl.int32) << 16
+        code_AB >>= shift_1B
+    return code_AB & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -71,10 +73,22 @@ def _entries(table, code_AB, D: tl.constexpr, J: tl.constexpr, HOT: tl.constexpr
 
 
 @triton.jit
-def _codeword(state, STATES: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codeword of a state, float32. ASM: add up the four bytes of the hash by one instruction."""
+def _learned(codes_A1, table, unit_1B, inside_AB, FORM: tl.constexpr, HOT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values (A, B, J), float32, of learned codewords. table: entries (stages, K, D). HOT: entries to keep on chip."""
+    D: tl.constexpr = FORM[1]
+    BITS: tl.constexpr = FORM[3]
+    value_ABJ = _entries(table, _code(codes_A1, unit_1B, 0, inside_AB, BITS, FORM[4]), D, FORM[2], HOT)
+    for r in tl.static_range(1, FORM[4]):
+        code_AB = _code(codes_A1, unit_1B, r, inside_AB, BITS, FORM[4])
+        value_ABJ += _entries(table + (r * D << BITS), code_AB, D, FORM[2], HOT)
+    return value_ABJ
+
+
+@triton.jit
+def _codeword(state, STATES: tl.constexpr, DP4A: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codeword of a state, float32. DP4A: add up the four bytes of the hash by one instruction."""
     hashed = (state & ((1 << STATES) - 1)) * MULTIPLIER + INCREMENT
-    if ASM:
+    if DP4A:
         # Also adds 2²³ in the form of its bits, which makes a float of the sum without a conversion.
         total = tl.inline_asm_elementwise(
             "dp4a.u32.u32 $0, $1, 0x01010101, 0x4B000000;", "=r,r", [hashed], dtype=tl.int32, is_pure=True, pack=1
@@ -87,78 +101,78 @@ def _codeword(state, STATES: tl.constexpr, ASM: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def trellis_values(codes, at_A, unit_B, inside_A, units, TRELLIS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values (A, B, J), float32, of the units B of streams that begin at the elements A of codes (int32).
-
-    TRELLIS: see `trellis_constants`. Sequences of 256 weights bite their tails.
-    """
-    K: tl.constexpr = TRELLIS[0]
-    at_A1, unit_1B = at_A[:, None], unit_B[None, :]
-    inside_AB = inside_A[:, None] & (unit_1B < units)
-    sequence: tl.constexpr = SEQUENCE // 32 * K if K != 3 else SEQUENCE // 32
+def _trellis(codes_A1, unit_1B, inside_AB, units, FORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values (A, B, J), float32, of a trellis. Its sequences of 256 weights are cyclic. units: of a stream."""
+    J: tl.constexpr = FORM[2]
+    BITS: tl.constexpr = FORM[3]
     following_1B = unit_1B + 1
-    ends_1B = (following_1B % sequence == 0) | (following_1B == units)
-    following_1B = tl.where(ends_1B, unit_1B // sequence * sequence, following_1B)
-    if K == 3:
-        j_J = tl.arange(0, 32)[None, None, :] * 3
-        first_AB = tl.load(codes + at_A1 + unit_1B * 3, inside_AB, 0)[:, :, None]
-        second_AB = tl.load(codes + at_A1 + unit_1B * 3 + 1, inside_AB, 0)[:, :, None]
-        third_AB = tl.load(codes + at_A1 + unit_1B * 3 + 2, inside_AB, 0)[:, :, None]
-        next_AB = tl.load(codes + at_A1 + following_1B * 3, inside_AB, 0)[:, :, None]
-        low_ABJ = tl.where(j_J < 32, first_AB, tl.where(j_J < 64, second_AB, third_AB))
-        high_ABJ = tl.where(j_J < 32, second_AB, tl.where(j_J < 64, third_AB, next_AB))
-    else:
-        j_J = tl.arange(0, 32 // K)[None, None, :] * K
-        low_ABJ = tl.load(codes + at_A1 + unit_1B, inside_AB, 0)[:, :, None]
-        high_ABJ = tl.load(codes + at_A1 + following_1B, inside_AB, 0)[:, :, None]
+    ends_1B = (following_1B % (SEQUENCE // J) == 0) | (following_1B == units)
+    following_1B = tl.where(ends_1B, unit_1B // (SEQUENCE // J) * (SEQUENCE // J), following_1B)
+    WORDS: tl.constexpr = J * BITS // 32
+    bit_J = tl.arange(0, J)[None, None, :] * BITS
+    low_ABJ = tl.load(codes_A1 + unit_1B * WORDS, inside_AB, 0)[:, :, None]
+    high_ABJ = tl.load(codes_A1 + following_1B * WORDS, inside_AB, 0)[:, :, None]
+    if WORDS == 3:
+        second_ABJ = tl.load(codes_A1 + unit_1B * 3 + 1, inside_AB, 0)[:, :, None]
+        third_ABJ = tl.load(codes_A1 + unit_1B * 3 + 2, inside_AB, 0)[:, :, None]
+        high_ABJ = tl.where(bit_J < 32, second_ABJ, tl.where(bit_J < 64, third_ABJ, high_ABJ))
+        low_ABJ = tl.where(bit_J < 32, low_ABJ, tl.where(bit_J < 64, second_ABJ, third_ABJ))
     window_ABJ = (high_ABJ.to(tl.int64) << 32) | (low_ABJ.to(tl.int64) & 0xFFFFFFFF)
-    return _codeword((window_ABJ >> (j_J % 32).to(tl.int64)).to(tl.int32), TRELLIS[1], TRELLIS[2])
+    return _codeword((window_ABJ >> (bit_J % 32).to(tl.int64)).to(tl.int32), FORM[4], FORM[5])
 
 
 @triton.jit
-def learned_values(codes, table, at_A, unit_B, inside_A, units, BOOK: tl.constexpr, HOT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values (A, B, J), float32, of the codewords B of streams that begin at the elements A of codes.
+def tile(codes, table, at, outputs, inputs, units, pitch, FORM: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values (I, O), float32, of this program's BO outputs and BI inputs from `at` on, and the numbers of those inputs.
 
-    table: entries (DEPTH, K, D). BOOK: see `book_constants`. HOT: entries of a stage that the program keeps on chip.
+    at: the first unit of a row, or the first input of a trellis; a loop that counts tiles spills registers. units: of a
+    stream. pitch: elements of a stream. Where a codeword has D < J weights, the other lanes have the number `inputs`.
     """
-    D: tl.constexpr = BOOK[0]
-    BITS: tl.constexpr = BOOK[2]
-    DEPTH: tl.constexpr = BOOK[3]
-    at_A1, unit_1B = at_A[:, None], unit_B[None, :]
-    inside_AB = inside_A[:, None] & (unit_1B < units)
-    value_ABJ = _entries(table, stage_code(codes, at_A1, unit_1B, 0, inside_AB, BITS, DEPTH), D, BOOK[1], HOT)
-    for r in tl.static_range(1, DEPTH):
-        code_AB = stage_code(codes, at_A1, unit_1B, r, inside_AB, BITS, DEPTH)
-        value_ABJ += _entries(table + (r * D << BITS), code_AB, D, BOOK[1], HOT)
-    return value_ABJ
+    BO: tl.constexpr = TILE[0]
+    BI: tl.constexpr = TILE[1]
+    D: tl.constexpr = FORM[1]
+    J: tl.constexpr = FORM[2]
+    if FORM[0]:
+        o_A, unit_B = tl.program_id(0) * BO + tl.arange(0, BO), at + tl.arange(0, BI // J)
+        inside_AB = (o_A < outputs)[:, None] & (unit_B < units)[None, :]
+        codes_A1 = codes + o_A[:, None].to(tl.int64) * pitch
+        value_ABJ = _learned(codes_A1, table, unit_B[None, :], inside_AB, FORM, TILE[2])
+        value_IO = tl.trans(tl.reshape(value_ABJ, (BO, BI)))
+        m_I = tl.arange(0, BI)
+        i_I = at * D + m_I if D == J else tl.where(m_I % J < D, at * D + m_I // J * D + m_I % J, inputs)
+    else:
+        i_I, unit_B = at + tl.arange(0, BI), tl.program_id(0) * (BO // J) + tl.arange(0, BO // J)
+        inside_AB = (i_I < inputs)[:, None] & (unit_B < units)[None, :]
+        value_ABJ = _trellis(codes + i_I[:, None].to(tl.int64) * pitch, unit_B[None, :], inside_AB, units, FORM)
+        value_IO = tl.reshape(value_ABJ, (BI, BO))
+    return value_IO, i_I
 
 
 @triton.jit
-def pitch_of(units, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Elements of a row of learned codes, as `Format.view` gives them. units: codewords of a row."""
-    # Passed as an argument, `units` carries the divisibility that wide loads need; keep it where it can be kept.
-    bits: tl.constexpr = BOOK[2] * BOOK[3]
-    if BOOK[2] == 16:
-        pitch = units * BOOK[3]
-    elif BOOK[2] == 8 and (BOOK[3] == 2 or BOOK[3] == 4):
-        pitch = units
-    elif bits % 8 == 0:
-        pitch = units * (bits // 8)
-    else:
-        pitch = (units * bits + 7) // 8
-    return pitch
+def slice_of(inputs, units, FORM: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Begin and end of this program's slice of the reduction, one of num_programs(1), as `tile` counts `at`.
+
+    STEP: what a tile adds to `at`.
+    """
+    length = units if FORM[0] else inputs
+    span = tl.cdiv(tl.cdiv(length, STEP), tl.num_programs(1)) * STEP
+    return tl.program_id(1) * span, tl.minimum((tl.program_id(1) + 1) * span, length)
 
 
-def book_constants(form: Format) -> tuple[int, ...]:
-    """The constant BOOK of kernels with learned codewords: D, J, bits of a code, stages."""
-    return form.d, triton.next_power_of_2(form.d), form.bits, form.depth
+def tile_config(form: Format, across: int, along: int, warps: int) -> Config:
+    """Config of a tile of `across` streams and `along` weights, idle lanes included, of each."""
+    BO, BI = (across, along) if form.by_rows else (along, across)
+    return {"BO": BO, "BI": BI, "num_warps": warps}
 
 
-def trellis_constants(form: Format, device: torch.device) -> tuple[int, ...]:
-    """The constant TRELLIS of kernels: bits of a weight, bits of a state, whether to use NVIDIA's dp4a."""
-    gpu = launch.device_properties(device)
-    # The interpreter does not know it either.
-    return form.bits, form.depth, int(isinstance(gpu.arch, int) and gpu.name != "interpreter")
+def tile_constants(config: Config) -> tuple[int, ...]:
+    """TILE, taken out of a config."""
+    return config.pop("BO"), config.pop("BI"), config.pop("HOT", 0)
+
+
+def tile_inputs(form: Format, BI: int) -> int:
+    """Inputs of a tile with BI lanes for them."""
+    return BI // triton.next_power_of_2(form.d) * form.d if form.by_rows else BI
 
 
 def operand_type(x: Tensor) -> tl.dtype:
@@ -166,31 +180,3 @@ def operand_type(x: Tensor) -> tl.dtype:
     if x.device.type == "cpu":
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
-
-
-def slices(length: int, step: int, split: int) -> tuple[int, int]:
-    """Length of a slice of a reduction in whole steps, and the number of slices, which is about `split`."""
-    span = -(-length // (split * step)) * step
-    return span, -(-length // span)
-
-
-def outputs_and_inputs(form: Format, config: Config) -> tuple[int, int]:
-    """Outputs and inputs of a tile of BA streams with BN units."""
-    across, along = config["BA"], config["BN"] * form.weights
-    return (across, along) if form.by_rows else (along, across)
-
-
-def with_split(
-    gpu: DeviceProperties, form: Format, shape: tuple[int, int], rows: int, tiles: int, config: Config
-) -> Config:
-    """The config with SPLIT, the number of slices of the reduction, and defaults. tiles: tiles of rows.
-
-    Four programs per processor, as long as partial sums cost less memory traffic than the codes; at least one program
-    per processor, since partial sums that are read again soon stay in the cache (VQ-LLM, section 5).
-    """
-    outputs, step = outputs_and_inputs(form, config)
-    programs = -(-shape[0] // outputs) * tiles
-    # A partial sum is written and read, four bytes each, for every output; codes are read once.
-    affordable = int(shape[1] * form.bits_per_weight / 8 / (2 * 4 * 2 * rows))
-    wanted = min(4 * gpu.processors // programs, max(affordable, -(-gpu.processors // programs)))
-    return {"SPLIT": max(1, min(wanted, -(-shape[1] // step))), "num_stages": 2, **config}

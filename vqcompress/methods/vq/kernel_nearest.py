@@ -22,7 +22,6 @@ from torch import Tensor
 
 from vqcompress.methods.triton import launch
 
-LONGEST, MOST = 16, 1 << 16
 NO_ENTRY = tl.constexpr(0x7FFFFFFF)
 
 
@@ -83,23 +82,16 @@ def best(x_Nd: Tensor, book_Kd: Tensor, beam: int) -> tuple[Tensor, Tensor]:
 
     With |x|²/2 added that is half the squared distance. A beam of b takes b times as long as the nearest alone. For the
     next stage of a residual search, give it the rests of all candidates as vectors and choose among what comes back.
-    book_Kd is transposed, at no cost if it is the transpose of a contiguous tensor. ValueError for vectors of another
-    length than the entries or longer than 16, for no or over 65,536 entries, and for a beam that is not 1 to K.
+    book_Kd: up to 65,536 entries of up to 16 numbers; it is transposed, at no cost if it is the transpose of a
+    contiguous tensor.
     """
-    (vectors, length), (count, of_book) = x_Nd.shape, book_Kd.shape
-    if length != of_book or not 1 <= length <= LONGEST or not 1 <= count <= MOST or not 1 <= beam <= count:
-        found = f"{vectors} of {length}, {count} of {of_book}, {beam}"
-        raise ValueError(f"vectors, entries, beam are {found}; up to {MOST} entries of up to {LONGEST} can be searched")
+    (vectors, length), count = x_Nd.shape, len(book_Kd)
     code_Nb = x_Nd.new_empty((vectors, beam), dtype=torch.int32)
     score_Nb = x_Nd.new_empty((vectors, beam), dtype=torch.float32)
-    if vectors:
-        # A beam has more to keep in registers.
-        kernel, shape = "nearest" if beam == 1 else "nearest.beam", (count, length)
-        config = launch.get_config(
-            kernel, x_Nd.device, vectors, shape, lambda gpu: default_config(gpu, vectors, *shape)
-        )
-        tensors = (x_Nd.float().contiguous(), book_Kd.float().T.contiguous(), code_Nb, score_Nb)
-        constants = {"LENGTH": length, "BEAM": beam, "num_stages": 1, "enable_fp_fusion": True}
-        grid = (triton.cdiv(vectors, config["V"]),)
-        launch.run(_best, grid, *tensors, vectors, count, **constants, **config)
+    # A beam has more to keep in registers.
+    kernel, shape = "nearest" if beam == 1 else "nearest.beam", (count, length)
+    config = launch.get_config(kernel, x_Nd.device, vectors, shape, lambda gpu: default_config(gpu, vectors, *shape))
+    tensors = (x_Nd.float().contiguous(), book_Kd.float().T.contiguous(), code_Nb, score_Nb)
+    constants = {"LENGTH": length, "BEAM": beam, "num_stages": 1}
+    launch.run(_best, (triton.cdiv(vectors, config["V"]),), *tensors, vectors, count, **constants, **config)
     return code_Nb, score_Nb

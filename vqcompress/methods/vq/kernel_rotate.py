@@ -60,55 +60,14 @@ def _sign(i, j):  # type: ignore[no-untyped-def]
     return 1.0 - 2.0 * (shared & 1)
 
 
-@triton.jit
-def _tile(parts, columns, BLOCK: tl.constexpr, N: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of this program: its row, its share of a block, the first columns (G, 1) of its blocks and which there are."""
-    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    first_G1 = (part // (BLOCK // N) * G + tl.arange(0, G)[:, None]) * BLOCK
-    return row.to(tl.int64), part % (BLOCK // N), first_G1, first_G1 < columns
-
-
 # A thread then loads the byte of its own 8 numbers; aligned bytes would come 2 at a time, and through shared memory.
-@triton.jit(do_not_specialize_on_alignment=["signs_B"])
-def _rotate(  # type: ignore[no-untyped-def]
-    x_TI,
-    signs_B,
+@triton.jit(do_not_specialize_on_alignment=["signs_EB"])
+def _transform(  # type: ignore[no-untyped-def]
+    x_STI,
+    signs_EB,
+    scale_EI,
     expert_T,
-    out_TI,
-    parts,
-    columns,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    G: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    row, share, first_G1, valid_G1 = _tile(parts, columns, BLOCK, N, G)
-    if expert_T is not None:
-        signs_B += tl.load(expert_T + row) * ((columns + 7) // 8)
-    W: tl.constexpr = min(N, 8)
-    n_N = tl.arange(0, N)[None, :]
-    sum_GN = tl.zeros((G, N), tl.float32)
-    for piece in tl.static_range(BLOCK // N):
-        i_GN = first_G1 + piece * N + n_N
-        x_GN = tl.load(x_TI + row * columns + i_GN, mask=valid_G1, other=0).to(tl.float32)
-        i_GC = first_G1 + piece * N + W * tl.arange(0, N // W)[None, :]
-        byte_GC = tl.load(signs_B + (i_GC >> 3), mask=valid_G1, other=0).to(tl.uint32)
-        # Bit i % 8 of the byte to where a float has its sign.
-        shift_GCW = 31 - (i_GC & 7)[:, :, None] - tl.arange(0, W)[None, None, :]
-        flip_GN = tl.reshape((byte_GC[:, :, None] << shift_GCW.to(tl.uint32)) & 0x80000000, (G, N))
-        x_GN = (x_GN.to(tl.uint32, bitcast=True) ^ flip_GN).to(tl.float32, bitcast=True)
-        sum_GN += _sign(share, piece) * x_GN
-    y_GN = _hadamard(sum_GN, BLOCK, STAGES)
-    out_GN = out_TI + row * columns + first_G1 + share * N + n_N
-    tl.store(out_GN, y_GN.to(out_TI.dtype.element_ty), mask=valid_G1)
-
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    partial_STO,
-    scale_O,
-    expert_T,
-    y_TO,
+    y_TI,
     parts,
     columns,
     rows,
@@ -119,23 +78,34 @@ def _finish(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    row, share, first_G1, valid_G1 = _tile(parts, columns, BLOCK, N, G)
+    """scale · H(Σ_s x · signs) of a tile; without signs or scale where they are None. parts: programs of a row."""
+    row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    share, first_G1 = part % (BLOCK // N), (part // (BLOCK // N) * G + tl.arange(0, G)[:, None]) * BLOCK
+    expert = tl.load(expert_T + row) if expert_T is not None else 0
+    W: tl.constexpr = min(N, 8)
     n_N = tl.arange(0, N)[None, :]
     sum_GN = tl.zeros((G, N), tl.float32)
     count = sums * (BLOCK // N)
     for first in range(0, count, AHEAD):
-        # So many loads are under way at once; the compiler would take as many as there are, and spill.
+        # AHEAD loads are under way at once; the compiler would take as many as there are, and spill.
         for i in tl.static_range(AHEAD):
             piece, s = (first + i) // sums, (first + i) % sums
-            partial_GN = partial_STO + (s * rows + row) * columns + first_G1 + piece * N + n_N
-            x_GN = tl.load(partial_GN, mask=first_G1 < tl.where(first + i < count, columns, 0), other=0)
+            valid_G1 = first_G1 < tl.where(first + i < count, columns, 0)
+            x_GN = x_STI + (s * rows + row) * columns + first_G1 + piece * N + n_N
+            x_GN = tl.load(x_GN, mask=valid_G1, other=0).to(tl.float32)
+            if signs_EB is not None:
+                i_GC = first_G1 + piece * N + W * tl.arange(0, N // W)[None, :]
+                byte_GC = signs_EB + expert * ((columns + 7) // 8) + (i_GC >> 3)
+                byte_GC = tl.load(byte_GC, mask=valid_G1, other=0).to(tl.uint32)
+                # Bit i % 8 of the byte to where a float has its sign.
+                shift_GCW = 31 - (i_GC & 7)[:, :, None] - tl.arange(0, W)[None, None, :]
+                flip_GN = tl.reshape((byte_GC[:, :, None] << shift_GCW.to(tl.uint32)) & 0x80000000, (G, N))
+                x_GN = (x_GN.to(tl.uint32, bitcast=True) ^ flip_GN).to(tl.float32, bitcast=True)
             sum_GN += _sign(share, piece) * x_GN
-    y_GN = _hadamard(sum_GN, BLOCK, STAGES)
-    if expert_T is not None:
-        scale_O += tl.load(expert_T + row) * columns
-    o_GN = first_G1 + share * N + n_N
-    y_GN *= tl.load(scale_O + o_GN, mask=valid_G1, other=0).to(tl.float32)
-    tl.store(y_TO + row * columns + o_GN, y_GN.to(y_TO.dtype.element_ty), mask=valid_G1)
+    y_GN, i_GN, valid_G1 = _hadamard(sum_GN, BLOCK, STAGES), first_G1 + share * N + n_N, first_G1 < columns
+    if scale_EI is not None:
+        y_GN *= tl.load(scale_EI + expert * columns + i_GN, mask=valid_G1, other=0).to(tl.float32)
+    tl.store(y_TI + row * columns + i_GN, y_GN.to(y_TI.dtype.element_ty), mask=valid_G1)
 
 
 def default_config(gpu: launch.DeviceProperties, rows: int, columns: int, rotated: bool = True) -> launch.Config:
@@ -154,62 +124,48 @@ def make_config(gpu: launch.DeviceProperties, size: int, numbers: int) -> launch
     return {"SIZE": size, "num_warps": max(1, size // numbers // gpu.warp), "num_stages": 1, "enable_fp_fusion": True}
 
 
-def _tiles(columns: int, rotated: bool, config: launch.Config) -> tuple[int, launch.Config]:
-    """Programs of a row; and the constants of a kernel with the options of its launch."""
-    options = dict(config)
+def rotate(x_TI: Tensor, signs_EB: Tensor, expert_T: Tensor | None = None) -> Tensor:
+    """H(x · signs), (T, I) in the type of x; computed in float32 and rounded once.
+
+    x_TI: of a floating type of 16 or 32 bits. signs_EB: uint8 (E, ceil(I / 8)) as `packing.pack` stores them, where a
+    set bit is −1. expert_T: int32, which of several signs a row has. QuIP# (arXiv 2402.04396), section 3.
+    """
+    return _launch(x_TI[None], signs_EB.contiguous(), None, x_TI.dtype, True, expert_T)
+
+
+def finish(
+    partial_STO: Tensor, scale_EO: Tensor, dtype: torch.dtype, rotated: bool, expert_T: Tensor | None = None
+) -> Tensor:
+    """scale · H(Σ_s partial), (T, O) of a type, without H if not rotated; in float32 and rounded once.
+
+    partial_STO: float32, added in the order of s. scale_EO: of a floating type, (O,) without experts. expert_T: int32,
+    which of several scales a row has.
+    """
+    return _launch(partial_STO, None, scale_EO.contiguous(), dtype, rotated, expert_T)
+
+
+def _launch(
+    x_STI: Tensor,
+    signs_EB: Tensor | None,
+    scale_EI: Tensor | None,
+    dtype: torch.dtype,
+    rotated: bool,
+    expert_T: Tensor | None,
+) -> Tensor:
+    """(T, I) of a type by `_transform`."""
+    sums, rows, columns = x_STI.shape
+    y_TI = x_STI.new_empty((rows, columns), dtype=dtype)
+    # Each of the three compiles to another kernel.
+    name = "rotate" if scale_EI is None else "finish" if rotated else "finish.plain"
+    default = lambda gpu: default_config(gpu, rows, columns, rotated)  # noqa: E731
+    options = dict(launch.get_config(name, y_TI.device, rows, (columns, sums), default))
     block, size = block_size(columns), options.pop("SIZE")
     if not rotated:
         block = min(block, size)
     n = min(block, size)
-    stages = n.bit_length() - 1 if rotated else 0
-    constants = {"BLOCK": block, "N": n, "G": size // n, "STAGES": stages}
-    return triton.cdiv(columns, max(block, size)) * (block // n), constants | options
-
-
-def rotate(x_TI: Tensor, signs_EB: Tensor, expert_T: Tensor | None = None) -> Tensor:
-    """H(x · signs), (T, I) in the type of x; computed in float32 and rounded once.
-
-    x_TI: of a floating type of 16 or 32 bits. signs_EB: uint8 (1, ceil(I / 8)) as `packing.pack` stores them, where a
-    set bit is −1. expert_T: int32, which of several signs a row has. ValueError if there are fewer or more bytes.
-    QuIP# (arXiv 2402.04396), section 3.
-    """
-    rows, columns = x_TI.shape
-    fit = signs_EB.shape[1:] == (-(-columns // 8),) and (expert_T is not None or len(signs_EB) == 1)
-    if signs_EB.dtype != torch.uint8 or not fit:
-        expected = f"{columns} columns have uint8 {(1, -(-columns // 8))}"
-        raise ValueError(f"signs are {signs_EB.dtype} {tuple(signs_EB.shape)}; {expected}")
-    out_TI = x_TI.new_empty((rows, columns))
-    if rows:
-        config = launch.get_config(
-            "rotate", x_TI.device, rows, (1, columns), lambda gpu: default_config(gpu, rows, columns)
-        )
-        parts, options = _tiles(columns, True, config)
-        tensors = (x_TI.contiguous(), signs_EB.contiguous(), expert_T, out_TI)
-        launch.run(_rotate, (rows * parts,), *tensors, parts, columns, **options)
-    return out_TI
-
-
-def finish(
-    partial_STO: Tensor, scale_O: Tensor, dtype: torch.dtype, rotated: bool, expert_T: Tensor | None = None
-) -> Tensor:
-    """scale · H(Σ_s partial), (T, O) of a type, without H if not rotated; in float32 and rounded once.
-
-    partial_STO: float32, added in the order of s. scale_O: of a floating type. expert_T: int32, which of several
-    scales (E, O) a row has. ValueError if the scale does not fit.
-    """
-    sums, rows, columns = partial_STO.shape
-    given_O = scale_O if expert_T is None else scale_O[0]
-    if given_O.shape != (columns,):
-        raise ValueError(f"scale is {tuple(given_O.shape)}; {columns} outputs have {(columns,)}")
-    y_TO = partial_STO.new_empty((rows, columns), dtype=dtype)
-    if rows:
-        # Without a rotation another kernel is compiled.
-        kernel, shape = "finish" if rotated else "finish.plain", (columns, sums)
-        config = launch.get_config(
-            kernel, y_TO.device, rows, shape, lambda gpu: default_config(gpu, rows, columns, rotated)
-        )
-        parts, options = _tiles(columns, rotated, config)
-        ahead = min(AHEAD, triton.next_power_of_2(sums * options["BLOCK"] // options["N"]))
-        tensors = (partial_STO.contiguous(), scale_O.contiguous(), expert_T, y_TO)
-        launch.run(_finish, (rows * parts,), *tensors, parts, columns, rows, sums, AHEAD=ahead, **options)
-    return y_TO
+    parts = triton.cdiv(columns, max(block, size)) * (block // n)
+    constants = {"BLOCK": block, "N": n, "G": size // n, "STAGES": n.bit_length() - 1 if rotated else 0}
+    constants["AHEAD"] = min(AHEAD, triton.next_power_of_2(sums * block // n))
+    tensors = (x_STI.contiguous(), signs_EB, scale_EI, expert_T, y_TI)
+    launch.run(_transform, (rows * parts,), *tensors, parts, columns, rows, sums, **constants, **options)
+    return y_TI

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vqcompress.methods.base import is_finite
 from vqcompress.methods.hadamard import hadamard
 from vqcompress.methods.statistics import Statistics
 
@@ -32,10 +33,6 @@ SCALE = torch.bfloat16
 class Quantizer(Protocol):
     """A search for codewords."""
 
-    @property
-    def d(self) -> int:
-        """Columns of a group."""
-
     def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, int, any shape, and values (O, d) whose images, value @ block, are near to the target."""
 
@@ -45,13 +42,12 @@ class HessianFactor:
     """An error E of a weight with this input costs |E B|²; groups of columns are encoded in an order of their own.
 
     factor_JJ: upper triangular B with B Bᵀ = damped H / mean(diag H), float32; zero rows for padding. order_G: the
-    group of the weight that is encoded g-th. d: columns of a group. has_feedback: B has more than its diagonal.
+    group of the weight that is encoded g-th. d: columns of a group.
     """
 
     factor_JJ: Tensor
     order_G: Tensor
     d: int
-    has_feedback: bool
 
     def blocks_Gdd(self) -> Tensor:
         """The diagonal blocks B_gg."""
@@ -93,13 +89,9 @@ def factorize_hessian(
     """
     columns, device = weight_OI.shape[1], weight_OI.device
     hessian_II = statistics.hessian_II if feedback else None
-    has_feedback = hessian_II is not None
     if hessian_II is None:
-        diagonal_I = statistics.sumsq_I
-        if diagonal_I is None and statistics.hessian_II is not None:
-            diagonal_I = statistics.hessian_II.diagonal()
-        hessian_II = torch.ones(columns).diag() if diagonal_I is None else diagonal_I.diag()
-    if not torch.stack(hessian_II.aminmax()).isfinite().all():
+        hessian_II = (torch.ones(columns) if statistics.sumsq_I is None else statistics.sumsq_I).diag()
+    if not is_finite(hessian_II):
         raise ValueError("the statistics of the input hold NaN or Inf")
     # A wide input's Hessian takes tens of GB in float64: there are never more than two copies.
     hessian_JJ = hessian_II.to(device, torch.float64, copy=True)
@@ -116,7 +108,7 @@ def factorize_hessian(
     hessian_JJ = hessian_JJ[index_J.flip(0)[:, None], index_J.flip(0)]
     factor_JJ = _factorize(hessian_JJ, damping).flip(0, 1).contiguous()
     factor_JJ[index_J >= columns] = 0
-    return HessianFactor(factor_JJ, order_G, d, has_feedback)
+    return HessianFactor(factor_JJ, order_G, d)
 
 
 def _rotate(hessian_II: Tensor, signs_I: Tensor) -> None:
@@ -154,11 +146,11 @@ def ldlq_problem(weight_OI: Tensor, factor: HessianFactor, signs: tuple[Tensor, 
     Each row has a scale of its own. signs: of the inputs (I,) and outputs (O,) of a rotation; then all rows start with
     one scale, since a rotation of the outputs mixes them.
     """
-    if not torch.isfinite(weight_OI).all():
+    if not is_finite(weight_OI):
         raise ValueError("the weight holds NaN or Inf")
     square_O = weight_OI.double().square().mean(1)
     scale_O = (square_O if signs is None else square_O.mean().expand_as(square_O)).sqrt()
-    scale_O = scale_O.clamp(max=torch.finfo(SCALE).max).to(SCALE).float()
+    scale_O = scale_O.to(SCALE).float()
     if signs is not None:
         scale_O = scale_O * signs[1].to(scale_O)
     unit_OI = weight_OI.float() / torch.where(scale_O != 0, scale_O, torch.inf)[:, None]
@@ -178,14 +170,12 @@ def ldlq(problem: LDLQProblem, quantizer: Quantizer) -> tuple[list[Tensor], Tens
     codes = []
     for start in range(0, unit_OJ.shape[1], SPAN // d * d):
         end = min(start + SPAN // d * d, unit_OJ.shape[1])
-        carry_OJ = error_OJ[:, :start] @ factor_JJ[:start, start:end] if problem.factor.has_feedback else None
+        carry_OJ = error_OJ[:, :start] @ factor_JJ[:start, start:end]
         for at in range(start, end, d):
             group = slice(at, at + d)
             block_dd = factor_JJ[group, group]
-            target_Od = unit_OJ[:, group] @ block_dd
-            if carry_OJ is not None:
-                target_Od += carry_OJ[:, at - start : at - start + d]
-                target_Od += error_OJ[:, start:at] @ factor_JJ[start:at, group]
+            target_Od = unit_OJ[:, group] @ block_dd + carry_OJ[:, at - start : at - start + d]
+            target_Od += error_OJ[:, start:at] @ factor_JJ[start:at, group]
             code, value_OJ[:, group] = quantizer.nearest(target_Od, block_dd)
             error_OJ[:, group] = unit_OJ[:, group] - value_OJ[:, group]
             codes.append(code)
@@ -201,8 +191,7 @@ def fit_scales(problem: LDLQProblem, value_OJ: Tensor) -> Tensor:
     value_OJ, unit_OJ = value_OJ @ problem.factor.factor_JJ, unit_OJ @ problem.factor.factor_JJ
     energy_O = value_OJ.square().sum(1)
     gain_O = torch.where(energy_O > 0, (value_OJ * unit_OJ).sum(1) / energy_O, 1.0)
-    limit = torch.finfo(SCALE).max
-    scale_O = (problem.scale_O * gain_O.clamp(min=0)).clamp(-limit, limit).to(SCALE).float()
+    scale_O = (problem.scale_O * gain_O.clamp(min=0)).to(SCALE).float()
     # With many bits per weight the rounding may cost more than the fit brings; then the row keeps what it has.
     gain_O = torch.where(problem.scale_O != 0, scale_O / problem.scale_O, 1.0)
     better_O = (unit_OJ - gain_O[:, None] * value_OJ).square().sum(1) < (unit_OJ - value_OJ).square().sum(1)

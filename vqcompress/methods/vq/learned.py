@@ -16,8 +16,6 @@ from vqcompress.methods.vq.ldlq import LDLQProblem, ldlq
 
 # Numbers in the largest temporary of a search.
 CHUNK = 1 << 22
-# Up to this many candidates, a pass over the entries for each costs less than a matrix of scores (estimated).
-PASSES = 16
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,6 @@ class CodebookSearch:
 
     codebooks_RKd: Tensor
     beam: int
-
-    @property
-    def d(self) -> int:
-        """Columns of a vector."""
-        return self.codebooks_RKd.shape[2]
 
     def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (O, R) and values (O, d)."""
@@ -41,12 +34,10 @@ class CodebookSearch:
 def nearest(target_Nd: Tensor, codebooks_RKd: Tensor, beam: int, kernel: bool | None = None) -> Tensor:
     """Codes (N, R), int64, of the entries whose sum is nearest to each target; a beam search from stage to stage.
 
-    kernel: search by `kernel_nearest`, which never stores a score for every entry. Default: on a GPU, up to `PASSES`
-    candidates.
+    kernel: search by `kernel_nearest`, which never stores a score for every entry. Default: on a GPU.
     """
     stages, count, d = codebooks_RKd.shape
-    if kernel is None:
-        kernel = target_Nd.is_cuda and (stages == 1 or beam <= PASSES)
+    kernel = target_Nd.is_cuda if kernel is None else kernel
     rows = max(1, CHUNK // ((max(beam, d) if kernel else count) * (beam if stages > 1 else 1)))
     return torch.cat([_beam_search(chunk_Nd, codebooks_RKd, beam, kernel) for chunk_Nd in target_Nd.split(rows)])
 
@@ -58,41 +49,33 @@ def _beam_search(target_Nd: Tensor, codebooks_RKd: Tensor, beam: int, kernel: bo
     codes_NMR = torch.empty((len(target_Nd), 1, 0), dtype=torch.int64, device=target_Nd.device)
     for stage, book_Kd in enumerate(codebooks_RKd):
         keep = 1 if stage == stages - 1 else min(beam, rest_NMd.shape[1] * count)
-        score_NMb, code_NMb = _stage_candidates(rest_NMd, book_Kd, min(keep, count) if kernel else None)
-        origin_NM, code_NM = _select(score_NMb, code_NMb, keep)
+        origin_NM, code_NM = _extend(rest_NMd, book_Kd, keep, kernel)
         before_NMR = codes_NMR.gather(1, origin_NM[..., None].expand(-1, -1, stage))
         codes_NMR = torch.cat([before_NMR, code_NM[..., None]], 2)
         rest_NMd = rest_NMd.gather(1, origin_NM[..., None].expand(-1, -1, rest_NMd.shape[2])) - book_Kd[code_NM]
     return codes_NMR[:, 0]
 
 
-def _stage_candidates(rest_NMd: Tensor, book_Kd: Tensor, best: int | None) -> tuple[Tensor, Tensor | None]:
-    """Scores (N, M, b) of entries for what each candidate leaves over, and their codes; None: of all in their order.
+def _extend(rest_NMd: Tensor, book_Kd: Tensor, keep: int, kernel: bool) -> tuple[Tensor, Tensor]:
+    """The best `keep` candidates of the next stage, (N, keep) each: which candidate each extends, and by which entry.
 
     A score is half the squared distance; with a single candidate, less |rest|² / 2, which then changes no choice.
-    best: let the kernel find this many for each candidate. The best of all are among them.
     """
     vectors_Vd = rest_NMd.reshape(-1, rest_NMd.shape[2])
-    code_NMb = None
-    if best is not None:
+    if kernel:
         from vqcompress.methods.vq import kernel_nearest
 
-        code_Vb, score_Vb = kernel_nearest.best(vectors_Vd, book_Kd, best)
-        code_NMb = code_Vb.view(*rest_NMd.shape[:2], best)
+        # The best of all are among the best of each candidate.
+        code_Vb, score_Vb = kernel_nearest.best(vectors_Vd, book_Kd, min(keep, len(book_Kd)))
     else:
         score_Vb = torch.addmm(book_Kd.square().sum(1) / 2, vectors_Vd, book_Kd.T, alpha=-1)
-    score_NMb = score_Vb.view(*rest_NMd.shape[:2], score_Vb.shape[1])
+    entries = score_Vb.shape[1]
+    score_NMb = score_Vb.view(*rest_NMd.shape[:2], entries)
     if rest_NMd.shape[1] > 1:
         score_NMb += rest_NMd.square().sum(2, keepdim=True) / 2
-    return score_NMb, code_NMb
-
-
-def _select(score_NMb: Tensor, code_NMb: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
-    """The best `keep` extensions of all candidates: which candidate (N, keep) each extends, and the entry's code."""
     flat = score_NMb.flatten(1)
     best_NM = flat.argmin(1, keepdim=True) if keep == 1 else flat.topk(keep, 1, largest=False).indices
-    entries = score_NMb.shape[2]
-    code_NM = best_NM % entries if code_NMb is None else code_NMb.flatten(1).gather(1, best_NM).long()
+    code_NM = code_Vb.view(flat.shape).gather(1, best_NM).long() if kernel else best_NM % entries
     return best_NM // entries, code_NM
 
 

@@ -12,12 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vqcompress.methods.base import PackedTensors, Shape
+from vqcompress.methods.base import PackedTensors
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.base import VectorQuantizer
 from vqcompress.methods.vq.format import Format
-from vqcompress.methods.vq.packing import pack
+from vqcompress.methods.vq.ldlq import Quantizer
 
 
 class Trellis(VectorQuantizer):
@@ -35,20 +35,7 @@ class Trellis(VectorQuantizer):
         """One code per weight; the depth is the number of bits of a state."""
         return Format("trellis", 1, self.bits, self.state_bits)
 
-    def _codes_layout(self, shape: Shape) -> tuple[int, int, int]:
-        return shape[1], bitshift.padded(shape[0]), self.bits
-
-    def _table(self, tensors: PackedTensors) -> Tensor:
-        return torch.zeros(1, device=tensors["codes"].device)
-
-    def encode(
-        self,
-        weight_OI: Tensor,
-        statistics: Statistics,
-        generator: torch.Generator,
-        shared: PackedTensors | None = None,
-    ) -> PackedTensors:
-        """The packed tensors of a weight. ValueError if it holds NaN or Inf."""
-        quantizer = bitshift.PathSearch(self.bits, self.state_bits)
-        codes_IC, tensors = self._search(weight_OI, statistics, generator, quantizer)
-        return {"codes": pack(codes_IC, self.bits)} | tensors
+    def _quantizer(
+        self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors
+    ) -> tuple[Quantizer, PackedTensors]:
+        return bitshift.PathSearch(self.bits, self.state_bits), {}

@@ -10,35 +10,10 @@ Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from multiprocessing import current_process
-
 import numpy as np
 from numba import njit
 
 FAR = np.float32(1e30)
-
-
-@cache
-def _pool(threads: int, process: int | None) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for what is compiled, which holds no lock. A fork has none of its parent's."""
-    return _pool(threads, current_process().ident)
-
-
-def in_shares(call: Callable[[int, int], object], count: int, threads: int) -> None:
-    """Call with (first, last) of every thread's share of a range."""
-    threads = max(1, min(threads, count))
-    if threads == 1:
-        call(0, count)
-    else:
-        bounds = [count * n // threads for n in range(threads + 1)]
-        list(pool(threads).map(call, bounds[:-1], bounds[1:]))
 
 
 @njit(nogil=True, cache=True)
