@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ ENDS = ("", "s", "ed", "ing", "er", "ly")
 
 
 def toy_text(words: int = 400, seed: int = 0) -> str:
-    """So many random words in sentences, the same for the same seed."""
+    """Random words in sentences, the same for the same seed."""
     draw = random.Random(seed)
     chosen = [draw.choice(STEMS) + draw.choice(ENDS) for _ in range(words)]
     return "".join(word + (". " if draw.random() < 0.1 else " ") for word in chosen)
@@ -110,3 +112,14 @@ def toy_checkpoint(
     model.to(getattr(torch, dtype)).save_pretrained(path)
     toy_tokenizer(vocab).save_pretrained(path)
     return path
+
+
+def rewritten(source: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Write a copy of a toy whose tensors, by name, are what `change` makes of them in place; returns `to`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to

@@ -14,14 +14,10 @@ import torch
 import transformers
 from kernels import interpreter, needs_gpu, relative_rms
 from processes import Processes
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys import toy_checkpoint, toy_config
+from toys import rewritten, toy_checkpoint, toy_config
 from transformers import AutoModelForCausalLM
 
-from vqcompress.cli.console import console
-from vqcompress.cli.tables import inspected
-from vqcompress.cli.tables import quantized as quantized_words
 from vqcompress.errors import UsageError
 from vqcompress.evaluate.inspect import inspect
 from vqcompress.evaluate.perplexity import perplexity
@@ -30,7 +26,6 @@ from vqcompress.export import export
 from vqcompress.methods.fp8 import reference as fp8_ref
 from vqcompress.methods.int8 import reference as int8_ref
 from vqcompress.methods.statistics import Accumulator
-from vqcompress.model.coverage import dense_weights
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.folds import find_inputs
 from vqcompress.model.linear import CompressedLinear
@@ -48,9 +43,9 @@ from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.runtime.load import load
 from vqcompress.storage import writer
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact
-from vqcompress.storage.checkpoint import SINGLE, Checkpoint
-from vqcompress.storage.recipe import dump, parse
+from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.recipe import load as load_recipe
+from vqcompress.storage.recipe import parse
 from vqcompress.storage.recipe_files import packaged
 
 Make = Callable[..., Path]
@@ -88,17 +83,6 @@ def files(folder: Path) -> dict[str, str]:
 def mixture(family: str) -> str:
     """Path of the mixture in a block."""
     return "feed_forward" if family == "llama4" else "mlp"
-
-
-def rewritten(source: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a checkpoint with other tensors."""
-    to.mkdir()
-    for path in source.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(to / SINGLE)
-    change(tensors)
-    save_file(tensors, to / SINGLE, metadata={"format": "pt"})
-    return to
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +123,6 @@ def test_taken_apart_the_experts_compute_the_same(family: str, toy: Make) -> Non
 
 
 @every_family
-def test_every_expert_is_three_targets_named_as_in_the_checkpoint(family: str, toy: Make) -> None:
-    names = {
-        t.name: t.shape for b in BlockStream(Checkpoint(toy(family)), CPU, torch.float32).blocks for t in b.targets
-    }
-    gate, up, down = LEAVES[family]
-    path = f"model.layers.1.{mixture(family)}.experts"
-    inner = names[f"{path}.3.{gate}"][0]
-    for e in range(4):
-        assert names[f"{path}.{e}.{gate}"] == (inner, 64)
-        assert names[f"{path}.{e}.{up}"] == (inner, 64)
-        assert names[f"{path}.{e}.{down}"] == (64, inner)
-
-
-@every_family
 def test_a_config_alone_counts_the_same_targets(family: str, toy: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((toy(family) / "config.json").read_bytes())
     planned, found = (
@@ -160,7 +130,9 @@ def test_a_config_alone_counts_the_same_targets(family: str, toy: Make, tmp_path
         dry_run(QuantizeOptions(str(toy(family)), None, "fp8-tile")),
     )
     assert planned["targets"] == found["targets"]
-    assert any(".experts.3." in target["name"] for target in planned["targets"])
+    names = {target["name"] for target in planned["targets"]}
+    path = f"model.layers.1.{mixture(family)}.experts"
+    assert {f"{path}.{e}.{leaf}" for e in range(4) for leaf in LEAVES[family]} <= names
     assert not any("expert" in why for why in planned["left_dense"].values())
 
 
@@ -220,9 +192,8 @@ def test_experts_that_nothing_compresses_are_copied_as_they_are_stored(family: s
 
 @stored_fused
 def test_what_is_taken_apart_is_put_together_again_to_the_bit(
-    family: str, quantized: Make, toy: Make, processes: Processes, tmp_path: Path
+    family: str, quantized: Make, toy: Make, tmp_path: Path
 ) -> None:
-    """In a process that knows nothing of vqcompress, too."""
     folder = quantized("rules:\n  - {match: '*.experts.1.*', method: int8}\n", family)
     export(str(folder), "dense", tmp_path / "dense", verify=True)
     before, after = Checkpoint(toy(family)), Checkpoint(tmp_path / "dense")
@@ -234,12 +205,6 @@ def test_what_is_taken_apart_is_put_together_again_to_the_bit(
             assert not torch.equal(new[name][1], old[name][1])
             old[name][1] = new[name][1]
         assert torch.equal(old[name], new[name]), name
-    code = (
-        "import sys, transformers; _, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1],"
-        " output_loading_info=True); assert not any(info.values()), info; assert 'vqcompress' not in sys.modules"
-    )
-    done = processes.python(code, tmp_path / "dense")
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_prefix_of_the_checkpoint_is_kept(toy: Make, recipe_file: Any, tmp_path: Path) -> None:
@@ -262,23 +227,6 @@ def test_a_prefix_of_the_checkpoint_is_kept(toy: Make, recipe_file: Any, tmp_pat
 
 
 @stored_fused
-def test_a_fused_module_that_computes_something_else_stays_dense(
-    family: str, toy: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = Checkpoint(toy(family))
-    stream = BlockStream(source, CPU, torch.float32)
-    fused = next(m for m in stream.skeletons[0].modules() if isinstance(m, Experts))._fused[0]
-    forward = type(fused).forward
-    monkeypatch.setattr(type(fused), "forward", lambda self, x, *routing: forward(self, x, *routing) + x)
-    stream = BlockStream(source, CPU, torch.float32)
-    assert stream.source is source
-    left = {name: why for name, why in dense_weights(stream).items() if "experts" in name}
-    assert any(name.endswith("experts.gate_up_proj") for name in left)
-    assert all("does more than gate, up and down" in why for why in left.values())
-    assert not any("experts" in target.name for block in stream.blocks for target in block.targets)
-
-
-@stored_fused
 def test_gate_and_up_are_the_rows_that_meet_in_a_channel(family: str, toy: Make) -> None:
     stored = Checkpoint(toy(family))
     stream = BlockStream(stored, CPU, torch.float32)
@@ -296,8 +244,10 @@ def test_gate_and_up_are_the_rows_that_meet_in_a_channel(family: str, toy: Make)
     assert stream.source.fingerprint() == stored.fingerprint()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@every_family
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    list(zip(LEAVES, ["vq-small", "smoothquant-int8", "fp8-tile", "vq-small", "int8-plain"], strict=True)),
+)
 def test_all_ways_to_use_an_artifact(family: str, recipe: str, quantized: Make, toy: Make, tmp_path: Path) -> None:
     folder = quantized(recipe, family)
     verify(str(folder))
@@ -340,7 +290,7 @@ def test_a_streamed_evaluation_is_that_of_the_loaded_model(quantized: Make, text
     assert found["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
 
 
-@pytest.mark.parametrize("match", ["*.experts.*.w2", "*.self_attn.*", "*.experts.1.*"])
+@pytest.mark.parametrize("match", ["*.self_attn.*", "*.experts.1.*"])
 def test_some_experts_may_stay_dense(match: str, quantized: Make, toy: Make) -> None:
     folder = quantized(f"rules:\n  - {{match: '{match}', method: int8}}\n", "mixtral")
     verify(str(folder))
@@ -355,7 +305,7 @@ def test_some_experts_may_stay_dense(match: str, quantized: Make, toy: Make) -> 
     assert all(torch.equal(before[n], after[n]) for n in kept if n != f"{first}.weight")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_a_process_that_did_not_import_vqcompress_fails_loudly(
     family: str, quantized: Make, processes: Processes
 ) -> None:
@@ -377,7 +327,7 @@ def test_a_shared_codebook_of_experts_alone_lies_under_the_block(quantized: Make
     assert torch.isfinite(logits(load(folder))).all()
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "int8-runtime", "vq-3bit"])
+@pytest.mark.parametrize("recipe", ["smoothquant-int8", "vq-small"])
 def test_idle_and_empty_experts_do_no_harm(
     recipe: str, lonely: Path, recipe_file: Any, text: Path, tmp_path: Path
 ) -> None:
@@ -499,35 +449,10 @@ def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
         assert sum(tokens["mlp.experts"]["routed"]) == 2 * ROWS.numel()
 
 
-@pytest.mark.parametrize(
-    ("family", "recipe", "said"),
-    [
-        (
-            "mixtral",
-            "experts: {calibrate: al}\nrules: [{match: '*', method: int8}]",
-            "experts.calibrate='al'",
-        ),
-        (
-            "mixtral",
-            "experts: {min_tokens: 0}\nrules: [{match: '*', method: int8}]",
-            "experts.min_tokens=0",
-        ),
-        ("mixtral", "experts: {floor: 3}\nrules: [{match: '*', method: int8}]", "experts.floor"),
-    ],
-)
-def test_what_is_said_of_experts_in_vain_is_refused(
-    family: str, recipe: str, said: str, toy: Make, recipe_file: Any
-) -> None:
-    with pytest.raises(UsageError, match=said):
-        dry_run(QuantizeOptions(str(toy(family)), None, recipe_file(recipe)))
-
-
-def test_what_is_said_of_experts_is_part_of_a_recipe() -> None:
-    rules = "rules: [{match: '*', method: vq}]"
-    plain, weighted = parse(rules, "a"), parse(f"experts: {{calibrate: weighted}}\n{rules}", "a")
-    assert plain.fingerprint() != weighted.fingerprint()
-    again = parse(dump(weighted), "a")
-    assert (again.experts, again.fingerprint()) == (weighted.experts, weighted.fingerprint())
+@pytest.mark.parametrize(("setting", "named"), [("calibrate: al", "calibrate"), ("floor: 3", "floor")])
+def test_a_wrong_setting_of_experts_is_named(setting: str, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        parse(f"experts: {{{setting}}}\nrules: [{{match: '*', method: int8}}]", "test")
 
 
 def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
@@ -545,32 +470,6 @@ def test_the_report_and_inspect_tell_the_tokens_of_every_expert(
             assert tokens["routed"][2:] == [0, 0]
             assert tokens["counted"] == (counted or tokens["routed"])
             assert set(tokens["borrowed"]) == {e for e in range(4) if tokens["counted"][e] < 128}
-        shown = console()
-        with shown.capture() as seen:
-            inspected(shown, facts)
-        assert "model.layers.1.mlp.experts" in seen.get()
-
-
-def test_experts_to_which_nothing_came_are_named(
-    toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    routing = Experts.routing
-
-    def nowhere(self: Experts, *args: Any) -> Any:
-        x_TI, index_TK, weight_TK = routing(self, *args)
-        # Not where it is proven that the experts are what they stand for.
-        return x_TI, torch.full_like(index_TK, 4) if x_TI.shape[1] == 64 else index_TK, weight_TK
-
-    monkeypatch.setattr(Experts, "routing", nowhere)
-    out = tmp_path / "out"
-    report = quantize(
-        QuantizeOptions(str(toy("mixtral")), out, recipe_file("vq-small"), [str(text)], samples=2, seqlen=32)
-    )
-    assert report["uncalibrated"] == [f"model.layers.{i}.mlp.experts.{e}.w2" for i in range(2) for e in range(4)]
-    shown = console()
-    with shown.capture() as seen:
-        quantized_words(shown, report, str(out), "toy")
-    assert "model.layers.0.mlp.experts.0.w2" in seen.get().replace("\n", "")
 
 
 def test_what_is_borrowed_is_what_one_accumulator_of_all_would_have_seen() -> None:
@@ -610,16 +509,12 @@ def test_smoothing_folds_into_the_norm_with_the_router_as_one_more_consumer(fami
     assert folds == ({} if family == "gpt_oss" else known)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "family"), [("smoothquant-int8", "mixtral"), ("vq-small", "mixtral"), ("vq-small", "gpt_oss")]
-)
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    recipe: str, family: str, toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Make, recipe_file: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: str) -> None:
-        quantize(
-            QuantizeOptions(str(toy(family)), tmp_path / out, recipe_file(recipe), [str(text)], samples=4, seqlen=32)
-        )
+        model, recipe = str(toy("gpt_oss")), recipe_file("vq-small")
+        quantize(QuantizeOptions(model, tmp_path / out, recipe, [str(text)], samples=4, seqlen=32))
 
     save, saved = writer.save_file, []
 
@@ -639,8 +534,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert files(tmp_path / "killed") == files(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "vq-2bit"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("mixtral", "vq-2bit"), ("qwen3_moe", "smoothquant-int8"), ("gpt_oss", "vq-small"), ("llama4", "fp8-tile")],
+)
 def test_stacked_experts_compute_what_they_do_one_by_one(family: str, recipe: str, quantized: Make) -> None:
     folder = quantized(recipe, family)
     one_by_one, stacked = load(folder, cpu_weights="dense"), load(folder, cpu_weights="packed")
@@ -649,10 +546,6 @@ def test_stacked_experts_compute_what_they_do_one_by_one(family: str, recipe: st
     assert relative_rms(logits(stacked), logits(one_by_one)) < (2e-2 if recipe == "fp8-tile" else 1e-4)
     modules = [m for m in stacked.modules() if isinstance(m, Experts)]
     assert modules
-    if (family, recipe) == ("gpt_oss", "smoothquant-int8"):
-        # Its up projection takes no fold, so the last matrices divide at run time.
-        assert not any(m._stacks for m in modules)
-        return
     assert all(m._stacks.keys() == {*m.first, m.last} for m in modules)
     assert not any(m._stacks for m in one_by_one.modules() if isinstance(m, Experts))
     # The parts are viewed where they are stacked, not held twice, and are still those of the artifact.
@@ -683,8 +576,6 @@ def test_other_weights_in_the_place_of_stacked_ones_are_noticed(quantized: Make)
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     one.load_state_dict(state, assign=True)
     assert torch.equal(logits(one), wanted)
-    one.to(torch.bfloat16).float()
-    assert not any(m._stacks for m in one.modules() if isinstance(m, Experts))
 
 
 # Ways to store the weights of a mixture that a GPU multiplies in one launch for all experts, and the relative error of
@@ -758,6 +649,7 @@ def interpret() -> Any:
         yield call
 
 
+@pytest.mark.slow
 @every_way_to_store
 def test_a_mixture_by_its_kernels(name: str, quantized: Make, interpret: Callable[..., Any]) -> None:
     # One layer is enough of what takes the interpreter so long.
@@ -774,7 +666,7 @@ def test_a_mixture_on_a_gpu(name: str, quantized: Make) -> None:
     check_mixture(name, folder, run_mixture(folder, "cuda"))
 
 
-@every_family
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @torch.no_grad()
 def test_routing_does_not_change_by_a_bit_when_smoothing_is_folded(family: str, toy: Make, tmp_path: Path) -> None:
     """In float32 and with what is stored in 16 bits."""

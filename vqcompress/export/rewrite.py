@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import Method, PackedTensors
-from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.experts import Experts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import HINT, Artifact, Entry
@@ -80,7 +79,7 @@ def tensors(stream: BlockStream, artifact: Artifact, made: Export) -> Iterator[d
     stored = {name: stream.stored_parts(entry) for name, entry in artifact.entries.items()}
     weights = {name: _weight_name(parts) for name, parts in stored.items()}
     # The marker tensor has the name of a weight.
-    markers = {fused_weight_name(w.removesuffix(".weight"), stream.fused_layout(name)) for name, w in weights.items()}
+    markers = {stream.marker_name(name, weight) for name, weight in weights.items()}
     packed = {name for parts in stored.values() for name in parts.values()} | markers | {HINT}
     yield stream.source.read(name for name in stream.non_block_weights if name not in packed)
     for block in stream.blocks:

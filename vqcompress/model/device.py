@@ -1,4 +1,4 @@
-"""Where a model runs and in which type, and how much memory that took."""
+"""The device and the type that a model runs in, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -50,33 +50,26 @@ def reset_peak_memory() -> None:
     """Restart the measurement of peak memory, where the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def available_bytes() -> int:
-    """Bytes that this process may still take: free memory of the machine, or what its limits leave if that is less."""
+    """Bytes that this process may still take: free memory of the machine, or of its container if that is less."""
     limits = [psutil.virtual_memory().available]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
         # "max" where there is no limit.
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limits.append(soft - psutil.Process().memory_info().vms)
     return min(limits)
 
 
-def check_fits(needed: int, device: torch.device, what: str, instead: str) -> None:
-    """VQCompressError if a device has fewer free bytes than needed. what: needs them. instead: what the user can do."""
+def check_fits(needed: int, device: torch.device, job: str, advice: str) -> None:
+    """VQCompressError naming the job if a device has fewer free bytes than needed. advice: what the user can do."""
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
     if needed > free:
-        raise VQCompressError(
-            f"{what} takes the whole model in memory, about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free;"
-            f" {instead}"
-        )
+        memory = f"the whole model in memory, about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        raise VQCompressError(f"{job} takes {memory}; {advice}")
 
 
 def peak_device_bytes() -> int:

@@ -69,13 +69,6 @@ def candidates(module: nn.Module) -> Iterator[Layout]:
             yield Layout(len(up), first, "down_proj", parameters, transposed, interleaved, True)
 
 
-def fused_weight_name(target: str, layout: Layout | None) -> str:
-    """A target's weight as a process that takes no experts apart knows it. layout: of its mixture, if it is in one."""
-    if layout is None or not layout.fused:
-        return f"{target}.weight"
-    return f"{target.rsplit('.', 2)[0]}.{next(iter(layout.parameters))}"
-
-
 def unfuse_tensors(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layout]]) -> dict[str, Tensor]:
     """Tensors by name with the matrices of experts in place of fused parameters. mixtures: (path on disk, layout)."""
     found = dict(tensors)

@@ -15,7 +15,6 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.initialization import no_init_weights
 
 from vqcompress.model.expert_layout import Layout, candidates
 from vqcompress.model.stacked_experts import Stack, can_stack
@@ -32,13 +32,6 @@ MERGES = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 WIDTH, TOKENS = 16, 32
 
 logger = logging.getLogger(__name__)
-
-
-class _Linear(nn.Linear):
-    """A linear layer that starts empty: to draw random weights for 45,000 of them takes seconds."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing: weights are put in later."""
 
 
 class Experts(nn.Module):
@@ -51,26 +44,29 @@ class Experts(nn.Module):
         super().__init__()
         self.layout, self.first, self.last = layout, layout.first, layout.last
         self.scaled = len(inspect.signature(fused.forward).parameters) == 1
-        cubes = [p for p in fused.parameters() if p.dim() == 3]
-        (rows, inputs), (outputs, inner) = (p.shape[1:][::-1] if layout.transposed else p.shape[1:] for p in cubes)
+        up, down = ((p.mT if layout.transposed else p) for p in fused.parameters() if p.dim() == 3)
+        sizes = dict.fromkeys(layout.first, (up.shape[2], up.shape[1] // len(layout.first)))
+        sizes[layout.last] = (down.shape[2], down.shape[1])
         biased = {matrix for matrices, kind in layout.parameters.values() if kind == "bias" for matrix in matrices}
-        made: dict[str, Any] = {"device": cubes[0].device, "dtype": cubes[0].dtype}
-        for e in range(layout.experts):
-            expert = nn.ModuleDict()
-            for leaf in layout.first:
-                expert[leaf] = _Linear(inputs, rows // len(layout.first), bias=leaf in biased, **made)
-            expert[layout.last] = _Linear(inner, outputs, bias=layout.last in biased, **made)
-            self.add_module(str(e), expert)
-        # Behind a tuple: transformers would initialize its parameters, which are no longer there.
+        # Random weights for the 45,000 matrices of a large mixture would take seconds.
+        with no_init_weights():
+            for e in range(layout.experts):
+                layers = {n: nn.Linear(*size, n in biased, up.device, up.dtype) for n, size in sizes.items()}
+                self.add_module(str(e), nn.ModuleDict(layers))
+        # In a tuple: transformers would initialize its parameters, which are no longer there.
         self._fused = (_with_parameters(fused),)
         self._stacks: dict[str, Stack] = {}
-        self._stacked_for: Any = None
+        self._stacked_for: torch.dtype | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Experts:
-        # So that what moves is not held by the stacks too.
+        # Stacks would keep the tensors that are moved in memory.
         self._stacks, self._stacked_for = {}, None
         super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._stacks, self._stacked_for = {}, None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def leaves(self) -> list[tuple[list[str], str]]:
         """For each expert the paths below this module of the layers that read the input, and of the last."""
@@ -99,7 +95,7 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """What `routing` tells → y, of the shape of x."""
+        """The arguments of `routing` → y, of the shape of x."""
         x_TI, index_TK, weight_TK = self.routing(hidden_states, top_k_index, top_k_weights)
         if stacks := self._stacked(x_TI):
             return self._grouped(x_TI, index_TK, weight_TK, stacks)
@@ -129,11 +125,10 @@ class Experts(nn.Module):
         return y_TKI.masked_fill_((index_TK >= experts)[:, :, None], 0).sum(1).to(x_TI.dtype)
 
     def _stacked(self, x: Tensor) -> dict[str, Stack]:
-        """A stack for every layer, made once for a device and a type; empty if any layer cannot be stacked."""
-        experts = cast(Any, list(self._modules.values()))
-        current = all(stack.is_current(experts[0][leaf], experts[-1][leaf]) for leaf, stack in self._stacks.items())
-        if self._stacked_for != (x.device, x.dtype) or not current:
-            self._stacks, self._stacked_for = {}, (x.device, x.dtype)
+        """A stack for every layer, made once for a type of x; empty if any layer cannot be stacked."""
+        if self._stacked_for != x.dtype:
+            self._stacks, self._stacked_for = {}, x.dtype
+            experts = cast(Any, list(self._modules.values()))
             columns = {leaf: [expert[leaf] for expert in experts] for leaf in (*self.first, self.last)}
             if all(can_stack(layers, x.device) for layers in columns.values()):
                 with torch.inference_mode(False), torch.no_grad():
@@ -160,48 +155,36 @@ def _with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
 def without_merges(model: PreTrainedModel, mapping: list[Any]) -> list[Any]:
     """transformers' conversion mapping for a model, without the merges of matrices that Experts modules hold."""
     leaves = {leaf for m in model.modules() if isinstance(m, Experts) for leaf in (*m.first, m.last)}
-    return [m for m in mapping if not (leaves and isinstance(m, WeightConverter) and leaves & set(_merge(m)[1]))]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why an experts module stays fused."""
-
-    reason: str
-
-
-class _Conversions:
-    """What transformers' conversion mapping says of a model's parameters.
-
-    merges: the end of a fused parameter's name, and the matrices stacked in it. targets: the ends of the names of all
-    parameters that the mapping makes.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        mapping = get_model_conversion_mapping(model)
-        self.merges = [merge for m in mapping if (merge := _merge(m))[1]]
-        self.targets = {t.replace("\\", "").rstrip("$") for m in mapping for t in getattr(m, "target_patterns", ())}
-
-    def matrices(self, parameter: str) -> tuple[str, ...]:
-        """The names of the matrices that are stacked in a parameter; none if it is no such merge."""
-        return next((leaves for end, leaves in self.merges if parameter.endswith(end)), ())
+    return [m for m in mapping if not leaves & set(_merged(m))]
 
 
 def unfuse(model: PreTrainedModel, sources: Mapping[str, int] | None = None) -> str:
     """Replace every fused experts module of a model without memory by Experts; why that is impossible, or "".
 
-    sources: parameter → how many tensors of the checkpoint become it; None without a checkpoint. All modules change or
-    none: a merge of transformers' mapping holds for the whole model.
+    sources: parameter → number of tensors of the checkpoint that become it; None without a checkpoint. All modules
+    change or none: a merge of transformers' mapping holds for the whole model.
     """
-    conversions = _Conversions(model)
+    merges: dict[str, tuple[str, ...]] = {}
+    for conversion in get_model_conversion_mapping(model):
+        for target in conversion.target_patterns:
+            end = target.replace("\\", "").rstrip("$")
+            merges[end] = merges.get(end) or _merged(conversion)
     layouts: dict[str, Layout] = {}
-    proven: dict[tuple[Any, ...], Layout | Refusal] = {}
+    proven: dict[tuple[type, str], bool] = {}
     for name, module in model.named_modules():
         if _is_fused(module):
-            layout = find_layout(name, module, conversions, sources, proven)
-            if isinstance(layout, Refusal):
-                return layout.reason
-            layouts[name] = layout
+            found = find_layouts(name, module, merges, sources)
+            if isinstance(found, str):
+                return found
+            for layout in found:
+                key = (type(module), repr(layout))
+                if key not in proven:
+                    proven[key] = _is_exact(module, layout)
+                if proven[key]:
+                    layouts[name] = layout
+                    break
+            else:
+                return f"{type(module).__name__} does more than gate, up and down"
     for name, layout in layouts.items():
         model.set_submodule(name, Experts(model.get_submodule(name), layout))
     return ""
@@ -214,66 +197,62 @@ def _is_fused(module: nn.Module) -> bool:
     return len(stacks) == 2 and all("." not in n and p.dim() > 1 and len(p) == len(stacks[0]) for n, p in own.items())
 
 
-def find_layout(
-    name: str,
-    module: nn.Module,
-    conversions: _Conversions,
-    sources: Mapping[str, int] | None,
-    proven: dict[tuple[Any, ...], Layout | Refusal],
-) -> Layout | Refusal:
-    """The layout of the fused module `name` that is proven exact. proven: results of modules of the same structure."""
+def find_layouts(
+    name: str, module: nn.Module, merges: Mapping[str, tuple[str, ...]], sources: Mapping[str, int] | None
+) -> list[Layout] | str:
+    """The layouts that the fused module `name` may have, or why it has to stay fused.
+
+    merges: end of a parameter's name → the matrices that transformers merges into it, none if it makes the parameter of
+    other tensors. sources: as for `unfuse`.
+    """
     own = dict(module.named_parameters())
     experts = len(next(iter(own.values())))
-    matrices = {parameter: conversions.matrices(f"{name}.{parameter}") for parameter in own}
-    first, last = list(matrices.values())[:2]
-    if len(own) == 2 and first and len(last) == 1:
-        layouts = [Layout(experts, first, last[0], {p: (leaves, "weight") for p, leaves in matrices.items()})]
-        wanted = {f"{name}.{p}": experts * len(leaves) for p, leaves in matrices.items()}
+    made: dict[str, tuple[str, ...] | None] = {}
+    for p in own:
+        found = [m for end, m in merges.items() if f"{name}.{p}".endswith(end) and end.endswith(p)]
+        made[p] = max(found, default=None)
+    first, last = list(made.values())[:2]
+    if len(own) == 2 and first and last and len(last) == 1:
+        matrices = {p: (leaves or (), "weight") for p, leaves in made.items()}
+        layouts = [Layout(experts, first, last[0], matrices)]
+        wanted = {f"{name}.{p}": experts * len(leaves or ()) for p, leaves in made.items()}
+    elif any(leaves is not None for leaves in made.values()):
+        return "transformers makes them of other tensors than one matrix per expert"
     else:
         layouts = list(candidates(module))
         wanted = dict.fromkeys((f"{name}.{p}" for p in own), 1)
-        made = tuple(target for target in conversions.targets if target.rpartition(".")[2] in own)
-        if any(parameter.endswith(made) for parameter in wanted):
-            return Refusal("transformers makes them of other tensors than one matrix per expert")
-    as_wanted = sources is None or wanted.items() <= sources.items() or _stored_unfused(name, layouts, sources)
-    if layouts and not as_wanted:
-        return Refusal("the checkpoint does not store them one by one")
-    key = (type(module), *((p, *tensor.shape) for p, tensor in own.items()), *matrices.values())
-    if key not in proven:
-        refusal = Refusal(f"{type(module).__name__} does more than gate, up and down")
-        proven[key] = next((layout for layout in layouts if _is_exact(module, layout)), refusal)
-    return proven[key]
+    # An artifact may store single matrices although its checkpoint stores them fused.
+    single = {f"{name}.0.{layout.first[0]}.weight" for layout in layouts}
+    if sources is not None and not wanted.items() <= sources.items() and not single & sources.keys():
+        return "the checkpoint does not store them one by one"
+    return layouts
 
 
-def _stored_unfused(name: str, layouts: list[Layout], stored: Mapping[str, int]) -> bool:
-    """Whether the checkpoint has the matrices one by one although the model's parameters are fused (an artifact)."""
-    return any(layout.fused and f"{name}.0.{layout.first[0]}.weight" in stored for layout in layouts)
-
-
-def _merge(conversion: Any) -> tuple[str, tuple[str, ...]]:
-    """The end of a fused parameter's name and the matrices stacked in it; no matrices if it is not such a merge."""
+def _merged(conversion: Any) -> tuple[str, ...]:
+    """The names of the matrices that a conversion of transformers stacks to one parameter; none if it does not."""
     if not isinstance(conversion, WeightConverter):
-        return "", ()
+        return ()
     operations = [(type(op), getattr(op, "dim", None)) for op in conversion.operations]
-    target = conversion.target_patterns[0].replace("\\", "")
-    parent = target.rpartition(".")[0]
+    parent = conversion.target_patterns[0].replace("\\", "").rpartition(".")[0]
     sources = [re.fullmatch(r"\^?(.*)\.\*\.(\w+)\.weight\$?", s.replace("\\", "")) for s in conversion.source_patterns]
     leaves = tuple(match[2] for match in sources if match and match[1] == parent)
-    return (target, leaves) if operations in MERGES and len(leaves) == len(sources) else ("", ())
+    return leaves if operations in MERGES and len(leaves) == len(sources) else ()
 
 
 @torch.no_grad()
 def _is_exact(fused: nn.Module, layout: Layout) -> bool:
-    """Whether Experts of a layout compute what a fused module does, on random narrow experts and tokens."""
+    """Whether Experts of a layout compute the same as a fused module, on random narrow experts and tokens."""
     draw = torch.Generator().manual_seed(0)
     # The model may be built under another default device.
     with torch.device("cpu"):
-        parameters = _narrow_parameters(layout, draw)
+        parameters = {}
+        for name, (matrices, kind) in layout.parameters.items():
+            rows = len(matrices) * WIDTH
+            shape = (rows,) if kind == "bias" else (WIDTH, rows) if layout.transposed else (rows, WIDTH)
+            parameters[name] = _normal(draw, layout.experts, *shape) / 3
         narrow = _narrowed(fused, layout, parameters)
         ours = Experts(narrow, layout)
-        for name, parameter in parameters.items():
-            for path, part in layout.split(name, parameter):
-                ours.get_parameter(path).data = part
+        ours.load_state_dict(dict(pair for name, p in parameters.items() for pair in layout.split(name, p)))
         inputs = _random_call(ours, draw)
         try:
             same = torch.allclose(ours(*inputs), cast(Any, narrow)(*inputs), rtol=1e-4, atol=1e-5)
@@ -286,16 +265,6 @@ def _is_exact(fused: nn.Module, layout: Layout) -> bool:
 
 def _normal(draw: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=draw, dtype=torch.float32)
-
-
-def _narrow_parameters(layout: Layout, draw: torch.Generator) -> dict[str, Tensor]:
-    """Random fused parameters of a layout, WIDTH wide."""
-    found = {}
-    for name, (matrices, kind) in layout.parameters.items():
-        rows = len(matrices) * WIDTH
-        shape = (rows,) if kind == "bias" else (WIDTH, rows) if layout.transposed else (rows, WIDTH)
-        found[name] = _normal(draw, layout.experts, *shape) / 3
-    return found
 
 
 def _narrowed(fused: nn.Module, layout: Layout, parameters: dict[str, Tensor]) -> nn.Module:

@@ -1,31 +1,28 @@
-"""Which weights of a block read the same input, and what produces it: observed while the block runs, and proven.
+"""The inputs of a block's weights, and the modules that smoothing factors of an input can be folded into.
 
-A fold divides a producer's output by s, so that its consumers may multiply their columns by s. It is accepted only if
-the block's output stays what it was with random factors in place. That is why no architecture needs a table, and why
-an unknown consumer cannot be overlooked. All experts of a mixture read one input, with the router.
-Parameters get new tensors, never new values in place: they may share memory with what was read from disk.
+A fold divides a producer's output by s and multiplies the columns of its consumers by s. It is accepted only if the
+block's output stays the same with random factors in place. That is why no architecture needs a table, and why an
+unknown consumer cannot be overlooked. All experts of a mixture read one input, together with the router.
+Parameters get new tensors, never new values in place: they may share memory with tensors that were read from disk.
 Shape legend: I input channels, R rows of the producer.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vqcompress.model.experts import Experts
+from vqcompress.model.readers import Read, Readers, observe
 from vqcompress.storage.targets import Block
 
 Kind = Literal["norm", "norm_plus_one", "rows"]
 Role = Literal["norm", "attention", "mlp"]
 Run = Callable[[nn.Module], Tensor]
-# Distinguishes a tensor from all others that are alive; a view that keeps the channels counts as the same tensor.
-Storage = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,9 @@ class Producer:
 class Input:
     """An activation that targets read. consumers: names inside the block of all modules that read it. channels: I.
 
-    reader: the module that is called with all of it. mixture: the experts' module, if only the tokens of one expert
-    come by; then those of the others can stand in for them.
-    role: where the input comes from, as the options of smoothing name it. producer: what a fold can go into, or None.
+    reader: the module that is called with all of it. mixture: the experts' module, if this input has only the tokens
+    of one expert; statistics may then be taken from the tokens of all. role: the origin of the input, as the options of
+    smoothing name it. producer: the module that a factor can be folded into, or None.
     """
 
     consumers: tuple[str, ...]
@@ -58,73 +55,8 @@ class Input:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A tensor that entered modules. reader: the first of them. norm: the norm that made it, or None."""
-
-    consumers: tuple[str, ...]
-    channels: int
-    reader: str
-    norm: str | None
-
-
-@dataclass
-class _Observer:
-    """What one run of a block shows. targets: names of its targets. alive: tensors that must keep their addresses.
-
-    readers: by tensor, the modules that were called with it, the first one first. consumers: the same with a mixture
-    replaced by the first layers of its experts. norms: by tensor, the norm that made it. busiest: by mixture, the
-    expert that most tokens went to.
-    """
-
-    targets: list[str]
-    mixtures: Mapping[str, Experts]
-    alive: list[Tensor] = field(default_factory=list)
-    readers: dict[Storage, list[str]] = field(default_factory=dict)
-    consumers: dict[Storage, list[str]] = field(default_factory=dict)
-    norms: dict[Storage, str] = field(default_factory=dict)
-    busiest: dict[str, int] = field(default_factory=dict)
-
-    def hook(self, name: str, module: nn.Module) -> Any:
-        """Observe a module's calls; the handle of the hook, or None if the module tells nothing."""
-        weight = getattr(module, "weight", None)
-        dim = weight.dim() if isinstance(weight, nn.Parameter) else 0
-        if _is_within(name, self.mixtures):
-            return None
-        if name in self.mixtures:
-            return module.register_forward_pre_hook(partial(self._enter_mixture, name))
-        if name in self.targets or dim == 2:
-            return module.register_forward_pre_hook(partial(self._enter, name))
-        return module.register_forward_hook(partial(self._leave_norm, name)) if dim == 1 else None
-
-    def _enter_mixture(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        mixture = self.mixtures[name]
-        self._read(args[0], name, [f"{name}.{leaf}" for leaves, _ in mixture.leaves() for leaf in leaves])
-        index_TK = mixture.routing(*args)[1]
-        self.busiest[name] = int(torch.bincount(index_TK.flatten())[: len(mixture.leaves())].argmax())
-
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # A matrix that is no linear layer may be a router: one more consumer, if the proof agrees.
-        if name in self.targets or (args and _reads_rows(module, args[0])):
-            self._read(args[0], name, [name])
-
-    def _leave_norm(self, name: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        self.alive.append(out)
-        self.norms[_storage(out)] = name
-
-    def _read(self, x: Tensor, reader: str, consumers: list[str]) -> None:
-        self.alive.append(x)
-        self.readers.setdefault(_storage(x), []).append(reader)
-        self.consumers.setdefault(_storage(x), []).extend(consumers)
-
-    def reads(self) -> list[_Read]:
-        """The tensors that targets read, in the order in which they were read."""
-        wanted = {key: names for key, names in self.consumers.items() if not set(names).isdisjoint(self.targets)}
-        return [_Read(tuple(names), key[2], self.readers[key][0], self.norms.get(key)) for key, names in wanted.items()]
-
-
-@dataclass(frozen=True)
 class _Proof:
-    """Tries folds. run: calls the block. reference: its output as it is. enabled: False accepts no fold, untried."""
+    """Tries folds. run: calls the block. reference: its output without a fold. enabled: False accepts none, untried."""
 
     block: nn.Module
     run: Run
@@ -132,15 +64,15 @@ class _Proof:
     enabled: bool
 
     def first(self, candidates: Iterable[Producer], consumers: tuple[str, ...]) -> Producer | None:
-        """The first candidate that a factor of the consumers can be folded into."""
+        """The first candidate that a factor of the consumers can be folded into, or None."""
         return next((c for c in candidates if self.enabled and self.is_exact(c, consumers)), None)
 
     @torch.no_grad()
     def is_exact(self, producer: Producer, consumers: tuple[str, ...]) -> bool:
-        """Whether dividing the producer's output undoes, to 1 %, what multiplying the consumers' columns does.
+        """Whether dividing the producer's output undoes, to 1 %, the effect of multiplying the consumers' columns.
 
         Measured on the block's output with random powers of two, which cost no rounding. An overlooked consumer would
-        see a changed input, and the output would move by as much as that matters.
+        see a changed input, and the output would change.
         """
         touched = [self.block.get_submodule(name) for name in (producer.module, *consumers)]
         saved = [(parameter, parameter.data) for module in touched for parameter in module.parameters(recurse=False)]
@@ -193,83 +125,59 @@ def scale_consumers(block: nn.Module, consumers: tuple[str, ...], s_I: Tensor) -
 
 
 def find_inputs(block: nn.Module, layout: Block, run: Run, prove: bool = True) -> list[Input]:
-    """The inputs of a block's targets in the order in which they are read.
+    """The inputs of a block's targets in the order in which they are read, those of experts' last layers at the end.
 
     run: calls the block on a small batch and returns its output; it is called a few times. The block is left as it was.
     prove: False looks for no producers, whose proofs are most of the runs.
     """
-    targets = [layout.local(target) for target in layout.targets]
-    observed, reference = observe(block, targets, run)
-    proof = _Proof(block, run, reference, prove)
-    reads = merge_reads(observed.reads(), observed.mixtures, proof)
-    return prove_folds(reads, observed, proof) + expert_inputs(observed, proof)
-
-
-def observe(block: nn.Module, targets: list[str], run: Run) -> tuple[_Observer, Tensor]:
-    """What a run of the block shows, and its output."""
-    mixtures = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
-    observer = _Observer(targets, mixtures)
-    handles = [handle for name, module in block.named_modules() if (handle := observer.hook(name, module))]
-    try:
-        return observer, run(block)
-    finally:
-        for handle in handles:
-            handle.remove()
-        observer.alive.clear()
-
-
-def merge_reads(reads: list[_Read], mixtures: Mapping[str, Experts], proof: _Proof) -> list[_Read]:
-    """The reads, with experts that read a multiple of a norm's output joined to the other readers of that norm.
-
-    What a router has multiplied is another tensor than the norm's; that a fold into the norm reaches it is proven.
-    """
-    merged = list(reads)
-    for scaled in reads:
-        if scaled.norm or scaled.reader not in mixtures:
-            continue
-        for k, read in enumerate(merged):
-            together = (*read.consumers, *scaled.consumers)
-            if not read.norm or read.channels != scaled.channels:
-                continue
-            if proof.first(_norm_candidates(read.norm, read.channels), together):
-                merged[k] = replace(read, consumers=together)
-                merged = [other for other in merged if other is not scaled]
-                break
-    return merged
-
-
-def prove_folds(reads: list[_Read], observed: _Observer, proof: _Proof) -> list[Input]:
-    """The inputs that all tokens go through, each with the producer that a fold into is exact."""
+    targets = {layout.local(target) for target in layout.targets}
+    seen = observe(block, lambda: run(block))
+    proof = _Proof(block, run, seen.output, prove)
+    reads = [read for read in seen.reads if targets & set(read.consumers)]
+    _merge_scaled(reads, seen, proof)
     inputs: list[Input] = []
     earlier: list[str] = []
+    inside = tuple(f"{mixture}." for mixture in seen.mixtures)
     for read in reads:
+        candidates = row_candidates(block, earlier, read.channels)
         if read.norm:
             candidates = _norm_candidates(read.norm, read.channels)
-        else:
-            candidates = row_candidates(proof.block, earlier, read.channels)
-        role: Role = "norm" if read.norm else "attention" if _in_attention(proof.block, read.reader) else "mlp"
-        producer = proof.first(candidates, read.consumers)
-        inputs.append(Input(read.consumers, read.channels, read.reader, role, producer))
-        # What feeds an expert's last layer is found by `expert_inputs`.
-        own = [name for name in read.consumers if name in observed.targets]
-        earlier += [name for name in own if not _is_within(name, observed.mixtures)]
-    return inputs
+        role: Role = "norm" if read.norm else "attention" if _in_attention(block, read.reader) else "mlp"
+        consumers = tuple(read.consumers)
+        inputs.append(Input(consumers, read.channels, read.reader, role, proof.first(candidates, consumers)))
+        # Products of single experts are matched to their last layers by `_expert_inputs`.
+        earlier += [path for path in consumers if path in targets and not path.startswith(inside)]
+    return inputs + _expert_inputs(seen, proof)
 
 
-def expert_inputs(observed: _Observer, proof: _Proof) -> list[Input]:
+def _merge_scaled(reads: list[Read], seen: Readers, proof: _Proof) -> None:
+    """Join experts that read a multiple of a norm's output (Llama-4) to the other readers of that norm, in place.
+
+    The multiple is another tensor than the norm's; the proof shows that a fold into the norm reaches it.
+    """
+    for scaled in [read for read in reads if read.reader in seen.mixtures and not read.norm]:
+        for read in [read for read in reads if read.norm and read.channels == scaled.channels]:
+            together = (*read.consumers, *scaled.consumers)
+            if proof.first(_norm_candidates(str(read.norm), read.channels), together):
+                read.consumers = list(together)
+                reads.remove(scaled)
+                break
+
+
+def _expert_inputs(seen: Readers, proof: _Proof) -> list[Input]:
     """The inputs of the last layers of all experts. Folds are proven on the busiest expert of each mixture.
 
     All experts run the same code, so a fold that is exact in one is exact in all.
     """
     inputs = []
-    for name, mixture in observed.mixtures.items():
-        experts = [([f"{name}.{leaf}" for leaf in heads], f"{name}.{last}") for heads, last in mixture.leaves()]
-        heads, last = experts[observed.busiest[name]]
+    for name, mixture in seen.mixtures.items():
+        experts = [([f"{name}.{leaf}" for leaf in first], f"{name}.{last}") for first, last in mixture.leaves()]
+        first, last = experts[seen.busiest[name]]
         channels = int(proof.block.get_submodule(last).get_parameter("weight").shape[1])
-        fold = proof.first(row_candidates(proof.block, heads, channels), (last,))
-        number = heads.index(fold.module) if fold else 0
-        for heads, last in experts:
-            producer = replace(fold, module=heads[number]) if fold else None
+        fold = proof.first(row_candidates(proof.block, first, channels), (last,))
+        number = first.index(fold.module) if fold else 0
+        for first, last in experts:
+            producer = replace(fold, module=first[number]) if fold else None
             inputs.append(Input((last,), channels, last, "mlp", producer, name))
     return inputs
 
@@ -279,19 +187,6 @@ def _in_attention(block: nn.Module, name: str) -> bool:
     parts = name.split(".")
     parents = (block.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
     return any("attention_mask" in inspect.signature(parent.forward).parameters for parent in parents)
-
-
-def _is_within(name: str, modules: Iterable[str]) -> bool:
-    return any(name.startswith(module + ".") for module in modules)
-
-
-def _storage(x: Tensor) -> Storage:
-    return x.data_ptr(), x.numel(), x.shape[-1]
-
-
-def _reads_rows(module: nn.Module, x: object) -> bool:
-    """Whether a module could multiply x by the rows of its weight."""
-    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[-1] == module.get_parameter("weight").shape[-1]
 
 
 def _norm_candidates(path: str, channels: int) -> Iterator[Producer]:

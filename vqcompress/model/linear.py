@@ -1,4 +1,4 @@
-"""The modules that stand in for linear layers in a compressed model."""
+"""The modules that replace linear layers in a compressed model."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from vqcompress.storage.artifact import SMOOTHING, Entry, part_name
 SPARE = 0.8
 
 
-class _Stored(nn.Module):
-    """A module whose buffers are stored parts: they move between devices but never change their type."""
+class _Packed(nn.Module):
+    """A module whose buffers are packed tensors: they move between devices but never change their type."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stored:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         stored = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, part in stored.items():
             moved = self._buffers[name]
-            # `model.to(torch.bfloat16)` means the arithmetic; a rounded scale would be another weight.
+            # `model.to(torch.bfloat16)` is about the arithmetic; a rounded scale would change the weight.
             if part is not None and moved is not None and moved.dtype != part.dtype:
                 self._buffers[name] = part.to(moved.device)
         return self
 
 
-class SharedParts(_Stored):
-    """Packed tensors that several targets of a block read, as buffers under the parts' own names."""
+class SharedParts(_Packed):
+    """Packed tensors that several targets of a block share, as buffers under their own names."""
 
     def __init__(self, entry: Entry):
         super().__init__()
@@ -43,11 +43,11 @@ class SharedParts(_Stored):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
 
 
-class CompressedLinear(_Stored):
-    """y = method.linear(x / smoothing) + bias, from the stored parts.
+class CompressedLinear(_Packed):
+    """y = method.linear(x / smoothing) + bias, from packed tensors.
 
-    The parts are buffers `weight_PART`, as they lie on disk, and stay untouched; what the method's `linear` reads is
-    prepared from them at the first call on a device. packed: on a CPU nothing is, and every call decodes.
+    They are buffers `weight_PART`, as stored, and are never changed. The first call on a device prepares the tensors
+    that the method's `linear` reads, for instance the decoded weight. packed: never decode ahead of a call on a CPU.
     """
 
     def __init__(self, entry: Entry, bias_dtype: torch.dtype, shared: SharedParts | None, packed: bool = False):
@@ -59,19 +59,17 @@ class CompressedLinear(_Stored):
             self.register_buffer(part_name("weight", name), torch.empty(shape, dtype=dtype, device="meta"))
         empty = torch.empty(self.out_features, dtype=bias_dtype, device="meta")
         self.bias = nn.Parameter(empty, requires_grad=False) if entry.target.bias else None
-        # Behind a tuple, so that the block's parts are not listed once more under every layer.
+        # In a tuple, so that torch does not list the block's parts once more under every layer.
         self._shared = (shared,)
         self._prepared: PackedTensors | None = None
         self._prepared_for = bias_dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        # What was prepared is for another device or type.
         self._prepared = None
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # What was prepared is of other weights.
         self._prepared = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -81,29 +79,29 @@ class CompressedLinear(_Stored):
         return self.decoded().to(self._prepared_for)
 
     def keeps_parts(self, device: torch.device) -> bool:
-        """Whether a product on a device reads the stored parts, not a weight that was decoded once."""
+        """Whether products on a device read the packed tensors and not a weight that was decoded once."""
         return self.packed if device.type == "cpu" else self.entry.method.has_kernel(self.entry.target.shape)
 
     def view_part(self, name: str, part: Tensor) -> None:
-        """Let a stored part be this tensor, which holds the same."""
+        """Replace a packed tensor by one of the same values, so that memory holds them once."""
         self._prepared = None
         if (buffer := part_name("weight", name)) in self._buffers:
             self._buffers[buffer] = part
 
     def parts(self) -> PackedTensors:
-        """The stored parts by name, shared ones included."""
+        """The packed tensors by name, shared ones included."""
         own = {name: self.get_buffer(part_name("weight", name)) for name in self.entry.layout()}
         shared = dict(self._shared[0].named_buffers()) if self._shared[0] is not None else {}
         return own | shared
 
     def decoded(self) -> Tensor:
-        """The float32 (O, I) weight that this layer stands for, smoothing undone."""
+        """The decoded weight (O, I) in float32, smoothing undone."""
         return self.entry.decode(self.parts())
 
     def prepare(self, dtype: torch.dtype) -> PackedTensors:
-        """What `linear` will read for inputs of a type, made once."""
+        """The tensors that `linear` reads for inputs of a type, made once."""
         if self._prepared is None or self._prepared_for != dtype:
-            # The first call may be inside of `generate`; what is made there could never meet autograd.
+            # Tensors made in inference mode, as inside of `generate`, could never be used with autograd.
             with torch.inference_mode(False), torch.no_grad():
                 parts = self.parts()
                 smoothing = parts.pop(SMOOTHING, None)
@@ -125,12 +123,12 @@ class CompressedLinear(_Stored):
         return y_TO.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The layer in `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.entry.method!r}"
 
 
 def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
-    """Take the experts of a model apart if entries name any of their matrices."""
+    """Replace fused experts of a model by single layers if entries name any of their matrices."""
     if isinstance(root, PreTrainedModel):
         layers = {name for name, module in root.named_modules() if isinstance(module, nn.Linear)}
         if any(entry.target.name not in layers for entry in entries):
@@ -141,16 +139,14 @@ def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) 
     """Whether layers on a CPU decode at every call: `packed`, or `auto` where the decoded weights would not fit."""
     if cpu_weights not in ("auto", "dense", "packed"):
         raise UsageError(f"--cpu-weights {cpu_weights}: choose auto, dense or packed")
-    # Some methods decode to float32 whatever is computed in.
+    # Some methods decode to float32 even for a model in 16 bits.
     decoded = sum(entry.target.weights for entry in entries) * max(dtype.itemsize, 4)
-    if cpu_weights == "auto" and decoded > SPARE * available_bytes():
-        warnings.warn(
-            f"{decoded:,} bytes of decoded weights do not fit into memory: every call decodes, which is slow",
-            Fallback,
-            stacklevel=2,
-        )
-        return True
-    return cpu_weights == "packed"
+    if cpu_weights != "auto" or decoded <= SPARE * available_bytes():
+        return cpu_weights == "packed"
+    warnings.warn(
+        f"{decoded:,} bytes of decoded weights do not fit: every call decodes, slowly", Fallback, stacklevel=2
+    )
+    return True
 
 
 def replace_linears(
@@ -158,23 +154,21 @@ def replace_linears(
 ) -> None:
     """Replace the linear layers that entries name by CompressedLinear on the meta device, in place.
 
-    root: a model or a block. prefix: what to take off the entries' names to get paths below root, with its dot.
+    root: a model or a block. prefix: of the entries' names, to be removed for paths below root; ends in a dot.
     dtype: of the biases. packed: see CompressedLinear.
-    VQCompressError for an entry that is no linear layer of the model.
+    VQCompressError naming an entry that is no linear layer of the model.
     """
     entries = list(entries)
     unfuse_for(root, entries)
     layers = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
     for entry in entries:
-        layer = layers.get(entry.target.name.removeprefix(prefix))
+        path = entry.target.name.removeprefix(prefix)
+        layer = layers.get(path)
         found = layer and ((layer.out_features, layer.in_features), layer.bias is not None)
         if found != (entry.target.shape, entry.target.bias):
             raise VQCompressError(f"{entry.target} is not a linear layer of the model that config.json describes")
-        shared = None
-        if entry.shared is not None:
-            shared = _shared_module(root, entry.shared.removeprefix(prefix), entry)
-        parent, _, name = entry.target.name.removeprefix(prefix).rpartition(".")
-        setattr(root.get_submodule(parent), name, CompressedLinear(entry, dtype, shared, packed))
+        shared = None if entry.shared is None else _shared_parts(root, entry.shared.removeprefix(prefix), entry)
+        root.set_submodule(path, CompressedLinear(entry, dtype, shared, packed))
 
 
 def decode_layers(model: nn.Module) -> None:
@@ -187,17 +181,13 @@ def decode_layers(model: nn.Module) -> None:
             model.set_submodule(path, plain)
 
 
-def _shared_module(root: nn.Module, path: str, entry: Entry) -> SharedParts:
-    """The SharedParts at `BLOCK.shared_parts.K`, made if the block has none yet."""
-    holder_path, _, key = path.rpartition(".")
-    block_path, _, holder_name = holder_path.rpartition(".")
-    block = root.get_submodule(block_path)
-    if holder_name not in block._modules:
-        block.add_module(holder_name, nn.ModuleDict())
-    holder = block.get_submodule(holder_name)
-    assert isinstance(holder, nn.ModuleDict)
-    if key not in holder:
-        holder[key] = SharedParts(entry)
-    shared = holder[key]
-    assert isinstance(shared, SharedParts)
-    return shared
+def _shared_parts(root: nn.Module, path: str, entry: Entry) -> SharedParts:
+    """The SharedParts at `BLOCK.shared_parts.K`, made for the first entry that asks for it."""
+    block, _, key = f".{path}".rsplit(".", 2)
+    holder: Any = root.get_submodule(block[1:])
+    if not hasattr(holder, "shared_parts"):
+        holder.shared_parts = nn.ModuleDict()
+    if key not in holder.shared_parts:
+        holder.shared_parts[key] = SharedParts(entry)
+    found: SharedParts = holder.shared_parts[key]
+    return found

@@ -22,7 +22,7 @@ class Stack:
     """
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype):
-        self.entry, self.layers = layers[0].entry, list(layers)
+        self.entry = layers[0].entry
         prepared = [layer.prepare(dtype) for layer in layers]
         self.parts: PackedTensors = {}
         for name, first in prepared[0].items():
@@ -38,17 +38,6 @@ class Stack:
             self.bias_EO = torch.stack([layer.bias for layer in layers])
             for layer, bias_O in zip(layers, self.bias_EO, strict=True):
                 layer.bias.data = bias_O
-
-    def is_current(self, first: Any, last: Any) -> bool:
-        """Whether the layers of the first and last expert still are those of the stack and view its tensors."""
-        name = next(iter(self.entry.layout()))
-        return all(
-            layer is stacked and layer.parts()[name].data_ptr() == part.data_ptr()
-            for layer, stacked, part in (
-                (first, self.layers[0], self.parts[name][0]),
-                (last, self.layers[-1], self.parts[name][-1]),
-            )
-        )
 
     def __call__(self, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """The product (S, O). ends_E: where the rows of each expert end; rows behind the last end are undefined."""

@@ -10,13 +10,12 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.base import is_finite
@@ -24,7 +23,7 @@ from vqcompress.model.expert_layout import Layout, UnfusedCheckpoint, unfuse_ten
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.linear import replace_linears, unfuse_for
 from vqcompress.model.targets import blocks_of, find_blocks
-from vqcompress.model.weights import Names, assign, check_parts, finish_loading, load_config, skeleton
+from vqcompress.model.weights import Names, assign, check_headers, finish_loading, load_config, skeleton
 from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.distributed import ALONE, ProcessGroup
@@ -38,49 +37,45 @@ class _Reached(Exception):
     """Ends a forward pass at the last block."""
 
 
-@dataclass(slots=True)
-class _Call:
-    """How a block was last called: hidden states and other arguments. reply: its answer, if not the hidden states."""
+class _Hidden(Tensor):
+    """Hidden states as the output of a block: indexed with 0 they are themselves, as if a tuple held them.
 
-    block: nn.Module
-    is_last: bool
-    hidden: Any = None
-    arguments: Any = None
-    reply: Tensor | None = None
-    returns_tuple: bool = False
+    Some models take the first item of their blocks' outputs, others the outputs as they are.
+    """
+
+    # Results of operations are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
 
 
 class _Recorder(nn.Module):
-    """Stands for a block: records how it is called, and answers with its input or with a given reply."""
+    """Stands for a block: records the hidden states and the other arguments of its last call, and returns the former.
+
+    The recorder of the last block ends the forward pass, unless it has a reply to return.
+    """
+
+    hidden: Any = None
+    arguments: Any = None
+    reply: Tensor | None = None
 
     def __init__(self, block: nn.Module, is_last: bool):
         super().__init__()
         # Not as a submodule: the model's state then names no tensor of a block that is not in memory.
-        self.record = _Call(block, is_last)
+        self.block, self.is_last = (block,), is_last
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["record"].block, name)
+        return getattr(self.__dict__["block"][0], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Record the call; the last block's recorder ends the pass unless it has a reply."""
-        record, answer = self.record, self.record.reply
-        if answer is None:
-            answer, *rest = args or (kwargs.pop("hidden_states"),)
-            record.hidden, record.arguments = answer, (tuple(rest), kwargs)
-            if record.is_last:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The reply, or the hidden states of the call."""
+        if self.reply is None:
+            self.hidden, *rest = args or (kwargs.pop("hidden_states"),)
+            self.arguments = tuple(rest), kwargs
+            if self.is_last:
                 raise _Reached
-        return (answer,) if record.returns_tuple else answer
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _as_float32(value: Any) -> Any:
-    """A copy in float32 that autograd may save, unlike tensors that were made in inference mode."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.float().clone() if value.is_floating_point() else value.clone()
+        return (self.hidden if self.reply is None else self.reply).as_subclass(_Hidden)
 
 
 class BlockStream:
@@ -101,12 +96,11 @@ class BlockStream:
     ):
         self.source, self.group, self.scratch = source, group, scratch
         self.device, self.dtype = device, dtype
-        config = load_config(self.source.path)
+        self.config = load_config(self.source.path)
         if self.source.config.get("tie_word_embeddings") is False:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
-            config.tie_word_embeddings = False
-        self.config = config
-        self.model = skeleton(config, dtype)
+            self.config.tie_word_embeddings = False
+        self.model = skeleton(self.config, dtype)
         self.fused_reason = ""
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
@@ -120,18 +114,26 @@ class BlockStream:
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
-        check_parts(self.model, self.names, self.source.tensors)
         # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
         self.mixtures = {path: (self.names.stored_prefix(path), layout) for path, layout in self._fused_layouts()}
         _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
+        self._check_headers()
         self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
         for i, recorder in enumerate(self._recorders):
             self._layers[i] = recorder
-        self._records = [recorder.record for recorder in self._recorders]
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._knows_output = False
         self._rest_loaded = False
+
+    def _check_headers(self) -> None:
+        """VQCompressError naming a tensor of another shape, or one of a block that is missing."""
+        check_headers(self.model, self.names, self.source.tensors)
+        stored = set(self.names.parameter.values())
+        for block, module in zip(self.blocks, self.skeletons, strict=True):
+            missing = (name for path, _ in module.named_parameters() if (name := f"{block.name}.{path}") not in stored)
+            # Without any tensors the model can still be planned.
+            if stored and (name := next(missing, "")):
+                raise VQCompressError(f"the checkpoint has no tensor for {name}")
 
     def _fused_layouts(self) -> list[tuple[str, Layout]]:
         mixtures = [(path, m.layout) for path, m in self.model.named_modules() if isinstance(m, Experts)]
@@ -154,9 +156,13 @@ class BlockStream:
         inside = {name for block in self.blocks for name in self.names.under(block.name)}
         return [name for name in self.source.tensors if name not in inside]
 
-    def fused_layout(self, target: str) -> Layout | None:
-        """Of the mixture that a target is in, if its experts are fused on disk."""
-        return self.mixtures.get(target.rsplit(".", 2)[0], ("", None))[1]
+    def marker_name(self, target: str, weight: str) -> str:
+        """The name on disk under which programs that do not know the format look for a target's weight.
+
+        weight: the name of the weight itself, which is another one where a plain checkpoint fuses experts.
+        """
+        prefix, layout = self.mixtures.get(target.rsplit(".", 2)[0], ("", None))
+        return f"{prefix}.{next(iter(layout.parameters))}" if layout else weight
 
     def stored_parts(self, entry: Entry) -> dict[str, str]:
         """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
@@ -196,48 +202,16 @@ class BlockStream:
         finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
         return block
 
-    def check_block(self, i: int) -> None:
-        """VQCompressError naming a parameter of block i that is missing on disk, or has another shape there.
-
-        Reads headers only. What several tensors are merged into is not looked at.
-        """
-        merged = set(self.names.parameter.values()) - self.names.tensor.keys()
-        for path, parameter in self.skeletons[i].named_parameters():
-            name = f"{self.blocks[i].name}.{path}"
-            if name in merged:
-                continue
-            if name not in self.names.tensor:
-                raise VQCompressError(f"the checkpoint has no tensor for {name}")
-            stored, asked = self.source.tensors[self.names.tensor[name]].shape, tuple(parameter.shape)
-            if stored != asked:
-                raise VQCompressError(f"{name} has the shape {stored} on disk, the config asks for {asked}")
-
     @torch.inference_mode()
     def embed(self, ids_BL: Tensor) -> Tensor:
-        """The hidden states (B, L, H) that enter the first block; also learns how blocks are called at this shape."""
+        """The hidden states (B, L, H) that enter the first block; also records the calls of blocks for this shape."""
         self.load_non_block_weights()
-        self._record(ids_BL)
-        self._detect_tuple_output(ids_BL)
-        calls = [record.arguments for record in self._records]
-        shape = (ids_BL.shape[0], ids_BL.shape[1])
-        if shape in self._calls:
-            self._compare(self._calls[shape], calls)
-        self._calls[shape] = calls
-        return self._records[0].hidden
-
-    def _record(self, ids_BL: Tensor) -> None:
         with contextlib.suppress(_Reached):
             self.model(ids_BL.to(self.device), use_cache=False)
-
-    def _detect_tuple_output(self, ids_BL: Tensor) -> None:
-        """Find out, once and with weights loaded, whether blocks return tuples; then record the calls anew."""
-        if not self._knows_output:
-            self._knows_output = True
-            if len(self._records) > 1 and self._records[1].hidden.shape != self._records[0].hidden.shape:
-                # The model took the first item of the first block's output.
-                for record in self._records:
-                    record.returns_tuple = True
-                self._record(ids_BL)
+        calls = [recorder.arguments for recorder in self._recorders]
+        self._compare(self._calls.setdefault((ids_BL.shape[0], ids_BL.shape[1]), calls), calls)
+        hidden_BLH: Tensor = self._recorders[0].hidden
+        return hidden_BLH
 
     def _compare(self, earlier: list[Call], calls: list[Call]) -> None:
         for block, a, b in zip(self.blocks, earlier, calls, strict=True):
@@ -250,14 +224,10 @@ class BlockStream:
 
     @torch.inference_mode()
     def run(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
-        """The output (B, L, H) of a block loaded for place i; `embed` must have seen rows of this shape."""
+        """The output (B, L, H) of block i, loaded; `embed` must have seen rows of this shape."""
         args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
-        return _first(block(hidden_BLH, *args, **kwargs))
-
-    def run_float32(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
-        """The same of a block in float32, for gradients."""
-        args, kwargs = tree_map(_as_float32, self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i])
-        return _first(block(_as_float32(hidden_BLH), *args, **kwargs))
+        out = block(hidden_BLH, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def forward(self, block: nn.Module, i: int, states: States) -> None:
         """Replace each batch of hidden states by the block's output, in place."""
@@ -270,11 +240,11 @@ class BlockStream:
     @torch.inference_mode()
     def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """The logits (B, L, V) that follow from the last block's output."""
-        self._records[-1].reply = hidden_BLH
+        self._recorders[-1].reply = hidden_BLH
         try:
             return self.model(ids_BL.to(self.device), use_cache=False).logits
         finally:
-            self._records[-1].reply = None
+            self._recorders[-1].reply = None
 
     def batches(self, rows_NL: Tensor) -> list[Tensor]:
         """Rows cut into batches of about 4,096 tokens; the same whatever the machine, since sums depend on it."""

@@ -1,4 +1,4 @@
-"""Which modules of a model are its blocks, and which linear layers of a block can be compressed."""
+"""The blocks of a model, and the linear layers of a block that can be compressed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
-    """Every nn.Linear of a block, in the order of the module tree, but those that decide about experts.
+    """Every nn.Linear of a block, in the order of the module tree, except routers and gates of experts.
 
     A subclass with a forward of its own does more than multiply.
     """
@@ -40,10 +40,10 @@ def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
 
 
 def routing_modules(block: nn.Module) -> set[str]:
-    """Paths of the modules beside experts that decide about them: routers and gates of shared experts.
+    """Paths of the modules beside experts that route or gate: routers, and gates of shared experts.
 
-    Such a module has a weight with a row for each expert, perhaps with one for none of them, or with a single row. A
-    shared expert may have as many inner channels, but it leads back to as many channels as it reads.
+    Such a module has a weight with one row for each expert, perhaps one more for "no expert", or a single row. A shared
+    expert may have as many inner channels, but it has as many outputs as inputs.
     """
     found = set()
     for path, parent in block.named_modules():
@@ -64,7 +64,7 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _gate_rows(mixture: nn.Module) -> tuple[int, int, int]:
-    """Rows that a gate may have: of E experts, matrices in a parameter, else what it says (DBRX), or its children."""
+    """Rows that a gate may have: 1, E or E + 1, where E is the number of experts of a mixture."""
     said = getattr(mixture, "num_experts", len(list(mixture.children())))
     experts = next((len(p) for p in mixture.parameters() if p.dim() == 3), said)
     return 1, experts, experts + 1

@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,109 +26,75 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from vqcompress.errors import VQCompressError, nearest
+from vqcompress.errors import VQCompressError
 from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
-from vqcompress.storage.checkpoint import TensorInfo, read_json
+from vqcompress.storage.checkpoint import TensorInfo
 from vqcompress.storage.trust import reason, trusted
-
-# Four times what DeepSeek-V3 has where every expert is a module: 58 layers of 256 experts with 3 matrices.
-MAX_PARAMETERS = 200_000
-CAUSAL_ONLY = "only causal language models can be compressed, those that AutoModelForCausalLM loads"
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
-    """The transformers config of a directory; VQCompressError if it is of no causal language model."""
-    stated = read_json(path / "config.json")
-    name = stated.get("model_type") if isinstance(stated, dict) and "auto_map" not in stated else None
-    if isinstance(name, str) and name not in CONFIG_MAPPING:
-        near = nearest(name, CONFIG_MAPPING, 0.7)
-        hint = f"did you mean '{near}'?" if near else "a newer one may: pip install --upgrade transformers"
-        raise VQCompressError(
-            f"{path}: transformers {transformers.__version__} has no model_type '{name[:40]}'; {hint}"
-        )
+    """The transformers config of a directory; VQCompressError unless it belongs to a causal language model."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
-        if not all(isinstance(name, str) for name in config.architectures or []):
-            raise ValueError(f"architectures {str(config.architectures)[:40]} are no names")
+        causal = _is_causal(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
-    if not _is_causal(config):
+    if not causal:
         name = next(iter(config.architectures or []), config.model_type)
-        raise VQCompressError(f"{path}: {name} is {_other_kind(config)}; {CAUSAL_ONLY}")
+        raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads")
     return config
 
 
 def _is_causal(config: transformers.PretrainedConfig) -> bool:
-    """Whether a config is one of a causal language model, or of one with more around it, in transformers' own lists."""
+    """Whether AutoModelForCausalLM loads the checkpoint of a config as the model that it is."""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return True
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         return False
     if "text_config" in type(config).sub_configs:
         return True
-    # A decoder with its own encoder, or with another head or none, shares the type: only the name of the class tells.
-    names = config.architectures or []
-    known = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
-    decodes = getattr(config, "is_decoder", True) and not config.is_encoder_decoder
-    # Without a head a model is whole where the head is the embedding; some of Bloom and GPT-2 are stored so.
-    ends = ("ForCausalLM", "LMHeadModel", *(["Model"] if decodes and config.tie_word_embeddings else []))
-    return any(name == known or name.endswith(ends) for name in names) or not (names or config.is_encoder_decoder)
-
-
-def _other_kind(config: transformers.PretrainedConfig) -> str:
-    """What a model is that is no causal language model, for an error."""
-    text = getattr(config, "text_config", None)
-    if text is not None:
-        known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-        return "a multimodal model" + (
-            f" (save its {text.model_type} part by itself to compress that)" if known else ""
-        )
-    if config.is_encoder_decoder:
-        return "an encoder-decoder"
-    # The class of the type could be built, with a head of random weights.
-    shared = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return f"a {config.model_type} model{' without a head that predicts the next token' if shared else ''}"
+    # Encoders and models with another head share the type, so the name of the class decides. A model that was saved
+    # without a head is complete where the head is the embedding.
+    headless = ["Model"] if config.tie_word_embeddings and getattr(config, "is_decoder", True) else []
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names, ends = config.architectures or [], (known.__name__, "ForCausalLM", "LMHeadModel", *headless)
+    return not names or any(name.endswith(ends) for name in names)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty` takes no memory. Parameters start as such; accelerate moves them only once they are there.
+    """Gives `torch.empty` no memory.
 
-    The experts of one layer of a large mixture are 30 GB, which a laptop that only plans does not have. Buffers are
-    computed, so they stay real. MAX_PARAMETERS ends what would never be done.
+    accelerate moves a parameter to the meta device only once it exists, and the experts of one layer of a large mixture
+    take 30 GB. Buffers are computed, so they stay real.
     """
-
-    made = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
-            self.made += 1
-            if self.made > MAX_PARAMETERS:
-                raise ValueError(f"it has more than {MAX_PARAMETERS:,} parameters")
         return func(*args, **kwargs)
 
 
 def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config in eval mode: parameters on the meta device, buffers (rotary tables …) real."""
-    # A quantization_config would make transformers look for a quantizer; the caller swaps modules itself.
+    # A quantization_config would make transformers look for a quantizer; the caller replaces modules itself.
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
         raise VQCompressError(f"no causal language model can be built from this config: {reason(error)}") from error
-    # On the meta device every parameter was made anew, tied ones too.
+    # Moving to the meta device makes every parameter anew, tied ones too.
     model.tie_weights()
     return model.eval()
 
 
 class Names:
-    """Which parameter of a model each tensor of a checkpoint becomes.
+    """The parameter of a model that each tensor of a checkpoint becomes.
 
-    parameter: checkpoint name → the model's name (of the merged parameter, where several become one).
-    tensor: the model's name → checkpoint name, for those that are stored one to one.
+    parameter: checkpoint name → name in the model (of the merged parameter, where several tensors become one).
+    tensor: name in the model → checkpoint name, for parameters that are stored as one tensor.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_names: Iterable[str]):
@@ -147,11 +113,11 @@ class Names:
                 self.tensor[renamed] = name
 
     def under(self, prefix: str) -> list[str]:
-        """The checkpoint names of what belongs to a module."""
+        """The checkpoint names of a module's tensors."""
         return [name for name, parameter in self.parameter.items() if parameter.startswith(prefix + ".")]
 
     def on_disk(self, name: str) -> str:
-        """The name on disk of a parameter, of a part of a weight, or of a part that a block shares."""
+        """The name on disk of a parameter, of a packed tensor, or of a packed tensor that a block shares."""
         if part := re.fullmatch(r"(.+\.weight)_(\w+)", name):
             return f"{self.tensor[part[1]]}_{part[2]}"
         if shared := re.fullmatch(r"(.+)(\.shared_parts\..+)", name):
@@ -167,48 +133,37 @@ class Names:
         return prefix
 
 
-def check_parts(model: nn.Module, names: Names, tensors: dict[str, TensorInfo]) -> None:
-    """Compare what is stored for compressed layers, by its headers, with what their methods will read.
+def check_headers(model: nn.Module, names: Names, tensors: dict[str, TensorInfo]) -> None:
+    """Compare the headers of stored tensors with what the model, packed layers in place, will read.
 
-    model: with these layers in place and not filled yet. VQCompressError naming a part of another type or shape (a
-    kernel would look up beyond its end), or one that no method asks for (without it the weight is another one).
+    VQCompressError naming a tensor of another shape; or a packed tensor of another type (a kernel would read beyond
+    its end) or that no method reads (without it the weight would be another one).
     """
-    stored = {p: m for p, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
-    seen: dict[str, str] = {}
-    for name, info in tensors.items():
-        path, _, part = names.parameter[name].rpartition(".")
-        # The marker lies under `weight`.
-        if path not in stored or part in ("weight", "bias"):
-            continue
-        layout = stored[path]._buffers.get(part)
-        if layout is None:
+    asked = model.state_dict()
+    packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
+    for name, parameter in names.parameter.items():
+        path, _, part = parameter.rpartition(".")
+        # Under `weight` a packed layer may have the marker for programs that do not know the format.
+        is_packed = path in packed and part not in ("weight", "bias")
+        if is_packed and parameter not in asked:
             raise VQCompressError(f"{name} is stored, but config.json does not say what for")
-        if (info.dtype, info.shape) != (layout.dtype, layout.shape):
-            found, asked = f"{info.dtype} {info.shape}", f"{layout.dtype} {tuple(layout.shape)}"
-            raise VQCompressError(f"{name} is {found}; the method that config.json names stores {asked}")
-        if (other := seen.setdefault(f"{path}.{part}", name)) != name:
-            raise VQCompressError(f"{name} and {other} are both stored; only one of them can be meant")
+        found, wanted = tensors[name], asked.get(parameter)
+        # Tensors that are merged into one parameter have shapes of their own.
+        if wanted is None or parameter not in names.tensor:
+            continue
+        if found.shape != wanted.shape or (is_packed and found.dtype != wanted.dtype):
+            stored = f"{name} is stored as {found.dtype} {found.shape}"
+            raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put tensors, under their checkpoint names, into a model's meta parameters, in the types those have."""
     mapping: Any = without_merges(model, get_model_conversion_mapping(model))
-    load = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype)
-    # transformers shows a bar for every call, and a streaming run makes one call a block.
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, load)
-    finally:
-        if was_on:
-            transformers.utils.logging.enable_progress_bar()
-    if info.mismatched_keys:
-        name, *shapes = sorted(info.mismatched_keys, key=str)[0]
-        raise VQCompressError(
-            f"{name} has the shape {tuple(shapes[0])} on disk, the config asks for {tuple(shapes[1])}"
-        )
-    if info.conversion_errors or info.error_msgs:
-        raise VQCompressError(f"a weight cannot be loaded: {next(iter(info.conversion_errors), info.error_msgs)}")
+    info, _ = convert_and_load_state_dict_in_model(
+        model, tensors, LoadStateDictConfig(weight_mapping=mapping, dtype=dtype)
+    )
+    if failed := [*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs]:
+        raise VQCompressError(f"a weight cannot be loaded: {failed[0]}")
 
 
 def finish_loading(model: PreTrainedModel, module: nn.Module, prefix: str, device: torch.device) -> None:

@@ -19,7 +19,6 @@ from vqcompress.methods import PackedTensors
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.codebook import entry_uses
 from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
-from vqcompress.model.expert_layout import fused_weight_name
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.correction import closing_layer, corrected
@@ -67,7 +66,6 @@ def study(context: BlockContext) -> tuple[dict[str, Tensor], nn.Module, list[Inp
     tensors = stream.source.read(stream.names.under(block.name))
     check_finite(tensors)
     if not context.states:
-        stream.check_block(context.index)
         return tensors, stream.skeletons[context.index], [], {}
     module, probe = stream.load_block(context.index, tensors), context.probe()
     smoothing = any(rule.smoothing for rule in context.rules.values())
@@ -180,8 +178,7 @@ class BlockEncoder:
         del self.tensors[name]
         self.tensors |= {part_name(name, key): part for key, part in packed.items()}
         if entry.target == self.context.plan.targets[0]:
-            layout = self.stream.fused_layout(entry.target.name)
-            self.tensors[fused_weight_name(name.removesuffix(".weight"), layout)] = MARKER
+            self.tensors[self.stream.marker_name(entry.target.name, name)] = MARKER
 
     def _fit_shared(self, shared_path: str) -> None:
         """Fit and store the packed tensors that targets share."""

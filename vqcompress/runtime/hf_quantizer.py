@@ -43,9 +43,8 @@ class VQCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from vqcompress.model.expert_layout import fused_weight_name
         from vqcompress.model.linear import keep_packed, replace_linears
-        from vqcompress.model.weights import Names, check_parts
+        from vqcompress.model.weights import Names, check_headers
 
         self._model = model
         config: Any = self.quantization_config
@@ -53,14 +52,14 @@ class VQCompressQuantizer(HfQuantizer):
         with torch.device("meta"):
             replace_linears(model, "", entries, model.dtype, keep_packed(config.cpu_weights, entries, model.dtype))
         stored = {n: info for file in checkpoint_files or () for n, info in Checkpoint.header(Path(file)).items()}
-        check_parts(model, Names(model, stored), stored)
+        check_headers(model, Names(model, stored), stored)
         if not entries:
             return
         # transformers would report the marker tensor, which is for programs without vqcompress, as unexpected.
         first = entries[0].target.name
-        layout = getattr(dict(model.named_modules()).get(first.rsplit(".", 2)[0]), "layout", None)
-        # The checkpoint's names may have a prefix that the model's lack.
-        markers = {rf"(^|\.){re.escape(name)}$" for name in (HINT, fused_weight_name(first, layout))}
+        names = (HINT, rf"{re.escape(first)}\.weight", rf"{re.escape(first.rsplit('.', 2)[0])}\.\w+")
+        # The checkpoint's names may have a prefix that the model's lack. Of fused experts the third name fits.
+        markers = {rf"(^|\.){name}$" for name in names}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *markers}
 
     def update_weight_conversions(
