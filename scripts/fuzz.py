@@ -58,11 +58,7 @@ NASTY: tuple[Any, ...] = (
     [], {}, [[]], [1, 2, 3], {"a": 1}, ["int8"], [None], "int8", "fp8", "vq", "learned", "trellis",
 )  # fmt: skip
 RULE_LINES = (
-    "&a [*a]", "{match: '*', method: *a}", "{match: 're:(a|a)*$', method: int8}",
-    r"{match: 're:(.*?\.?)+\d\d\d', method: int8}",
-    r"{match: 're:([a-z._0-9]*)*!', method: fp8}", "{match: 're:" + "(" * 200 + "', method: int8}",
-    "{match: 're:" + "(.*)" * 60 + "z', method: int8}", "{match: '" + "*a" * 60 + "', method: int8}",
-    "{match: 're:(?R)', method: int8}", r"{match: 're:(?:a{1000}){1000}', method: int8}", "2001-99-99", "!!int ''",
+    "{match: 're:" + "(" * 200 + "', method: int8}", "{match: 're:(?R)', method: int8}", "2001-99-99", "!!int ''",
     "{match: '*', method: int8, smoothing: {alpha: .nan}}", "{match: '*', method: vq, bits: 1e400}", "9" * 5000,
     "{match: '*', method: vq, damping: .inf}", "{match: '*', method: vq, training_vectors: " + "9" * 400 + "}",
     "!!python/object/apply:os.system ['true']", "!!binary '%%%'", "!!bool maybe", "!!timestamp x", "? ? ? ?", "<<: 3",
@@ -245,13 +241,13 @@ def sealed_shard(draw: random.Random, artifacts: list[Path], truths: Any, into: 
 
 
 def sealed_json(draw: random.Random, artifacts: list[Path], truths: Any, into: Path) -> str:
-    """Values and keys anywhere in a JSON file."""
+    """Values and keys anywhere in a JSON file, in config.json those of ours."""
     source = copied(draw, artifacts, into)
     path = into / draw.choice(["config.json", "config.json", *(n for n in TEXT_FILES if (into / n).exists())])
     before, data = json.loads(path.read_text()), json.loads(path.read_text())
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        inside = data.get("quantization_config") if path.name == "config.json" and draw.random() < 0.7 else None
-        damage_json(draw, inside if inside else data)
+        # The rest of a config.json is for transformers to check.
+        damage_json(draw, data["quantization_config"] if path.name == "config.json" else data)
     text = json.dumps(data)
     if draw.random() < 0.05:
         # A second value of a key; both readers take the last.
@@ -390,7 +386,7 @@ def recipe_text(draw: random.Random, artifacts: list[Path], truths: Any, into: P
             case 1:
                 lines[at] = " " * draw.randrange(4) + lines[at].strip()
             case 2:
-                lines += ["rules:", f"  - {draw.choice(RULE_LINES)}"] if draw.random() < 0.5 else [laughs()]
+                lines += ["rules:", f"  - {draw.choice(RULE_LINES)}"]
             case 3:
                 word = str(draw.choice(NASTY))
                 fields = lines[at].replace("{", "").split(": ")
@@ -424,13 +420,6 @@ def recipe_data(draw: random.Random, text: str) -> Any:
     except (recipes.yaml.YAMLError, UnicodeError, RecursionError):
         return None
     return data
-
-
-def laughs() -> str:
-    """Ten lines that stand for a billion items."""
-    rows = ["l0: &l0 [x,x,x,x,x,x,x,x,x,x]"]
-    rows += [f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
-    return "\n".join([*rows, "description: *l9", "rotation: *l9"])
 
 
 KINDS: list[tuple[str, Callable[..., str]]] = [

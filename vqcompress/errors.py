@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from textwrap import shorten
 
 
 class VQCompressError(Exception):
@@ -18,11 +19,11 @@ class UsageError(VQCompressError):
     """A wrong option or recipe (exit code 2)."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    # The message of a KeyError is only the key.
-    text = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """The message of a library's error as one line of at most 300 characters; its type if it has no message."""
+    # The message of a KeyError is the key alone.
+    message = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return shorten(message.strip() or type(error).__name__, 300, break_on_hyphens=False, placeholder=" …")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

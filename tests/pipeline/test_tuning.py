@@ -128,8 +128,8 @@ def test_same_bytes_whatever_the_threads(toy: Make, text: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("head", "rule", "named"),
     [
-        ("tuning: 3", RULE % "", "'tuning'"),
-        ("tuning: {epochs: 3}", RULE % "", "'epochs'"),
+        ("tuning: 3", RULE % "", "tuning"),
+        ("tuning: {epochs: 3}", RULE % "", "epochs"),
         ("tuning: {distill_rate: -1}", RULE % "", "distill_rate"),
         ("tuning: {distill_epochs: 0}", RULE % "", "distill_epochs"),
         # Nothing of FP8 can be tuned.

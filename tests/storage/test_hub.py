@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -20,10 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 from toys import toy_checkpoint
 
 import vqcompress
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import VQCompressError
 from vqcompress.storage import hub
 from vqcompress.storage.checkpoint import Checkpoint, resolve
-from vqcompress.storage.text import read_text
 from vqcompress.storage.trust import trusted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -68,17 +64,15 @@ def test_a_hub_id_is_found_in_the_cache_and_its_commit_recorded(cached: Path, tm
     out = tmp_path / "out"
     result = call("quantize", "org/toy", "--revision", "v1", "-o", out, *FP8)
     assert result.exit_code == 0, result.stderr
-    assert "--baseline org/toy@v1\n" in result.stdout
     report = json.loads((out / "report.json").read_text())
     assert (report["model"], report["revision"]) == ("org/toy@v1", COMMIT)
     card = (out / "README.md").read_text()
     assert "base_model: org/toy\n" in card
-    assert "--baseline org/toy@v1" in card
-    plan = json.loads(call("plan", "org/toy", "--revision", "v1", *FP8, "--json", "-").stdout)
-    assert plan["model"] == "org/toy@v1"
-    local = call("quantize", cached.parent / "out", "--revision", "v1", "-o", tmp_path / "x", *FP8)
-    assert local.exit_code == 2
-    assert "is a local directory; only a hub id has revisions" in line(local)
+    for told in (result.stdout, card):
+        assert "--baseline org/toy@v1" in told
+    (snapshot / "model.safetensors").unlink()
+    assert "org/toy" in line(call("quantize", "org/toy", "-o", cached / "out", *FP8))
+    assert call("plan", "org/toy", *FP8).exit_code == 0
 
 
 def test_every_command_that_takes_a_model_takes_a_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,8 +88,7 @@ def test_every_command_that_takes_a_model_takes_a_revision(monkeypatch: pytest.M
         ["generate", "--prompt", "x"],
     ):
         result = call(*words, "org/toy", "--revision", "v9")
-        assert result.exit_code == 1
-        assert line(result).endswith("as a hub id: org/toy has no revision 'v9' on the hub"), words
+        assert (result.exit_code, "org/toy@v9" in line(result)) == (1, True), words
         assert (calls[-1]["repo"], calls[-1]["revision"]) == ("org/toy", "v9")
     for words in (["inspect"], ["verify"], ["export", "--format", "dense", "-o", tmp_path / "out"]):
         assert call(*words, "org/toy@v9").exit_code == 1
@@ -104,76 +97,35 @@ def test_every_command_that_takes_a_model_takes_a_revision(monkeypatch: pytest.M
 
 def test_only_the_weights_that_are_read_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = failing(monkeypatch, OSError("no"))
-    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "original/a.safetensors"]
-    files += ["consolidated-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja", "model.bin"]
+    read = ["config.json", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja", "SHA256SUMS"]
+    others = ["consolidated.safetensors", "original/a.safetensors", "consolidated-00001-of-00002.safetensors", "a.bin"]
     with pytest.raises(VQCompressError):
         hub.fetch("org/toy")
     patterns = {key: calls[0][key] for key in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects(files, **patterns)) == [files[0], files[1], files[5]]
+    assert list(filter_repo_objects(read + others, **patterns)) == read
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    "error",
     [
-        (
-            http(errors.GatedRepoError),
-            r"org/toy is gated: accept its terms at https://huggingface.co/org/toy, .*hf auth",
-        ),
-        (http(errors.RepositoryNotFoundError, 401), "the hub has no org/toy, or it is private: .*`hf auth login`"),
-        (http(errors.RevisionNotFoundError, 404), "org/toy has no revision 'main' on the hub"),
-        (http(errors.HfHubHTTPError, 503), r"503 Client Error\.$"),
-        (errors.OfflineModeIsEnabled("off"), "org/toy is not in the cache .*HF_HUB_OFFLINE forbids"),
-        (errors.LocalEntryNotFoundError("nothing"), "org/toy is not in the cache .*HF_HUB_OFFLINE forbids"),
-        (OSError(28, "No space left on device"), "No space left on device"),
+        http(errors.GatedRepoError),
+        http(errors.HfHubHTTPError, 503),
+        errors.LocalEntryNotFoundError("nothing there"),
+        OSError(28, "No space left on device"),
     ],
 )
-def test_the_clients_errors_are_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clients_errors_are_one_line_that_names_the_model(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failing(monkeypatch, error)
     result = call("doctor", "org/toy")
     assert result.exit_code == 1
-    assert re.search(f"^error: no such directory: org/toy, and as a hub id: .*{words}", line(result))
-
-
-def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **settings: Any) -> None:
-        raise TimeoutError
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
-    with pytest.raises(VQCompressError, match="the dataset org/text cannot be read: TimeoutError"):
-        read_text("org/text")
-
-
-def test_a_gated_repository_is_told_when_the_client_looks_into_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client reports a missing cache, with what it was told by the hub as its cause."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    missing = errors.LocalEntryNotFoundError("nothing there")
-    failing(monkeypatch, missing)
-    assert "the hub https://huggingface.co cannot be reached" in line(call("doctor", "org/toy"))
-    missing.__cause__ = http(errors.GatedRepoError)
-    assert "is gated" in line(call("doctor", "org/toy"))
-
-
-def test_a_repository_without_safetensors(cached: Path) -> None:
-    (cached / "snapshots" / COMMIT / "model.safetensors").unlink()
-    result = call("quantize", "org/toy", "-o", cached / "out", *FP8)
-    assert "org/toy has no safetensors weights on the hub" in line(result)
-    assert call("plan", "org/toy", *FP8).exit_code == 0
-
-
-def test_the_nearest_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my-llama").mkdir()
-    with pytest.raises(VQCompressError, match=rf"no such directory: .* \(did you mean {tmp_path}/my-llama\?\)"):
-        resolve(str(tmp_path / "my-lama"))
-    monkeypatch.chdir(tmp_path)
-    for name, near in (("my-lama", "my-llama"), ("dmo", "demo")):
-        with pytest.raises(VQCompressError, match=rf" \(did you mean {near}\?\), and as a hub id: "):
-            resolve(name)
-    with pytest.raises(UsageError, match="demo is a local directory"):
-        resolve("demo@main")
+    assert "org/toy" in line(result)
+    assert str(error).split("\n")[-1].strip() in line(result)
 
 
 class Api:
-    """What an upload calls of the client; `error` is raised by the call of that name."""
+    """Stands for the client in an upload; `error` is raised by the call of that name."""
 
     calls: list[tuple[str, Any]]
     error: tuple[str, Exception] | None = None
@@ -201,7 +153,7 @@ def test_a_finished_artifact_and_its_export_are_uploaded(api: type[Api], toy: An
     out, dense = tmp_path / "out", tmp_path / "dense"
     result = call("quantize", toy(), "-o", out, *FP8, "--push-to-hub", "toy-fp8", "--private")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.endswith("pushed  https://huggingface.co/me/toy-fp8\n")
+    assert "https://huggingface.co/me/toy-fp8" in result.stdout
     assert [name for name, _ in api.calls] == ["whoami", "create_repo", "upload_folder"]
     assert api.calls[1][1] == {"repo": "toy-fp8", "private": True, "exist_ok": True}
     assert (api.calls[2][1]["repo_id"], api.calls[2][1]["folder_path"]) == ("me/toy-fp8", out)
@@ -216,9 +168,7 @@ def test_a_failed_upload_keeps_the_artifact_and_says_how_to_go_on(api: type[Api]
     api.error = ("upload_folder", http(errors.HfHubHTTPError, 500))
     result = call("quantize", toy(), "-o", out, *FP8, "--push-to-hub", "me/toy", "--json", tmp_path / "report.json")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == (
-        f"error: {out} is finished, but not uploaded: 500 Client Error.; to try again: hf upload me/toy '{out}'"
-    )
+    assert f"hf upload me/toy '{out}'" in result.stderr
     assert (tmp_path / "report.json").is_file()
     assert call("verify", out).exit_code == 0
 
@@ -226,11 +176,11 @@ def test_a_failed_upload_keeps_the_artifact_and_says_how_to_go_on(api: type[Api]
 def test_an_upload_that_cannot_be_is_refused_before_the_work(api: type[Api], toy: Any, tmp_path: Path) -> None:
     job = ["quantize", toy(), "-o", tmp_path / "out", *FP8]
     api.error = ("whoami", errors.LocalTokenNotFoundError("Token is required"))
-    result = call(*job, "--push-to-hub", "me/toy")
-    assert (result.exit_code, "`hf auth login`" in line(result)) == (1, True)
-    for words in (["--push-to-hub", "me/to/y"], ["--private"]):
-        result = call(*job, *words)
-        assert (result.exit_code, words[0] in line(result)) == (2, True)
+    for repo in ("me/toy", "me/to/y"):
+        result = call(*job, "--push-to-hub", repo)
+        assert (result.exit_code, repo in line(result)) == (1, True)
+    result = call(*job, "--private")
+    assert (result.exit_code, "--private" in line(result)) == (2, True)
     assert not (tmp_path / "out").exists()
 
 
@@ -253,23 +203,16 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_foreign_code_runs_only_if_asked_for(foreign: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("river stone " * 400)
-    out, options = tmp_path / "out", ["--text", tmp_path / "text.txt", "--seqlen", "16", "--windows", "2"]
-    asked = ["--prompt-tokens", "4", "--new-tokens", "2"]
+    out = tmp_path / "out"
     jobs = [
         ["doctor", foreign],
-        ["plan", foreign, *FP8],
         ["quantize", foreign, "-o", out, *FP8],
-        ["eval", "perplexity", out, *options, "--baseline", foreign],
-        ["eval", "speed", foreign, *asked],
         ["generate", out, "--prompt", "river", "--max-new-tokens", "2"],
         ["verify", out],
-        ["export", out, "--format", "dense", "-o", tmp_path / "dense"],
     ]
     for job in jobs:
         refused = call(*job)
-        assert refused.exit_code == 1, job
-        assert line(refused).endswith("read that, and give --trust-remote-code if you trust it"), job
+        assert (refused.exit_code, "--trust-remote-code" in line(refused)) == (1, True), job
         done = call(*job, "--trust-remote-code")
         assert done.exit_code == 0, (job, done.stderr)
         assert not trusted()

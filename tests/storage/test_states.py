@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,29 +17,22 @@ from vqcompress.storage.hidden_states import StatesOnDisk, keep
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_kept_on_disk_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_states_on_disk_are_a_list(dtype: torch.dtype, tmp_path: Path) -> None:
     states = [torch.randn(2, 3, 8).to(dtype), torch.randn(1, 3, 8).to(dtype)]
     kept = keep(states, tmp_path)
-    assert len(kept) == 2
     assert all(torch.equal(a, b) for a, b in zip(kept, states, strict=True))
     earlier = kept[1]
     kept[1] = states[1] + 1
     assert torch.equal(earlier, states[1])
     assert torch.equal(kept[1], states[1] + 1)
     assert torch.equal(kept[0], states[0])
+    with pytest.raises(ValueError, match="item 0"):
+        kept[0] = states[1]
     # A file without a name: nothing is left behind, however the process ends.
     assert not list(tmp_path.iterdir())
     kept.clear()
     assert not kept
     assert keep(states, None) == states
-
-
-def test_what_does_not_fit_its_place_is_refused(tmp_path: Path) -> None:
-    kept = keep([torch.zeros(1, 2, 4)], tmp_path)
-    with pytest.raises(ValueError, match="item 0"):
-        kept[0] = torch.zeros(1, 2, 5)
-    with pytest.raises(IndexError):
-        kept[1]
 
 
 def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
@@ -49,17 +43,12 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
             states.append(torch.zeros(1, 2, 4))
 
 
-# With a second stream, of the dense model, that the last layer of a block is corrected by.
-TUNED = "rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8}]\ntuning: {distill_epochs: 1}\n"
-
-
-@pytest.mark.parametrize("recipe", ["mixed", TUNED], ids=["mixed", "tuned"])
 def test_states_on_disk_make_the_same_artifact(
-    recipe: str, toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path, tmp_path: Path
+    toy: Callable[..., Path], recipe_file: Callable[[str], str], text: Path, tmp_path: Path
 ) -> None:
+    """With a second stream, of the dense model, that the last layer of a block is corrected by."""
+    recipe = recipe_file("rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8}]")
     for states in ("memory", "disk"):
-        out = tmp_path / states
-        quantize(
-            QuantizeOptions(str(toy()), out, recipe_file(recipe), [str(text)], samples=4, seqlen=32, states=states)
-        )
+        options = QuantizeOptions(str(toy()), tmp_path / states, recipe, [str(text)], samples=4, seqlen=32)
+        quantize(replace(options, states=states))
     assert contents(tmp_path / "disk") == contents(tmp_path / "memory")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from vqcompress.errors import VQCompressError, first_line
+from vqcompress.errors import VQCompressError, one_line
 from vqcompress.model.coverage import dense_weights
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.model.stream import BlockStream
@@ -49,7 +49,7 @@ def examine(model: str) -> dict[str, Any]:
             same = difference <= 1e-4 * largest
             detail = f"largest difference of logits {difference:.1e} of {largest:.1e}, {len(stream.blocks)} toy blocks"
         except Exception as error:  # the code of an architecture that is not supported may raise anything
-            same, detail = False, first_line(error)
+            same, detail = False, one_line(error)
     covered = sum(target.weights for block in real.blocks for target in block.targets)
     matrices = sum(p.numel() for layer in real.skeletons for p in layer.parameters() if p.dim() > 1)
     coverage = covered / max(matrices, 1)
@@ -84,7 +84,7 @@ def toy_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedM
             _shrink(small.get_text_config(), widths)
             toy = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
         except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
-            reason = first_line(error)
+            reason = one_line(error)
             continue
         for parameter in toy.parameters():
             # Norms of one and biases of zero would hide a wrong fold.

@@ -10,13 +10,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from vqcompress.errors import UsageError, VQCompressError, first_line
+from vqcompress.errors import UsageError, VQCompressError, one_line
 from vqcompress.evaluate.read_report import read_report
 from vqcompress.evaluate.report_html import render, report_page
 from vqcompress.evaluate.wording import names_of, protocol_line
 from vqcompress.storage.artifact import SUMS, Artifact, read_sums
 from vqcompress.storage.checkpoint import sha256
-from vqcompress.storage.writer import Shards, refresh_sums, undisturbed
+from vqcompress.storage.writer import Shards, refresh_sums
 
 # A new evaluation replaces an earlier one that agrees in all of these.
 PROTOCOL = ("text", "tokens_sha256", "windows", "seqlen", "stride", "bos", "kv_cache", "device")
@@ -65,7 +65,6 @@ def check_writable(model: str) -> None:
         raise UsageError(f"--report: {model} is not the directory of an artifact with a report.json")
 
 
-@undisturbed()
 def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
     """Add a result of `eval perplexity` to the report of an artifact's directory; returns the files rewritten.
 
@@ -83,7 +82,7 @@ def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
             kept[key] = kept.get(key, {}) | found
             files = documents(report | {"evaluations": list(kept.values())}, path.name)
         except (KeyError, TypeError, AttributeError) as error:
-            raise VQCompressError(f"{path / 'report.json'} is damaged: {first_line(error)}") from error
+            raise VQCompressError(f"{path / 'report.json'} is damaged: {one_line(error)}") from error
         card, sums = path / "README.md", read_sums(path) if (path / SUMS).exists() else {}
         if card.exists() and sha256(card) != sums.get(card.name):
             del files[card.name]

@@ -158,14 +158,14 @@ def score(
     chosen = choose_device(device)
     names = [*models, *([baseline] if baseline is not None else [])]
     sources = [open_model(name) for name in names]
-    seqlen = cut.get("seqlen") or sources[0].default_seqlen
+    seqlen = sources[0].row_length(cut.get("seqlen"))
     stride = cut.get("stride") or seqlen
     tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     _check_comparable(names, tokenizers, streams, content)
     windows_NL = windows(tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"))
     for source in sources:
-        source.check_length(seqlen)
+        source.row_length(seqlen)
     # A model with a coded cache is not streamed, so its blocks are no steps.
     blocks = sum(len(stream.blocks) for stream in (streams[1:] if kv_cache else streams))
     total, done = blocks + len(models) * len(windows_NL), itertools.count(1)

@@ -14,7 +14,7 @@ from vqcompress.export import aqlm, compressed_tensors, dense, fp8
 from vqcompress.export.rewrite import tensors
 from vqcompress.export.verify import compare
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.artifact import Artifact
+from vqcompress.storage.artifact import SHARD, Artifact
 from vqcompress.storage.checkpoint import INDEX, read_json, resolve
 from vqcompress.storage.writer import Shards, clear
 
@@ -43,9 +43,9 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
     shards.write(INDEX, json.dumps({"metadata": metadata}).encode())
     weight_map: dict[str, str] = {}
-    size = 0
+    size, count = 0, len(stream.blocks) + 1
     for number, shard in enumerate(tensors(stream, source, made), 1):
-        weight_map |= dict.fromkeys(shard, shards.write_shard(number, len(stream.blocks) + 1, shard)["file"])
+        weight_map |= dict.fromkeys(shard, shards.write_shard(SHARD.format(number, count), shard)["file"])
         size += sum(t.nbytes for t in shard.values())
     for path in companions:
         shards.write(path.name, path.read_bytes())
@@ -56,7 +56,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     if made.quantization_config:
         config["quantization_config"] = made.quantization_config
     shards.write("config.json", json.dumps(config, indent=2).encode())
-    result: dict[str, Any] = {"format": format, "files": len(stream.blocks) + 1, "bytes": size}
+    result: dict[str, Any] = {"format": format, "files": count, "bytes": size}
     result["left_dense"] = made.left_dense
     result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.for_vllm else reader.line(out)
     if verify:

@@ -64,7 +64,7 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader) ->
 
     The artifact rounds its activations only if the reader does. The tokens are random, so that every model has some.
     """
-    vocabulary, length = stream.model.config.get_text_config().vocab_size, min(TOKENS, source.context or TOKENS)
+    vocabulary, length = stream.model.config.get_text_config().vocab_size, min(TOKENS, source.row_length(None))
     ids_BL = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     states = [stream.embed(ids_BL)]
     for i in range(len(stream.blocks)):

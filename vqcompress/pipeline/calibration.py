@@ -20,8 +20,7 @@ PROBE_TOKENS = 64
 
 def calibration(source: Checkpoint, options: QuantizeOptions) -> Tensor:
     """The calibration rows (N, L) for a checkpoint; L is 2,048 or the model's context if that is shorter."""
-    texts, length = list(options.texts or []), options.seqlen or source.default_seqlen
-    source.check_length(length)
+    texts, length = list(options.texts or []), source.row_length(options.seqlen)
     tokenizer = load_tokenizer(source.path)
     return calibration_rows(texts, lambda text: tokenize(tokenizer, text), options.samples, length, options.seed)
 

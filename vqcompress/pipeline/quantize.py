@@ -38,11 +38,9 @@ from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
 from vqcompress.storage.text import DEFAULT_SAMPLES, fingerprint
-from vqcompress.storage.writer import Writer
+from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"
-# Number and count of a shard, its tensors, its journal record.
-Shard = tuple[int, int, PackedTensors, dict[str, Any]]
 
 
 def quantize(options: QuantizeOptions, progress: Progress = silent, began: float | None = None) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The sizes and memory of a run from a config alone, as JSON: see `estimate`. Writes and measures nothing."""
     stream, plans = _open(options, weights=False)
     rows = (options.samples or DEFAULT_SAMPLES) if plans[0].reads_text else 0
-    facts = estimate(plans, stream, rows, options.seqlen or stream.source.default_seqlen, options.states)
+    facts = estimate(plans, stream, rows, stream.source.row_length(options.seqlen), options.states)
     return {"model": options.model, "seed": options.seed, **facts}
 
 
@@ -157,7 +155,7 @@ class Run:
         if not done_before:
             self.progress("block", event)
             # Without a variable for the shard, it is freed before the next block is encoded.
-            self.writer.commit_all(dict(islice(self.shards, 1)))
+            self.writer.commit(dict(islice(self.shards, 1)))
         elif self.reference and not is_last:
             stream.forward(stream.load_block(index), index, self.reference)
         record = self.writer.done[block.name]
@@ -182,7 +180,8 @@ class Run:
         student = self._stored_model(torch.float32)
         teacher = load(self.options.model, stream.device.type).float()
         after = partial(self._after, "distilling, step")
-        self.writer.stage(distill(student, teacher, stream, self.entries, self.rows, tuning, self.options.seed, after))
+        changed = distill(student, teacher, stream, self.entries, self.rows, tuning, self.options.seed, after)
+        self.writer.commit({STAGED: (artifact.STAGED_FILE, changed, {"targets": []})})
 
     def calibrate_cache(self) -> Books | None:
         """The codebooks of a cache, learned by all processes from the stored model; None if the recipe has none."""
@@ -221,7 +220,7 @@ class Run:
         with ThreadPoolExecutor(1) as pool:
             digest = pool.submit(self._digest, name)
             tensors, facts = compress_block(context, self.progress)
-        return name, (index + 2, len(self.plan.blocks) + 1, tensors, {**facts, "source": digest.result()})
+        return name, (self._file(index + 2), tensors, {**facts, "source": digest.result()})
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
@@ -230,7 +229,12 @@ class Run:
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}
-        self.writer.commit(NON_BLOCK, 1, len(self.plan.blocks) + 1, tensors, record)
+        self.writer.commit({NON_BLOCK: (self._file(1), tensors, record)})
+
+    def _file(self, number: int) -> str:
+        """The name of a shard, or of its draft if distillation will change it."""
+        file = artifact.SHARD.format(number, len(self.plan.blocks) + 1)
+        return file if self.plan.recipe.tuning is None or self.rows is None else artifact.DRAFT + file
 
     def _stored_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The compressed model as it is stored."""

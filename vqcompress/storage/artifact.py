@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from vqcompress import methods
-from vqcompress.errors import VQCompressError, first_line
+from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
-from vqcompress.storage.checkpoint import COMPANIONS, INDEX, Checkpoint, read_json, resolve, sha256
+from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, resolve, sha256
 from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
 
@@ -46,13 +46,14 @@ RECIPE = "recipe.yaml"
 # What a run says of itself, to people and machines; whoever rewrites one calls `writer.refresh_sums`.
 REPORTS = ("report.json", "report.html", "README.md")
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
+# Begins the name of a shard that distillation will change, until the new values are in it.
+DRAFT = "draft-"
 SMOOTHING = "smoothing"
-STAGED = "(staged)"
+# The record in the journal, and the file, of the tensors that distillation has changed.
+STAGED, STAGED_FILE = "(staged)", "staged.safetensors"
 KV_CACHE = "kv_cache.safetensors"
 # Files of tensors, whole or half; the last is what safetensors writes before it gives a file its name.
-OURS = re.compile(r"(model-\d{5}-of-\d{5}|kv_cache)\.safetensors(\.partial)?|\.tmp\w{6}")
-# What a loader of models or tokenizers may read beside `COMPANIONS`; other files of a user are no concern of ours.
-READ = re.compile(r"[^.].*\.(safetensors|json|py|jinja|model)|additional_chat_templates")
+OURS = re.compile(r"((draft-)?model-\d{5}-of-\d{5}|kv_cache|staged)\.safetensors(\.partial)?|\.tmp\w{6}")
 HOW_TO_LOAD = "import vqcompress first; then AutoModelForCausalLM.from_pretrained, or vqcompress.load"
 # Stands in the list of unexpected tensors that transformers then prints.
 HINT = "import_vqcompress_before_loading_this_model"
@@ -114,68 +115,56 @@ def quantization_config(entries: list[Entry], version: str) -> dict[str, Any]:
     }
 
 
+class _StoredTarget(BaseModel):
+    """A target as `quantization_config` describes it."""
+
+    method: NonNegativeInt
+    shape: tuple[PositiveInt, PositiveInt]
+    bias: bool
+    smoothed: bool
+    shared: str | None
+
+
 def parse_entries(config: dict[str, Any], where: str) -> list[Entry]:
-    """The entries of a `quantization_config`; VQCompressError naming what is wrong."""
-    if config.get("quant_method") != QUANT_METHOD:
-        raise VQCompressError(f"{where} is no vqcompress artifact (quant_method: {config.get('quant_method')!r})")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise VQCompressError(
-            f"{where} has format version {config.get('format_version')!r}; this vqcompress reads {FORMAT_VERSION}"
-        )
+    """The entries of a `quantization_config`; VQCompressError naming `where` and what is wrong."""
+    if (config.get("quant_method"), config.get("format_version")) != (QUANT_METHOD, FORMAT_VERSION):
+        found = f"quant_method {config.get('quant_method')!r}, format_version {config.get('format_version')!r}"
+        raise VQCompressError(f"{where} is no vqcompress artifact of format version {FORMAT_VERSION} ({found})")
     try:
-        settings = [methods.from_description(d) for d in config["methods"]]
-        entries = [_entry(name, stored, settings) for name, stored in config["targets"].items()]
-        if not entries and not config.get("kv_cache"):
-            raise ValueError("it names no target")
+        settings = [methods.from_description(description) for description in config["methods"]]
+        entries = []
+        for name, described in config["targets"].items():
+            stored = _StoredTarget.model_validate(described)
+            target = Target(name, stored.shape, stored.bias)
+            entries.append(Entry(target, settings[stored.method], stored.smoothed, stored.shared))
         sharing: dict[str, Method] = {}
         for entry in entries:
-            # Codes of one method would be looked up in the codebook of another.
+            # Codes of one method would be looked up in the codebook of another, maybe beyond its end.
             if entry.shared and sharing.setdefault(entry.shared, entry.method) != entry.method:
                 raise ValueError(f"{entry.target.name}: another method shares the parts at {entry.shared!r}")
         return entries
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise VQCompressError(f"the quantization_config of {where} is damaged: {first_line(error)}") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise VQCompressError(f"the quantization_config of {where} is damaged: {one_line(error)}") from error
 
 
-def _entry(name: str, stored: dict[str, Any], settings: list[Method]) -> Entry:
-    """The entry of a target; KeyError, TypeError or ValueError if its JSON is not what `quantization_config` writes."""
-    number, shared = stored["method"], stored["shared"]
-    if type(number) is not int or not 0 <= number < len(settings):
-        raise ValueError(f"{name}: method {number!r} is not one of the {len(settings)}")
-    if (shared is None) == bool(settings[number].shared_layout()):
-        raise ValueError(f"{name}: shared is {shared!r}, which {settings[number].name} does not store")
-    if shared is not None:
-        block = re.fullmatch(r"(.+)\.shared_parts\.\d+", shared)
-        if not block or not name.startswith(block[1] + "."):
-            raise ValueError(f"{name}: shared parts at {shared!r} do not belong to its block")
-    if not all(type(stored[key]) is bool for key in ("bias", "smoothed")):
-        raise ValueError(f"{name}: bias and smoothed are not true or false")
-    return Entry(Target(name, _shape(stored["shape"]), stored["bias"]), settings[number], stored["smoothed"], shared)
+class StoredCache(KVCacheConfig):
+    """How an artifact keeps keys and values. before: per layer, whether keys were learned without rotary embedding."""
 
-
-def _shape(value: object) -> tuple[int, int]:
-    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**31 for n in value)):
-        raise ValueError(f"shape {value!r} is not two positive numbers")
-    return value[0], value[1]
+    before: list[bool] | None = None
 
 
 def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """How an artifact keeps keys and values, by its config.json: options and `before`; VQCompressError if damaged."""
-    outer = config.get("quantization_config")
-    stored = outer.get("kv_cache") if isinstance(outer, dict) else None
+    """How an artifact keeps keys and values, by its config.json: the fields of StoredCache; None if it does not say."""
+    stored = config.get("quantization_config", {}).get("kv_cache")
     if stored is None:
         return None
     try:
-        before = stored.get("before")
-        options = KVCacheConfig(**{key: value for key, value in stored.items() if key != "before"})
-        # Of learned codebooks only, which mean nothing without it.
-        layers = before if isinstance(before, list) and options.codebook == "learned" else [before]
-        if not all(type(layer) is (bool if options.codebook == "learned" else type(None)) for layer in layers):
-            raise ValueError(f"before is {str(before)[:40]}")
-    except (TypeError, AttributeError, ValueError) as error:
-        why = methods.explain("cache", stored, error) if isinstance(error, ValidationError) else first_line(error)
-        raise VQCompressError(f"the kv_cache of {where} is damaged: {why}") from error
-    return options.model_dump(mode="json") | ({} if before is None else {"before": before})
+        settings = StoredCache.model_validate(stored)
+        if (settings.codebook == "learned") != (settings.before is not None):
+            raise ValueError("'before' goes with learned codebooks")
+    except ValueError as error:
+        raise VQCompressError(f"the kv_cache of {where} is damaged: {one_line(error)}") from error
+    return settings.model_dump(mode="json", exclude_none=True)
 
 
 def stored_bits(entries: Iterable[Entry]) -> dict[str, float]:
@@ -198,13 +187,10 @@ def checksum_lines(sums: dict[str, str]) -> str:
 
 def read_sums(path: Path) -> dict[str, str]:
     """File name → digest of a directory's SHA256SUMS; VQCompressError unless it is as `checksum_lines` writes it."""
-    try:
-        text = (path / SUMS).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VQCompressError(f"{path / SUMS} is missing or damaged") from error
+    text = (path / SUMS).read_bytes().decode(errors="replace") if (path / SUMS).is_file() else ""
     listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})\n", text)}
-    if text != checksum_lines(listed):
-        raise VQCompressError(f"{path / SUMS} is damaged")
+    if not listed or text != checksum_lines(listed):
+        raise VQCompressError(f"{path / SUMS} is missing or damaged")
     return listed
 
 
@@ -236,30 +222,21 @@ class Artifact(Checkpoint):
         return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
 
     def check_files(self, reports: bool = False) -> bool:
-        """Compare files with SHA256SUMS; VQCompressError naming the first that differs or is missing.
+        """Compare files with SHA256SUMS; VQCompressError naming the first that differs, is missing or is not listed.
 
-        reports: also those that only people read, and a file that a loader may read but that is not listed is named.
-        Returns whether there are checksums: what transformers' `save_pretrained` wrote has neither them nor a report,
-        and nothing to compare with.
+        reports: also those that only people read. Returns whether there are checksums: an artifact that transformers'
+        `save_pretrained` wrote has neither them nor a report.
         """
-        if not any((self.path / name).exists() for name in (SUMS, "report.json", "report.html")):
+        if not any((self.path / name).exists() for name in (SUMS, "report.json")):
             return False
         listed = read_sums(self.path)
-        for name, digest in listed.items():
-            if name in REPORTS and not reports:
-                continue
-            if not (self.path / name).is_file():
-                raise VQCompressError(f"{self.path / name} is missing")
-            if sha256(self.path / name) != digest:
-                raise VQCompressError(f"{self.path / name} is damaged: its SHA-256 is not the one in {SUMS}")
         needed = {"config.json", INDEX, *(info.file for info in self.tensors.values())}
-        if self.cache and self.cache["codebook"] == "learned":
-            needed.add(KV_CACHE)
-        if reports:
-            read = {p.name for p in self.path.iterdir() if READ.fullmatch(p.name) or COMPANIONS.fullmatch(p.name)}
-            needed |= read | {name for name in (*REPORTS, RECIPE) if (self.path / name).exists()}
         if missing := sorted(needed - listed.keys()):
-            raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}; if it is yours, move it elsewhere")
+            raise VQCompressError(f"{self.path / SUMS} does not list {missing[0]}")
+        for name, digest in listed.items():
+            file = self.path / name
+            if (reports or name not in REPORTS) and not (file.is_file() and sha256(file) == digest):
+                raise VQCompressError(f"{file} is missing or damaged: its SHA-256 is not the one in {SUMS}")
         return True
 
 

@@ -91,13 +91,8 @@ def process_group(device: torch.device) -> ProcessGroup:
         except Exception as error:  # a port in use, a peer that never came, a missing backend
             raise VQCompressError(f"the {size} processes of this run cannot connect: {error}") from error
         # Threads of open connections would make the interpreter exit with an error.
-        atexit.register(_destroy)
+        atexit.register(dist.destroy_process_group)
     return ProcessGroup(dist.get_rank(), size)
-
-
-def _destroy() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def reduce_statistics(group: ProcessGroup, accumulator: Accumulator) -> None:

@@ -6,9 +6,8 @@ Shape legend: B rows, L tokens of a row, H hidden channels.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ from torch import Tensor
 
 from vqcompress.errors import VQCompressError
 
-# A list, or a `StatesOnDisk`.
-States = MutableSequence[Tensor]
-
 
 def keep(states: Iterable[Tensor], folder: Path | None) -> States:
     """The hidden states (B, L, H) by batch: a list or, with a folder, a file on its disk."""
     return list(states) if folder is None else StatesOnDisk(states, folder)
 
 
-class StatesOnDisk(MutableSequence[Tensor]):
+class StatesOnDisk(Sequence[Tensor]):
     """Tensors of one dtype in a file without a name, which disappears with the process however that ends.
 
     Reading copies; an item is replaced by a tensor of the same shape. Plain reads and writes, since the pages of a
@@ -36,40 +32,35 @@ class StatesOnDisk(MutableSequence[Tensor]):
     def __init__(self, states: Iterable[Tensor], folder: Path):
         self.folder = folder
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as this object)
-        self._shapes: list[torch.Size] = []
-        self._starts = [0]
+        # Of each item: where it begins in the file, its shape, type and device.
+        self._items: list[tuple[int, torch.Size, torch.dtype, torch.device]] = []
         for state in states:
             self.append(state)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._items)
 
     def __getitem__(self, k: Any) -> Any:
-        data = bytearray(self._shapes[k].numel() * self._dtype.itemsize)
-        self._file.seek(self._starts[k])
+        start, shape, dtype, device = self._items[k]
+        data = bytearray(shape.numel() * dtype.itemsize)
+        self._file.seek(start)
         self._file.readinto(data)
-        return torch.frombuffer(data, dtype=self._dtype).view(self._shapes[k]).to(self._device)
+        return torch.frombuffer(data, dtype=dtype).view(shape).to(device)
 
-    def __setitem__(self, k: Any, state: Any) -> None:
-        if state.shape != self._shapes[k] or state.dtype != self._dtype:
-            raise ValueError(f"item {k} holds {tuple(self._shapes[k])} {self._dtype}, not {tuple(state.shape)}")
-        self._write(state, self._starts[k])
+    def __setitem__(self, k: int, state: Tensor) -> None:
+        if (state.shape, state.dtype) != self._items[k][1:3]:
+            raise ValueError(f"item {k} holds {self._items[k][1:3]}, not {state.shape} {state.dtype}")
+        self._write(state, self._items[k][0])
 
-    def insert(self, index: int, value: Tensor) -> None:
-        """Append a tensor; other indices raise ValueError."""
-        if index != len(self):
-            raise ValueError("states on disk only grow at their end")
-        self._dtype, self._device = value.dtype, value.device
-        self._write(value, self._starts[index])
-        self._shapes.append(value.shape)
-        self._starts.append(self._starts[index] + value.nbytes)
-
-    def __delitem__(self, k: Any) -> None:
-        raise TypeError("states on disk are dropped all at once")
+    def append(self, state: Tensor) -> None:
+        """Add a tensor at the end."""
+        start = self._file.seek(0, 2)
+        self._write(state, start)
+        self._items.append((start, state.shape, state.dtype, state.device))
 
     def clear(self) -> None:
         """Drop all of them."""
-        self._shapes, self._starts = [], [0]
+        self._items.clear()
         self._file.truncate(0)
 
     def _write(self, state: Tensor, start: int) -> None:
@@ -80,6 +71,8 @@ class StatesOnDisk(MutableSequence[Tensor]):
             self._file.flush()
         except OSError as error:
             raise VQCompressError(
-                f"cannot keep the hidden states in {self.folder}: {error.strerror}; a batch needs {state.nbytes} bytes"
-                f" and {shutil.disk_usage(self.folder).free} are free; make room or give --states memory"
+                f"cannot keep the hidden states in {self.folder}: {error}; make room or give --states memory"
             ) from error
+
+
+States = list[Tensor] | StatesOnDisk

@@ -7,25 +7,19 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import regex
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from vqcompress import methods
-from vqcompress.errors import UsageError, did_you_mean, nearest
+from vqcompress.errors import UsageError, nearest
 from vqcompress.methods import Method
 from vqcompress.methods.smoothing import Smoothing
 from vqcompress.storage.recipe_files import packaged, recipe_file
 from vqcompress.storage.targets import Block, kind
 
-# A choice written down for 70,000 weights is a third of this.
-MAX_BYTES = 16 * 2**20
-# Of matching one name: a regular expression may take longer than anybody lives.
-MATCH_SECONDS = 1.0
 KEEP = methods.make("keep", {})
-NAMES = {"match", "method"}
 
 
 class Tuning(BaseModel):
@@ -88,6 +82,11 @@ class Rule:
     method: Method
     smoothing: Smoothing | None = None
 
+    def __post_init__(self) -> None:
+        if self.smoothing and self.method.dense:
+            raise ValueError(f"{self.method.name} leaves a weight as it is, so there is nothing to smooth for")
+        self.matches("")
+
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that method and smoothing ask for."""
@@ -96,35 +95,45 @@ class Rule:
 
     @property
     def is_pattern(self) -> bool:
-        """Whether the rule may speak of other names than its own."""
+        """Whether the rule may match other names than its own."""
         return self.match.startswith("re:") or any(c in self.match for c in "*?[")
 
     def matches(self, name: str) -> bool:
-        """Whether the rule speaks of the module."""
-        if self.match.startswith("re:"):
-            try:
-                return regex.fullmatch(self.match[3:], name, timeout=MATCH_SECONDS) is not None
-            except (TimeoutError, MemoryError) as error:
-                hint = f"takes more than {MATCH_SECONDS:.0f} s, or too much memory, to match {name}; say it more simply"
-                raise UsageError(f"the rule '{self.match}' {hint}") from error
-        return fnmatch.fnmatchcase(name, self.match)
+        """Whether the rule matches a module; ValueError for what is no regular expression."""
+        if not self.match.startswith("re:"):
+            return fnmatch.fnmatchcase(name, self.match)
+        try:
+            return re.fullmatch(self.match[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"'{self.match}' is no regular expression: {error}") from error
+
+
+def _with_method(rule: Any) -> Any:
+    """A rule of a recipe file with its Method in the place of that method's name and options."""
+    if not isinstance(rule, dict) or "method" not in rule:
+        return rule
+    own = {"match": "*"} | {key: rule[key] for key in ("match", "smoothing") if key in rule}
+    options = {key: value for key, value in rule.items() if key not in ("match", "smoothing", "method")}
+    return own | {"method": methods.make(str(rule["method"]), options)}
+
+
+Rules = tuple[Annotated[Rule, BeforeValidator(_with_method)], ...]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """name: what the user called it. rules: in order; a target that none matches is kept as it is.
+    """A recipe file, parsed; see docs/recipes.md. name: as the user gave it.
 
-    rotation: `fold` rotates the whole model first, see `rotation.RotatedCheckpoint`.
-    tuning: of scales, codebooks and norms, once the codes are fixed.
-    candidates: instead of rules, those for all targets that `allocate` chooses from.
-    experts: how those of a mixture are calibrated, if not by default. cache: how keys and values are kept, if coded.
+    rules: in order; a target that none matches is kept as it is. candidates: instead of rules, those for all targets
+    that `allocate` chooses from. rotation: `fold` rotates the whole model first, see `rotation.RotatedCheckpoint`.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     name: str
-    description: str
-    rules: tuple[Rule, ...]
-    rotation: str | None = None
-    candidates: tuple[Rule, ...] = ()
+    description: str = ""
+    rules: Rules = ()
+    rotation: Literal["fold"] | None = None
+    candidates: Rules = ()
     tuning: Tuning | None = None
     experts: ExpertCalibration | None = None
     cache: KVCacheConfig | None = None
@@ -133,31 +142,21 @@ class Recipe:
         """Target name → first rule that matches; UsageError for a rule that decides about none of the targets."""
         names = [target.name for block in blocks for target in block.targets]
         # A written-down choice has a rule for every weight by its name: those are looked up, not tried one by one.
-        places: dict[str, list[int]] = {}
-        for n, rule in enumerate(self.rules):
-            if not rule.is_pattern:
-                places.setdefault(rule.match, []).append(n)
+        by_name = {rule.match: [n] for n, rule in reversed(list(enumerate(self.rules)))}
         patterns = [n for n, rule in enumerate(self.rules) if rule.is_pattern]
-        matching = {
-            name: sorted(places.get(name, []) + [n for n in patterns if self.rules[n].matches(name)]) for name in names
-        }
-        unused = set(range(len(self.rules))) - {n for found in matching.values() for n in found}
-        if unused:
-            match = self.rules[min(unused)].match
-            kinds = {kind(name) for name in names}
-            near = nearest(re.sub(r"^re:|[*?\\]", "", match), sorted(kinds), 0) or "(there are none)"
+        decides: dict[str, int] = {}
+        for name in names:
+            found = by_name.get(name, []) + [n for n in patterns if self.rules[n].matches(name)]
+            if found:
+                decides[name] = min(found)
+        if idle := set(range(len(self.rules))) - set(decides.values()):
+            match = self.rules[min(idle)].match
+            near = nearest(match, sorted({kind(name) for name in names}), 0)
             raise UsageError(
-                f"recipe {self.name}: the rule '{match}' matches no linear layer of the model's blocks;"
-                f" the nearest of their names is {near}"
+                f"recipe {self.name}: the rule '{match}' matches no linear layer of the model's blocks, or none that"
+                f" earlier rules leave; the nearest name is {near}"
             )
-        decides = {found[0] for found in matching.values() if found}
-        for n in sorted(set(range(len(self.rules))) - decides):
-            other = next(self.rules[found[0]].match for found in matching.values() if n in found)
-            raise UsageError(
-                f"recipe {self.name}: the rule '{self.rules[n].match}' decides nothing, since earlier ones match all"
-                f" that it does, '{other}' for one; the first rule that matches wins, so put it before them"
-            )
-        return {name: self.rules[found[0]] if found else Rule("*", KEEP) for name, found in matching.items()}
+        return {name: self.rules[decides[name]] if name in decides else Rule("*", KEEP) for name in names}
 
     def fingerprint(self) -> str:
         """SHA-256 of the parsed recipe, so that comments and spacing do not count."""
@@ -178,73 +177,39 @@ def load(name: str) -> Recipe:
     """The packaged recipe of that name, or the recipe in that file."""
     path = recipe_file(name, packaged())
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"recipe {name} is larger than {MAX_BYTES} bytes, too large for a recipe")
         return parse(path.read_text(encoding="utf-8"), name)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"recipe {name} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UsageError(f"recipe {name} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {name} cannot be read: {error}") from error
 
 
 def cache_config(name: str) -> KVCacheConfig:
     """The `cache` of a recipe; UsageError if it has none."""
     recipe = load(name)
     if recipe.cache is None:
-        raise UsageError(f"--kv-cache {name}: that recipe says nothing of a cache; kv-vq-4bit does, for one")
+        raise UsageError(f"--kv-cache {name}: that recipe has no 'cache'; kv-vq-4bit has one")
     return recipe.cache
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases: ten lines of them can stand for a billion items."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """As PyYAML's."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases have no place in a recipe", mark)
-        return super().compose_node(parent, index)
-
-
 def parse(text: str, name: str) -> Recipe:
-    """The recipe in a YAML text; UsageError naming the key, its value and the nearest known one."""
+    """The recipe in a YAML text; UsageError naming the key and its value."""
     try:
-        data = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        # PyYAML lets pass what Python says of a date or a number that is none.
-        raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"recipe {name} must be a mapping with a list 'rules'")
-    _only(data, {"description", "rules", "candidates", "rotation", "tuning", "experts", "cache"}, f"recipe {name}")
-    rotation = data.get("rotation")
-    if rotation not in (None, "fold"):
-        hint = "rotation at run time is an option of a vq rule"
-        raise UsageError(f"recipe {name}: 'rotation' is 'fold' or left out, not {rotation!r}; {hint}")
-    tuning = _options(Tuning, data.get("tuning"), f"recipe {name}", "tuning")
-    experts = _options(ExpertCalibration, data.get("experts"), f"recipe {name}", "experts")
-    cache = _options(KVCacheConfig, data.get("cache"), f"recipe {name}", "cache")
-    if cache and not {"rules", "candidates", "rotation", "tuning", "experts"} & data.keys():
-        return Recipe(name, str(data.get("description", "")), (), cache=cache)
-    if {"rules", "candidates"} <= data.keys():
-        raise UsageError(f"recipe {name} has both 'rules' and 'candidates'; it can have one of them")
-    kind = "candidates" if "candidates" in data else "rules"
-    listed, description = data.get(kind), str(data.get("description", ""))
-    if not isinstance(listed, list) or not listed:
-        raise UsageError(f"recipe {name} needs a list '{kind}' with at least one {kind[:-1]}")
-    if kind == "rules":
-        rules = tuple(_rule(r, i, name) for i, r in enumerate(listed, 1))
-        return _tunable(Recipe(name, description, rules, rotation, (), tuning, experts, cache))
-    if not all(isinstance(c, dict) and not {"match", "smoothing"} & c.keys() for c in listed):
-        raise UsageError(
-            f"recipe {name}: a candidate is a mapping with 'method', then the method's options, nothing else"
-        )
-    candidates = tuple(_rule({"match": "*", **c}, i, name) for i, c in enumerate(listed, 1))
-    return _tunable(Recipe(name, description, (), rotation, candidates, tuning, experts, cache))
-
-
-def _tunable(recipe: Recipe) -> Recipe:
+        data = yaml.safe_load(text)
+        recipe: Recipe = TypeAdapter(Recipe).validate_python({**data, "name": name})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, value = ".".join(map(str, first["loc"])), first["input"]
+        given = "" if isinstance(value, dict) else f"={value!r}"
+        raise UsageError(f"recipe {name}: {key}{given}: {first['msg'].removeprefix('Value error, ')}") from error
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets pass what Python raises for a date or a number that is none.
+        raise UsageError(f"recipe {name} is not a mapping in valid YAML: {' '.join(str(error).split())}") from error
+    only_cache = recipe.cache and data.keys() <= {"description", "cache"}
+    if bool(recipe.rules) == bool(recipe.candidates) and not only_cache:
+        raise UsageError(f"recipe {name} needs either 'rules' or 'candidates'")
+    if any(candidate.smoothing or candidate.match != "*" for candidate in recipe.candidates):
+        raise UsageError(f"recipe {name}: a candidate has neither 'match' nor 'smoothing'")
     if recipe.tuning and not any(rule.method.tunable for rule in recipe.rules + recipe.candidates):
-        raise UsageError(f"recipe {recipe.name}: 'tuning' has nothing to tune; it needs a rule of the vq method")
+        raise UsageError(f"recipe {name}: 'tuning' has nothing to tune; it needs a rule of the vq method")
     return recipe
 
 
@@ -264,49 +229,3 @@ def setting(method: Method) -> str:
     """A method and the options that it was given, for people: vq d=4 bits=8."""
     options = method.model_dump(mode="json", exclude_unset=True)
     return " ".join([method.name, *(f"{option}={value}" for option, value in options.items())])
-
-
-def _only(data: dict[str, Any], known: set[str], where: str) -> None:
-    for key in data:
-        if key not in known:
-            raise UsageError(f"{where}: unknown key '{key}'.{did_you_mean(str(key), known)}")
-
-
-def _rule(data: object, number: int, recipe: str) -> Rule:
-    where = f"recipe {recipe}, rule {number}"
-    if not isinstance(data, dict) or not isinstance(data.get("match"), str) or not isinstance(data.get("method"), str):
-        keys = set(map(str, data)) if isinstance(data, dict) else set()
-        near = {name: nearest(name, keys - NAMES) for name in NAMES - keys}
-        hint = "".join(f"; is '{key}' meant to be '{name}'?" for name, key in near.items() if key)
-        raise UsageError(f"{where}: a rule is a mapping with 'match' and 'method', then the method's options{hint}")
-    if data["match"].startswith("re:"):
-        try:
-            regex.compile(data["match"][3:])
-        except regex.error as error:
-            raise UsageError(f"{where}: '{data['match']}' is no regular expression: {error}") from error
-    options = {key: value for key, value in data.items() if key not in ("match", "method", "smoothing")}
-    try:
-        method = methods.make(data["method"], options)
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from error
-    smoothing = _options(Smoothing, data.get("smoothing"), where, "smoothing")
-    if smoothing and method.dense:
-        raise UsageError(f"{where}: {method.name} leaves a weight as it is, so there is nothing to smooth for")
-    return Rule(data["match"], method, smoothing)
-
-
-Options = TypeVar("Options", bound=BaseModel)
-
-
-def _options(kind: type[Options], data: object, where: str, key: str) -> Options | None:
-    """A group of options under a key; None if it is left out or false."""
-    if data is None or data is False:
-        return None
-    if not isinstance(data, dict):
-        example = ", ".join(f"{name}: {field.default}" for name, field in list(kind.model_fields.items())[:1])
-        raise UsageError(f"{where}: '{key}' is a mapping such as {{{example}}}, not {data!r}")
-    _only(data, set(kind.model_fields), f"{where}, {key}")
-    try:
-        return kind(**data)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {methods.explain(key, data, error)}") from error

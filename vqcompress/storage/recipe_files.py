@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vqcompress.errors import UsageError, did_you_mean, nearest
+from vqcompress.errors import UsageError, did_you_mean
 
 # What --kv-cache calls the way of an artifact itself.
 AS_STORED = "artifact"
@@ -32,11 +32,8 @@ def check_choice(name: str | None, target_bits: float | None, kv_cache: str | No
 def recipe_file(name: str, known: dict[str, Path]) -> Path:
     """The file of one of the known recipes, or a file of that name; UsageError if there is neither."""
     path = known.get(name, Path(name))
-    if name not in known and not path.is_file():
-        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")], 0.7)
-            raise UsageError(f"no such recipe file: {name}{f'; did you mean {path.with_name(near)}?' if near else ''}")
-        raise UsageError(f"no recipe '{name}'.{did_you_mean(name, known)}")
+    if not path.is_file():
+        raise UsageError(f"no recipe or recipe file '{name}'.{did_you_mean(name, known)}")
     return path
 
 

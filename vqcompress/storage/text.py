@@ -4,84 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vqcompress.errors import VQCompressError, first_line
+from vqcompress.errors import VQCompressError, one_line
 from vqcompress.storage.hub import check_text
 
 DEFAULT_SAMPLES = 128
 FEWEST_SAMPLES = 8
+# Suffix of a file with a column `text` → the loader of `datasets` that reads it.
+COLUMNS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BUILT_IN = Path(__file__).parent.parent / "demo" / "calibration.txt"
 
 
 def read_text(source: str) -> str:
     """The text of a plain-text file, of the `text` column of a JSONL or Parquet file, or of a dataset id.
 
-    Documents are joined by a blank line. A dataset id is `name`, `name:split` or `name/config:split`, read with the
-    `datasets` library.
+    Documents are joined by a blank line. A dataset id is `name`, `name:split` or `name/config:split`. All but plain
+    text is read with the `datasets` library, the extra `data`.
     """
     path = Path(source)
-    if path.is_dir():
-        raise VQCompressError(f"{source} is a directory; give a text, JSONL or Parquet file")
-    if not path.is_file():
-        return _dataset_text(source)
-    if path.suffix == ".parquet":
-        return "\n\n".join(_parquet_column(path))
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise VQCompressError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".json":
-        raise VQCompressError(
-            f"{path}: give JSONL (one object with a 'text' a line, named .jsonl), Parquet or plain text"
-        )
-    if path.suffix == ".jsonl":
-        return "\n\n".join(_jsonl(content, path))
-    return content
-
-
-def _jsonl(content: str, path: Path) -> Iterable[str]:
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise VQCompressError(f"{path}, line {number}: not a JSON object with a 'text'") from error
-
-
-def _parquet_column(path: Path) -> list[str]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise VQCompressError(f"reading {path} needs pyarrow: pip install 'vqcompress[data]'") from error
-    try:
-        return [str(t) for t in parquet.read_table(path, columns=["text"])["text"].to_pylist() if t is not None]
-    except (ArrowInvalid, KeyError, OSError) as error:
-        raise VQCompressError(f"{path} is not a Parquet file with a 'text' column") from error
-
-
-def _dataset_text(source: str) -> str:
+    if path.is_file() and path.suffix not in COLUMNS:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise VQCompressError(f"{path} is not UTF-8 text: {error}") from error
     check_text(source)
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise VQCompressError(
-            f"no such text file: {source}; as a dataset id it needs the datasets library:"
-            " pip install 'vqcompress[data]'"
-        ) from error
+        raise VQCompressError(f"reading {source} needs the datasets library: pip install 'vqcompress[data]'") from error
     name, _, split = source.partition(":")
     parts = name.split("/")
     try:
-        data = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
-        # Far more than any calibration reads, and little enough to tokenize in a minute.
-        return "\n\n".join(str(row["text"]) for row in itertools.islice(data, 20_000))
-    except Exception as error:  # a dataset can fail in as many ways as there are loaders; all mean the same here
-        raise VQCompressError(f"the dataset {source} cannot be read: {first_line(error)}") from error
+        if path.is_file():
+            data = load_dataset(COLUMNS[path.suffix], data_files=source, split="train", streaming=True)
+        else:
+            data = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
+            # Far more than any calibration reads, and little enough to tokenize in a minute.
+            data = itertools.islice(data, 20_000)
+        return "\n\n".join(str(row["text"]) for row in data if row["text"] is not None)
+    except Exception as error:  # a dataset can fail in as many ways as there are loaders
+        raise VQCompressError(f"{source} cannot be read: {one_line(error)}") from error
 
 
 def cut_rows(tokens: Tensor, samples: int | None, seqlen: int, seed: int) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from textwrap import shorten
+
+from vqcompress.errors import one_line
 
 _TRUSTED = ContextVar("trusted", default=False)
 
@@ -26,8 +27,7 @@ def trusting(trust: bool = True) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What transformers raised, as one line of at most 300 characters; of code that may not run, what lets it."""
-    words = " ".join(str(error).split())
-    if "trust_remote_code" in words and not trusted():
+    """The message of an error of transformers in one line; for code that may not run, the option that allows it."""
+    if "trust_remote_code" in str(error) and not trusted():
         return "it needs Python code of its own; read that, and give --trust-remote-code if you trust it"
-    return shorten(words, 300, break_on_hyphens=False, placeholder=" …")
+    return one_line(error)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-import re
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.storage.artifact import (
-    FORMAT_VERSION,
+    DRAFT,
     JOURNAL,
     OURS,
     RECIPE,
-    SHARD,
     STAGED,
     SUMS,
     Artifact,
@@ -39,97 +33,62 @@ from vqcompress.storage.artifact import (
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, sha256
 from vqcompress.storage.distributed import ALONE, ProcessGroup
 
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Delay Ctrl-C until the block under `with` is done, so that a commit is not cut off."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+# A file name, its tensors, and the JSON to journal about it.
+Shard = tuple[str, PackedTensors, dict[str, Any]]
 
 
 class Shards:
-    """Writes files into a directory atomically: a file is complete or absent. Processes may write different shards."""
+    """Writes files into a directory atomically: a file is complete or absent. Processes may write different files."""
 
     def __init__(self, out: Path):
         self.out = out
 
-    def write_shard(self, number: int, count: int, tensors: PackedTensors) -> dict[str, Any]:
-        """Write shard `number` of `count`; returns its `file` and `sha256`."""
-        file = SHARD.format(number, count)
-        partial = self.out / f"{file}.partial"
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        try:
+    def write_shard(self, file: str, tensors: PackedTensors) -> dict[str, Any]:
+        """Write tensors to a file; returns its name as `file` and its `sha256`."""
+        with self._replacing(file) as partial:
             save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata={"format": "pt"})
             # safetensors creates files with mode 600.
             partial.chmod(0o644)
-            with ThreadPoolExecutor(1) as pool, partial.open("rb+") as stream:
-                # Hash on the CPU while the disk writes.
-                hashed = pool.submit(sha256, partial)
-                os.fsync(stream.fileno())
-                digest = hashed.result()
-            partial.replace(self.out / file)
-            self._sync_directory()
-        except (OSError, SafetensorError) as error:
-            raise self._explain(error, size) from error
-        return {"file": file, "sha256": digest}
+        return {"file": file, "sha256": sha256(self.out / file)}
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file of the directory atomically."""
+        """Write a file, or replace it."""
+        with self._replacing(name) as partial:
+            partial.write_bytes(data)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """The path to write to; what is written takes the place of `name` when it is safe on the disk."""
         partial = self.out / f"{name}.partial"
         try:
-            with partial.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            yield partial
+            _sync(partial)
             partial.replace(self.out / name)
-            self._sync_directory()
-        except OSError as error:
-            raise self._explain(error, len(data)) from error
-
-    def _sync_directory(self) -> None:
-        handle = os.open(self.out, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _explain(self, error: Exception, needed: int) -> VQCompressError:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if full:
-            for partial in self.out.glob("*.partial"):
-                partial.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.out).free
-            kept = ", the finished blocks are kept" if (self.out / JOURNAL).is_file() else ""
-            return VQCompressError(
-                f"no space left in {self.out}: the next file needs {needed} bytes and {free} are free;"
-                f" make room and give the same command again{kept}"
-            )
-        return VQCompressError(f"cannot write to {self.out}: {error}")
+            _sync(self.out)
+        except (OSError, SafetensorError) as error:
+            # On a full disk, half a shard takes up room that the next attempt needs.
+            partial.unlink(missing_ok=True)
+            raise VQCompressError(f"cannot write {self.out / name}: {error}") from error
 
 
-def refresh_sums(path: Path, names: Iterable[str]) -> None:
+def _sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def refresh_sums(path: Path, names: Collection[str]) -> None:
     """Update the checksums of these files, which may be gone, in an artifact's SHA256SUMS; no-op without one.
 
     Call it once after the last rewritten report.
     """
-    if not (path / SUMS).exists():
-        return
-    sums = read_sums(path)
-    for name in names:
-        sums.pop(name, None)
-        if (path / name).is_file():
-            sums[name] = sha256(path / name)
-    Shards(path).write(SUMS, checksum_lines(sums).encode())
+    if (path / SUMS).exists():
+        sums = {name: digest for name, digest in read_sums(path).items() if name not in names}
+        sums |= {name: sha256(path / name) for name in names if (path / name).is_file()}
+        Shards(path).write(SUMS, checksum_lines(sums).encode())
 
 
 def clear(out: Path, listed: Collection[str], kept: Collection[str | None] = ()) -> None:
@@ -176,113 +135,79 @@ class Writer(Shards):
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
         if group.is_main:
-            self._open(overwrite)
+            self._lock_directory()
+            try:
+                self._open(overwrite)
+            except BaseException:
+                os.close(self._lock)
+                raise
         self.done, self.measured = group.broadcast(0, (self.done, self.measured))
-
-    def _open(self, overwrite: bool) -> None:
-        """Lock the directory, read its journal, and delete files that do not belong to the run."""
-        if self.out.is_file():
-            raise VQCompressError(f"{self.out} is a file, not a directory to write an artifact to")
-        # A run killed during its very first write leaves only a partial journal.
-        if self.out.is_dir() and any(path.name != f"{JOURNAL}.partial" for path in self.out.iterdir()):
-            self._continue_or_clear(overwrite)
-        listed = read_sums(self.out) if (self.out / SUMS).exists() else {}
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise VQCompressError(f"cannot make the directory {self.out}: {error}") from error
-        self._lock = os.open(self.out, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise VQCompressError(f"another process is writing to {self.out}") from error
-        try:
-            # From here on the directory holds an unfinished run of these inputs, whatever it held before.
-            self._write_journal()
-            clear(self.out, listed, {record.get("file") for record in self.done.values()})
-            # Last: if the run is killed before this, the list says what is still to be deleted.
-            (self.out / SUMS).unlink(missing_ok=True)
-        except BaseException:
-            os.close(self._lock)
-            raise
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self.group.is_main:
-            return
-        os.close(self._lock)
+        if self.group.is_main:
+            os.close(self._lock)
         # The first record holds the weights outside of the blocks.
         if isinstance(error, KeyboardInterrupt) and len(self.done) > 1:
             error.args = ("finished blocks are kept; give the same command again to continue",)
 
-    def _continue_or_clear(self, overwrite: bool) -> None:
-        """Load the blocks of an earlier run with the same inputs; VQCompressError if the directory may not be used."""
+    def _lock_directory(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.out, os.O_RDONLY)
+        except OSError as error:
+            raise VQCompressError(f"cannot make the directory {self.out}: {error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise VQCompressError(f"another process is writing to {self.out}") from error
+
+    def _open(self, overwrite: bool) -> None:
+        """Load what an earlier run has done, and delete files that do not belong to this one."""
+        holds = ""
         if (self.out / JOURNAL).is_file():
-            try:
-                differing = self._read_journal()
-            except VQCompressError:
-                if not overwrite:
-                    raise
-                self.done, self.measured, differing = {}, {}, ["damaged journal"]
-            if not differing:
-                return
-            holds = f"an unfinished run with another {', '.join(differing)}"
+            holds = self._resume()
         elif Artifact.is_one(self.out) and (self.out / SUMS).exists():
             holds = "a finished artifact"
-        else:
+        # A run killed during its very first write leaves only a partial journal.
+        elif any(path.name != f"{JOURNAL}.partial" for path in self.out.iterdir()):
             # There is no list of our files, so none may be deleted.
             raise VQCompressError(f"{self.out} holds files that quantize did not write; choose another directory")
-        if not overwrite:
+        if holds and not overwrite:
             raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
+        listed = read_sums(self.out) if (self.out / SUMS).exists() else {}
+        # From here on the directory holds an unfinished run of these inputs, whatever it held before.
+        self._write_journal()
+        clear(self.out, listed, {record.get("file") for record in self.done.values()})
+        # Last: if the run is killed before this, the list says what is still to be deleted.
+        (self.out / SUMS).unlink(missing_ok=True)
 
-    def _read_journal(self) -> list[str]:
-        """The names of inputs in which the earlier run differs; if none, its intact blocks are now in `done`."""
-        journal = read_json(self.out / JOURNAL)
+    def _resume(self) -> str:
+        """Load the finished blocks of an earlier run; returns why it cannot be continued, or an empty string."""
         try:
-            if differing := self._differing_inputs(journal):
-                return differing
-            intact = self._intact_blocks(journal["blocks"])
-            for name, record in intact.items():
-                if name != STAGED and record["source"] != self.source_of(name):
-                    return [f"checkpoint: {name} has changed"]
-            self.done = intact
-            self.measured = {name: dict(figures) for name, figures in journal["measured"].items()}
-            self.seconds_before = float(journal["seconds"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise VQCompressError(f"{self.out / JOURNAL} is damaged; give --overwrite to start anew") from error
-        return []
+            journal = read_json(self.out / JOURNAL)
+            if others := [name for name, value in self.inputs.items() if journal["inputs"].get(name) != value]:
+                return f"an unfinished run with another {', '.join(others)}"
+            blocks = journal["blocks"]
+            # Later blocks were made from the output of a shard that is missing or damaged.
+            intact = dict(itertools.takewhile(lambda item: self._is_intact(item[1]), blocks.items()))
+            if changed := [n for n, record in intact.items() if n != STAGED and record["source"] != self.source_of(n)]:
+                return f"an unfinished run with another checkpoint: {changed[0]} has changed"
+            if STAGED in blocks and len(intact) < len(blocks):
+                # Shards before it may hold staged values, so later blocks cannot be made again as they were.
+                intact = {}
+            self.done, self.measured, self.seconds_before = intact, journal["measured"], journal["seconds"]
+            return ""
+        except (VQCompressError, LookupError, TypeError, AttributeError) as error:
+            return f"a damaged {JOURNAL} ({error})"
 
-    def _differing_inputs(self, journal: dict[str, Any]) -> list[str]:
-        differing = sorted(name for name, value in self.inputs.items() if journal["inputs"].get(name) != value)
-        if "seed" in differing and "calibration" in differing:
-            # The seed draws the rows, so another seed alone changes them too.
-            differing.remove("calibration")
-        return differing + (["format version"] if journal["format_version"] != FORMAT_VERSION else [])
-
-    def _intact_blocks(self, blocks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The records up to the first shard that is missing or damaged: later blocks were made from its output."""
-        if any(Path(record.get("file", "x")).name != record.get("file", "x") for record in blocks.values()):
-            raise ValueError("a record names a file outside of the directory")
-        staged = blocks.get(STAGED, {})
-        intact = {}
-        for name, record in blocks.items():
-            applied = name == STAGED and "file" not in record
-            # The shard being rewritten may hold the staged values while its record does not say so yet.
-            rewriting = name == staged.get("applying") and (self.out / record["file"]).is_file()
-            if not (applied or rewriting or self._matches(record)):
-                break
-            intact[name] = record
-        if STAGED not in intact and ("applying" in staged or "file" not in staged) and staged:
-            # Earlier shards hold staged values already, so later blocks cannot be made again as they were.
-            return {}
-        return intact
-
-    def _matches(self, record: dict[str, Any]) -> bool:
-        file = self.out / record["file"]
-        return file.is_file() and sha256(file) == record["sha256"]
+    def _is_intact(self, record: dict[str, Any]) -> bool:
+        """Whether the file of a record, if it has one, is on disk as it was written."""
+        file = self.out / record.get("file", "")
+        return "file" not in record or (file.is_file() and sha256(file) == record["sha256"])
 
     @property
     def seconds(self) -> float:
@@ -292,12 +217,11 @@ class Writer(Shards):
     def lap(self) -> float:
         """Seconds since the last call, or since the run began."""
         before, self._lap_began = self._lap_began, time.perf_counter()
-        return round(self._lap_began - before, 3)
+        return self._lap_began - before
 
     def _write_journal(self) -> None:
         if self.group.is_main:
-            journal = {"format_version": FORMAT_VERSION, "inputs": self.inputs, "blocks": self.done}
-            journal |= {"measured": self.measured, "seconds": self.seconds}
+            journal = {"inputs": self.inputs, "blocks": self.done, "measured": self.measured, "seconds": self.seconds}
             self.write(JOURNAL, json.dumps(journal, indent=1).encode())
 
     def save_measured(self, name: str, figures: dict[str, list[float]]) -> None:
@@ -305,85 +229,62 @@ class Writer(Shards):
         self.measured[name] = figures
         self._write_journal()
 
-    @undisturbed()
-    def commit(self, name: str, number: int, count: int, tensors: PackedTensors, record: dict[str, Any]) -> None:
-        """Write shard `number` of `count` from tensors that all processes have, then journal its record.
+    def commit(self, shards: dict[str, Shard]) -> None:
+        """Write the shards of every process, then journal them; if several have the same, the lowest rank writes it.
 
-        name: the block's. record: JSON to keep; file, sha256 and the seconds since the last `lap` are added.
+        shards: by the name of the block. file, sha256 and the seconds since the last `lap` are added to their JSON.
         """
-        record = self.write_shard(number, count, tensors) | record if self.group.is_main else {}
-        self._journal(name, self.group.broadcast(0, record), self.lap())
-
-    @undisturbed()
-    def commit_all(self, blocks: dict[str, tuple[int, int, PackedTensors, dict[str, Any]]]) -> None:
-        """Write the shards of every process; if several have the same block, the lowest rank writes it.
-
-        blocks: name → number, count, tensors and record as for `commit`.
-        """
-        earlier = [name for names in self.group.all_gather(list(blocks))[: self.group.rank] for name in names]
+        earlier = [name for names in self.group.all_gather(list(shards))[: self.group.rank] for name in names]
         written = {
-            name: self.write_shard(number, count, tensors) | record
-            for name, (number, count, tensors, record) in blocks.items()
+            name: self.write_shard(file, tensors) | record
+            for name, (file, tensors, record) in shards.items()
             if name not in earlier
         }
         records = [item for each in self.group.all_gather(written) for item in each.items()]
         seconds = self.lap()
         for name, record in records:
-            self._journal(name, record, seconds / len(records))
-
-    def _journal(self, name: str, record: dict[str, Any], seconds: float) -> None:
-        self.done[name] = record | {"seconds": round(seconds, 3)}
+            self.done[name] = record | {"seconds": round(seconds / len(records), 3)}
         self._write_journal()
 
-    def stage(self, tensors: PackedTensors) -> None:
-        """Write new values of tensors to a file of their own, from which `apply_staged` puts them into the shards."""
-        self.commit(STAGED, 0, 0, tensors, {"targets": []})
-
-    @undisturbed()
     def apply_staged(self) -> None:
-        """Put the staged values, if any, into the shards; a run that was killed in between does it again."""
+        """Replace drafts by shards with the staged values, if any; a run that was killed in between does the rest."""
         staged = self.done.get(STAGED, {})
         if self.group.is_main and "file" in staged:
-            self._apply(tensors_of(self.out / staged["file"]))
+            values = tensors_of(self.out / staged["file"])
+            for name, record in list(self.done.items()):
+                if record["file"].startswith(DRAFT):
+                    tensors = tensors_of(self.out / record["file"])
+                    tensors |= {key: value for key, value in values.items() if key in tensors}
+                    shard = self.write_shard(record["file"].removeprefix(DRAFT), tensors)
+                    self._journal_instead(name, record | shard)
             # The record stays without a file: the model is distilled already.
-            self.done[STAGED] = {"targets": [], "seconds": staged["seconds"]}
-            self._write_journal()
-            (self.out / staged["file"]).unlink()
+            self._journal_instead(STAGED, {"targets": [], "seconds": staged["seconds"]})
         self.done = self.group.broadcast(0, self.done)
 
-    def _apply(self, staged: PackedTensors) -> None:
-        for name, record in list(self.done.items()):
-            shard = tensors_of(self.out / record["file"]) if name != STAGED else {}
-            if not shard.keys() & staged.keys():
-                continue
-            self.done[STAGED]["applying"] = name
-            self._write_journal()
-            number, count = (int(n) for n in re.findall(r"\d{5}", record["file"]))
-            self.done[name] = record | self.write_shard(number, count, {k: staged.get(k, t) for k, t in shard.items()})
-            self._write_journal()
+    def _journal_instead(self, name: str, record: dict[str, Any]) -> None:
+        """Replace a record in the journal, then delete the file of the old one."""
+        old, self.done[name] = self.done[name], record
+        self._write_journal()
+        (self.out / old["file"]).unlink()
 
     def write_extra(self, name: str, tensors: PackedTensors) -> None:
         """Write tensors that belong to no shard; `finish` lists the file in SHA256SUMS. It is not journaled."""
         if self.group.is_main:
-            self.write(name, save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
-            self.extra_files[name] = sha256(self.out / name)
+            self.extra_files[name] = self.write_shard(name, tensors)["sha256"]
 
     def finish(self, config: dict[str, Any], companions: list[Path], reports: dict[str, bytes], recipe: str) -> None:
         """Write all files but the shards, the config last, and delete the journal.
 
         companions: files of the source to copy. reports: name → content. recipe: text of recipe.yaml, or empty.
         """
-        if not self.group.is_main:
-            return
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
-        sums |= self.extra_files
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
         files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode(), **reports}
         files |= {RECIPE: recipe.encode()} if recipe else {}
         files["config.json"] = json.dumps(config, indent=2).encode()
-        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        sums |= self.extra_files | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         # The checksums come first, since they say which files are ours.
         for name, data in {SUMS: checksum_lines(sums).encode(), **files}.items():
             self.write(name, data)
