@@ -93,16 +93,8 @@ def _properties(device: torch.device) -> DeviceProperties:
     amd = bool(torch.version.hip)
     arch = found.gcnArchName.partition(":")[0] if amd else found.major * 10 + found.minor
     shared = 64 << 10 if amd else found.shared_memory_per_block_optin
-    return DeviceProperties(
-        found.name,
-        arch,
-        found.multi_processor_count,
-        found.warp_size,
-        shared,
-        max(shared, found.shared_memory_per_multiprocessor),
-        1 << (17 if amd else 16),
-        found.max_threads_per_multi_processor,
-    )
+    sizes = found.multi_processor_count, found.warp_size, shared, max(shared, found.shared_memory_per_multiprocessor)
+    return DeviceProperties(found.name, arch, *sizes, 1 << (17 if amd else 16), found.max_threads_per_multi_processor)
 
 
 def device_properties(device: torch.device) -> DeviceProperties:

@@ -21,6 +21,7 @@ from vqcompress.methods.triton.tiles import padded_experts, tiles_of
 
 # Outputs of a row that a program of `_finish` writes.
 FINISHED = 512
+Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,7 @@ def _finish(sums, scale_T, scale_O, y_TO, tokens, outputs, BLOCK: tl.constexpr, 
 
 
 def multiply(
-    product: Product,
-    x_TI: Tensor,
-    ends_E: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    product: Product, x_TI: Tensor, ends_E: Tensor | None, codes: Tensor, scale: Tensor, quantize: Quantize
 ) -> Tensor:
     """x Wᵀ, (T, O) in the type of x.
 
