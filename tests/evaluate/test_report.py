@@ -112,12 +112,6 @@ def test_smoothing_says_how_far_the_largest_channel_stands_out(quantized: Make) 
         assert (before == after) == (note["alpha"] is None)
 
 
-def test_peaks_are_known_of_every_block(quantized: Make) -> None:
-    report = report_of(quantized("mixed"))
-    assert list(report["peaks"]) == list(report["blocks"])[1:]
-    assert all(0 < rss <= 1.01 * report["peak_rss_bytes"] and not gpu for rss, gpu in report["peaks"].values())
-
-
 def test_a_hostile_name_is_only_words(quantized: Make) -> None:
     hostile = "</title><script>alert('1')</script>\"&$x_$"
     report = report_of(quantized("mixed")) | {"base_model": hostile, "left_dense": {hostile: hostile}}

@@ -17,6 +17,7 @@ import torch
 from test_cache import ids_of, model_of, rough
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from vqcompress.evaluate.verify import verify
 from vqcompress.kv_cache.attention import CACHE
 from vqcompress.kv_cache.cache import KVCache, KVCacheSpec, use_kv_cache
 from vqcompress.kv_cache.rotary import find_rotary
@@ -114,6 +115,7 @@ def test_a_saved_copy_loads_without_codebooks(
     AutoModelForCausalLM.from_pretrained(out).save_pretrained(saved)
     ids = ids_of(1, 8)
     assert torch.equal(load(saved)(ids).logits, load(out)(ids).logits)
+    verify(str(saved))
 
 
 def test_steps_need_no_other_mode_of_autograd() -> None:

@@ -56,7 +56,7 @@ def calibrate(
         progress(name, first, len(samples))
         own: list[list[list[Tensor]]] = []
         for rank, pair in enumerate(samples[first : first + group.size]):
-            shares = [group.gather(rank, parts) for parts in pair]
+            shares = [group.all_gather(parts) for parts in pair]
             own = shares if rank == group.rank else own
             pair.clear()
         draw = torch.Generator().manual_seed(seed)

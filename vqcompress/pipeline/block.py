@@ -18,7 +18,6 @@ from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.codebook import entry_uses
-from vqcompress.model.device import peak_device_bytes, peak_rss_bytes
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.correction import closing_layer, corrected
@@ -54,7 +53,7 @@ def compress_block(context: BlockContext, progress: Progress) -> tuple[dict[str,
     stored = stream.as_stored(tensors | rewrites.changed, (target.name for target in plan.targets))
     if mixtures := {f"{block.name}.{path}": tokens for path, tokens in coverage(inputs, statistics).items()}:
         facts["experts"] = mixtures
-    return stored, {"smoothed": sorted(rewrites.runtime), **facts, "peaks": [peak_rss_bytes(), peak_device_bytes()]}
+    return stored, {"smoothed": sorted(rewrites.runtime), **facts}
 
 
 def study(context: BlockContext) -> tuple[dict[str, Tensor], nn.Module, list[Input], dict[str, Statistics]]:

@@ -139,11 +139,8 @@ def cache_memory(plan: Plan, stream: BlockStream, tokens: int) -> int:
     """A bound on the bytes to learn codebooks of a cache: the whole model, a batch with gradients, and the samples."""
     if plan.learned_cache is None:
         return 0
-    (outside, blocks), config, itemsize = (
-        _parameters(stream),
-        stream.model.config.get_text_config(),
-        stream.dtype.itemsize,
-    )
+    (outside, blocks), itemsize = _parameters(stream), stream.dtype.itemsize
+    config = stream.model.config.get_text_config()
     width = max((t.shape[1] for block in stream.blocks for t in block.targets), default=0)
     layers = len(blocks) * itemsize * (4 * width + 6 * config.hidden_size)
     batch = min(CACHE_BATCH_TOKENS, tokens) * (layers + config.vocab_size * (itemsize + 12))

@@ -85,7 +85,6 @@ def run_report(
         "source_bytes": source.bytes,
         "artifact_bytes": sum((writer.out / name).stat().st_size for name in files),
         "seconds": writer.seconds,
-        "seconds_before": writer.seconds_before,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(),
         "calibration": calibration,
@@ -98,6 +97,5 @@ def run_report(
         "experts": {place: tokens for r in shards.values() for place, tokens in r.get("experts", {}).items()},
         "uncalibrated": [name for name in unseen if plan.rules[name].needs],
         "blocks": {name: record["seconds"] for name, record in shards.items()} | after,
-        "peaks": {name: record["peaks"] for name, record in shards.items() if "peaks" in record},
         "targets": targets,
     }

@@ -29,8 +29,10 @@ class VQCompressConfig(QuantizationConfigMixin):
         self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON for config.json."""
-        return {"quant_method": self.quant_method, **self.settings}
+        """JSON for config.json. Without learned codebooks of a cache: `save_pretrained` does not write their file."""
+        cache = self.settings.get("kv_cache") or {}
+        missing = {"kv_cache"} if cache.get("codebook") == "learned" else set()
+        return {"quant_method": self.quant_method, **{k: v for k, v in self.settings.items() if k not in missing}}
 
 
 class VQCompressQuantizer(HfQuantizer):

@@ -4,7 +4,7 @@ Calibration batches are sharded whole and sums over them are float64, so that an
 number of processes. With one process every operation is the identity.
 
 `torch.distributed` is called directly: `accelerate.PartialState` changes the number of threads of each process, which
-changes sums in float32, and its utilities have neither an in-place reduction nor a maximum nor a gather to one rank.
+changes sums in float32, and its utilities have neither an in-place reduction nor a maximum.
 """
 
 from __future__ import annotations
@@ -65,14 +65,6 @@ class ProcessGroup:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
-
-    def gather(self, rank: int, value: T) -> list[T]:
-        """The values of all ranks, in the order of ranks, on one rank; an empty list on the others."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == rank else None
-        dist.gather_object(value, values, dst=rank)
-        return values or []
 
 
 ALONE = ProcessGroup()
