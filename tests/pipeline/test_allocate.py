@@ -243,10 +243,9 @@ def test_too_small_a_budget_is_refused_before_anything_is_written(
         ("candidates: []", "test"),
         ("candidates: 3", "test"),
         ("rules: []\ncandidates: []", "'rules'"),
-        ("candidates: [3]", "'method'"),
-        ("candidates: [{match: '*', method: int8}]", "test"),
+        ("candidates: [3]", r"candidates\.0=3"),
         ("candidates: [{method: int8, smoothing: {alpha: 0.5}}]", "test"),
-        ("candidates: [{method: int8}, {method: in8}]", "rule 2.*'int8'"),
+        ("candidates: [{method: int8}, {method: in8}]", r"candidates\.1.*in8"),
     ],
 )
 def test_a_broken_list_of_candidates_is_refused(text: str, named: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from vqcompress.errors import VQCompressError, one_line
 
@@ -40,16 +41,9 @@ def fetch(repo: str, revision: str | None = None, weights: bool = True, download
     from huggingface_hub import snapshot_download
 
     patterns = [*LIGHT, "*.safetensors"] if weights else LIGHT
+    wanted: Any = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": COPIES}
     try:
-        path = Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=COPIES,
-                local_files_only=not download,
-            )
-        )
+        path = Path(snapshot_download(repo, local_files_only=not download, **wanted))
     except Exception as error:  # the hub's client has a dozen error types, and what it runs on has more
         at = f"@{revision}" if revision else ""
         raise VQCompressError(f"no directory {repo}{at}, and the hub's client says: {one_line(error)}") from error

@@ -197,7 +197,8 @@ def parse(text: str, name: str) -> Recipe:
         recipe: Recipe = TypeAdapter(Recipe).validate_python({**data, "name": name})
     except ValidationError as error:
         first = error.errors()[0]
-        key, value = ".".join(map(str, first["loc"])), first["input"]
+        # pydantic also names the member of a union, such as constrained-float; no key has a hyphen.
+        key, value = ".".join(str(part) for part in first["loc"] if "-" not in str(part)), first["input"]
         given = "" if isinstance(value, dict) else f"={value!r}"
         raise UsageError(f"recipe {name}: {key}{given}: {first['msg'].removeprefix('Value error, ')}") from error
     except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Viterbi's algorithm for trellis-coded quantization, one program per sequence; the contract of `compiled.walks`.
+"""Viterbi's algorithm for trellis-coded quantization, one program per sequence; its contract is `viterbi_numba.paths`.
 
 A state s is (class q, way p) = (s >> k, s & (P − 1)); class q leads to the states q + u·Q, u < P. What is carried from
 weight to weight is not the cost of every state but the least of every class, Q numbers: a state's cost is that of the
@@ -63,6 +63,52 @@ def _last(cost_PPB, class_PB, wanted, any_class, ways: tl.constexpr, classes: tl
     return tl.min(tl.reshape(number_PPB, (ways * ways * class_PB.shape[1],)), 0)
 
 
+@triton.jit
+def _end_in_registers(  # type: ignore[no-untyped-def]
+    words_PPB, x_T, back_TQ, class_PB, shared, any_class, count, ways: tl.constexpr, classes: tl.constexpr
+):
+    """`_last` of `count` weights, writing their back pointers; costs stay in registers."""
+    J: tl.constexpr = classes // ways
+    # By (p, i), where the class is i·P + p.
+    from_PB = tl.arange(0, J)[None, :] * ways + tl.arange(0, ways)[:, None]
+    least_PB = tl.where((from_PB == shared) | any_class, 0, FAR & -ways)
+    for t in range(1, count):
+        best_PB = _best(_costs(least_PB, words_PPB, tl.load(x_T + t - 1)), ways)
+        tl.store(back_TQ + t * classes + class_PB, (best_PB & (ways - 1)).to(tl.uint8))
+        least_PB = tl.trans(tl.reshape(best_PB, (J, ways)))
+    cost_PPB = _costs(least_PB, words_PPB, tl.load(x_T + count - 1))
+    return _last(cost_PPB, class_PB, shared, any_class, ways, classes)
+
+
+@triton.jit
+def _end_in_tiles(  # type: ignore[no-untyped-def]
+    words_PPB, least_2Q, x_T, back_TQ, class_PB, shared, any_class, count, ways: tl.constexpr, classes: tl.constexpr
+):
+    """As `_end_in_registers`, tile by tile, with costs in global memory. words_PPB: pointers, of the first tile."""
+    J: tl.constexpr = classes // ways
+    B: tl.constexpr = class_PB.shape[1]
+    for j in range(0, J, B):
+        from_PB = (j + tl.arange(0, B)[None, :]) * ways + tl.arange(0, ways)[:, None]
+        least_PB = tl.where((from_PB == shared) | any_class, 0, FAR & -ways)
+        tl.store(least_2Q + classes + j + class_PB, least_PB)
+    tl.debug_barrier()
+    for t in range(1, count):
+        x = tl.load(x_T + t - 1)
+        for j in range(0, J, B):
+            least_PB = tl.load(least_2Q + (t % 2) * classes + j + class_PB)
+            best_PB = _best(_costs(least_PB, tl.load(words_PPB + j), x), ways)
+            tl.store(back_TQ + t * classes + j + class_PB, (best_PB & (ways - 1)).to(tl.uint8))
+            # Class i·P + p lies at (p, i).
+            tl.store(least_2Q + (1 - t % 2) * classes + (j + class_PB) % ways * J + (j + class_PB) // ways, best_PB)
+        tl.debug_barrier()
+    x = tl.load(x_T + count - 1)
+    end = tl.full((), NEVER, tl.int64)
+    for j in range(0, J, B):
+        cost_PPB = _costs(tl.load(least_2Q + (count % 2) * classes + j + class_PB), tl.load(words_PPB + j), x)
+        end = tl.minimum(end, _last(cost_PPB, j + class_PB, shared, any_class, ways, classes))
+    return end
+
+
 @triton.jit(do_not_specialize=["length", "margin", "rows"], do_not_specialize_on_alignment=UNALIGNED)
 def _walk(  # type: ignore[no-untyped-def]
     x_NL,
@@ -85,53 +131,23 @@ def _walk(  # type: ignore[no-untyped-def]
     classes: tl.constexpr = 1 << (STATES - K)
     J: tl.constexpr = classes // ways
     n = tl.program_id(0)
-    codes_T = codes_NT + n * length
     back_TQ = back_NTQ + n.to(tl.int64) * rows * classes
-    least_2Q = least_N2Q + n * 2 * classes
-    way_P, j_B = tl.arange(0, ways), tl.arange(0, B)
-    class_PB = way_P[:, None] * J + j_B[None, :]
-    state_PPB = way_P[:, None, None] * classes + class_PB[None, :, :]
+    way_P = tl.arange(0, ways)
+    class_PB = way_P[:, None] * J + tl.arange(0, B)[None, :]
+    words_PPB = words_S + way_P[:, None, None] * classes + class_PB[None, :, :]
     if B == J:
         # Not within the loop, where their addresses would take registers too.
-        words_PPB = tl.load(words_S + state_PPB)
+        words_PPB = tl.load(words_PPB)
     shared = n * 0
     # The first turn chooses the bits that both ends share, by the weights around the seam; the second is exact.
     for turn in range(2):
         count = tl.where(turn == 0, 2 * margin, length)
         x_T = x_NL + n * (2 * margin + length) + turn * 2 * margin
         if B == J:
-            # By (p, i), where the class is i·P + p.
-            least_PB = tl.where((j_B[None, :] * ways + way_P[:, None] == shared) | (turn == 0), 0, FAR & -ways)
-            for t in range(1, count):
-                x = tl.load(x_T + t - 1)
-                best_PB = _best(_costs(least_PB, words_PPB, x), ways)
-                tl.store(back_TQ + t * classes + class_PB, (best_PB & (ways - 1)).to(tl.uint8))
-                least_PB = tl.trans(tl.reshape(best_PB, (J, ways)))
-            x = tl.load(x_T + count - 1)
-            end = _last(_costs(least_PB, words_PPB, x), class_PB, shared, turn == 0, ways, classes)
+            end = _end_in_registers(words_PPB, x_T, back_TQ, class_PB, shared, turn == 0, count, ways, classes)
         else:
-            for j in range(0, J, B):
-                from_PB = (j + j_B[None, :]) * ways + way_P[:, None]
-                least_PB = tl.where((from_PB == shared) | (turn == 0), 0, FAR & -ways)
-                tl.store(least_2Q + classes + j + class_PB, least_PB)
-            tl.debug_barrier()
-            for t in range(1, count):
-                x = tl.load(x_T + t - 1)
-                old_Q, new_Q = least_2Q + (t % 2) * classes, least_2Q + (1 - t % 2) * classes
-                for j in range(0, J, B):
-                    least_PB = tl.load(old_Q + j + class_PB)
-                    best_PB = _best(_costs(least_PB, tl.load(words_S + j + state_PPB), x), ways)
-                    tl.store(back_TQ + t * classes + j + class_PB, (best_PB & (ways - 1)).to(tl.uint8))
-                    # Class i·P + p lies at (p, i).
-                    to_PB = (j + class_PB) % ways * J + (j + class_PB) // ways
-                    tl.store(new_Q + to_PB, best_PB)
-                tl.debug_barrier()
-            x = tl.load(x_T + count - 1)
-            end = n.to(tl.int64) * 0 + NEVER
-            for j in range(0, J, B):
-                least_PB = tl.load(least_2Q + (count % 2) * classes + j + class_PB)
-                cost_PPB = _costs(least_PB, tl.load(words_S + j + state_PPB), x)
-                end = tl.minimum(end, _last(cost_PPB, j + class_PB, shared, turn == 0, ways, classes))
+            least_2Q = least_N2Q + n * 2 * classes
+            end = _end_in_tiles(words_PPB, least_2Q, x_T, back_TQ, class_PB, shared, turn == 0, count, ways, classes)
         # All back pointers are written before one is read.
         tl.debug_barrier()
         place = (end & 0x7FFFFFFF).to(tl.int32)
@@ -139,7 +155,7 @@ def _walk(  # type: ignore[no-untyped-def]
         for i in range(0, tl.where(turn == 0, margin, length)):
             t = count - 1 - i
             # The lowest bits of a state are the first that its window holds: those of its own weight.
-            tl.store(codes_T + t, state & (ways - 1), mask=turn == 1)
+            tl.store(codes_NT + n * length + t, state & (ways - 1), mask=turn == 1)
             back = tl.load(back_TQ + t * classes + state % classes, mask=t > 0, other=0)
             state = (state % classes) * ways + back.to(tl.int32)
         shared = state // ways
@@ -148,22 +164,21 @@ def _walk(  # type: ignore[no-untyped-def]
 
 
 def make_config(gpu: launch.DeviceProperties, states: int, k: int, tile: int, of_a_thread: int) -> launch.Config:
-    """Config for tiles of 2**tile states, if they do not stay in registers, and so many states of a thread."""
+    """Config for tiles of 2**tile states, if they do not stay in registers, and that many states per thread."""
     tile = tile if states > IN_REGISTERS else states
     return {"B": 1 << (tile - 2 * k), "num_warps": max(gpu.warp, (1 << tile) // of_a_thread) // gpu.warp}
 
 
 def walks(x_NT: Tensor, words_S: Tensor, states: int, k: int, margin: int) -> Tensor:
-    """Codes (N, T), int32 below 2**k, of float32 sequences: what `codebooks.compiled.walks` answers, on their device.
+    """Codes (N, T), int32 below 2**k, of float32 sequences: what `viterbi_numba.paths` answers, on their device.
 
     words_S: float32 values of the states, there too. margin: weights on either side of the seam that choose its bits.
     """
     sequences, length = x_NT.shape
     margin, ways, classes = min(margin, length), 1 << k, 1 << (states - k)
     rows = max(length, 2 * margin)
-    shape = (1 << states, k)
     default = lambda gpu: make_config(gpu, states, k, TILE, OF_A_THREAD)  # noqa: E731
-    config = launch.get_config("viterbi", x_NT.device, sequences, shape, default)
+    config = launch.get_config("viterbi", x_NT.device, sequences, (1 << states, k), default)
     # Nothing is fused, so that costs are those of the CPU.
     constants = {"K": k, "STATES": states, "num_stages": 1, "enable_fp_fusion": False, **config}
     x_NL = torch.cat([x_NT[:, length - margin :], x_NT[:, :margin], x_NT], 1).float()
