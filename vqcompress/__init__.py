@@ -18,10 +18,6 @@ STARTED = time.perf_counter()
 autoload.install()
 
 
-def __dir__() -> list[str]:
-    return __all__
-
-
 def __getattr__(name: str) -> Any:
     """`vqcompress.load`, imported at its first use because it imports torch and transformers."""
     if name == "load":

@@ -208,6 +208,9 @@ def test_from_a_checkpoint_to_text_and_back(small: Path, job: list[str], text: P
     assert len(json.loads(plan.stdout)["targets"]) == 14
     assert all(name in plan.stderr for name in ("model.layers.*.mlp.down_proj", "lm_head.weight"))
     assert not out.exists()
+    assert "--push-to-hub" in line(
+        call("quantize", small, "--recipe", "fp8-tile", "--dry-run", "--push-to-hub", "me/x")
+    )
 
     result = call("quantize", small, "-o", out, *job, "--json", file)
     assert result.exit_code == 0, result.stderr

@@ -269,6 +269,10 @@ def test_an_interrupted_export_is_no_checkpoint_and_is_replaced(quantized: Make,
         with pytest.raises(KeyboardInterrupt):
             export(*words, out)
     assert not (out / "config.json").exists()
+    # As a kill during the very first write leaves it.
+    (out / "model.safetensors.index.json").rename(out / "model.safetensors.index.json.partial")
+    assert str(out) in export(*words, out)["next"]
+    (out / "config.json").unlink()
     (out / "notes.txt").write_text("mine")
     assert str(out) in export(*words, out)["next"]
     with pytest.raises(VQCompressError, match="--overwrite"):

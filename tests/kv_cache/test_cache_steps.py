@@ -79,6 +79,10 @@ def test_a_sliding_window_forgets_tokens_that_no_other_reads() -> None:
         assert [layer.parts[0]["x"].shape[2] for layer in cache.layers] == [8, 40]
         with pytest.raises(VQCompressError, match="window"):
             cache.crop(-3)
+        with pytest.raises(ValueError, match="3"):
+            cache.crop(3)
+        cache.crop(0)
+        assert cache.get_seq_length() == 40
 
 
 def logits_by_kernels(cuda: bool = False) -> Tensor:

@@ -22,9 +22,9 @@ from vqcompress.model.targets import linear_targets
 from vqcompress.pipeline import quantize as quantizing
 from vqcompress.pipeline.calibration import first_states
 from vqcompress.pipeline.context import BlockContext
+from vqcompress.pipeline.gather import gather
 from vqcompress.pipeline.plan import make_plan
 from vqcompress.pipeline.smoothing import Smoother
-from vqcompress.pipeline.statistics import gather
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.checkpoint import SINGLE, Checkpoint

@@ -36,10 +36,10 @@ from vqcompress.pipeline.bit_allocation import make_plans
 from vqcompress.pipeline.block import study
 from vqcompress.pipeline.calibration import first_states
 from vqcompress.pipeline.context import BlockContext
+from vqcompress.pipeline.gather import coverage, gather
 from vqcompress.pipeline.plan import make_plan
 from vqcompress.pipeline.quantize import QuantizeOptions, dry_run, quantize
 from vqcompress.pipeline.smoothing import Smoother
-from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.runtime.load import load
 from vqcompress.storage import writer
 from vqcompress.storage.artifact import REPORTS, SUMS, Artifact
@@ -453,6 +453,13 @@ def test_the_floor_of_tokens_is_a_knob(toy: Make) -> None:
 def test_a_wrong_setting_of_experts_is_named(setting: str, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         parse(f"experts: {{{setting}}}\nrules: [{{match: '*', method: int8}}]", "test")
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "int8"), ("mixtral", "fp8")])
+def test_settings_of_experts_without_effect_are_refused(family: str, method: str, toy: Make) -> None:
+    stream = BlockStream(Checkpoint(toy(family)), CPU, torch.float32)
+    with pytest.raises(UsageError, match="'experts'"):
+        make_plan(stream, parse(f"experts: {{calibrate: all}}\nrules: [{{match: '*', method: {method}}}]", "test"))
 
 
 def test_the_report_and_inspect_tell_the_tokens_of_every_expert(

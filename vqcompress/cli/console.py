@@ -48,28 +48,24 @@ def console(stderr: bool = False) -> Console:
     return Console(file=stream, quiet=not leads(), **plain)
 
 
-def _without_flag_types(parameters: list[Any]) -> list[Any]:
-    """Parameters for a help that shows no type beside flags, since they take no value."""
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-    return parameters
+class _PlainFlags:
+    """Shows no type beside flags in `--help`, since they take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, `--help` included."""
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
 
 
-class Command(TyperCommand):
+class Command(_PlainFlags, TyperCommand):
     """A command."""
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` included."""
-        return _without_flag_types(super().get_params(ctx))
 
-
-class Commands(TyperGroup):
+class Commands(_PlainFlags, TyperGroup):
     """A group of commands. An exception of one becomes a line on stderr and an exit code."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` included."""
-        return _without_flag_types(super().get_params(ctx))
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the chosen command."""

@@ -59,6 +59,8 @@ def quantize(
     Example: vqcompress quantize demo -o out --recipe vq-2bit
     """
     if dry_run:
+        if upload.push_to_hub is not None:
+            raise UsageError("--dry-run writes nothing to upload: leave out --push-to-hub")
         _plan(run, common)
         return
     if output in (None, Path("demo")):

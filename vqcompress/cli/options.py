@@ -146,7 +146,7 @@ class RunOptions:
     target_bits: Annotated[
         float | None,
         typer.Option(
-            metavar="BITS", min=LEAST, max=MOST, help="Average for which a setting is chosen for each weight."
+            metavar="BITS", min=LEAST, max=MOST, help="Target average of bits per weight; each weight gets a setting."
         ),
     ] = None
     kv_cache: Annotated[str | None, _cache(help="Also compress the KV cache: kv-fp8, kv-vq-4bit or kv-vq-2bit.")] = None

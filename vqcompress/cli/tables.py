@@ -147,7 +147,7 @@ def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:
 
 
 def speed(to: Console, facts: dict[str, Any]) -> None:
-    """Print tokens per second, memory and the conditions they were measured under; a column per model."""
+    """Print tokens per second, memory and the conditions they were measured under; a row per model."""
     rows = []
     for model in (facts, *([facts["baseline"]] if "baseline" in facts else [])):
         rates = (f"{model[f'{phase}_tokens_per_second']:,.1f}" for phase in ("prefill", "decode"))

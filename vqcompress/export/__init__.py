@@ -56,8 +56,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     if made.quantization_config:
         config["quantization_config"] = made.quantization_config
     shards.write("config.json", json.dumps(config, indent=2).encode())
-    result: dict[str, Any] = {"format": format, "files": count, "bytes": size}
-    result["left_dense"] = made.left_dense
+    result: dict[str, Any] = {"format": format, "files": count, "bytes": size, "left_dense": made.left_dense}
     result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.for_vllm else reader.line(out)
     if verify:
         result["verified"] = compare(stream, source, out, reader)
@@ -66,12 +65,14 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
 
 def _empty(out: Path, overwrite: bool) -> None:
     """Delete an earlier export in a directory; VQCompressError if the directory holds anything else."""
-    if out.is_dir() and any(out.iterdir()):
-        metadata = read_json(out / INDEX).get("metadata", {}) if (out / INDEX).is_file() else {}
-        if metadata.get("written_by") != WRITER:
+    # An export killed during its very first write leaves only a partial index.
+    if out.is_dir() and any(path.name != f"{INDEX}.partial" for path in out.iterdir()):
+        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
+        metadata = index.get("metadata") if isinstance(index, dict) else None
+        if not isinstance(metadata, dict) or metadata.get("written_by") != WRITER:
             raise VQCompressError(f"{out} holds files that are not an export; choose another directory")
         # An interrupted export has no config.json and is replaced.
         if not overwrite and (out / "config.json").exists():
             raise VQCompressError(f"{out} already holds an export; choose another directory or give --overwrite")
-        clear(out, {"config.json", *metadata["beside"]})
+        clear(out, {"config.json", *metadata.get("beside", ())})
     out.mkdir(parents=True, exist_ok=True)

@@ -50,12 +50,10 @@ def coded(
     return reader(attend, query, key, value, attention_mask, *arguments, **options)
 
 
-for name, function, masks in (
-    (CODED["sdpa"], partial(coded, plain=ALL_ATTENTION_FUNCTIONS["sdpa"]), sdpa_mask),
-    (CODED["eager"], coded, eager_mask),
-):
-    ALL_ATTENTION_FUNCTIONS.register(name, function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, masks)
+ALL_ATTENTION_FUNCTIONS.register(CODED["sdpa"], partial(coded, plain=ALL_ATTENTION_FUNCTIONS["sdpa"]))
+ALL_MASK_ATTENTION_FUNCTIONS.register(CODED["sdpa"], sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(CODED["eager"], coded)
+ALL_MASK_ATTENTION_FUNCTIONS.register(CODED["eager"], eager_mask)
 
 
 class RecordingCache(DynamicCache):

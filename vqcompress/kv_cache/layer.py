@@ -86,7 +86,7 @@ class Shared:
 
 
 def _append(held: Tensor, new: Tensor, limit: int | None) -> Tensor:
-    """Both (B, H, T, …) behind one another; the newest `limit` tokens only, without holding memory of the others."""
+    """Both (B, H, T, …) behind one another; of the newest `limit` tokens. A copy, as in DynamicCache."""
     both = torch.cat([held, new], 2)
     return both if limit is None else both[:, :, max(0, both.shape[2] - limit) :].clone()
 
@@ -98,8 +98,6 @@ class KVLayer(CacheLayerMixin):
     attends to in a layer with sliding attention, else None; older ones are dropped.
     """
 
-    is_croppable = True
-
     def __init__(
         self,
         shared: Shared,
@@ -110,6 +108,7 @@ class KVLayer(CacheLayerMixin):
         super().__init__()
         self.shared, self.quantizers, self.rotary, self.window = shared, quantizers, rotary, window
         self.is_sliding = window is not None
+        self.is_croppable = not self.is_sliding
         self.reset()
 
     def reset(self) -> None:
@@ -133,7 +132,8 @@ class KVLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, H, n, D); returns all that the new tokens attend to, the past as stored.
 
-        A single token comes back alone, with a reader of this layer, if the model attends by `attention.coded`.
+        While decoding, only the new key and value come back if the model attends by `attention.coded`, which then calls
+        `attend`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -169,7 +169,7 @@ class KVLayer(CacheLayerMixin):
         self.length = end
 
     def _reach(self, length: int) -> int:
-        """The number of `length` tokens that the next one attends to."""
+        """How many of `length` tokens in the cache the next one attends to: at most window − 1."""
         return length if self.window is None else min(length, self.window - 1)
 
     @torch.no_grad()
@@ -210,9 +210,9 @@ class KVLayer(CacheLayerMixin):
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """A reader of the newest token: attention (B, 1, Q, D) to codes where that is possible, else to `read`."""
+        """Attention (B, 1, Q, D) of the newest token: to codes where that is possible, else to what `read` decodes."""
         limited = any(options.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-        if mask is None and not limited and self._has_readable_codes(query):
+        if mask is None and self.shared.first_B1 is None and not limited and self._has_readable_codes(query):
             return self._attend_codes(query[:, :, 0], scaling or query.shape[3] ** -0.5)[:, None], None
         return plain(query, *self.read(), mask, *arguments, scaling=scaling, **options)
 
@@ -260,7 +260,9 @@ class KVLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, given as a negative number; VQCompressError if the sliding window is full."""
-        if self.window is not None and self.length > self.window:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+        if tokens_to_remove and self.window is not None and self.length > self.window:
             raise VQCompressError("a cache whose sliding window is full cannot be cropped; make a new cache")
         length = max(0, self.length + tokens_to_remove)
         self.newest = [x[:, :, : max(0, x.shape[2] - self.length + length)] for x in self.newest]

@@ -75,11 +75,10 @@ def find_rotary(model: PreTrainedModel) -> list[nn.Module | None]:
     cache, ids = RecordingCache(), torch.full((1, PROBE_TOKENS), 7, device=model.device)
     model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     made = {module: take_angles(module) for module in modules}
-    found: list[nn.Module | None] = []
-    for n in range(len(cache.states)):
-        keys = cache.states[n][0]
-        found.append(next((m for m, angles in made.items() if angles and _explains(angles, keys)), None))
-    return found
+    return [
+        next((m for m, angles in made.items() if angles and _explains(angles, keys)), None)
+        for _, (keys, _) in sorted(cache.states.items())
+    ]
 
 
 def _explains(angles: Any, keys_BHTD: Tensor) -> bool:

@@ -14,7 +14,7 @@ from vqcompress.methods.keep import Keep
 from vqcompress.methods.vq.codebook import Codebook
 from vqcompress.methods.vq.trellis import Trellis
 
-__all__ = ["METHODS", "Layout", "Method", "PackedTensors", "explain", "from_description", "layout_bits", "make"]
+__all__ = ["METHODS", "Layout", "Method", "PackedTensors", "from_description", "layout_bits", "make"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Keep, INT8, FP8, Codebook)}
 # The methods that recipes call `vq`, by their option `codebook`.
@@ -35,7 +35,8 @@ def make(name: str, options: dict[str, Any]) -> Method:
     try:
         return method(**options)
     except ValidationError as error:
-        raise ValueError(explain(name, options, error)) from None
+        # A line for each option, once.
+        raise ValueError("; ".join(dict.fromkeys(_line(name, options, detail) for detail in error.errors()))) from None
 
 
 def from_description(description: dict[str, Any]) -> Method:
@@ -60,12 +61,8 @@ def _class_of(name: str, options: dict[str, Any]) -> type[Method]:
     return CODEBOOKS[codebook]
 
 
-def explain(name: str, options: dict[str, Any], error: ValidationError) -> str:
-    """One line for pydantic's errors about a group of options: its name, the option, the value, the reason."""
-    return "; ".join(dict.fromkeys(_line(name, options, detail) for detail in error.errors()))
-
-
 def _line(name: str, options: dict[str, Any], detail: Any) -> str:
+    """An error of pydantic's about options in one line: the method, the option, its value, the reason."""
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         # A rule about several options together belongs to none of them.

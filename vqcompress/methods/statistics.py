@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-NAMES = frozenset({"absmax", "sumsq", "hessian", "sample"})
 SAMPLE_TOKENS = 1024
 
 
@@ -80,8 +79,8 @@ class Accumulator:
     float32, those over batches float64: the totals, rounded to float32, do not depend on the order.
     sample: every k-th token of the run, so it is the same whatever the batch size; None if not needed.
     mass: the sum of the tokens' weights. routed: tokens that a router sent.
-    before: tokens counted by other processes that go first; None if that number is unknown, so that k counts from the
-    start of each batch.
+    before: tokens counted by processes of lower rank; None if that number is unknown: k then counts from the start of
+    each batch.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class Experts(nn.Module):
         return out
 
     def _grouped(self, x_TI: Tensor, index_TK: Tensor, weight_TK: Tensor, stacks: dict[str, Stack]) -> Tensor:
-        """The same with one product a leaf: rows sorted by expert, and nothing that waits for the device."""
+        """The same by one grouped product per projection: rows sorted by expert, and no wait for the device."""
         experts, (tokens, chosen) = len(self._modules), index_TK.shape
         expert_S, order_S = index_TK.flatten().sort(stable=True)
         among_E = torch.arange(experts, device=expert_S.device, dtype=expert_S.dtype)

@@ -20,9 +20,9 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.block import BlockEncoder, study
 from vqcompress.pipeline.calibration import first_states
 from vqcompress.pipeline.context import BlockContext
+from vqcompress.pipeline.gather import gather
 from vqcompress.pipeline.plan import Plan, Progress, make_plan
 from vqcompress.pipeline.smoothing import Rewrites
-from vqcompress.pipeline.statistics import gather
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.artifact import stored_bits
 from vqcompress.storage.recipe import Recipe

@@ -21,10 +21,10 @@ from vqcompress.methods.vq.codebook import entry_uses
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.correction import closing_layer, corrected
+from vqcompress.pipeline.gather import coverage, gather
 from vqcompress.pipeline.plan import Progress, silent
 from vqcompress.pipeline.report import codebook_facts
 from vqcompress.pipeline.smoothing import Rewrites, Smoother
-from vqcompress.pipeline.statistics import coverage, gather
 from vqcompress.storage.artifact import MARKER, SMOOTHING, part_name, stored_bits
 from vqcompress.storage.checkpoint import check_finite
 
@@ -59,7 +59,7 @@ def compress_block(context: BlockContext, progress: Progress) -> tuple[dict[str,
 def study(context: BlockContext) -> tuple[dict[str, Tensor], nn.Module, list[Input], dict[str, Statistics]]:
     """A block as it is: tensors by their names on disk, the dense module, its inputs, and statistics by path.
 
-    Of a data-free plan the module has no memory, and there are neither inputs nor statistics.
+    For a data-free plan the module is on the meta device, and there are neither inputs nor statistics.
     """
     stream, block = context.stream, context.block
     tensors = stream.source.read(stream.names.under(block.name))

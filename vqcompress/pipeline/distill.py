@@ -1,4 +1,4 @@
-"""Distillation: training of scales, learned codebooks, norms and biases after the codes are fixed.
+"""Distillation: training of scales, learned codebooks, norms, and biases of dense layers after the codes are fixed.
 
 The loss is the mean Kullback–Leibler divergence of the model's predictions from those of the original. Codes have no
 gradient and stay. Values are trained in float32 and rounded to the stored type once, at the end.

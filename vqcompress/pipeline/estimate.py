@@ -102,8 +102,8 @@ def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str)
     if plan.recipe.tuning:
         # Two whole models in float32, gradients of one, and the activations of all layers for a batch.
         whole = max(whole, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
-    # Without calibration, the next block is encoded while one is written.
-    ahead = 1 if plan.calibrated else 2
+    # Without calibration, a CPU encodes the next block while one is written.
+    ahead = 1 if plan.calibrated or on_gpu else 2
     host = ahead * read if on_gpu else max(ahead * (read + work), whole)
     host = peak_rss_bytes() + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
     return {"peak_rss_bytes": host, "peak_device_bytes": max(work, whole) if on_gpu else 0, "states_bytes": states}

@@ -9,6 +9,7 @@ from typing import Any
 from vqcompress.errors import UsageError
 from vqcompress.methods import Method
 from vqcompress.model.coverage import dense_weights
+from vqcompress.model.experts import Experts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Entry
 from vqcompress.storage.recipe import KVCacheConfig, Recipe, Rule
@@ -96,6 +97,9 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
     A recipe with a `cache` may leave all weights as they are.
     """
     plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
+    mixture = any(isinstance(module, Experts) for layer in stream.skeletons for module in layer.modules())
+    if recipe.experts and not (mixture and any(rule.needs for rule in recipe.rules + recipe.candidates)):
+        raise UsageError(f"recipe {recipe.name}: 'experts' has no effect without a mixture and a calibrated method")
     if not plan.targets and (recipe.cache is None or recipe.candidates):
         raise UsageError(f"recipe {recipe.name} compresses nothing in this model")
     return plan

@@ -119,6 +119,7 @@ class Run:
             "target bits": str(plan.target_bits),
             "calibration": "none" if self.rows is None else fingerprint(self.rows),
             "seed": str(self.options.seed),
+            "format version": str(artifact.FORMAT_VERSION),
             "device": f"{stream.device.type}{gpu} {stream.dtype}",
             **{f"version of {name}": version for name, version in VERSIONS.items()},
         }
@@ -144,8 +145,10 @@ class Run:
         if self.plan.needs_reference:
             self.reference = keep(self.hidden, stream.scratch)
         todo = [i for i, name in enumerate(names) if name not in writer.done]
-        make, alone = self._make_shard, todo[group.rank :: group.size]
-        self.shards = map(make, todo) if self.hidden else _one_ahead(make, alone)
+        todo = todo if self.hidden else todo[group.rank :: group.size]
+        # Each thread has a current GPU of its own, so only a CPU works ahead in another thread.
+        ahead = _one_ahead if not self.hidden and stream.device.type == "cpu" else map
+        self.shards = ahead(self._make_shard, todo)
 
     def quantize_block(self, index: int) -> None:
         """Compress and store a block unless that is done, and run the hidden states through the stored block."""
@@ -214,13 +217,11 @@ class Run:
         return report
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:
-        """Compress a block, and hash its weights meanwhile; its name and its shard."""
+        """Compress a block; its name and its shard."""
         context = BlockContext(self.stream, self.plan, index, self.hidden, self.options.seed, self.reference)
         name = context.block.name
-        with ThreadPoolExecutor(1) as pool:
-            digest = pool.submit(self._digest, name)
-            tensors, facts = compress_block(context, self.progress)
-        return name, (self._file(index + 2), tensors, {**facts, "source": digest.result()})
+        tensors, facts = compress_block(context, self.progress)
+        return name, (self._file(index + 2), tensors, {**facts, "source": self._digest(name)})
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""

@@ -82,5 +82,5 @@ def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheS
     if wanted["codebook"] != "learned":
         return make_config(model, wanted)
     if stored is None or any(stored[key] != wanted[key] for key in ("codebook", "bits", "keys")):
-        raise UsageError(f"{path} has no codebooks for --kv-cache {recipe}: give that to `quantize`, or take kv-fp8")
+        raise UsageError(f"{path} has no codebooks for --kv-cache {recipe}: run `quantize` with it, or take kv-fp8")
     return make_config(model, {**wanted, "before": stored["before"]}, tensors_of(path / KV_CACHE))

@@ -105,9 +105,9 @@ def clear(out: Path, listed: Collection[str], kept: Collection[str | None] = ())
 class Writer(Shards):
     """Commits shards one by one into a directory, with a journal, and makes it an artifact at the end.
 
-    A directory whose journal has the same inputs is continued. Rank 0 writes and the others keep the same state, so
-    every process of `group` makes the same calls; the directory must be visible to all. A context manager: the
-    directory is locked against other runs until it exits.
+    A directory whose journal has the same inputs is continued. Each rank writes its shards, rank 0 the journal and
+    all other files. Every process of `group` makes the same calls; the directory must be visible to all. A context
+    manager: the directory is locked against other runs until it exits.
 
     done: block name → record of a shard on disk. measured: block name → figures saved by `save_measured`.
     extra_files: name → SHA-256 of files written by `write_extra`.
@@ -194,15 +194,17 @@ class Writer(Shards):
             blocks = journal["blocks"]
             # Later blocks were made from the output of a shard that is missing or damaged.
             intact = dict(itertools.takewhile(lambda item: self._is_intact(item[1]), blocks.items()))
-            if changed := [n for n, record in intact.items() if n != STAGED and record["source"] != self.source_of(n)]:
-                return f"an unfinished run with another checkpoint: {changed[0]} has changed"
-            if STAGED in blocks and len(intact) < len(blocks):
-                # Shards before it may hold staged values, so later blocks cannot be made again as they were.
-                intact = {}
-            self.done, self.measured, self.seconds_before = intact, journal["measured"], journal["seconds"]
-            return ""
+            sources = {name: record["source"] for name, record in intact.items() if name != STAGED}
+            measured, seconds = journal["measured"], journal["seconds"]
         except (VQCompressError, LookupError, TypeError, AttributeError) as error:
             return f"a damaged {JOURNAL} ({error})"
+        if changed := [name for name, source in sources.items() if source != self.source_of(name)]:
+            return f"an unfinished run with another checkpoint: {changed[0]} has changed"
+        if STAGED in blocks and len(intact) < len(blocks):
+            # Shards before it may hold staged values, so later blocks cannot be made again as they were.
+            intact = {}
+        self.done, self.measured, self.seconds_before = intact, measured, seconds
+        return ""
 
     def _is_intact(self, record: dict[str, Any]) -> bool:
         """Whether the file of a record, if it has one, is on disk as it was written."""
@@ -268,9 +270,8 @@ class Writer(Shards):
         (self.out / old["file"]).unlink()
 
     def write_extra(self, name: str, tensors: PackedTensors) -> None:
-        """Write tensors that belong to no shard; `finish` lists the file in SHA256SUMS. It is not journaled."""
-        if self.group.is_main:
-            self.extra_files[name] = self.write_shard(name, tensors)["sha256"]
+        """Write tensors that belong to no shard; `finish` lists the file in SHA256SUMS. Rank 0 only; not journaled."""
+        self.extra_files[name] = self.write_shard(name, tensors)["sha256"]
 
     def finish(self, config: dict[str, Any], companions: list[Path], reports: dict[str, bytes], recipe: str) -> None:
         """Write all files but the shards, the config last, and delete the journal.

@@ -140,7 +140,7 @@ class VectorQuantizer(Method):
         on_cpu, has_kernel = tensors["codes"].device.type == "cpu", self.has_kernel(shape)
         if not has_kernel and not on_cpu:
             # Python shows the same message once.
-            reason = f"{shape[0]} outputs are no multiple of 32, so its paths do not end on whole words"
+            reason = f"a trellis of {shape[0]} outputs has no kernel, which needs a multiple of 32"
             warnings.warn(f"a weight is decoded once and multiplied dense: {reason}", Fallback, stacklevel=2)
         if not (packed if on_cpu else has_kernel):
             return super().prepare(tensors, shape, dtype)
