@@ -177,7 +177,7 @@ def test_some_tiles_have_room_for_a_codebook_and_some_have_not() -> None:
         place = place_of(name, 90)
         option = next(o for o in place.options if (o["BO"], o["BI"], o["num_warps"]) == tile)
         found[name] = tune.Tuner(gpu, 0.0, False, lambda *call: 0.0).split(place, option)
-    assert found == {"learned 4,8": 256, "learned 2x8": 0}
+    assert found == {"learned 4,8": 64, "learned 2x8": 0}
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     kept = [o for o in place.options if (o["BO"], o["BI"], o["num_warps"]) in ((32, 128, 4), (32, 256, 4))][:2]
     # A tile that no thread has registers for.
     spilling = {**kept[0], "BO": 256, "BI": 256, "num_warps": 4}
-    place = replace(place, options=[spilling, *kept], splits=[256])
+    place = replace(place, options=[spilling, *kept], splits=[64])
     tried = []
 
     def clock(call: Any, weights: Any) -> float:
@@ -199,8 +199,8 @@ def test_a_place_is_compiled_and_what_spills_is_left_out() -> None:
     tuner = tune.Tuner(gpu, 60.0, False, clock)
     tuner.tune(place)
     assert spilling not in tried
-    assert [o.get("HOT", 0) for o in tried] == [0, 0, 256]
-    assert tuner.table[place.kernel][place.key]["HOT"] == 256
+    assert [o.get("HOT", 0) for o in tried] == [0, 0, 64]
+    assert tuner.table[place.kernel][place.key]["HOT"] == 64
     assert launch.table(gpu) is tuner.table
     before = len(tried)
     tuner.tune(place)

@@ -107,9 +107,7 @@ def export(
     artifact: options.Artifact,
     format: options.Format,
     output: options.Output,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Load it with its own library; compare predictions.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with its reader; compare predictions.")] = False,
     overwrite: options.Overwrite = False,
     *,
     upload: options.Upload,
@@ -122,8 +120,10 @@ def export(
     upload.check()
     with session(common.json) as show:
         from vqcompress.export import export
+        from vqcompress.model.device import peak_rss_bytes
 
-        result = export(artifact, format, output, verify, overwrite) | {"seconds": took()}
+        result = export(artifact, format, output, verify, overwrite)
+        result |= {"seconds": took(), "peak_rss_bytes": peak_rss_bytes()}
         show(tables.exported, result, str(output))
         upload.push(output)
 
