@@ -167,7 +167,7 @@ def test_version_and_recipes() -> None:
         ("plan demo --recipe vq-2bit --json no/x", "--json no/x"),
         ("compare demo --text README.md --html no/x", "--html no/x"),
         ("quantize demo --recipe vq-2bit", "-o OUT"),
-        ("quantize demo --recipe vq-2bit -o demo", "'demo'"),
+        ("quantize demo --recipe vq-2bit -o demo", "demo"),
         ("quantise", "quantize"),
         ("export demo --format dens -o x", "dense"),
     ],

@@ -26,6 +26,14 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
         },
         671.0e9,
     ),
+    "Qwen3-235B-A22B": (
+        {
+            "model_type": "qwen3_moe", "num_hidden_layers": 94, "hidden_size": 4096, "intermediate_size": 12288,
+            "moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8, "num_attention_heads": 64,
+            "head_dim": 128, "num_key_value_heads": 4, "vocab_size": 151936, "max_position_embeddings": 40960,
+        },
+        235.1e9,
+    ),
     "Llama-3.1-405B": (
         {
             "model_type": "llama", "num_hidden_layers": 126, "hidden_size": 16384, "intermediate_size": 53248,
@@ -37,7 +45,10 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["Llama-3.1-405B", pytest.param("DeepSeek-V3", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("DeepSeek-V3", "Qwen3-235B-A22B")]
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-405B", *SLOW])
 def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: Path) -> None:
     config, published = MODELS[name]
     (tmp_path / "config.json").write_text(json.dumps(COMMON | config))

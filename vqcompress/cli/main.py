@@ -64,7 +64,7 @@ def quantize(
         _plan(run, common)
         return
     if output in (None, Path("demo")):
-        raise UsageError("-o OUT is missing, or 'demo', the packaged model; give a directory, or --dry-run")
+        raise UsageError("-o OUT: give a directory to write to (not demo, the packaged model), or --dry-run")
     check_choice(run.recipe, run.target_bits, run.kv_cache)
     upload.check()
     with session(common.json) as show:

@@ -109,9 +109,7 @@ Baseline = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Original model to compare with.", callback=_checked(hub.find))
 ]
 Text = Annotated[str, _text(help="Text, JSONL or Parquet file, or dataset id.")]
-KVCache = Annotated[
-    str | None, _cache(help=f"Quantize the KV cache: kv-fp8, or '{AS_STORED}' for the artifact's own codebooks.")
-]
+KVCache = Annotated[str | None, _cache(help=f"Quantize the KV cache: kv-fp8, the artifact's recipe or '{AS_STORED}'.")]
 Format = Annotated[ExportFormat, typer.Option(metavar="FORMAT", help=f"Output format: {', '.join(FORMATS)}.")]
 Html = Annotated[Path | None, _file("--html", help="Write an HTML page with charts.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**31 - 1, help="Random seed.")]

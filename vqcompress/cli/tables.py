@@ -152,11 +152,12 @@ def speed(to: Console, facts: dict[str, Any]) -> None:
     for model in (facts, *([facts["baseline"]] if "baseline" in facts else [])):
         rates = (f"{model[f'{phase}_tokens_per_second']:,.1f}" for phase in ("prefill", "decode"))
         memory = size(model["peak_device_bytes"] or model["peak_rss_bytes"])
+        cache = f" (cache {model['kv_cache']})" if model["kv_cache"] else ""
         first = f"{1000 * model['time_to_first_token']:.1f} ms"
-        rows.append((model["model"], *rates, first, memory, size(model["cache_bytes"])))
+        rows.append((f"{model['model']}{cache}", *rates, first, memory, size(model["cache_bytes"])))
     _table(to, ("model", "prefill tokens/s", "decode tokens/s", "first token", "peak memory", "cache"), rows)
     sizes = f"{facts['prompt_tokens']} prompt tokens, {facts['new_tokens']} new, batch {facts['batch']}"
-    to.print(f"measured  {sizes}, cache {facts['kv_cache'] or 'plain'}, on {facts['device']} in {facts['dtype']}")
+    to.print(f"measured  {sizes}, on {facts['device']} in {facts['dtype']}")
 
 
 def exported(to: Console, facts: dict[str, Any], out: str) -> None:

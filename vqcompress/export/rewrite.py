@@ -14,7 +14,6 @@ from vqcompress.model.experts import Experts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import HINT, Artifact, Entry
 from vqcompress.storage.checkpoint import stored_dtype
-from vqcompress.storage.recipe import setting
 
 # A target and its packed tensors → its tensors in a format; keys follow the module's name and a dot.
 Write = Callable[[Entry, PackedTensors], dict[str, Tensor]]
@@ -50,7 +49,7 @@ def one_method(
     first = next(iter(artifact.entries.values()))
     for entry in artifact.entries.values():
         if not isinstance(entry.method, kinds):
-            reason = f"is compressed by {setting(entry.method)}"
+            reason = f"is compressed by {entry.method.name}"
         elif entry.method != first.method:
             reason = f"has other options than {first.target.name}"
         elif entry.smoothed:

@@ -22,6 +22,8 @@ from vqcompress.storage.targets import Block, kind
 ENCODE_BYTES = 32
 # Bytes per entry of a Hessian: sums in float64, means in float32, and the factors of the one that is in use.
 HESSIAN_BYTES = 12
+# Libraries that a run loads and a plan does not: numba and matplotlib.
+LIBRARY_BYTES = 200_000_000
 
 
 def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, states: str) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str)
     # Without calibration, a CPU encodes the next block while one is written.
     ahead = 1 if plan.calibrated or on_gpu else 2
     host = ahead * read if on_gpu else max(ahead * (read + work), whole)
-    host = peak_rss_bytes() + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
+    host = peak_rss_bytes() + LIBRARY_BYTES + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
     return {"peak_rss_bytes": host, "peak_device_bytes": max(work, whole) if on_gpu else 0, "states_bytes": states}
 
 

@@ -36,7 +36,7 @@ def read_text(source: str) -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise VQCompressError(f"reading {source} needs the datasets library: pip install 'vqcompress[data]'") from error
+        raise VQCompressError(f"reading {source} needs the datasets library: pip install datasets") from error
     name, _, split = source.partition(":")
     parts = name.split("/")
     try:

@@ -158,7 +158,7 @@ class Writer(Shards):
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.out, os.O_RDONLY)
         except OSError as error:
-            raise VQCompressError(f"cannot make the directory {self.out}: {error}") from error
+            raise VQCompressError(f"cannot make the directory {self.out}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
