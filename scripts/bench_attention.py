@@ -47,8 +47,8 @@ class Bench(Figures):
         label = f"attention, batch {cache.batch}, {cache.tokens} tokens, {heads}, d {cache.d}{turned}"
         parts = cache.parts(self.device, self.dtype)
         # The reference decodes everything, so it gets one row.
-        q_BQD, codes_k, book_k, codes_v, *others = parts
-        expected_BQD = reference.attend(q_BQD[:1], codes_k[:1], book_k, codes_v[:1], *others)[0]
+        q_BQD, codes, *others = parts
+        expected_BQD = reference.attend(q_BQD[:1], [code[:1] for code in codes], *others)[0]
         if self.right(label, error(kv.attend(*parts)[0][:1], expected_BQD)) and not self.a.interpret:
             made = [cache.parts(self.device, self.dtype, seed) for seed in range(copies(cache.bytes()))]
             took = seconds(lambda given: kv.attend(*given), made)

@@ -164,9 +164,9 @@ class Cache:
         codes = [_random("codes", torch.uint8, (*of, groups), device, draw) for _ in range(2)]
         books = [normal(self.heads, groups, kv.ENTRIES, self.d).half() for _ in range(2)]
         angle_BTD = normal(1, self.tokens, self.channels // 2).repeat(1, 1, 2)
-        angles = [angle_BTD.cos().to(dtype), angle_BTD.sin().to(dtype)] if self.turned else [None, None]
+        angles = [angle_BTD.cos().to(dtype), angle_BTD.sin().to(dtype)] if self.turned else []
         q_BQD = normal(self.batch, self.queries, self.channels).to(dtype)
-        return q_BQD, codes[0], books[0], codes[1], books[1], *angles, 0, self.tokens, self.channels**-0.5
+        return q_BQD, codes, books, angles, 0, self.tokens, self.channels**-0.5
 
     def bytes(self) -> int:
         """Of the codes of keys and values, and the codebooks."""

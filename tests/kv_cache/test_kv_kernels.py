@@ -42,21 +42,20 @@ def drawn(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu") ->
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta") if device == META else torch.randn(shape, generator=draw)
 
-    coded: list[Tensor | None] = []
+    codes, books, angles = list[Tensor](), list[Tensor](), list[Tensor]()
     for _ in range(2):
         code = (normal(size.batch, size.heads, size.tokens, groups).abs() * 1e3).to(torch.int32).remainder(256)
-        coded += [code.to(torch.uint8), normal(size.heads, groups, kv.ENTRIES, size.d).half()]
+        codes.append(code.to(torch.uint8))
+        books.append(normal(size.heads, groups, kv.ENTRIES, size.d).half())
     if size.angles:
         angle = normal(size.angles, size.tokens, size.channels // 2) * 3
         # A factor as YaRN has it.
-        coded += [1.1 * angle.cos().repeat(1, 1, 2), 1.1 * angle.sin().repeat(1, 1, 2)]
-    else:
-        coded += [None, None]
+        angles = [1.1 * angle.cos().repeat(1, 1, 2), 1.1 * angle.sin().repeat(1, 1, 2)]
     q_BQD = normal(size.batch, size.heads * size.repeat, size.channels)
     if device != META:
         # A loud channel.
         q_BQD[..., 5] *= 30
-    return [q_BQD.to(dtype), *coded, *(size.span or (0, size.tokens)), size.channels**-0.5]
+    return [q_BQD.to(dtype), codes, books, angles, *(size.span or (0, size.tokens)), size.channels**-0.5]
 
 
 def attend(arguments: list[Any], config: Any = None) -> Any:
@@ -76,7 +75,7 @@ def on_gpu(arguments: list[Any]) -> Any:
 
 def expected(arguments: list[Any]) -> tuple[Tensor, Tensor]:
     """Float64, token by token and head by head; shares no code with what it checks."""
-    q_BQD, codes_k, book_k, codes_v, book_v, cos_BTD, sin_BTD, start, end, scaling = arguments
+    q_BQD, (codes_k, codes_v), (book_k, book_v), angles, start, end, scaling = arguments
     (batch, heads, _, groups), (_, queries, channels) = codes_k.shape, q_BQD.shape
     out, lse = torch.zeros(q_BQD.shape, dtype=torch.float64), torch.zeros(batch, queries, dtype=torch.float64)
     g_G, half = torch.arange(groups), channels // 2
@@ -85,7 +84,8 @@ def expected(arguments: list[Any]) -> tuple[Tensor, Tensor]:
             h, scores, values = n * heads // queries, [], []
             for t in range(start, end):
                 k_D = book_k.double()[h, g_G, codes_k[b, h, t].long()].flatten()
-                if cos_BTD is not None:
+                if angles:
+                    cos_BTD, sin_BTD = angles
                     row = b if len(cos_BTD) > 1 else 0
                     turn = torch.complex(cos_BTD[row, t, :half].double(), sin_BTD[row, t, :half].double())
                     turned = torch.complex(k_D[:half], k_D[half:]) * turn

@@ -108,24 +108,21 @@ def install(model: PreTrainedModel) -> bool:
 
 
 def decode_at_once(
-    stored: tuple[Tensor, Tensor],
-    window: int,
-    sinks: int,
+    stored: tuple[Tensor, Tensor, int, int],
     attend: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """A reader: attention (B, L, Q, D) of all tokens of a text as if each was decoded by itself.
 
-    Its `window` newest and the first `sinks` tokens are read in full precision, all others as stored: decoded keys and
-    values (B, H, T, D).
+    stored: decoded keys and values (B, H, T, D), window and sinks: each token reads its `window` newest and the first
+    `sinks` ones in full precision, all others as stored.
     """
+    stored_keys, stored_values, window, sinks = stored
     groups, (length, total) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
     token_T = torch.arange(total, device=key.device)
     age_LT = token_T[total - length :, None] - token_T
@@ -134,17 +131,17 @@ def decode_at_once(
     def scores(keys: Tensor) -> Tensor:
         return (query @ keys.repeat_interleave(groups, 1).mT) * (scaling or query.shape[3] ** -0.5)
 
-    score = torch.where(full_LT, scores(key), scores(stored[0]))
-    if softcap is not None:
+    score = torch.where(full_LT, scores(key), scores(stored_keys))
+    if (softcap := options.get("softcap")) is not None:
         score = torch.tanh(score / softcap) * softcap
     if mask is None:
         mask = age_LT >= 0
     # An additive mask is 0 where a token counts.
     score = score.masked_fill(~mask if mask.dtype == torch.bool else mask != 0, -torch.inf)
-    if s_aux is not None:
+    if (s_aux := options.get("s_aux")) is not None:
         # One more score, with a value of 0 (gpt-oss).
         score = torch.cat([score, s_aux.to(score)[None, :, None, None].expand(*score.shape[:3], 1)], -1)
     share = score.float().softmax(-1).to(query.dtype)[..., :total]
     out = (share * full_LT) @ value.repeat_interleave(groups, 1)
-    out = out + (share * ~full_LT) @ stored[1].repeat_interleave(groups, 1)
+    out = out + (share * ~full_LT) @ stored_values.repeat_interleave(groups, 1)
     return out.transpose(1, 2).contiguous(), None

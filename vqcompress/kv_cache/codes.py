@@ -89,25 +89,22 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 @torch.library.custom_op("vqcompress::kv_attend", mutates_args=())
 def attend(
     q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    cos_BTD: Tensor | None,
-    sin_BTD: Tensor | None,
+    codes: list[Tensor],
+    books: list[Tensor],
+    angles: list[Tensor],
     start: int,
     end: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """`weigh` of the coded tokens from `start` on and before `end`.
 
-    codes_k, codes_v: uint8 (B, H, T, G). book_k, book_v: codebooks (H, G, E, d). cos_BTD, sin_BTD: (B or 1, T, D) if
-    keys were coded without their rotary embedding.
+    codes: of keys and of values, uint8 (B, H, T, G). books: their codebooks (H, G, E, d). angles: cos and sin
+    (B or 1, T, D) if keys were coded without their rotary embedding, else none.
     """
     span = slice(start, max(start, end))
-    k_BHTD, v_BHTD = decode(codes_k[:, :, span], book_k), decode(codes_v[:, :, span], book_v)
-    if cos_BTD is not None and sin_BTD is not None:
-        k_BHTD = apply_rope(k_BHTD, (cos_BTD[:, span], sin_BTD[:, span]))
+    k_BHTD, v_BHTD = (decode(code[:, :, span], book) for code, book in zip(codes, books, strict=True))
+    if angles:
+        k_BHTD = apply_rope(k_BHTD, (angles[0][:, span], angles[1][:, span]))
     return weigh(q_BQD, k_BHTD, v_BHTD, scaling)
 
 

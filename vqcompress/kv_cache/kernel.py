@@ -168,12 +168,9 @@ def default_config(
 
 def attend(
     q_BQD: Tensor,
-    codes_k: Tensor,
-    book_k: Tensor,
-    codes_v: Tensor,
-    book_v: Tensor,
-    cos_BTD: Tensor | None,
-    sin_BTD: Tensor | None,
+    codes: list[Tensor],
+    books: list[Tensor],
+    angles: list[Tensor],
     start: int,
     end: int,
     scaling: float,
@@ -183,23 +180,23 @@ def attend(
     Slices are merged in a fixed order. Queries, rotated keys and weights are rounded to float16, as entries are, by
     2⁻¹² each.
     """
-    (batch, queries, channels), (_, heads, tokens, groups) = q_BQD.shape, codes_k.shape
-    rows, repeat, length = batch * queries, queries // heads, book_k.shape[3]
-    shape, angles = (queries, heads, channels, length, tokens), (None, None, 0)
-    if cos_BTD is not None and sin_BTD is not None:
-        angles = cos_BTD.contiguous(), sin_BTD.contiguous(), tokens * channels if len(cos_BTD) > 1 else 0  # type: ignore[assignment]
-    name = "kv.attend" if cos_BTD is None else "kv.attend.turned"
+    (batch, queries, channels), (_, heads, tokens, groups) = q_BQD.shape, codes[0].shape
+    rows, repeat, length = batch * queries, queries // heads, books[0].shape[3]
+    shape, turn = (queries, heads, channels, length, tokens), (None, None, 0)
+    if angles:
+        turn = *(part.contiguous() for part in angles), tokens * channels if len(angles[0]) > 1 else 0  # type: ignore[assignment]
+    name = "kv.attend.turned" if angles else "kv.attend"
     place = (*shape[:4], triton.next_power_of_2(tokens))
     config = dict(launch.get_config(name, q_BQD.device, batch, place, lambda gpu: default_config(gpu, shape, batch)))
     slices = config.pop("SPLIT")
     sum_RSD = q_BQD.new_empty((rows, slices, channels), dtype=torch.float32)
     part_RS2, out_BQD = sum_RSD.new_empty((rows, slices, 2)), sum_RSD.new_empty((batch, queries, channels))
     lse_BQ = sum_RSD.new_empty((batch, queries))
-    codes, books = (codes_k.contiguous(), codes_v.contiguous()), (book_k.contiguous(), book_v.contiguous())
+    stored = [tuple(part.contiguous() for part in pair) for pair in (codes, books)]
     # The interpreter multiplies no bfloat16, and has no need of float16.
     operand = tl.float32 if q_BQD.device.type == "cpu" else tl.float16
     constants = {"SHAPE": (length, groups // 2, triton.next_power_of_2(groups // 2)), "DTYPE": operand, "M": QUERIES}
-    tensors = q_BQD.contiguous(), codes, books, angles, (sum_RSD, part_RS2), scaling * LOG2_E, start, end
+    tensors = q_BQD.contiguous(), *stored, turn, (sum_RSD, part_RS2), scaling * LOG2_E, start, end
     grid = slices, batch * heads * triton.cdiv(repeat, QUERIES)
     launch.run(_attend, grid, *tensors, (tokens, heads, repeat), **constants, num_stages=1, **config)
     grid, tile = (rows, triton.cdiv(channels, 32)), {"S": triton.next_power_of_2(slices), "C": 32}

@@ -141,7 +141,7 @@ class KVLayer(CacheLayerMixin):
         past = self._read(self._reach(self.length)) if new > 1 and self.length else None
         self._store([key_states, value_states])
         if shared.strict:
-            READERS[key_states] = partial(decode_at_once, self._decode(self.length), shared.window, shared.sinks)
+            READERS[key_states] = partial(decode_at_once, (*self._decode(self.length), shared.window, shared.sinks))
         elif new == 1 and is_installed(shared.model):
             READERS[key_states] = self.attend
         elif new == 1:
@@ -233,11 +233,10 @@ class KVLayer(CacheLayerMixin):
         (keys, values), (parts_k, parts_v) = self.quantizers, self.parts
         assert isinstance(keys, Learned)
         assert isinstance(values, Learned)
-        angles = (None, None) if self.rotary is None else self.shared.angles_of(self.rotary, 0, self.length)
+        angles = [] if self.rotary is None else list(self.shared.angles_of(self.rotary, 0, self.length))
         sinks, end = self.shared.sinks, self.length - self.newest[0].shape[2]
-        coded = kv.attend(
-            q_BQD, parts_k["codes"], keys.book, parts_v["codes"], values.book, *angles, sinks, end, scaling
-        )
+        codes, books = [parts_k["codes"], parts_v["codes"]], [keys.book, values.book]
+        coded = kv.attend(q_BQD, codes, books, angles, sinks, end, scaling)
         pairs = zip(self.first, self.newest, strict=True)
         # The newest tokens may be among the first.
         full_k, full_v = (
