@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
-from vqcompress.model.weights import load_config
+from vqcompress.model.weights import auto_class, load_config
 from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, tensors_of
 from vqcompress.storage.checkpoint import Checkpoint, resolve
 from vqcompress.storage.recipe import cache_config
@@ -28,7 +28,8 @@ def load(
     kv_cache: str | bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model in eval mode, by `AutoModelForCausalLM.from_pretrained`.
+    """The model in eval mode, by `AutoModelForCausalLM.from_pretrained`, or `AutoModelForImageTextToText` where the
+    former does not know a model with a tower.
 
     path: the directory or hub id of an artifact or of a plain checkpoint. dtype: of the arithmetic; by default float32
     on a CPU and the checkpoint's own type on a GPU. check: compare an artifact's files with their checksums first,
@@ -40,14 +41,13 @@ def load(
     """
     folder, target = resolve(str(path)), choose_device(device)
     source = Artifact(folder) if Artifact.is_one(folder) else Checkpoint(folder)
-    if check and isinstance(source, Artifact):
-        source.check_files()
     with trusting(trust_remote_code):
         config = load_config(folder)
         if isinstance(source, Artifact):
             config.quantization_config["cpu_weights"] = cpu_weights if target.type == "cpu" else "dense"
+            config.quantization_config["check"] = check
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or model_dtype(source.config, target),
