@@ -17,7 +17,6 @@ from vqcompress.runtime.foresee import check_readers
 from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.storage.checkpoint import check_finite, resolve
 
-
 # Tokens of a row, of which there are two, that a model is tried on.
 TOKENS = 8
 
@@ -42,11 +41,12 @@ def run_ends(stream: BlockStream) -> list[str]:
     vocabulary, generator = stream.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     # Two rows: what blocks are called with may depend on the tokens, and a stream then has to know.
     rows = torch.randint(vocabulary, (2, TOKENS), generator=generator).split(1)
-    ends = {stream.blocks[i].name: i for i in (0, len(stream.blocks) - 1)}
+    ends = dict.fromkeys((0, len(stream.blocks) - 1))
     part = "what comes before the first block"
     try:
         states = [stream.embed(ids_BL) for ids_BL in rows]
-        for part, i in ends.items():
+        for i in ends:
+            part = stream.blocks[i].name
             stream.forward(stream.load_block(i), i, states)
         part = "what comes after the last block"
         finite = is_finite(stream.logits(rows[0], states[0]))
@@ -56,7 +56,7 @@ def run_ends(stream: BlockStream) -> list[str]:
         raise VQCompressError(f"{stream.source.path} cannot run: {part}: {one_line(error)}") from error
     if not finite:
         raise VQCompressError(f"{stream.source.path}: {part} puts out NaN or Inf")
-    return list(ends)
+    return [stream.blocks[i].name for i in ends]
 
 
 def verify(path: str, quick: bool = False) -> dict[str, Any]:
