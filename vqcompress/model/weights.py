@@ -35,9 +35,14 @@ from vqcompress.storage.trust import reason, trusted
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
-    """The transformers config of a directory; VQCompressError unless it belongs to a causal language model."""
+    """The transformers config of a directory; VQCompressError unless it belongs to a causal language model.
+
+    Without its `quantization_config`, which would make transformers look for a quantizer.
+    """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
+        for part in (config, config.get_text_config()):
+            vars(part).pop("quantization_config", None)
         known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
@@ -88,8 +93,6 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config in eval mode: parameters on the meta device, buffers (rotary tables …) real."""
-    # A quantization_config would make transformers look for a quantizer; the caller replaces modules itself.
-    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             auto = auto_class(config) or AutoModelForCausalLM
