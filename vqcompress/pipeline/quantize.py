@@ -91,6 +91,7 @@ class Run:
         self.options, self.progress = options, progress
         self.stream, self.plans = _open(options)
         self.plan, self.group = self.plans[0], self.stream.group
+        self.companions, self.left_out = self.stream.source.companions()
         self.rows = None
         if self.plan.reads_text:
             self.rows = calibration(self.stream.source, options)
@@ -211,9 +212,9 @@ class Run:
             named, settings["kv_cache"]["before"] = books
             writer.write_extra(artifact.KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
-        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds)
+        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds) | {"left_out": self.left_out}
         choice = recipes.dump(self.plan.recipe) if self.plan.target_bits is not None else ""
-        writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
+        writer.finish(config, self.companions, documents(report, writer.out.resolve().name), choice)
         return report
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:

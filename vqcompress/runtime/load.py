@@ -51,7 +51,6 @@ def load(
                 folder,
                 config=config,
                 dtype=dtype or model_dtype(source.config, target),
-                use_safetensors=True,
                 trust_remote_code=trusted(),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

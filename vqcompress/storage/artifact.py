@@ -35,6 +35,7 @@ from vqcompress import methods
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, resolve, sha256
+from vqcompress.storage.companions import instead, is_safe
 from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
 
@@ -188,7 +189,7 @@ def checksum_lines(sums: dict[str, str]) -> str:
 def read_sums(path: Path) -> dict[str, str]:
     """File name → digest of a directory's SHA256SUMS; VQCompressError unless it is as `checksum_lines` writes it."""
     text = (path / SUMS).read_bytes().decode(errors="replace") if (path / SUMS).is_file() else ""
-    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})\n", text)}
+    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (.+)\n", text) if is_safe(name)}
     if not listed or text != checksum_lines(listed):
         raise VQCompressError(f"{path / SUMS} is missing or damaged")
     return listed
@@ -259,5 +260,5 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
         method = source.config["quantization_config"].get("quant_method")
         raise VQCompressError(f"{model} is quantized already ({method}); start from its dense weights")
     if weights and not source.tensors:
-        raise VQCompressError(f"{path} has no safetensors weights; `vqcompress plan` works from the config alone")
+        raise VQCompressError(f"{path} has no weights{instead(path)}; `vqcompress plan` works from the config alone")
     return source
