@@ -176,6 +176,7 @@ def test_half_a_download_is_said_as_what_it_is(half: str, copy: Path) -> None:
 def test_shards_that_have_lost_their_index_are_read(copy: Path, toy: Make, tmp_path: Path) -> None:
     shards(copy, index=False)
     assert Checkpoint(copy).fingerprint() == Checkpoint(toy()).fingerprint()
+    assert all(torch.equal(a, b) for a, b in zip(load(copy).parameters(), load(toy()).parameters(), strict=True))
 
 
 def test_a_shard_outside_of_the_directory_is_refused(copy: Path, tmp_path: Path) -> None:
@@ -209,6 +210,7 @@ def test_no_quantization_config_is_dense_and_nonsense_is_refused(value: Any, cop
     if value in (None, {}):
         assert result.exit_code == 0, result.stderr
         assert Artifact(tmp_path / "out").entries
+        assert load(copy) is not None
     else:
         assert (result.exit_code, "quantization_config" in line(result)) == (1, True)
         assert INDEX not in line(result)

@@ -107,8 +107,10 @@ class Checkpoint:
     """The config and the tensors of a directory in Hugging Face layout.
 
     path: the directory. config: the parsed config.json. tensors: name → TensorInfo, empty if there are no weights
-    (then only planning is possible).
+    (then only planning is possible). format: how another tool has compressed the files, None if they are dense.
     """
+
+    format: str | None = None
 
     def __init__(self, path: Path):
         self.path = path
@@ -117,11 +119,6 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(path / "config.json")
         if not isinstance(self.config, dict):
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
-        # null and {} say that the weights are dense, as for transformers.
-        if (said := self.config.get("quantization_config")) in (None, {}):
-            self.config.pop("quantization_config", None)
-        elif not isinstance(said, dict):
-            raise VQCompressError(f"{path / 'config.json'}: quantization_config is {said!r} and no mapping")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._files():
             found = self.header(path / file)
@@ -209,6 +206,10 @@ class Checkpoint:
                 for name in wanted:
                     found[name] = handle.get_tensor(name)
         return found
+
+    def tiles(self, name: str) -> dict[str, Tensor] | None:
+        """`codes` and `scale` of a weight whose files hold it in FP8, as the method `fp8` stores it; else None."""
+        return None
 
     def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
         """The checkpoint of the files themselves, and the names in it of what these tensors are made of."""
