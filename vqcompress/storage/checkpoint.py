@@ -87,8 +87,10 @@ class Checkpoint:
     """The config and the tensors of a directory in Hugging Face layout.
 
     path: the directory. config: the parsed config.json. tensors: name → TensorInfo, empty if there are no weights
-    (then only planning is possible).
+    (then only planning is possible). straight: whether `read` gives transposed weights as (O, I).
     """
+
+    straight = False
 
     def __init__(self, path: Path):
         self.path = path
