@@ -227,6 +227,8 @@ class Run:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
         tensors = self.stream.source.read(self.stream.non_block_weights) if self.group.is_main else {}
         check_finite(tensors)
+        # Those that were compressed come in float32.
+        tensors = {name: tensor.to(self.stream.source.tensors[name].dtype) for name, tensor in tensors.items()}
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}
