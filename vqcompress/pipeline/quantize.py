@@ -29,6 +29,7 @@ from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress, silent
+from vqcompress.pipeline.preflight import check_plan, try_blocks
 from vqcompress.pipeline.report import VERSIONS, run_report
 from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
@@ -73,6 +74,7 @@ def _open(options: QuantizeOptions, weights: bool = True) -> tuple[BlockStream, 
     group, scratch = process_group(device), options.out if options.states == "disk" else None
     stream = BlockStream(source, device, model_dtype(source.config, device), group, scratch)
     plans = make_plans(stream, recipe, options.target_bits)
+    check_plan(stream, plans[0])
     if recipe.rotation and weights:
         rotated = RotatedCheckpoint(stream, partial(generator_for, options.seed))
         stream = BlockStream(rotated, device, stream.dtype, group, scratch)
@@ -90,6 +92,7 @@ class Run:
     def __init__(self, options: QuantizeOptions, progress: Progress, began: float):
         self.options, self.progress = options, progress
         self.stream, self.plans = _open(options)
+        try_blocks(self.stream)
         self.plan, self.group = self.plans[0], self.stream.group
         self.rows = None
         if self.plan.reads_text:
