@@ -170,7 +170,7 @@ class Run:
         self.entries += stored
         if self.hidden and not is_last:
             # The next block sees the stored weights, so that it can correct their errors.
-            tensors = artifact.tensors_of(self.writer.out / record["file"])
+            tensors = stream.from_stored(artifact.tensors_of(self.writer.out / record["file"]))
             stream.forward(stream.load_block(index, tensors, stored), index, self.hidden)
         release_freed_memory()
         if done_before:

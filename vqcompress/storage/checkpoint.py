@@ -108,9 +108,11 @@ class Checkpoint:
 
     path: the directory. config: the parsed config.json. tensors: name → TensorInfo, empty if there are no weights
     (then only planning is possible). format: how another tool has compressed the files, None if they are dense.
+    straight: whether `read` gives transposed weights as (O, I).
     """
 
     format: str | None = None
+    straight = False
 
     def __init__(self, path: Path):
         self.path = path
