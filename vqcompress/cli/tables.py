@@ -69,6 +69,7 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
         "warning": report["uncalibrated"] and f"no calibration token reached {', '.join(report['uncalibrated'])}",
         "error": worst and f"at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})",
         "cache": report["kv_cache"] and f"{cache_line(report['kv_cache'])}; turn it on by{cached}",
+        "beside": report["left_out"] and f"not copied: {', '.join(report['left_out'])}",
         "took": f"{duration(report['seconds'])}, peak memory {_memory(report)}",
     }
     _lines(to, 8, lines)
@@ -131,7 +132,8 @@ def verified(to: Console, facts: dict[str, Any], artifact: str) -> None:
     """Print what `verify` has checked."""
     counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
     sums = "" if facts["checksums"] else ", no checksums"
-    to.print(f"{artifact}: ok ({counts}{sums}, {duration(facts['seconds'])})")
+    ran = f", ran {' and '.join(facts['ran'])}" if facts["ran"] else ""
+    to.print(f"{artifact}: ok ({counts}{sums}{ran}, {duration(facts['seconds'])})")
 
 
 def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:

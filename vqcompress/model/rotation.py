@@ -57,6 +57,8 @@ class RotatedCheckpoint(Checkpoint):
     one block of each structure are proven at once, the other blocks when they are read.
     """
 
+    straight = True
+
     @torch.no_grad()
     def __init__(self, stream: BlockStream, draw: Callable[[str], Generator]):
         self._source, self._draw = stream.source, draw

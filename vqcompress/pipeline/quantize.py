@@ -29,6 +29,7 @@ from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress, silent
+from vqcompress.pipeline.preflight import check_plan, try_blocks
 from vqcompress.pipeline.report import VERSIONS, run_report
 from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
@@ -73,6 +74,7 @@ def _open(options: QuantizeOptions, weights: bool = True) -> tuple[BlockStream, 
     group, scratch = process_group(device), options.out if options.states == "disk" else None
     stream = BlockStream(source, device, model_dtype(source.config, device), group, scratch)
     plans = make_plans(stream, recipe, options.target_bits)
+    check_plan(stream, plans[0])
     if recipe.rotation and weights:
         rotated = RotatedCheckpoint(stream, partial(generator_for, options.seed))
         stream = BlockStream(rotated, device, stream.dtype, group, scratch)
@@ -90,7 +92,9 @@ class Run:
     def __init__(self, options: QuantizeOptions, progress: Progress, began: float):
         self.options, self.progress = options, progress
         self.stream, self.plans = _open(options)
+        try_blocks(self.stream)
         self.plan, self.group = self.plans[0], self.stream.group
+        self.companions, self.left_out = self.stream.source.companions()
         self.rows = None
         if self.plan.reads_text:
             self.rows = calibration(self.stream.source, options)
@@ -166,7 +170,7 @@ class Run:
         self.entries += stored
         if self.hidden and not is_last:
             # The next block sees the stored weights, so that it can correct their errors.
-            tensors = artifact.tensors_of(self.writer.out / record["file"])
+            tensors = stream.from_stored(artifact.tensors_of(self.writer.out / record["file"]))
             stream.forward(stream.load_block(index, tensors, stored), index, self.hidden)
         release_freed_memory()
         if done_before:
@@ -211,9 +215,9 @@ class Run:
             named, settings["kv_cache"]["before"] = books
             writer.write_extra(artifact.KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
-        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds)
+        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds) | {"left_out": self.left_out}
         choice = recipes.dump(self.plan.recipe) if self.plan.target_bits is not None else ""
-        writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
+        writer.finish(config, self.companions, documents(report, writer.out.resolve().name), choice)
         return report
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:
