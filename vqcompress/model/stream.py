@@ -22,6 +22,7 @@ from vqcompress.methods.base import is_finite
 from vqcompress.model.expert_layout import Layout, UnfusedCheckpoint, unfuse_tensors
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.linear import replace_linears, unfuse_for
+from vqcompress.model.projections import TransposedCheckpoint, straighten, transposed
 from vqcompress.model.targets import blocks_of, find_blocks
 from vqcompress.model.weights import Names, assign, check_headers, finish_loading, load_config, skeleton, tie_weights
 from vqcompress.storage.artifact import Artifact, Entry, part_name
@@ -105,6 +106,8 @@ class BlockStream:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
             self.config.tie_word_embeddings = False
         self.model = skeleton(self.config, dtype)
+        path, layers = find_blocks(self.model)
+        straightened = [f"{path}.{below}" for below in straighten(layers)]
         self.fused_reason = ""
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
@@ -118,6 +121,10 @@ class BlockStream:
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
+        # Path → the weight's name on disk, of linear layers whose weight the checkpoint stores transposed.
+        self.transposed = {path: f"{self.names.stored_prefix(path)}.weight" for path in straightened}
+        if self.transposed and not source.straight:
+            self.source = TransposedCheckpoint(self.source, self.transposed.values())
         # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
         self.mixtures = {path: (self.names.stored_prefix(path), layout) for path, layout in self._fused_layouts()}
         _, self._layers = find_blocks(self.model)
@@ -134,7 +141,12 @@ class BlockStream:
         return [(path, layout) for path, layout in mixtures if layout.fused]
 
     def as_stored(self, tensors: dict[str, Tensor], compressed: Iterable[str] = ()) -> dict[str, Tensor]:
-        """Tensors with experts fused where a plain checkpoint has them so, unless any of those names is an expert's."""
+        """Tensors as the original stores them; `from_stored` is the inverse.
+
+        Weights are transposed, and experts fused, where a plain checkpoint has them so; experts only if none of the
+        names is an expert's.
+        """
+        tensors = transposed(tensors, self.transposed.values())
         if {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys():
             return tensors
         found = dict(tensors)
@@ -144,11 +156,21 @@ class BlockStream:
                 found |= {f"{prefix}.{name}": layout.join(name, below) for name in layout.parameters}
         return found
 
+    def from_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors read from a file of an artifact, with weights (O, I) and experts apart."""
+        return unfuse_tensors(transposed(tensors, self.transposed.values()), self.mixtures.values())
+
     @property
     def non_block_weights(self) -> list[str]:
         """The checkpoint names of what lies outside of the blocks."""
         inside = {name for block in self.blocks for name in self.names.under(block.name)}
         return [name for name in self.source.tensors if name not in inside]
+
+    @property
+    def unread(self) -> list[str]:
+        """The checkpoint names of what no module of the model reads: draft layers, parts that another class has."""
+        known = self.model.state_dict()
+        return [name for name in self.non_block_weights if self.names.parameter[name] not in known]
 
     def marker_name(self, target: str, weight: str) -> str:
         """The name on disk under which programs that do not know the format look for a target's weight.
@@ -172,7 +194,9 @@ class BlockStream:
     def load_non_block_weights(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Load embeddings, final norm and head; embed and logits need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
-            assign(self.model, self.source.read(self.non_block_weights) if tensors is None else tensors, self.dtype)
+            if tensors is None:
+                tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
+            assign(self.model, tensors, self.dtype)
             tie_weights(self.model, self.names)
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True
@@ -181,13 +205,12 @@ class BlockStream:
         """Block i, filled, on the device. Its memory is freed when the caller lets go of it.
 
         tensors: what to fill it with, by checkpoint name, instead of reading the source. entries: of targets that
-        those tensors hold compressed.
+        those tensors hold compressed. See `from_stored` for tensors of a file.
         """
         block = copy.deepcopy(self.skeletons[i])
         replace_linears(block, self.blocks[i].name + ".", entries, self.dtype)
         if tensors is None:
             tensors = self.source.read(self.names.under(self.blocks[i].name))
-        tensors = unfuse_tensors(tensors, self.mixtures.values())
         self._layers[i] = block
         try:
             assign(self.model, tensors, self.dtype)

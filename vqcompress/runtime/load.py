@@ -13,7 +13,7 @@ from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.weights import auto_class, load_config, skeleton
 from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, open_dense, tensors_of
-from vqcompress.storage.checkpoint import Checkpoint, resolve
+from vqcompress.storage.checkpoint import STORED, Checkpoint, resolve
 from vqcompress.storage.published import PublishedCheckpoint
 from vqcompress.storage.recipe import cache_config
 from vqcompress.storage.recipe_files import AS_STORED
@@ -50,12 +50,13 @@ def load(
         computed = dtype or model_dtype(source.config, target)
         options: Any = {"dtype": computed, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            if isinstance(source, PublishedCheckpoint):
-                # transformers decodes some of these formats wrongly, and does not say so.
+            known = any((folder / name).exists() for names in STORED for name in names)
+            if isinstance(source, PublishedCheckpoint) or (source.tensors and not known):
+                # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
                 empty, decoded = skeleton(config, computed), source.read(source.tensors)
                 loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=decoded, **options)
             else:
-                options |= {"use_safetensors": True, "trust_remote_code": trusted()}
+                options["trust_remote_code"] = trusted()
                 loaded = auto_class(config).from_pretrained(folder, config=config, **options)
         except VQCompressError:
             raise
