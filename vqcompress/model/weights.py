@@ -37,12 +37,14 @@ from vqcompress.storage.trust import reason, trusted
 def load_config(path: Path) -> transformers.PretrainedConfig:
     """The transformers config of a directory; VQCompressError unless it belongs to a causal language model.
 
-    Without its `quantization_config`, which would make transformers look for a quantizer.
+    Without its `quantization_config`, which would make transformers look for a quantizer, and without a wish for tuples
+    in place of named outputs.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
         for part in (config, config.get_text_config()):
             vars(part).pop("quantization_config", None)
+            part.return_dict = True
         known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
