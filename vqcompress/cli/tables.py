@@ -121,6 +121,7 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
     lines = {
         "cache": facts["kv_cache"] and cache_line(facts["kv_cache"]),
+        "drafts": ", ".join(f"{layer}: {size(count)}, dense" for layer, count in facts["draft_layers"].items()),
         "total": f"{len(facts['targets'])} targets, {_bits(facts)}",
         "size": f"{before}{size(facts['artifact_bytes'])} in {facts['files']} files",
     }
