@@ -30,6 +30,7 @@ from vqcompress.storage import recipe
 # The command line with ASCII streams and without the modules that Windows lacks.
 POOR = """
 import sys
+import psutil
 sys.modules["fcntl"] = sys.modules["resource"] = None
 for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(encoding="ascii", errors="strict")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from vqcompress.model.drafts import draft_bytes
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import routing_modules
 
@@ -17,6 +18,9 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             found[f"{name}.weight"] = "read by lookup"
         elif module is head:
             found[f"{name}.weight"] = "the output head stays dense"
+    decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
+    for layer, size in draft_bytes(stream).items():
+        found[f"{layer}.*"] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}
@@ -26,7 +30,7 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
                 continue
             name, module = f"{block.name.rpartition('.')[0]}.*.{path}", path.rpartition(".")[0]
             counts[name] += tensor.numel()
-            why = "routes or gates" if module in routing else "not an nn.Linear"
+            why = "routes or gates" if module in routing else "not a linear layer"
             if sum(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False)) == 2:
                 reason = stream.fused_reason or "their structure is another than gate, up and down"
                 why = f"the experts of a mixture are one parameter: {reason}"

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vqcompress.errors import VQCompressError
+from vqcompress.model.projections import kind_of
 from vqcompress.storage.targets import Block, Target
 
 
@@ -47,13 +48,13 @@ def _outer_lists(root: nn.Module) -> list[nn.ModuleList]:
 def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
     """Every nn.Linear of a block, in the order of the module tree, except routers and gates of experts.
 
-    A subclass with a forward of its own does more than multiply.
+    A subclass with a forward of its own must compute x Wᵀ + b, too.
     """
     excluded = routing_modules(block)
     return tuple(
         Target(f"{name}.{path}", (module.out_features, module.in_features), module.bias is not None)
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and path not in excluded
+        if isinstance(module, nn.Linear) and kind_of(module) and path not in excluded
     )
 
 
