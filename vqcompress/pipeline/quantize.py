@@ -94,6 +94,7 @@ class Run:
         self.stream, self.plans = _open(options)
         try_blocks(self.stream)
         self.plan, self.group = self.plans[0], self.stream.group
+        self.companions, self.left_out = self.stream.source.companions()
         self.rows = None
         if self.plan.reads_text:
             self.rows = calibration(self.stream.source, options)
@@ -101,7 +102,10 @@ class Run:
             # Now, and not after the blocks.
             instead = "take a recipe whose cache is fp8, which learns nothing"
             check_fits(needed, self.stream.device, "to learn the codebooks of a cache", instead)
-        if not self.plan.calibrated:
+        if self.plan.calibrated:
+            # Before anything is written.
+            self.stream.require()
+        else:
             # No sums to exchange: each process encodes whole blocks by itself.
             self.stream.group = ALONE
         self.hidden: States = []
@@ -214,9 +218,9 @@ class Run:
             named, settings["kv_cache"]["before"] = books
             writer.write_extra(artifact.KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
-        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds)
+        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds) | {"left_out": self.left_out}
         choice = recipes.dump(self.plan.recipe) if self.plan.target_bits is not None else ""
-        writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
+        writer.finish(config, self.companions, documents(report, writer.out.resolve().name), choice)
         return report
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:
@@ -228,10 +232,13 @@ class Run:
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
-        tensors = self.stream.source.read(self.stream.non_block_weights) if self.group.is_main else {}
-        check_finite(tensors)
-        # Those that were compressed come in float32.
-        tensors = {name: tensor.to(self.stream.source.tensors[name].dtype) for name, tensor in tensors.items()}
+        source, tensors = self.stream.source, {}
+        # Weights that were compressed come in float32, and a draft layer is as large as a block: one by one.
+        names = self.stream.non_block_weights if self.group.is_main else []
+        for some in [[name] for name in names] if source.format else [names]:
+            found = source.read(some)
+            check_finite(found)
+            tensors |= {name: tensor.to(source.tensors[name].dtype) for name, tensor in found.items()}
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}
