@@ -224,7 +224,9 @@ def tie_weights(model: PreTrainedModel, names: Names) -> None:
     """Tie what a config says is tied, once loaded, unless the checkpoint has another tensor for either, as transformers
     does."""
     stored = set(names.parameter.values())
-    model.tie_weights(missing_keys={name for name in model.state_dict() if name not in stored}, recompute_mapping=False)
+    # It resizes biases, which inference mode forbids.
+    with torch.inference_mode(False), torch.no_grad():
+        model.tie_weights(missing_keys=model.state_dict().keys() - stored, recompute_mapping=False)
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
