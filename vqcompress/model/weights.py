@@ -7,7 +7,6 @@ transformers' own, so what loads there loads here.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -211,13 +210,11 @@ def _deepest(module: nn.Module, path: str) -> nn.Module:
 
 def _missing(model: PreTrainedModel, names: Names) -> list[str]:
     """The parameters and stored buffers of a model for which a checkpoint has no tensor, not even a tied one."""
-    stored, ignored = set(names.parameter.values()), list(model._keys_to_ignore_on_load_missing or ())
-    tied: dict[str, set[str]] = defaultdict(set)
-    for target, source in model.all_tied_weights_keys.items():
-        tied[source] |= {source, target}
-    for group in tied.values():
-        stored |= group if group & stored else set()
-    return [n for n in model.state_dict() if n not in stored and not any(re.search(pattern, n) for pattern in ignored)]
+    # One tensor of those that are tied is enough.
+    source, ignored = model.all_tied_weights_keys, list(model._keys_to_ignore_on_load_missing or ())
+    stored = {source.get(name, name) for name in names.parameter.values()}
+    wanted = (name for name in model.state_dict() if source.get(name, name) not in stored)
+    return [name for name in wanted if not any(re.search(pattern, name) for pattern in ignored)]
 
 
 def tie_weights(model: PreTrainedModel, names: Names) -> None:
