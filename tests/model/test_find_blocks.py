@@ -33,6 +33,9 @@ MODELS: list[tuple[str, dict[str, Any], str]] = [
     ("LlavaConfig", {"text_config": {"model_type": "llama", **GATED}, "vision_config": {
         "model_type": "clip_vision_model", **TOWER, "projection_dim": 64}}, "model.language_model.layers"),
     ("Gemma3nTextConfig", {**GATED, **ALTUP}, "model.layers"),
+    # Its tower lies inside of the decoder and has as many layers.
+    ("GitConfig", {**COMMON, "intermediate_size": 128, "vision_config": {**TOWER, "num_hidden_layers": 3}},
+     "git.encoder.layer"),
     ("OlmoConfig", GATED, "model.layers"),
     ("MptConfig", {"vocab_size": 384, "d_model": 64, "n_layers": 3, "n_heads": 4}, "transformer.blocks"),
     ("MixtralConfig", {**GATED, **EXPERTS}, "model.layers"),

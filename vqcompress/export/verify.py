@@ -20,6 +20,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.model.drafts import draft_layers
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.weights import auto_class, load_config
 from vqcompress.storage.artifact import Artifact
 from vqcompress.storage.trust import trusted
 
@@ -27,10 +28,10 @@ TOKENS = 256
 READ = """
 import json, sys, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, logging
+from transformers import {auto}, logging
 logging.set_verbosity_error()
 {setup}
-model, info = AutoModelForCausalLM.from_pretrained(
+model, info = {auto}.from_pretrained(
     sys.argv[1], dtype=torch.float32, output_loading_info=True, trust_remote_code={trusted})
 skipped = tuple(json.loads(sys.argv[4]))
 info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(skipped)]
@@ -103,7 +104,7 @@ def _read(out: Path, reader: Reader, ids_BL: Tensor, skipped: list[str]) -> Tens
     skipped: beginnings of names that transformers does not read.
     """
     logits = out / "logits.partial"
-    code = READ.format(setup=reader.setup, trusted=trusted())
+    code = READ.format(auto=auto_class(load_config(out)).__name__, setup=reader.setup, trusted=trusted())
     # -P: do not import modules from the current directory.
     command = [sys.executable, "-P", "-c", code, str(out), json.dumps(ids_BL.tolist()), str(logits)]
     command.append(json.dumps(skipped))
