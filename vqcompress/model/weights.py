@@ -166,7 +166,9 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
         # Tensors that are merged into one parameter have shapes of their own.
         if wanted is None or parameter not in names.tensor:
             continue
-        if found.shape != wanted.shape or (is_packed and found.dtype != wanted.dtype):
+        # Codes of another format are no dense weights.
+        codes = wanted.is_floating_point() and (not found.dtype.is_floating_point or found.dtype.itemsize < 2)
+        if found.shape != wanted.shape or (found.dtype != wanted.dtype if is_packed else codes):
             stored = f"{name} is stored as {found.dtype} {found.shape}"
             raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
     if tensors and (missing := _missing(model, names)):
