@@ -99,18 +99,19 @@ def check_all_forms(model: Path, recipe: str, text: Path, out: Path) -> Artifact
     return Artifact(out / "artifact")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "granitemoe"])
 def test_other_classes_are_right_in_every_form(
     family: str, tmp_path: Path, text: Path, recipe_file: Callable[[str], str]
 ) -> None:
     model = toy_checkpoint(tmp_path / "model", family, hidden=64)
+    # transformers has other names for the fused experts of granitemoe than checkpoints have.
     # A kept weight is rescaled by a fold, and stored as the original stores it.
     recipe = (
-        "rules:\n  - {match: 're:.*h.0.*(c_attn|c_fc|query_key_value)', method: keep}\n"
+        "rules:\n  - {match: 're:.*[.](h|layers)[.]0[.].*(c_attn|c_fc|query_key_value|q_proj)', method: keep}\n"
         "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
     )
     artifact = check_all_forms(model, recipe_file(recipe), text, tmp_path)
-    count = {"gpt2": 6, "falcon": 7}[family]
+    count = {"gpt2": 6, "falcon": 7, "granitemoe": 2 * (4 + 4 * 3) - 1}[family]
     assert len(artifact.entries) == count
     if family == "gpt2":
         assert artifact.tensors["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)

@@ -99,7 +99,7 @@ class TransposedCheckpoint(Checkpoint):
 
     def __init__(self, source: Checkpoint, names: Collection[str]):
         self._source, self._names = source, names
-        self.path, self.config = source.path, source.config
+        self.path, self.config, self.format = source.path, source.config, source.format
         self.tensors = {
             n: replace(i, shape=i.shape[::-1]) if n in names and len(i.shape) == 2 else i
             for n, i in source.tensors.items()
