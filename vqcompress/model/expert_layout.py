@@ -109,6 +109,11 @@ class UnfusedCheckpoint(Checkpoint):
                     self.tensors[f"{mixture.prefix}.{part}"] = TensorInfo(info.file, info.dtype, tuple(tensor.shape))
                     self._holder[f"{mixture.prefix}.{part}"] = holder
 
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        return self._source.bytes
+
     def tiles(self, name: str) -> dict[str, Tensor] | None:
         """The source's, of a weight that is not fused."""
         return None if name in self._holder else self._source.tiles(name)

@@ -160,8 +160,8 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
     """Compare the headers of stored tensors with what the model, packed layers in place, will read.
 
     VQCompressError naming a tensor that is missing or has another shape; or a packed tensor of another type (a kernel
-    would read beyond its end) or that no method reads (without it the weight would be another one). Without any tensors
-    a model can still be planned.
+    would read beyond its end) or that no method reads (without it the weight would be another one); or, where nothing
+    is packed, one that shows that the weights are not dense. Without any tensors a model can still be planned.
     """
     asked = model.state_dict()
     packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
@@ -179,7 +179,41 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
             stored = f"{name} is stored as {found.dtype} {found.shape}"
             raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
     if tensors and (missing := _missing(model, names)):
-        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}")
+        like = (f", but {name}: save the model without its wrapper" for name in tensors if name.endswith(missing[0]))
+        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}{next(like, '')}")
+    if not packed:
+        _check_dense(model, names, tensors)
+
+
+def _check_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
+    """VQCompressError naming a tensor without which, or in whose type, a module would compute something else.
+
+    Whole modules that the model lacks change nothing: draft layers, value heads, towers of other media. Nor do tensors
+    that transformers ignores, which hold what a config says.
+    """
+    asked, buffers = model.state_dict(), dict(model.named_buffers())
+    ignored = re.compile("|".join([r"inv_freq$|masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    for name, parameter in names.parameter.items():
+        dtype = tensors[name].dtype
+        if parameter in asked:
+            if asked[parameter].is_floating_point() and (dtype.itemsize < 2 or not dtype.is_floating_point):
+                raise VQCompressError(f"{name} is stored as {dtype}, and config.json has no quantization_config for it")
+        elif parameter not in buffers and not ignored.search(parameter):
+            # A model saved without its head has names without the prefix.
+            for path in (parameter, f"{model.base_model_prefix}.{parameter}"):
+                holder = _deepest(model, path)
+                if not isinstance(holder, (PreTrainedModel, nn.ModuleList, nn.ModuleDict)):
+                    why = f"has no place in the model's {type(holder).__name__}"
+                    raise VQCompressError(f"{name} {why}: these are not the dense weights that config.json describes")
+
+
+def _deepest(module: nn.Module, path: str) -> nn.Module:
+    """The innermost module that a path leads to."""
+    for part in path.split("."):
+        if (inner := module._modules.get(part)) is None:
+            break
+        module = inner
+    return module
 
 
 def _missing(model: PreTrainedModel, names: Names) -> list[str]:

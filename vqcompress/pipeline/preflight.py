@@ -27,13 +27,6 @@ def check_plan(stream: BlockStream, plan: Plan) -> None:
     """
     if not stream.source.tensors:
         return
-    wanted = stream.model.state_dict()
-    for block, skeleton in zip(stream.blocks, stream.skeletons, strict=True):
-        wanted |= {f"{block.name}.{path}": tensor for path, tensor in skeleton.state_dict().items()}
-    for name, info in stream.source.tensors.items():
-        parameter = wanted.get(stream.names.parameter[name])
-        if parameter is not None and parameter.is_floating_point() and not _is_dense(info.dtype):
-            raise VQCompressError(f"{name} is stored as {info.dtype}, which is no type of dense weights")
     settings = quantization_config(plan.entries, vqcompress.__version__) if plan.targets else None
     tensors = {name: TensorInfo("", t.dtype, tuple(t.shape)) for name, t in _artifact_tensors(stream, plan).items()}
     check_readers(stream, settings, tensors)
@@ -44,10 +37,6 @@ def try_blocks(stream: BlockStream) -> None:
     if ends_bytes(stream) < available_bytes():
         # A stream of its own: weights outside of the blocks stay in the memory of the one that loaded them.
         run_ends(BlockStream(stream.checkpoint, stream.device, stream.dtype))
-
-
-def _is_dense(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _artifact_tensors(stream: BlockStream, plan: Plan) -> dict[str, Tensor]:
