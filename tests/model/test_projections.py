@@ -19,7 +19,7 @@ from vqcompress.evaluate.read_report import read_report
 from vqcompress.evaluate.verify import verify
 from vqcompress.export import export
 from vqcompress.model.linear import decode_layers
-from vqcompress.model.projections import kind_of, shape_of
+from vqcompress.model.projections import form_of
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.weight_reads import _suspects, _watch
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
@@ -50,21 +50,20 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "shape"),
+    ("module", "form"),
     [
-        (nn.Linear(8, 4), "linear", ((4, 8), True)),
-        (FalconLinear(8, 4, bias=False), "linear", ((4, 8), False)),
-        (Conv1D(4, 8), "transposed", ((4, 8), True)),
-        (Conv1D(8, 8).to(torch.bfloat16), "transposed", ((8, 8), True)),
-        (Clamped(8, 4), None, None),
-        (Scaled(), None, None),
-        (nn.Embedding(8, 4), None, None),
+        (nn.Linear(8, 4), ((4, 8), True, False)),
+        (FalconLinear(8, 4, bias=False), ((4, 8), False, False)),
+        (Conv1D(4, 8), ((4, 8), True, True)),
+        (Conv1D(8, 8).to(torch.bfloat16), ((8, 8), True, True)),
+        (Clamped(8, 4), None),
+        (Scaled(), None),
+        (nn.Embedding(8, 4), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_module_is_a_linear_layer_if_it_computes_like_one(module: nn.Module, kind: Any, shape: Any) -> None:
-    assert kind_of(module) == kind
-    assert shape_of(module) == shape
+def test_a_module_is_a_linear_layer_if_it_computes_like_one(module: nn.Module, form: Any) -> None:
+    assert form_of(module) == form
 
 
 def streamed(folder: Path) -> Tensor:
@@ -147,9 +146,8 @@ def test_only_weights_that_a_run_uses_are_read_by_the_model() -> None:
     block = nn.Sequential(Reader()).eval()
     assert _suspects(block) == {"0.used", "0.asked", "0.idle"}
     seen: set[str] = set()
-    busy: set[str] = set()
     for path, module in block.named_modules():
-        _watch(module, path, seen, busy)
+        _watch(module, path, seen)
     block(torch.zeros(2, 4))
     assert seen == {"0.used"}
 
