@@ -130,10 +130,9 @@ class CompressedLinear(_Packed):
 
 def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
     """Replace fused experts of a model by single layers if entries name any of their matrices."""
-    if isinstance(root, PreTrainedModel):
-        paths = {name for name, _ in root.named_modules()}
-        if any(entry.target.name not in paths for entry in entries):
-            unfuse(root)
+    names = {entry.target.name for entry in entries}
+    if isinstance(root, PreTrainedModel) and names - dict(root.named_modules()).keys():
+        unfuse(root)
 
 
 def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) -> bool:

@@ -60,9 +60,9 @@ class BlockStream:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
             self.config.tie_word_embeddings = False
         self.model = skeleton(self.config, dtype)
-        path, layers = find_blocks(self.model)
-        self.weights_read = weights_read(self.config, layers)
-        straightened = [f"{path}.{below}" for below in straighten(layers)]
+        path, self._layers = find_blocks(self.model)
+        self.weights_read = weights_read(self.config, self._layers)
+        straightened = [f"{path}.{below}" for below in straighten(self._layers)]
         self.fused_reason = ""
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
@@ -82,7 +82,6 @@ class BlockStream:
             self.source = TransposedCheckpoint(self.source, self.transposed.values())
         if isinstance(source, Artifact):
             self.mixtures = self._find_mixtures(self.names)
-        _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
         check_headers(self.model, self.names, self.source.tensors)
         self.calls = Calls(self.model, self._layers, device)
