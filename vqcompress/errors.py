@@ -15,6 +15,10 @@ class Fallback(UserWarning):
     """A weight is multiplied without its kernel; the message says how and why."""
 
 
+class Notice(UserWarning):
+    """What a user should know about a run that goes on."""
+
+
 class UsageError(VQCompressError):
     """A wrong option or recipe (exit code 2)."""
 

@@ -23,13 +23,14 @@ from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
-from vqcompress.pipeline.calibration import calibration, first_states
+from vqcompress.pipeline.calibration import first_states
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress, silent
 from vqcompress.pipeline.report import VERSIONS, run_report
+from vqcompress.pipeline.rows import calibration_rows
 from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
 from vqcompress.storage import recipe as recipes
@@ -37,7 +38,7 @@ from vqcompress.storage.artifact import STAGED, Entry
 from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
-from vqcompress.storage.text import DEFAULT_SAMPLES, fingerprint
+from vqcompress.storage.rows import DEFAULT_SAMPLES, fingerprint
 from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"
@@ -83,17 +84,18 @@ class Run:
     """A run of `quantize` and its state: begun, or continued from an unfinished one, in the directory of the options.
 
     plan: the first of `plans`, until `prepare` chooses within a budget. rows: of calibration, None if none are needed.
-    hidden: the states that enter the next block, by batch. reference: those of the dense model, if a recipe corrects
-    outputs. entries: of the blocks that are done. shards: makes those of the other blocks, by name.
+    calibration: JSON about the rows. hidden: the states that enter the next block, by batch. reference: those of the
+    dense model, if a recipe corrects outputs. entries: of the blocks that are done. shards: makes those of the other
+    blocks, by name.
     """
 
     def __init__(self, options: QuantizeOptions, progress: Progress, began: float):
         self.options, self.progress = options, progress
         self.stream, self.plans = _open(options)
         self.plan, self.group = self.plans[0], self.stream.group
-        self.rows = None
+        self.rows = self.calibration = None
         if self.plan.reads_text:
-            self.rows = calibration(self.stream.source, options)
+            self.rows, self.calibration = calibration_rows(self.stream, options, progress)
             needed = cache_memory(self.plan, self.stream, self.rows.numel())
             # Now, and not after the blocks.
             instead = "take a recipe whose cache is fp8, which learns nothing"
@@ -211,7 +213,7 @@ class Run:
             named, settings["kv_cache"]["before"] = books
             writer.write_extra(artifact.KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
-        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds)
+        report = run_report(options, self.plan, source, writer, self.calibration, cache_seconds)
         choice = recipes.dump(self.plan.recipe) if self.plan.target_bits is not None else ""
         writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
         return report
