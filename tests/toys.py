@@ -66,6 +66,8 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
         "gemma": ("GemmaConfig", {**gated, "pad_token_id": 0, "tie_word_embeddings": True}),
         "opt": ("OPTConfig", {**common, "ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden, "pad_token_id": 0}),
         "gpt_neox": ("GPTNeoXConfig", {**common, "intermediate_size": 2 * hidden}),
+        "gpt2": ("GPT2Config", {**common, "n_positions": 256}),
+        "falcon": ("FalconConfig", {**common, "new_decoder_architecture": True, "num_kv_heads": 2}),
         "mixtral": ("MixtralConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2}),
         "qwen3_moe": ("Qwen3MoeConfig", {**gated, **routed, "num_experts": 4}),
         "qwen2_moe": (

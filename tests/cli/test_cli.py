@@ -43,7 +43,7 @@ OPTIONS = {
     "compare": WINDOWS | {"--html"},
     "export": COMMON | UPLOAD | {"--format", "--verify"},
     "inspect": COMMON,
-    "verify": COMMON,
+    "verify": COMMON | {"--quick"},
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--cpu-weights", "--debug", "--kv-cache"}
     | {"--revision", "--trust-remote-code"},
     "doctor": COMMON | {"--revision"},

@@ -144,15 +144,20 @@ def inspect(artifact: options.Artifact, common: options.Common) -> None:
 
 @command()
 @options.flat
-def verify(artifact: options.Artifact, common: options.Common) -> None:
-    """Check the checksums, shapes and values of an artifact.
+def verify(
+    artifact: options.Artifact,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not build and run the model.")] = False,
+    *,
+    common: options.Common,
+) -> None:
+    """Check the checksums, shapes and values of an artifact, and run its first and last block.
 
     Example: vqcompress verify out
     """
     with session(common.json) as show:
         from vqcompress.evaluate.verify import verify
 
-        facts = verify(artifact) | {"seconds": took()}
+        facts = verify(artifact, quick) | {"seconds": took()}
         show(tables.verified, facts, artifact)
 
 

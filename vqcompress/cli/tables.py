@@ -131,7 +131,8 @@ def verified(to: Console, facts: dict[str, Any], artifact: str) -> None:
     """Print what `verify` has checked."""
     counts = f"{facts['files']} files, {facts['targets']} targets, {size(facts['bytes'])}"
     sums = "" if facts["checksums"] else ", no checksums"
-    to.print(f"{artifact}: ok ({counts}{sums}, {duration(facts['seconds'])})")
+    ran = f", ran {' and '.join(facts['ran'])}" if facts["ran"] else ""
+    to.print(f"{artifact}: ok ({counts}{sums}{ran}, {duration(facts['seconds'])})")
 
 
 def perplexity(to: Console, facts: dict[str, Any], text: str) -> None:

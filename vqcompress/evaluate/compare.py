@@ -11,8 +11,8 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.perplexity import Progress, Windowing, score
 from vqcompress.evaluate.read_report import named, read_report
 from vqcompress.storage import hub
-from vqcompress.storage.artifact import Artifact, stored_bits
-from vqcompress.storage.checkpoint import Checkpoint, resolve
+from vqcompress.storage.artifact import Artifact, open_dense, stored_bits
+from vqcompress.storage.checkpoint import resolve
 
 
 def compare(
@@ -73,7 +73,7 @@ def _original(models: list[str]) -> str | None:
 def _footprint(model: str) -> dict[str, Any]:
     """JSON: bits per compressed weight (of an uncompressed model: per weight), and bytes of the weight files."""
     path = resolve(model)
-    source = Artifact(path) if Artifact.is_one(path) else Checkpoint(path)
+    source = Artifact(path) if Artifact.is_one(path) else open_dense(path)
     entries = source.entries.values() if isinstance(source, Artifact) else ()
     weights = sum(entry.target.weights for entry in entries)
     bits, numbers = sum(stored_bits(entries).values()), weights

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.model.coverage import dense_weights
 from vqcompress.model.folds import Input, find_inputs
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.weights import auto_class
 from vqcompress.storage.artifact import open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.trust import trusted
@@ -82,7 +82,7 @@ def toy_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedM
         torch.manual_seed(0)
         try:
             _shrink(small.get_text_config(), widths)
-            toy = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
+            toy = auto_class(small).from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
         except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
             reason = one_line(error)
             continue

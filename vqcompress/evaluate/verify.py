@@ -1,4 +1,7 @@
-"""Checks an artifact against its own description: checksums, shapes, ranges of codes, finite numbers."""
+"""Checks an artifact against its own description: checksums, shapes, ranges of codes, finite numbers; and runs it.
+
+Shape legend: B rows, L tokens of a row.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import VQCompressError, one_line
+from vqcompress.methods.base import is_finite
 from vqcompress.model.stream import BlockStream
+from vqcompress.runtime.foresee import check_readers
 from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.storage.checkpoint import check_finite, resolve
+
+# Tokens of a row, of which there are two, that a model is tried on.
+TOKENS = 8
 
 
 def check_values(entry: Entry, packed: dict[str, Tensor]) -> None:
@@ -25,10 +33,37 @@ def check_values(entry: Entry, packed: dict[str, Tensor]) -> None:
         raise VQCompressError(f"{entry.target.name}: {error}") from error
 
 
-def verify(path: str) -> dict[str, Any]:
+def run_ends(stream: BlockStream) -> list[str]:
+    """Run the first and the last block, and the head, on a few random tokens; returns the names of the blocks.
+
+    VQCompressError naming the part that cannot run or puts out NaN or Inf. One block at a time is in memory.
+    """
+    vocabulary, generator = stream.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
+    # Two rows: what blocks are called with may depend on the tokens, and a stream then has to know.
+    rows = torch.randint(vocabulary, (2, TOKENS), generator=generator).split(1)
+    ends = dict.fromkeys((0, len(stream.blocks) - 1))
+    part = "what comes before the first block"
+    try:
+        states = [stream.embed(ids_BL) for ids_BL in rows]
+        for i in ends:
+            part = stream.blocks[i].name
+            stream.forward(stream.load_block(i), i, states)
+        part = "what comes after the last block"
+        finite = is_finite(stream.logits(rows[0], states[0]))
+    except (VQCompressError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code of a model may raise anything
+        raise VQCompressError(f"{stream.source.path} cannot run: {part}: {one_line(error)}") from error
+    if not finite:
+        raise VQCompressError(f"{stream.source.path}: {part} puts out NaN or Inf")
+    return [stream.blocks[i].name for i in ends]
+
+
+def verify(path: str, quick: bool = False) -> dict[str, Any]:
     """JSON: how many files, targets and bytes were checked; VQCompressError naming the first file or tensor at fault.
 
-    Reads every byte, one block at a time.
+    Reads every byte, one block at a time; builds the model as its readers do, and runs its first and last block, unless
+    `quick`. `ran`: the names of those blocks.
     """
     artifact = Artifact(resolve(path))
     sealed = artifact.check_files(reports=True)
@@ -47,9 +82,14 @@ def verify(path: str) -> dict[str, Any]:
         for entry in entries:
             if entry.target in block.targets:
                 check_values(entry, {part: tensors[name] for part, name in stream.stored_parts(entry).items()})
+    ran = []
+    if not quick:
+        check_readers(stream, artifact.config["quantization_config"], artifact.tensors)
+        ran = run_ends(stream)
     return {
         "files": len(artifact.files),
         "targets": len(entries),
         "checksums": sealed,
         "bytes": sum(file.stat().st_size for file in artifact.files),
+        "ran": ran,
     }

@@ -56,6 +56,8 @@ def one_method(
             reason = "divides its input by a smoothing vector at run time"
         elif mixture_of(entry.target.name) in stream.mixtures:
             reason = "is an expert's that the checkpoint stores fused"
+        elif entry.target.name in stream.transposed:
+            reason = "is stored transposed by the original, which readers of this format do not expect"
         else:
             reason = why(entry)
         if reason:

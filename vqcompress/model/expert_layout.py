@@ -86,7 +86,7 @@ class UnfusedCheckpoint(Checkpoint):
 
     def __init__(self, source: Checkpoint, mixtures: list[tuple[str, Layout]]):
         self._source, self._mixtures = source, mixtures
-        self.path, self.config = source.path, source.config
+        self.path, self.config, self.format = source.path, source.config, source.format
         # Matrix → the tensor that holds it.
         self._holder: dict[str, str] = {}
         self.tensors = dict(source.tensors)
@@ -96,6 +96,10 @@ class UnfusedCheckpoint(Checkpoint):
                 for part, tensor in layout.split(name, torch.empty(info.shape, device="meta")):
                     self.tensors[f"{prefix}.{part}"] = TensorInfo(info.file, info.dtype, tuple(tensor.shape))
                     self._holder[f"{prefix}.{part}"] = f"{prefix}.{name}"
+
+    def tiles(self, name: str) -> dict[str, Tensor] | None:
+        """The source's, of a weight that is not fused."""
+        return None if name in self._holder else self._source.tiles(name)
 
     def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
         """The source's, of the fused tensors."""

@@ -14,6 +14,7 @@ from vqcompress.errors import Fallback, UsageError, VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.model.device import available_bytes
 from vqcompress.model.experts import unfuse
+from vqcompress.model.projections import shape_of
 from vqcompress.storage.artifact import SMOOTHING, Entry, part_name
 
 # The share of free memory that decoded weights may take on a CPU.
@@ -130,8 +131,8 @@ class CompressedLinear(_Packed):
 def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
     """Replace fused experts of a model by single layers if entries name any of their matrices."""
     if isinstance(root, PreTrainedModel):
-        layers = {name for name, module in root.named_modules() if isinstance(module, nn.Linear)}
-        if any(entry.target.name not in layers for entry in entries):
+        paths = {name for name, _ in root.named_modules()}
+        if any(entry.target.name not in paths for entry in entries):
             unfuse(root)
 
 
@@ -160,11 +161,10 @@ def replace_linears(
     """
     entries = list(entries)
     unfuse_for(root, entries)
-    layers = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+    modules = dict(root.named_modules())
     for entry in entries:
         path = entry.target.name.removeprefix(prefix)
-        layer = layers.get(path)
-        found = layer and ((layer.out_features, layer.in_features), layer.bias is not None)
+        found = path in modules and shape_of(modules[path])
         if found != (entry.target.shape, entry.target.bias):
             raise VQCompressError(f"{entry.target} is not a linear layer of the model that config.json describes")
         shared = None if entry.shared is None else _shared_parts(root, entry.shared.removeprefix(prefix), entry)

@@ -56,6 +56,8 @@ class RotatedCheckpoint(Checkpoint):
     one block of each structure are proven at once, the other blocks when they are read.
     """
 
+    straight = True
+
     @torch.no_grad()
     def __init__(self, stream: BlockStream, draw: Callable[[str], Generator]):
         self._source, self._draw = stream.source, draw
@@ -67,7 +69,7 @@ class RotatedCheckpoint(Checkpoint):
         self._norm, self._offset = "", 0.0
         # Rotated, tied embeddings and head differ by the final norm's weight.
         self._original = {self._head: self._embedding} if embedding.weight is head.weight else {}
-        self.path, self.tensors = self._source.path, dict(self._source.tensors)
+        self.path, self.format, self.tensors = self._source.path, self._source.format, dict(self._source.tensors)
         self.config = {**self._source.config, "tie_word_embeddings": False}
         self.tensors |= {name: self.tensors[original] for name, original in self._original.items()}
         self._stream = BlockStream(self, stream.device, torch.float32)

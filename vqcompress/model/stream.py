@@ -22,8 +22,9 @@ from vqcompress.methods.base import is_finite
 from vqcompress.model.expert_layout import Layout, UnfusedCheckpoint, unfuse_tensors
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.linear import replace_linears, unfuse_for
+from vqcompress.model.projections import TransposedCheckpoint, straighten, transposed
 from vqcompress.model.targets import blocks_of, find_blocks
-from vqcompress.model.weights import Names, assign, check_headers, finish_loading, load_config, skeleton
+from vqcompress.model.weights import Names, assign, check_headers, finish_loading, load_config, skeleton, tie_weights
 from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.distributed import ALONE, ProcessGroup
@@ -70,8 +71,10 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The reply, or the hidden states of the call."""
+        if self.hidden is not None:
+            raise VQCompressError("a block is called several times in one pass: the model cannot be run block by block")
+        self.hidden, *rest = args or (kwargs.pop("hidden_states"),)
         if self.reply is None:
-            self.hidden, *rest = args or (kwargs.pop("hidden_states"),)
             self.arguments = tuple(rest), kwargs
             if self.is_last:
                 raise _Reached
@@ -101,6 +104,8 @@ class BlockStream:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
             self.config.tie_word_embeddings = False
         self.model = skeleton(self.config, dtype)
+        path, layers = find_blocks(self.model)
+        straightened = [f"{path}.{below}" for below in straighten(layers)]
         self.fused_reason = ""
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
@@ -114,33 +119,32 @@ class BlockStream:
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
+        # Path → the weight's name on disk, of linear layers whose weight the checkpoint stores transposed.
+        self.transposed = {path: f"{self.names.stored_prefix(path)}.weight" for path in straightened}
+        if self.transposed and not source.straight:
+            self.source = TransposedCheckpoint(self.source, self.transposed.values())
         # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
         self.mixtures = {path: (self.names.stored_prefix(path), layout) for path, layout in self._fused_layouts()}
         _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
-        self._check_headers()
+        check_headers(self.model, self.names, self.source.tensors)
         self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
         for i, recorder in enumerate(self._recorders):
             self._layers[i] = recorder
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._rest_loaded = False
 
-    def _check_headers(self) -> None:
-        """VQCompressError naming a tensor of another shape, or one of a block that is missing."""
-        check_headers(self.model, self.names, self.source.tensors)
-        stored = set(self.names.parameter.values())
-        for block, module in zip(self.blocks, self.skeletons, strict=True):
-            missing = (name for path, _ in module.named_parameters() if (name := f"{block.name}.{path}") not in stored)
-            # Without any tensors the model can still be planned.
-            if stored and (name := next(missing, "")):
-                raise VQCompressError(f"the checkpoint has no tensor for {name}")
-
     def _fused_layouts(self) -> list[tuple[str, Layout]]:
         mixtures = [(path, m.layout) for path, m in self.model.named_modules() if isinstance(m, Experts)]
         return [(path, layout) for path, layout in mixtures if layout.fused]
 
     def as_stored(self, tensors: dict[str, Tensor], compressed: Iterable[str] = ()) -> dict[str, Tensor]:
-        """Tensors with experts fused where a plain checkpoint has them so, unless any of those names is an expert's."""
+        """Tensors as the original stores them; `from_stored` is the inverse.
+
+        Weights are transposed, and experts fused, where a plain checkpoint has them so; experts only if none of the
+        names is an expert's.
+        """
+        tensors = transposed(tensors, self.transposed.values())
         if {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys():
             return tensors
         found = dict(tensors)
@@ -149,6 +153,10 @@ class BlockStream:
             if below:
                 found |= {f"{prefix}.{name}": layout.join(name, below) for name in layout.parameters}
         return found
+
+    def from_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors read from a file of an artifact, with weights (O, I) and experts apart."""
+        return unfuse_tensors(transposed(tensors, self.transposed.values()), self.mixtures.values())
 
     @property
     def non_block_weights(self) -> list[str]:
@@ -179,7 +187,7 @@ class BlockStream:
         """Load embeddings, final norm and head; embed and logits need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
             assign(self.model, self.source.read(self.non_block_weights) if tensors is None else tensors, self.dtype)
-            self.model.tie_weights()
+            tie_weights(self.model, self.names)
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True
 
@@ -187,13 +195,12 @@ class BlockStream:
         """Block i, filled, on the device. Its memory is freed when the caller lets go of it.
 
         tensors: what to fill it with, by checkpoint name, instead of reading the source. entries: of targets that
-        those tensors hold compressed.
+        those tensors hold compressed. See `from_stored` for tensors of a file.
         """
         block = copy.deepcopy(self.skeletons[i])
         replace_linears(block, self.blocks[i].name + ".", entries, self.dtype)
         if tensors is None:
             tensors = self.source.read(self.names.under(self.blocks[i].name))
-        tensors = unfuse_tensors(tensors, self.mixtures.values())
         self._layers[i] = block
         try:
             assign(self.model, tensors, self.dtype)
@@ -202,12 +209,17 @@ class BlockStream:
         finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
         return block
 
+    def _pass(self, ids_BL: Tensor) -> Any:
+        for recorder in self._recorders:
+            recorder.hidden = None
+        return self.model(ids_BL.to(self.device), use_cache=False)
+
     @torch.inference_mode()
     def embed(self, ids_BL: Tensor) -> Tensor:
         """The hidden states (B, L, H) that enter the first block; also records the calls of blocks for this shape."""
         self.load_non_block_weights()
         with contextlib.suppress(_Reached):
-            self.model(ids_BL.to(self.device), use_cache=False)
+            self._pass(ids_BL)
         calls = [recorder.arguments for recorder in self._recorders]
         self._compare(self._calls.setdefault((ids_BL.shape[0], ids_BL.shape[1]), calls), calls)
         hidden_BLH: Tensor = self._recorders[0].hidden
@@ -242,7 +254,7 @@ class BlockStream:
         """The logits (B, L, V) that follow from the last block's output."""
         self._recorders[-1].reply = hidden_BLH
         try:
-            return self.model(ids_BL.to(self.device), use_cache=False).logits
+            return self._pass(ids_BL).logits
         finally:
             self._recorders[-1].reply = None
 

@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from vqcompress.errors import VQCompressError
+from vqcompress.model.projections import kind_of
 from vqcompress.storage.targets import Block, Target
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of a model's decoder layers: the ModuleList that holds the most parameters."""
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    if not sizes or not max(sizes.values()):
+    """The path and the list of a model's decoder blocks; VQCompressError if there is not one such list.
+
+    Looks for lists of modules in the decoder alone, so no tower beside it counts. Neither do lists inside of others
+    (experts), nor lists of plain layers. Of several, it is the one that is as long as the text config says. Sizes and
+    weights do not matter, so an artifact's blocks are those of its original. That the model calls them one after the
+    other is for `BlockStream` to find.
+    """
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    # Of a few models `get_decoder` returns a projection in front of the head.
+    lists = _outer_lists(decoder) or _outer_lists(model)
+    if len(lists) > 1 and isinstance(model, PreTrainedModel):
+        depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        lists = [layers for layers in lists if len(layers) == depth] or lists
+    paths = {module: path for path, module in model.named_modules()}
+    if len(lists) != 1:
+        found = ", ".join(f"{paths[layers]} of {len(layers)}" for layers in lists) or "none"
         raise VQCompressError(
-            f"{type(model).__name__} has no list of layers, so it cannot be compressed block by block"
+            f"{type(model).__name__} has no list of layers that is its decoder (lists: {found}),"
+            " so it cannot be compressed block by block"
         )
-    # An outer list holds all that its inner lists hold, so with equal sizes the shorter path is the outer one.
-    path = min(sizes, key=lambda name: (-sizes[name], len(name)))
-    layers = model.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList)
-    return path, layers
+    return paths[lists[0]], lists[0]
+
+
+def _outer_lists(root: nn.Module) -> list[nn.ModuleList]:
+    """The lists of modules below a module, without those inside of a list, and without lists of plain layers."""
+    found = []
+    for module in root.children():
+        if not isinstance(module, nn.ModuleList):
+            found += _outer_lists(module)
+        elif any(next(member.children(), None) is not None for member in module):
+            found.append(module)
+    return found
 
 
 def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
     """Every nn.Linear of a block, in the order of the module tree, except routers and gates of experts.
 
-    A subclass with a forward of its own does more than multiply.
+    A subclass with a forward of its own must compute x Wᵀ + b, too.
     """
     excluded = routing_modules(block)
     return tuple(
         Target(f"{name}.{path}", (module.out_features, module.in_features), module.bias is not None)
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and path not in excluded
+        if isinstance(module, nn.Linear) and kind_of(module) and path not in excluded
     )
 
 

@@ -7,6 +7,7 @@ transformers' own, so what loads there loads here.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -34,32 +35,46 @@ from vqcompress.storage.trust import reason, trusted
 
 
 def load_config(path: Path) -> transformers.PretrainedConfig:
-    """The transformers config of a directory; VQCompressError unless it belongs to a causal language model."""
+    """The transformers config of a directory; VQCompressError unless it belongs to a causal language model.
+
+    Without its `quantization_config`, which would make transformers look for a quantizer.
+    """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
-        causal = _is_causal(config)
+        for part in (config, config.get_text_config()):
+            vars(part).pop("quantization_config", None)
+        known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
-    if not causal:
+    if known is None:
         name = next(iter(config.architectures or []), config.model_type)
         raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads")
     return config
 
 
-def _is_causal(config: transformers.PretrainedConfig) -> bool:
-    """Whether AutoModelForCausalLM loads the checkpoint of a config as the model that it is."""
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return True
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        return False
-    if "text_config" in type(config).sub_configs:
-        return True
+def auto_class(config: transformers.PretrainedConfig) -> Any:
+    """The class of transformers that loads the checkpoint of a config as the language model that it is, or None.
+
+    AutoModelForCausalLM, or AutoModelForImageTextToText for models with a tower that the former does not know.
+    """
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if auto.__name__ in (getattr(config, "auto_map", None) or {}):
+            return auto
+        if type(config) in auto._model_mapping and not config.is_encoder_decoder and _fits(config, auto):
+            return auto
+    return None
+
+
+def _fits(config: transformers.PretrainedConfig, auto: Any) -> bool:
+    """Whether the class that a config names is the language model of its type, and no classifier or encoder."""
     # Encoders and models with another head share the type, so the name of the class decides. A model that was saved
     # without a head is complete where the head is the embedding.
-    headless = ["Model"] if config.tie_word_embeddings and getattr(config, "is_decoder", True) else []
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    names, ends = config.architectures or [], (known.__name__, "ForCausalLM", "LMHeadModel", *headless)
-    return not names or any(name.endswith(ends) for name in names)
+    tied = getattr(config, "tie_word_embeddings", False) and getattr(config, "is_decoder", True)
+    headless = ["Model"] if tied or "text_config" in type(config).sub_configs else []
+    known: Any = auto._model_mapping[type(config)]
+    classes = [cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))]
+    ends = (*classes, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", *headless)
+    return not config.architectures or any(name.endswith(ends) for name in config.architectures)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -78,11 +93,10 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config in eval mode: parameters on the meta device, buffers (rotary tables …) real."""
-    # A quantization_config would make transformers look for a quantizer; the caller replaces modules itself.
-    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted())
+            auto = auto_class(config) or AutoModelForCausalLM
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trusted())
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
         raise VQCompressError(f"no causal language model can be built from this config: {reason(error)}") from error
     # Moving to the meta device makes every parameter anew, tied ones too.
@@ -133,11 +147,12 @@ class Names:
         return prefix
 
 
-def check_headers(model: nn.Module, names: Names, tensors: dict[str, TensorInfo]) -> None:
+def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
     """Compare the headers of stored tensors with what the model, packed layers in place, will read.
 
-    VQCompressError naming a tensor of another shape; or a packed tensor of another type (a kernel would read beyond
-    its end) or that no method reads (without it the weight would be another one).
+    VQCompressError naming a tensor that is missing or has another shape; or a packed tensor of another type (a kernel
+    would read beyond its end) or that no method reads (without it the weight would be another one). Without any tensors
+    a model can still be planned.
     """
     asked = model.state_dict()
     packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
@@ -154,6 +169,26 @@ def check_headers(model: nn.Module, names: Names, tensors: dict[str, TensorInfo]
         if found.shape != wanted.shape or (is_packed and found.dtype != wanted.dtype):
             stored = f"{name} is stored as {found.dtype} {found.shape}"
             raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
+    if tensors and (missing := _missing(model, names)):
+        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}")
+
+
+def _missing(model: PreTrainedModel, names: Names) -> list[str]:
+    """The parameters and stored buffers of a model for which a checkpoint has no tensor, not even a tied one."""
+    stored, ignored = set(names.parameter.values()), list(model._keys_to_ignore_on_load_missing or ())
+    tied: dict[str, set[str]] = defaultdict(set)
+    for target, source in model.all_tied_weights_keys.items():
+        tied[source] |= {source, target}
+    for group in tied.values():
+        stored |= group if group & stored else set()
+    return [n for n in model.state_dict() if n not in stored and not any(re.search(pattern, n) for pattern in ignored)]
+
+
+def tie_weights(model: PreTrainedModel, names: Names) -> None:
+    """Tie what a config says is tied, once loaded, unless the checkpoint has another tensor for either, as transformers
+    does."""
+    stored = set(names.parameter.values())
+    model.tie_weights(missing_keys={name for name in model.state_dict() if name not in stored}, recompute_mapping=False)
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

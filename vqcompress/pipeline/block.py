@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
+from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.codebook import entry_uses
 from vqcompress.model.folds import Input, find_inputs
@@ -146,7 +147,9 @@ class BlockEncoder:
         statistics = moved or self.statistics.get(path, Statistics())
         weight_OI = self.rewrites.rescale(original_OI, path)
         with _naming(target.name):
-            packed = entry.method.encode(weight_OI, statistics, generator_for(self.seed, target.name), shared)
+            packed = self._tiles(path, weight_OI) or entry.method.encode(
+                weight_OI, statistics, generator_for(self.seed, target.name), shared
+            )
         decoded_OI = entry.method.decode(packed | shared, target.shape)
         row = {
             "name": target.name,
@@ -162,6 +165,18 @@ class BlockEncoder:
             "smoothing": self.rewrites.notes.get(path),
         }
         return {name: part.cpu() for name, part in packed.items()}, row
+
+    def _tiles(self, path: str, weight_OI: Tensor) -> PackedTensors | None:
+        """The FP8 tensors that the checkpoint itself has for a weight, if the method could have stored them."""
+        entry = self.entries[path]
+        if not isinstance(entry.method, FP8) or (tiles := self.stream.source.tiles(self.name(path))) is None:
+            return None
+        try:
+            entry.method.check(tiles, entry.target.shape)
+        except ValueError:
+            return None
+        same = torch.equal(entry.method.decode(tiles, entry.target.shape), weight_OI.cpu())
+        return tiles if same else None
 
     def _store(self, path: str, packed: PackedTensors) -> None:
         """Put packed tensors in the place of a weight."""

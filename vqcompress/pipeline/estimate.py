@@ -85,6 +85,12 @@ def _parameters(stream: BlockStream) -> tuple[int, list[int]]:
     return outside, blocks
 
 
+def ends_bytes(stream: BlockStream) -> int:
+    """Bytes to run a block, see `verify.run_ends`: it and what lies outside of the blocks, as stored and computed."""
+    outside, blocks = _parameters(stream)
+    return (outside + max(blocks)) * (stream.dtype.itemsize + _itemsize(stream))
+
+
 def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str) -> dict[str, int]:
     """Upper bounds on the peaks of one process, on the host and on its GPU, and the bytes of hidden states in them."""
     on_gpu, rotated, itemsize = stream.device.type == "cuda", bool(plan.recipe.rotation), stream.dtype.itemsize
@@ -104,6 +110,7 @@ def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str)
     if plan.recipe.tuning:
         # Two whole models in float32, gradients of one, and the activations of all layers for a batch.
         whole = max(whole, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
+    whole = max(whole, ends_bytes(stream))
     # Without calibration, a CPU encodes the next block while one is written.
     ahead = 1 if plan.calibrated or on_gpu else 2
     host = ahead * read if on_gpu else max(ahead * (read + work), whole)

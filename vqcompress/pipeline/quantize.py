@@ -29,6 +29,7 @@ from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress, silent
+from vqcompress.pipeline.preflight import check_plan, try_blocks
 from vqcompress.pipeline.report import VERSIONS, run_report
 from vqcompress.pipeline.rows import calibration_rows
 from vqcompress.runtime.load import load
@@ -74,6 +75,7 @@ def _open(options: QuantizeOptions, weights: bool = True) -> tuple[BlockStream, 
     group, scratch = process_group(device), options.out if options.states == "disk" else None
     stream = BlockStream(source, device, model_dtype(source.config, device), group, scratch)
     plans = make_plans(stream, recipe, options.target_bits)
+    check_plan(stream, plans[0])
     if recipe.rotation and weights:
         rotated = RotatedCheckpoint(stream, partial(generator_for, options.seed))
         stream = BlockStream(rotated, device, stream.dtype, group, scratch)
@@ -92,6 +94,7 @@ class Run:
     def __init__(self, options: QuantizeOptions, progress: Progress, began: float):
         self.options, self.progress = options, progress
         self.stream, self.plans = _open(options)
+        try_blocks(self.stream)
         self.plan, self.group = self.plans[0], self.stream.group
         self.rows = self.calibration = None
         if self.plan.reads_text:
@@ -168,7 +171,7 @@ class Run:
         self.entries += stored
         if self.hidden and not is_last:
             # The next block sees the stored weights, so that it can correct their errors.
-            tensors = artifact.tensors_of(self.writer.out / record["file"])
+            tensors = stream.from_stored(artifact.tensors_of(self.writer.out / record["file"]))
             stream.forward(stream.load_block(index, tensors, stored), index, self.hidden)
         release_freed_memory()
         if done_before:
@@ -229,6 +232,8 @@ class Run:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
         tensors = self.stream.source.read(self.stream.non_block_weights) if self.group.is_main else {}
         check_finite(tensors)
+        # Those that were compressed come in float32.
+        tensors = {name: tensor.to(self.stream.source.tensors[name].dtype) for name, tensor in tensors.items()}
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}

@@ -76,6 +76,7 @@ def run_report(
         "model": named(model),
         "base_model": None if is_local else model.partition("@")[0],
         "revision": source.revision,
+        "source_format": source.format,
         "seed": options.seed,
         "target_bits": plan.target_bits,
         "bits_per_weight": mean(targets, "bits_per_weight") if targets else None,

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
-from vqcompress.model.weights import load_config
-from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, tensors_of
+from vqcompress.model.weights import load_config, skeleton
+from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, open_dense, tensors_of
 from vqcompress.storage.checkpoint import Checkpoint, resolve
+from vqcompress.storage.published import PublishedCheckpoint
 from vqcompress.storage.recipe import cache_config
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.trust import reason, trusted, trusting
@@ -39,23 +40,24 @@ def load(
     VQCompressError names the file, tensor or option that is missing or damaged.
     """
     folder, target = resolve(str(path)), choose_device(device)
-    source = Artifact(folder) if Artifact.is_one(folder) else Checkpoint(folder)
+    source = Artifact(folder) if Artifact.is_one(folder) else open_dense(folder)
     if check and isinstance(source, Artifact):
         source.check_files()
     with trusting(trust_remote_code):
         config = load_config(folder)
         if isinstance(source, Artifact):
-            config.quantization_config["cpu_weights"] = cpu_weights if target.type == "cpu" else "dense"
+            settings = {"cpu_weights": cpu_weights if target.type == "cpu" else "dense"}
+            config.quantization_config = source.config["quantization_config"] | settings
+        computed = dtype or model_dtype(source.config, target)
+        options: Any = {"dtype": computed, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype or model_dtype(source.config, target),
-                use_safetensors=True,
-                trust_remote_code=trusted(),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            if isinstance(source, PublishedCheckpoint):
+                # transformers decodes some of these formats wrongly, and does not say so.
+                kind, decoded = type(skeleton(config, computed)), source.read(source.tensors)
+                loaded: Any = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
+            else:
+                options |= {"use_safetensors": True, "trust_remote_code": trusted()}
+                loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
         except VQCompressError:
             raise
         except Exception as error:  # loaders of models raise every type of error

@@ -35,6 +35,7 @@ from vqcompress import methods
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, resolve, sha256
+from vqcompress.storage.published import PublishedCheckpoint, quantization_settings, without_settings
 from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
 
@@ -155,7 +156,7 @@ class StoredCache(KVCacheConfig):
 
 def cache_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
     """How an artifact keeps keys and values, by its config.json: the fields of StoredCache; None if it does not say."""
-    stored = config.get("quantization_config", {}).get("kv_cache")
+    stored = (config.get("quantization_config") or {}).get("kv_cache")
     if stored is None:
         return None
     try:
@@ -249,15 +250,24 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def open_dense(path: Path) -> Checkpoint:
+    """The checkpoint of a directory, decoded if another tool has compressed it; VQCompressError if that is not read."""
+    source = Checkpoint(path)
+    settings = quantization_settings(source.config, str(path))
+    if settings is not None:
+        return PublishedCheckpoint(source, settings)
+    source.config = without_settings(source.config)
+    return source
+
+
 def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
-    """The dense checkpoint that MODEL names; VQCompressError if it is compressed already or has no weights."""
+    """The dense checkpoint that MODEL names; VQCompressError if it is an artifact already or has no weights."""
     path = resolve(model, weights)
     if Artifact.is_one(path):
         raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
-    source = Checkpoint(path)
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method")
-        raise VQCompressError(f"{model} is quantized already ({method}); start from its dense weights")
+    source = open_dense(path)
     if weights and not source.tensors:
         raise VQCompressError(f"{path} has no safetensors weights; `vqcompress plan` works from the config alone")
+    if weights and isinstance(source, PublishedCheckpoint):
+        source.check_decoder()
     return source

@@ -87,8 +87,12 @@ class Checkpoint:
     """The config and the tensors of a directory in Hugging Face layout.
 
     path: the directory. config: the parsed config.json. tensors: name → TensorInfo, empty if there are no weights
-    (then only planning is possible).
+    (then only planning is possible). format: how another tool has compressed the files, None if they are dense.
+    straight: whether `read` gives transposed weights as (O, I).
     """
+
+    format: str | None = None
+    straight = False
 
     def __init__(self, path: Path):
         self.path = path
@@ -148,6 +152,10 @@ class Checkpoint:
                 for name in wanted:
                     found[name] = handle.get_tensor(name)
         return found
+
+    def tiles(self, name: str) -> dict[str, Tensor] | None:
+        """`codes` and `scale` of a weight whose files hold it in FP8, as the method `fp8` stores it; else None."""
+        return None
 
     def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
         """The checkpoint of the files themselves, and the names in it of what these tensors are made of."""

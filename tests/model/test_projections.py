@@ -1,0 +1,122 @@
+"""Linear layers of other classes than nn.Linear: found by a run, and right in every form of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import toy_checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from vqcompress.errors import VQCompressError
+from vqcompress.evaluate.verify import verify
+from vqcompress.export import export
+from vqcompress.model.linear import decode_layers
+from vqcompress.model.projections import kind_of, shape_of
+from vqcompress.model.stream import BlockStream
+from vqcompress.pipeline.quantize import QuantizeOptions, quantize
+from vqcompress.runtime.load import load
+from vqcompress.storage.artifact import Artifact
+from vqcompress.storage.checkpoint import Checkpoint
+
+IDS = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+class Clamped(nn.Linear):
+    """Linear for small inputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-50, 50))
+
+
+class Scaled(nn.Module):
+    """A matrix and a scale: no linear layer, though both are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T * self.scale
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "shape"),
+    [
+        (nn.Linear(8, 4), "linear", ((4, 8), True)),
+        (FalconLinear(8, 4, bias=False), "linear", ((4, 8), False)),
+        (Conv1D(4, 8), "transposed", ((4, 8), True)),
+        (Conv1D(8, 8).to(torch.bfloat16), "transposed", ((8, 8), True)),
+        (Clamped(8, 4), None, None),
+        (Scaled(), None, None),
+        (nn.Embedding(8, 4), None, None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_module_is_a_linear_layer_if_it_computes_like_one(module: nn.Module, kind: Any, shape: Any) -> None:
+    assert kind_of(module) == kind
+    assert shape_of(module) == shape
+
+
+def streamed(folder: Path) -> Tensor:
+    """The logits as `eval perplexity` computes them."""
+    stream = BlockStream(Artifact(folder), CPU, torch.float32)
+    states = [stream.embed(IDS)]
+    for i in range(len(stream.blocks)):
+        stream.forward(stream.load_block(i), i, states)
+    return stream.logits(IDS, states[0])
+
+
+@torch.inference_mode()
+def logits(model: Any) -> Tensor:
+    return model.eval()(IDS, use_cache=False).logits
+
+
+def check_all_forms(model: Path, recipe: str, text: Path, out: Path) -> Artifact:
+    """Quantize; the artifact streamed, loaded both ways, and exported computes the same."""
+    quantize(QuantizeOptions(str(model), out / "artifact", recipe, [str(text)], samples=8, seqlen=32))
+    verify(str(out / "artifact"))
+    loaded = load(out / "artifact")
+    ours = logits(loaded)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out / "artifact", dtype=torch.float32)), ours)
+    assert torch.allclose(streamed(out / "artifact"), ours, atol=1e-4)
+    dense = logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+    assert (ours - dense).norm() < 0.1 * dense.norm()
+    export(str(out / "artifact"), "dense", out / "dense")
+    decode_layers(loaded)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out / "dense")), logits(loaded), atol=1e-4)
+    shapes = {name: info.shape for name, info in Checkpoint(out / "dense").tensors.items()}
+    assert shapes == {name: info.shape for name, info in Checkpoint(model).tensors.items()}
+    return Artifact(out / "artifact")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+def test_other_classes_are_right_in_every_form(
+    family: str, tmp_path: Path, text: Path, recipe_file: Callable[[str], str]
+) -> None:
+    model = toy_checkpoint(tmp_path / "model", family, hidden=64)
+    # A kept weight is rescaled by a fold, and stored as the original stores it.
+    recipe = (
+        "rules:\n  - {match: 're:.*h.0.*(c_attn|c_fc|query_key_value)', method: keep}\n"
+        "  - {match: '*', method: int8, smoothing: {alpha: 0.5}}\n"
+    )
+    artifact = check_all_forms(model, recipe_file(recipe), text, tmp_path)
+    count = {"gpt2": 6, "falcon": 7}[family]
+    assert len(artifact.entries) == count
+    if family == "gpt2":
+        assert artifact.tensors["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)
+        assert artifact.entries["transformer.h.1.attn.c_attn"].target.shape == (192, 64)
+
+
+def test_formats_of_others_refuse_transposed_weights_by_name(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    artifact = quantized("fp8-tile", "gpt2")
+    with pytest.raises(VQCompressError, match=r"transformer\.h\.0\.attn\.c_attn .*dense"):
+        export(str(artifact), "fp8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
