@@ -38,7 +38,7 @@ def inspect(path: str) -> dict[str, Any]:
     return {
         "artifact": path,
         **{key: report.get(key) for key in ("recipe", "model", "source_bytes")},
-        **{key: report.get(key, {}) for key in ("codebooks", "experts")},
+        **{key: report.get(key, {}) for key in ("codebooks", "experts", "draft_layers")},
         "bits_per_weight": sum(stored.values()) / weights if weights else None,
         "weights_quantized": weights,
         "artifact_bytes": sum(file.stat().st_size for file in artifact.files),

@@ -38,17 +38,17 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     if verify and made.for_vllm:
         raise UsageError(f"--verify: transformers cannot load experts in {format}, which only vLLM reads")
     _empty(out, overwrite)
-    shards, companions = Shards(out), source.companions()
+    shards, (companions, _) = Shards(out), source.companions()
     # The index is written first, so that an interrupted export can be recognized and replaced.
-    metadata: dict[str, Any] = {"written_by": WRITER, "beside": [path.name for path in companions]}
+    metadata: dict[str, Any] = {"written_by": WRITER, "beside": list(companions)}
     shards.write(INDEX, json.dumps({"metadata": metadata}).encode())
     weight_map: dict[str, str] = {}
     size, count = 0, len(stream.blocks) + 1
     for number, shard in enumerate(tensors(stream, source, made), 1):
         weight_map |= dict.fromkeys(shard, shards.write_shard(SHARD.format(number, count), shard)["file"])
         size += sum(t.nbytes for t in shard.values())
-    for path in companions:
-        shards.write(path.name, path.read_bytes())
+    for name, path in companions.items():
+        shards.write(name, path.read_bytes())
     index = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
     # config.json is written last, so that an interrupted export does not load.

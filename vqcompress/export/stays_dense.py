@@ -60,8 +60,8 @@ def partial_tile(target: Target) -> str:
 def dense_modules(stream: BlockStream, compressed: Collection[str]) -> list[str]:
     """Full names of the modules with dense matrices, both as in the model and as in the checkpoint.
 
-    The output head and routers are included, embeddings are not. Readers interpret patterns differently, so every name
-    is written out.
+    The output head, routers, draft layers and towers are included, the model's embeddings are not. Readers interpret
+    patterns differently, so every name is written out.
     """
     blocks = zip(stream.blocks, stream.skeletons, strict=True)
     inside = [(f"{b.name}.{path}", module) for b, block in blocks for path, module in block.named_modules()]
@@ -74,4 +74,7 @@ def dense_modules(stream: BlockStream, compressed: Collection[str]) -> list[str]
     }
     paths |= mixtures(stream) & {mixture_of(path) for path in paths}
     modules = {stored: parameter.rpartition(".")[0] for stored, parameter in stream.names.parameter.items()}
-    return sorted(paths | {stored.rpartition(".")[0] for stored, module in modules.items() if module in paths})
+    unread = {name.rpartition(".")[0] for name in stream.unread if len(stream.source.tensors[name].shape) > 1}
+    # Other readers have experts of a draft layer as one module.
+    unread |= {mixture for name in unread if (mixture := mixture_of(name)).endswith(".experts")}
+    return sorted(paths | unread | {stored.rpartition(".")[0] for stored, module in modules.items() if module in paths})

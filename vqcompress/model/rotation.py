@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.hadamard import hadamard, random_signs
+from vqcompress.model.drafts import draft_layers
 from vqcompress.model.folds import row_candidates
 from vqcompress.model.readers import observe, weight_of
 from vqcompress.model.stream import BlockStream
@@ -79,6 +80,8 @@ class RotatedCheckpoint(Checkpoint):
         structures = {repr(layer): i for i, layer in reversed(list(enumerate(self._stream.skeletons)))}
         for i in structures.values():
             self._block(i)
+        for layer in draft_layers(stream):
+            _refuse(f"{layer}, a draft layer that the model does not run,")
 
     @property
     def bytes(self) -> int:

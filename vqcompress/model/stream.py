@@ -164,6 +164,12 @@ class BlockStream:
         inside = {name for block in self.blocks for name in self.names.under(block.name)}
         return [name for name in self.source.tensors if name not in inside]
 
+    @property
+    def unread(self) -> list[str]:
+        """The checkpoint names of what no module of the model reads: draft layers, parts that another class has."""
+        known = self.model.state_dict()
+        return [name for name in self.non_block_weights if self.names.parameter[name] not in known]
+
     def marker_name(self, target: str, weight: str) -> str:
         """The name on disk under which programs that do not know the format look for a target's weight.
 
@@ -186,7 +192,9 @@ class BlockStream:
     def load_non_block_weights(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Load embeddings, final norm and head; embed and logits need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
-            assign(self.model, self.source.read(self.non_block_weights) if tensors is None else tensors, self.dtype)
+            if tensors is None:
+                tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
+            assign(self.model, tensors, self.dtype)
             tie_weights(self.model, self.names)
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vqcompress.errors import UsageError
 from vqcompress.methods import Method
 from vqcompress.model.coverage import dense_weights
+from vqcompress.model.drafts import draft_bytes
 from vqcompress.model.experts import Experts
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Entry
@@ -28,6 +29,7 @@ class Plan:
     """Which target gets which method. rules: target name → rule, for every linear layer of the blocks.
 
     left_dense: name of a large weight that no rule reaches → the reason. target_bits: the budget, if there is one.
+    drafts: path of a draft layer → its bytes.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class Plan:
     rules: dict[str, Rule]
     left_dense: dict[str, str]
     target_bits: float | None = None
+    drafts: dict[str, int] = field(default_factory=dict)
 
     def compressed(self, block: Block) -> list[Target]:
         """The targets of a block that the recipe does not keep dense."""
@@ -96,7 +99,7 @@ def make_plan(stream: BlockStream, recipe: Recipe) -> Plan:
 
     A recipe with a `cache` may leave all weights as they are.
     """
-    plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream))
+    plan = Plan(recipe, stream.blocks, recipe.assign(stream.blocks), dense_weights(stream), drafts=draft_bytes(stream))
     mixture = any(isinstance(module, Experts) for layer in stream.skeletons for module in layer.modules())
     if recipe.experts and not (mixture and any(rule.needs for rule in recipe.rules + recipe.candidates)):
         raise UsageError(f"recipe {recipe.name}: 'experts' has no effect without a mixture and a calibrated method")

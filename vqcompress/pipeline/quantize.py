@@ -96,6 +96,7 @@ class Run:
         self.stream, self.plans = _open(options)
         try_blocks(self.stream)
         self.plan, self.group = self.plans[0], self.stream.group
+        self.companions, self.left_out = self.stream.source.companions()
         self.rows = self.calibration = None
         if self.plan.reads_text:
             self.rows, self.calibration = calibration_rows(self.stream, options, progress)
@@ -217,8 +218,9 @@ class Run:
             writer.write_extra(artifact.KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
         report = run_report(options, self.plan, source, writer, self.calibration, cache_seconds)
+        report |= {"left_out": self.left_out}
         choice = recipes.dump(self.plan.recipe) if self.plan.target_bits is not None else ""
-        writer.finish(config, source.companions(), documents(report, writer.out.resolve().name), choice)
+        writer.finish(config, self.companions, documents(report, writer.out.resolve().name), choice)
         return report
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:
@@ -230,10 +232,13 @@ class Run:
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
-        tensors = self.stream.source.read(self.stream.non_block_weights) if self.group.is_main else {}
-        check_finite(tensors)
-        # Those that were compressed come in float32.
-        tensors = {name: tensor.to(self.stream.source.tensors[name].dtype) for name, tensor in tensors.items()}
+        source, tensors = self.stream.source, {}
+        # Weights that were compressed come in float32, and a draft layer is as large as a block: one by one.
+        names = self.stream.non_block_weights if self.group.is_main else []
+        for some in [[name] for name in names] if source.format else [names]:
+            found = source.read(some)
+            check_finite(found)
+            tensors |= {name: tensor.to(source.tensors[name].dtype) for name, tensor in found.items()}
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}

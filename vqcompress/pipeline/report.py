@@ -90,6 +90,7 @@ def run_report(
         "inputs": writer.inputs | {"weights": hashlib.sha256("".join(sources).encode()).hexdigest()},
         "versions": VERSIONS,
         "kv_cache": plan.recipe.cache.model_dump(mode="json") if plan.recipe.cache else None,
+        "draft_layers": plan.drafts,
         "left_dense": plan.left_dense | _kept(plan),
         "settings": [{"setting": name, "targets": len(sizes), "weights": sum(sizes)} for name, sizes in chosen.items()],
         "codebooks": {place: uses for r in shards.values() for place, uses in r.get("codebooks", {}).items()},

@@ -13,7 +13,7 @@ from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
 from vqcompress.model.weights import load_config, skeleton
 from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, open_dense, tensors_of
-from vqcompress.storage.checkpoint import Checkpoint, resolve
+from vqcompress.storage.checkpoint import STORED, Checkpoint, resolve
 from vqcompress.storage.published import PublishedCheckpoint
 from vqcompress.storage.recipe import cache_config
 from vqcompress.storage.recipe_files import AS_STORED
@@ -51,12 +51,13 @@ def load(
         computed = dtype or model_dtype(source.config, target)
         options: Any = {"dtype": computed, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            if isinstance(source, PublishedCheckpoint):
-                # transformers decodes some of these formats wrongly, and does not say so.
+            known = any((folder / name).exists() for names in STORED for name in names)
+            if isinstance(source, PublishedCheckpoint) or (source.tensors and not known):
+                # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
                 kind, decoded = type(skeleton(config, computed)), source.read(source.tensors)
                 loaded: Any = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
             else:
-                options |= {"use_safetensors": True, "trust_remote_code": trusted()}
+                options["trust_remote_code"] = trusted()
                 loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
         except VQCompressError:
             raise

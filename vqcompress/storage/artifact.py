@@ -35,6 +35,7 @@ from vqcompress import methods
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, resolve, sha256
+from vqcompress.storage.companions import instead, is_safe
 from vqcompress.storage.published import PublishedCheckpoint, quantization_settings, without_settings
 from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
@@ -189,7 +190,7 @@ def checksum_lines(sums: dict[str, str]) -> str:
 def read_sums(path: Path) -> dict[str, str]:
     """File name → digest of a directory's SHA256SUMS; VQCompressError unless it is as `checksum_lines` writes it."""
     text = (path / SUMS).read_bytes().decode(errors="replace") if (path / SUMS).is_file() else ""
-    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})\n", text)}
+    listed = {name: digest for digest, name in re.findall(r"([0-9a-f]{64})  (.+)\n", text) if is_safe(name)}
     if not listed or text != checksum_lines(listed):
         raise VQCompressError(f"{path / SUMS} is missing or damaged")
     return listed
@@ -267,7 +268,7 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
         raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
     source = open_dense(path)
     if weights and not source.tensors:
-        raise VQCompressError(f"{path} has no safetensors weights; `vqcompress plan` works from the config alone")
+        raise VQCompressError(f"{path} has no weights{instead(path)}; `vqcompress plan` works from the config alone")
     if weights and isinstance(source, PublishedCheckpoint):
         source.check_decoder()
     return source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,19 +17,18 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import UsageError, VQCompressError, one_line
 from vqcompress.methods.base import is_finite
 from vqcompress.storage import hub
+from vqcompress.storage.companions import companions
+from vqcompress.storage.damage import damage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Bytes that are hashed at once.
 PIECE = 2**22
-# What a checkpoint may carry beside its weights, and an artifact takes along.
-COMPANIONS = re.compile(
-    r"(generation_config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|spiece\.model|.*\.py|sentencepiece.*\.model|chat_template\.(jinja|json)|preprocessor_config\.json|LICENSE.*|NOTICE.*)"
-)
+# In the order in which transformers looks for them: weights in one file, and an index of shards.
+STORED = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,29 @@ def stored_dtype(config: dict[str, Any]) -> torch.dtype:
 def read_json(path: Path) -> Any:
     """The parsed file; VQCompressError naming it if it is missing or not JSON."""
     try:
+        if problem := damage(path):
+            raise VQCompressError(f"{path} {problem}")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise VQCompressError(f"{path} is missing or no valid JSON: {error}") from error
+        raise VQCompressError(f"{path} is no valid JSON: {error}") from error
+
+
+def pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, mapped and not read; VQCompressError if it holds anything else."""
+    with file.open("rb") as stream:
+        if stream.read(2) != b"PK":
+            anew = f"torch.save(torch.load({str(file)!r}, weights_only=True), {str(file)!r})"
+            raise VQCompressError(f"{file} is damaged, or in the format of torch before 1.6: write it anew by {anew}")
+    try:
+        # Without weights_only, a pickle runs any code that it contains.
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever unpickling and reading of archives raise
+        raise VQCompressError(f"{file} is cut short, damaged or no file of tensors: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise VQCompressError(f"{file} holds a {type(found).__name__} and no tensors by name")
+    if others := [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
+        raise VQCompressError(f"{file}: {others[0]!r} is no tensor; save the model's state_dict alone")
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 class Checkpoint:
@@ -96,6 +116,8 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
+            raise VQCompressError(f"{path} is an adapter without its model: merge it first (peft: merge_and_unload)")
         self.config: dict[str, Any] = read_json(path / "config.json")
         if not isinstance(self.config, dict):
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
@@ -107,26 +129,56 @@ class Checkpoint:
             self.tensors |= found
 
     def _files(self) -> list[str]:
-        # Before an index, as transformers has it: both load the same.
-        if (self.path / SINGLE).is_file():
-            return [SINGLE]
-        if (self.path / INDEX).is_file():
-            try:
-                files = sorted(set(read_json(self.path / INDEX)["weight_map"].values()))
-                outside = [file for file in files if Path(file).name != file]
-            except (TypeError, KeyError, AttributeError) as error:
-                raise VQCompressError(f"{self.path / INDEX} has no weight_map of names to files") from error
-            if outside:
-                raise VQCompressError(f"{self.path / INDEX} names a file outside of its directory: {outside[0]!r}")
-            # An index alone, as `resolve(weights=False)` fetches it, is enough to plan.
-            return files if any((self.path / file).exists() for file in files) else []
-        if list(self.path.glob("*.bin")):
-            raise VQCompressError(f"{self.path} holds only .bin (pickle) weights; convert them to safetensors first")
+        for single, index in STORED:
+            # Before an index, as transformers has it: both load the same. A dead link is found, and then named.
+            if os.path.lexists(self.path / single):
+                return [single]
+            if os.path.lexists(self.path / index):
+                return self._indexed(index)
+            if shards := self._unindexed(single):
+                return shards
         return []
+
+    def _indexed(self, index: str) -> list[str]:
+        """The shards that an index names; none if none is there, which is enough to plan."""
+        try:
+            files = sorted(set(read_json(self.path / index)["weight_map"].values()))
+            outside = [file for file in files if Path(file).name != file or not self._is_inside(self.path / file)]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise VQCompressError(f"{self.path / index} has no weight_map of names to files") from error
+        if outside:
+            raise VQCompressError(f"{self.path / index} names a file outside of its directory: {outside[0]!r}")
+        return self._complete(files) if any(os.path.lexists(self.path / file) for file in files) else []
+
+    def _is_inside(self, file: Path) -> bool:
+        """Whether a file lies in the directory, links followed, or among the blobs of the hub's cache it is part of."""
+        folder = Path(os.path.realpath(self.path))
+        blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+        return os.path.dirname(os.path.realpath(file)) in {os.path.realpath(f) for f in (folder, *blobs)}
+
+    def _unindexed(self, single: str) -> list[str]:
+        """The shards of a directory that has lost their index."""
+        stem, _, kind = single.rpartition(".")
+        shards = (re.fullmatch(rf"{stem}-\d+-of-(\d+)\.{kind}", path.name) for path in self.path.iterdir())
+        counts = sorted({shard[1] for shard in shards if shard})
+        names = [f"{stem}-{i:0{len(n)}}-of-{n}.{kind}" for n in counts for i in range(1, int(n) + 1)]
+        return self._complete(names)
+
+    def _complete(self, shards: list[str]) -> list[str]:
+        """The shards, VQCompressError if one is missing."""
+        missing = [shard for shard in shards if not os.path.lexists(self.path / shard)]
+        if missing:
+            some = f"{len(missing)} of {len(shards)} shards are missing"
+            raise VQCompressError(f"{some}: {self.path / missing[0]} {damage(self.path / missing[0])}")
+        return shards
 
     @staticmethod
     def header(file: Path) -> dict[str, TensorInfo]:
-        """The tensors of a safetensors file, without reading them; VQCompressError naming a missing or damaged file."""
+        """The tensors of a file of weights, without reading them; VQCompressError naming a missing or damaged file."""
+        if problem := damage(file):
+            raise VQCompressError(f"{file} {problem}")
+        if file.suffix == ".bin":
+            return {name: TensorInfo(file.name, t.dtype, tuple(t.shape)) for name, t in pickled(file).items()}
         tensors = {}
         try:
             with file.open("rb") as stream, safe_open(file, framework="pt") as handle:
@@ -140,13 +192,17 @@ class Checkpoint:
                     tensors[name] = TensorInfo(file.name, dtype, shape, start)
                     start += tensors[name].bytes
         except (SafetensorError, OSError) as error:
-            raise VQCompressError(f"{file} is missing, damaged or not safetensors: {error}") from error
+            raise VQCompressError(f"{file} is cut short or no safetensors file: {error}; fetch it again") from error
         return tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU in their stored type."""
         found = {}
         for file, wanted in self._by_file(names).items():
+            if file.endswith(".bin"):
+                mapped = pickled(self.path / file)
+                found |= {name: mapped[name].clone(memory_format=torch.contiguous_format) for name in wanted}
+                continue
             # Opened anew each time: a mapping that stayed open would count every page ever read as our memory.
             with safe_open(self.path / file, framework="pt") as handle:
                 for name in wanted:
@@ -195,9 +251,11 @@ class Checkpoint:
             raise UsageError(f"--seqlen {tokens} is more than the model's context of {context} tokens")
         return min(2048, context) if tokens is None else tokens
 
-    def companions(self) -> list[Path]:
-        """The tokenizer's and similar files beside the weights."""
-        return sorted(p for p in self.path.iterdir() if p.is_file() and COMPANIONS.fullmatch(p.name))
+    def companions(self) -> tuple[dict[str, Path], list[str]]:
+        """The files that an artifact takes along, by name, and the names of those that it leaves out."""
+        taken, left = companions(self.path)
+        own = {info.file for info in self.tensors.values()} | {name for names in STORED for name in names}
+        return taken, [name for name in left if name not in own]
 
     def fingerprint(self) -> str:
         """A SHA-256 over the config and what the headers say, without a look at the weights."""
@@ -210,6 +268,12 @@ class Checkpoint:
         """An XXH3-128 over tensors as they are stored. Ten times as fast as SHA-256, and nobody gains by forging."""
         digest, (source, names) = xxhash.xxh3_128(), self.holders(names)
         for file, wanted in sorted(source._by_file(names).items()):
+            if file.endswith(".bin"):
+                mapped = pickled(source.path / file)
+                for name in sorted(wanted):
+                    digest.update(f"{name} {source.tensors[name].bytes} ".encode())
+                    digest.update(mapped[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+                continue
             with (self.path / file).open("rb") as stream:
                 for name in sorted(wanted):
                     info = source.tensors[name]

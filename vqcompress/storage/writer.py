@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -9,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,16 @@ class Shards:
         with self._replacing(name) as partial:
             partial.write_bytes(data)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
         """The path to write to; what is written takes the place of `name` when it is safe on the disk."""
         partial = self.out / f"{name}.partial"
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             _sync(partial)
             partial.replace(self.out / name)
-            _sync(self.out)
+            _sync(partial.parent)
         except (OSError, SafetensorError) as error:
             # On a full disk, half a shard takes up room that the next attempt needs.
             partial.unlink(missing_ok=True)
@@ -96,10 +97,14 @@ def clear(out: Path, listed: Collection[str], kept: Collection[str | None] = ())
 
     listed: names in SHA256SUMS. kept: names to leave in place. Other files are left alone.
     """
-    for path in sorted(out.iterdir(), key=lambda path: path.name != "config.json"):
-        ours = OURS.fullmatch(path.name) or path.name.removesuffix(".partial") in listed
-        if ours and path.is_file() and path.name not in kept:
+    for path in sorted(out.rglob("*"), key=lambda path: path != out / "config.json"):
+        name = path.relative_to(out).as_posix()
+        ours = OURS.fullmatch(name) or name.removesuffix(".partial") in listed
+        if ours and path.is_file() and name not in kept:
             path.unlink()
+            with contextlib.suppress(OSError):
+                # Directories that hold nothing else; `out` still holds the file that says it is ours.
+                os.removedirs(path.parent)
 
 
 class Writer(Shards):
@@ -273,16 +278,18 @@ class Writer(Shards):
         """Write tensors that belong to no shard; `finish` lists the file in SHA256SUMS. Rank 0 only; not journaled."""
         self.extra_files[name] = self.write_shard(name, tensors)["sha256"]
 
-    def finish(self, config: dict[str, Any], companions: list[Path], reports: dict[str, bytes], recipe: str) -> None:
+    def finish(
+        self, config: dict[str, Any], companions: dict[str, Path], reports: dict[str, bytes], recipe: str
+    ) -> None:
         """Write all files but the shards, the config last, and delete the journal.
 
-        companions: files of the source to copy. reports: name → content. recipe: text of recipe.yaml, or empty.
+        companions: files of the source to copy, by name. reports: name → content. recipe: text of recipe.yaml, or "".
         """
         sums = {record["file"]: record["sha256"] for name, record in self.done.items() if name != STAGED}
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
-        files = {path.name: path.read_bytes() for path in companions} | {INDEX: index.encode(), **reports}
+        files = {name: path.read_bytes() for name, path in companions.items()} | {INDEX: index.encode(), **reports}
         files |= {RECIPE: recipe.encode()} if recipe else {}
         files["config.json"] = json.dumps(config, indent=2).encode()
         sums |= self.extra_files | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

@@ -1,0 +1,216 @@
+"""Checkpoints as people have them: files beside the weights, pickled weights, and halves of a download."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import call, line
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from vqcompress.errors import VQCompressError
+from vqcompress.evaluate.perplexity import perplexity
+from vqcompress.runtime.load import load
+from vqcompress.storage.artifact import Artifact, read_sums
+from vqcompress.storage.checkpoint import INDEX, Checkpoint
+
+Make = Callable[..., Path]
+FP8 = ["--recipe", "fp8-tile", "--device", "cpu"]
+SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+PAGE = "<!DOCTYPE html><html>404</html>"
+
+
+@pytest.fixture
+def copy(toy: Make, tmp_path: Path) -> Path:
+    """A copy of a toy checkpoint, to be changed."""
+    return Path(shutil.copytree(toy(), tmp_path / "copy"))
+
+
+def shards(folder: Path, kind: str = "safetensors", index: bool = True) -> list[str]:
+    """Split the weights of a checkpoint into three shards; their names."""
+    tensors = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    names = [f"{stem}-{i:05d}-of-00003.{kind}" for i in (1, 2, 3)]
+    for i, name in enumerate(names):
+        part = {key: tensor for k, (key, tensor) in enumerate(sorted(tensors.items())) if k % 3 == i}
+        torch.save(part, folder / name) if kind == "bin" else save_file(part, folder / name, {"format": "pt"})
+    weight_map = {key: names[k % 3] for k, key in enumerate(sorted(tensors))}
+    if index:
+        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return names
+
+
+def test_every_file_that_is_no_weight_is_taken_along(copy: Path, tmp_path: Path) -> None:
+    taken = {
+        "tiktoken.model", "tekken.json", "qwen.tiktoken", "modules.json", "1_Pooling/config.json", "params.json",
+        "additional_chat_templates/tool_use.jinja", "code/odd.py", "code/deep/er.py", "picture.png", "LICENSE",
+        "preprocessor_config.json", "a name with spaces.txt", "1_Pooling/README.md",
+    }  # fmt: skip
+    left = {
+        "README.md", "flax_model.msgpack", "onnx/model.onnx", "gguf/toy.Q4.GGUF", "original/consolidated.00.pth",
+        "quantize_config.json", "adapter_model.bin", "model.fp16.safetensors", "tf_model.h5", "line\nbreak.txt",
+    }  # fmt: skip
+    hidden = {".git/config", ".cache/huggingface/x.metadata", "code/__pycache__/odd.pyc", "a.incomplete"}
+    for name in taken | left | hidden:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(f"of {name}")
+    other = shutil.copytree(copy, tmp_path / "other", ignore=lambda *_: taken | left) and tmp_path / "other"
+    shutil.copytree(other, copy / "checkpoint-5")
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    done = call("quantize", copy, "-o", out, *FP8)
+    assert done.exit_code == 0, done.stderr
+    assert set(json.loads((out / "report.json").read_text())["left_out"]) == left | {"checkpoint-5"}
+    assert "flax_model.msgpack" in done.stdout
+    assert call("export", out, "--format", "dense", "-o", dense).exit_code == 0
+    for folder in (out, dense):
+        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert taken <= files
+        assert not (left | hidden) - {"README.md"} & files
+        assert all((folder / name).read_bytes() == (copy / name).read_bytes() for name in taken)
+    assert taken <= read_sums(out).keys()
+    assert call("verify", out).exit_code == 0
+    # --overwrite takes away what it had written, and nothing else.
+    for folder, again in ((out, ["quantize", copy, *FP8]), (dense, ["export", out, "--format", "dense"])):
+        shutil.rmtree(copy / "code", ignore_errors=True)
+        (folder / "code" / "mine.txt").write_text("mine")
+        assert call(*again, "-o", folder, "--overwrite").exit_code == 0
+        assert [p.name for p in (folder / "code").rglob("*") if p.is_file()] == ["mine.txt"]
+        assert (folder / "1_Pooling" / "config.json").is_file()
+    (out / "1_Pooling" / "config.json").write_text("changed")
+    assert "1_Pooling/config.json" in line(call("verify", out))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_are_read_as_safetensors_are(sharded: bool, copy: Path, toy: Make, text: Path) -> None:
+    tensors = load_file(copy / SINGLE)
+    before = Checkpoint(toy())
+    # A view of another tensor, and one whose rows are not in order.
+    tensors["model.norm.weight"] = torch.stack([tensors["model.norm.weight"]] * 2)[1]
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous().T
+    if sharded:
+        shards(copy, "bin")
+    else:
+        torch.save(tensors, copy / BIN)
+        (copy / SINGLE).unlink()
+    after = Checkpoint(copy)
+    assert after.fingerprint() == before.fingerprint()
+    assert {n: after.digest([n]) for n in after.tensors} == {n: before.digest([n]) for n in before.tensors}
+    read = after.read(after.tensors)
+    assert all(torch.equal(read[n], t) for n, t in before.read(before.tensors).items())
+    ours, theirs = load(copy, "cpu"), AutoModelForCausalLM.from_pretrained(copy)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    figures = [perplexity(str(folder), str(text), seqlen=64, limit=2)["perplexity"] for folder in (copy, toy())]
+    assert figures[0] == figures[1]
+    # Safetensors are preferred.
+    (copy / SINGLE).write_bytes((toy() / SINGLE).read_bytes())
+    assert {info.file for info in Checkpoint(copy).tensors.values()} == {SINGLE}
+
+
+class Other:
+    """What no file of tensors holds."""
+
+
+@pytest.mark.parametrize("what", ["legacy", "object", "nested", "list", "cut", "garbage"])
+def test_a_pickle_that_cannot_be_read_is_named(what: str, copy: Path) -> None:
+    tensors: Any = load_file(copy / SINGLE)
+    held = {"object": {**tensors, "odd": Other()}, "nested": {"state_dict": tensors}, "list": [1]}.get(what, tensors)
+    torch.save(held, copy / BIN, _use_new_zipfile_serialization=what != "legacy")
+    if what in ("cut", "garbage"):
+        data = (copy / BIN).read_bytes()
+        (copy / BIN).write_bytes(data[: len(data) // 2] if what == "cut" else b"\x80\x04.")
+    (copy / SINGLE).unlink()
+    for result in (call("plan", copy, *FP8), call("quantize", copy, "-o", copy / "out", *FP8)):
+        assert (result.exit_code, BIN in line(result), "internal error:" in line(result)) == (1, True, False)
+    assert not (copy / "out").exists()
+
+
+HALVES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "pointer": (lambda f: (f / SINGLE).write_text(POINTER), SINGLE, "git lfs pull"),
+    "pointer for a tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), "tokenizer.json", "git lfs pull"),
+    "pointer for a config": (lambda f: (f / "config.json").write_text(POINTER), "config.json", "git lfs pull"),
+    "empty": (lambda f: (f / SINGLE).write_bytes(b""), SINGLE, "hf download"),
+    "cut short": (lambda f: os.truncate(f / SINGLE, 9000), SINGLE, "fetch"),
+    "a page as config": (lambda f: (f / "config.json").write_text(PAGE), "config.json", "hf download"),
+    "a page as tokenizer": (lambda f: (f / "tokenizer.json").write_text(PAGE), "tokenizer.json", "hf download"),
+    "a page as weights": (lambda f: (f / SINGLE).write_text(PAGE), SINGLE, "hf download"),
+    "dead link": (lambda f: (f / SINGLE).unlink() or (f / SINGLE).symlink_to("gone"), SINGLE, "hf download"),
+    "dead shards": (
+        lambda f: [(f / n).unlink() or (f / n).symlink_to(f"gone-{n}") for n in shards(f)],
+        "model-00001-of-00003.safetensors",
+        "hf download",
+    ),
+    "a shard is missing": (lambda f: (f / shards(f)[1]).unlink(), "model-00002-of-00003.safetensors", "hf download"),
+    "no index, a shard is missing": (
+        lambda f: (f / shards(f, index=False)[2]).unlink(),
+        "model-00003-of-00003.safetensors",
+        "hf download",
+    ),
+    "still under way": (lambda f: (f / SINGLE).rename(f / f"{SINGLE}.incomplete"), f"{SINGLE}.incomplete", ""),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json", "hf download"),
+    "another format": (lambda f: (f / SINGLE).rename(f / "toy.gguf"), "toy.gguf", ""),
+    "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "", "merge"),
+    "a fifo": (lambda f: (f / SINGLE).unlink() or os.mkfifo(f / SINGLE), SINGLE, "plain"),
+    "a fifo as config": (lambda f: (f / "config.json").unlink() or os.mkfifo(f / "config.json"), "config.json", ""),
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_a_download_is_said_as_what_it_is(half: str, copy: Path) -> None:
+    change, named, said = HALVES[half]
+    change(copy)
+    result = call("quantize", copy, "-o", copy / "out", *FP8)
+    assert (result.exit_code, str(copy) in line(result), named in line(result)) == (1, True, True), line(result)
+    assert said in line(result)
+    assert not (copy / "out").exists()
+
+
+def test_shards_that_have_lost_their_index_are_read(copy: Path, toy: Make, tmp_path: Path) -> None:
+    shards(copy, index=False)
+    assert Checkpoint(copy).fingerprint() == Checkpoint(toy()).fingerprint()
+    assert all(torch.equal(a, b) for a, b in zip(load(copy).parameters(), load(toy()).parameters(), strict=True))
+
+
+def test_a_shard_outside_of_the_directory_is_refused(copy: Path, tmp_path: Path) -> None:
+    name = shards(copy)[1]
+    data = (copy / name).read_bytes()
+    (copy / name).unlink()
+    outside, blobs = tmp_path / name, tmp_path / "blobs"
+    outside.write_bytes(data)
+    (copy / name).symlink_to(outside)
+    with pytest.raises(VQCompressError, match=name):
+        Checkpoint(copy)
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(VQCompressError, match=name):
+        Checkpoint(copy)
+    # The hub's cache: blobs beside snapshots.
+    (copy / name).unlink()
+    blobs.mkdir()
+    shutil.move(outside, blobs / "abc")
+    snapshot = tmp_path / "snapshots" / "main"
+    shutil.copytree(copy, snapshot)
+    (snapshot / name).symlink_to("../../blobs/abc")
+    assert len(Checkpoint(snapshot).tensors) == len(Checkpoint(snapshot).read(Checkpoint(snapshot).tensors))
+
+
+@pytest.mark.parametrize("value", [None, {}, [], "fp8", 0, False])
+def test_no_quantization_config_is_dense_and_nonsense_is_refused(value: Any, copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+    result = call("quantize", copy, "-o", tmp_path / "out", *FP8)
+    if value in (None, {}):
+        assert result.exit_code == 0, result.stderr
+        assert Artifact(tmp_path / "out").entries
+        assert load(copy) is not None
+    else:
+        assert (result.exit_code, "quantization_config" in line(result)) == (1, True)
+        assert INDEX not in line(result)

@@ -1,0 +1,78 @@
+"""The files beside a model's weights: which of them an artifact takes along. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vqcompress.errors import VQCompressError
+from vqcompress.storage.damage import damage
+
+# Ends of the names of weights, of whatever program, and of archives.
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".ggml", ".onnx"),
+    *(".onnx_data", ".onnx.data", ".tflite", ".litertlm", ".task", ".npz", ".npy", ".pkl", ".pickle", ".ot", ".nemo"),
+    *(".mlmodel", ".mlpackage", ".engine", ".plan", ".pb", ".pdparams", ".distcp", ".llamafile", ".tar", ".gz", ".zip"),
+)
+# What an artifact has of its own, and what describes weights that are not taken along.
+REPLACED = re.compile(
+    r"config\.json|README\.md|SHA256SUMS|report\.(json|html)|recipe\.yaml|journal\.json"
+    # The texts beside the packaged model.
+    r"|(calibration|evaluation)\.txt"
+    r"|(.*/)?([^/]*\.index\.json|[^/]*quant[^/]*\.json|adapter_config\.json)"
+)
+UNFINISHED = (".incomplete", ".partial", ".part", ".aria2", ".crdownload")
+# Traces of programs: caches, git, downloads that broke off, compiled code.
+TRACES = re.compile(rf"\..*|__pycache__|.*(\.pyc|\.lock|{'|'.join(map(re.escape, UNFINISHED))})")
+# A larger file is no tokenizer, code or picture, whatever its name.
+LARGEST = 2**28
+
+
+def is_safe(name: str) -> bool:
+    """Whether SHA256SUMS can list a file: its name is one line, and leads nowhere else."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def instead(folder: Path) -> str:
+    """What a directory without model.safetensors or pytorch_model.bin holds, for an error; "" if nothing like it."""
+    held = [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith((*WEIGHTS, *UNFINISHED))]
+    return f" in model.safetensors or pytorch_model.bin, but {', '.join(held[:3])}" if held else ""
+
+
+def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that an artifact takes along, by name in the folder, and the names of those that it leaves out.
+
+    Neither lists config.json and traces of programs. VQCompressError naming a file that was fetched by halves.
+    """
+    taken: dict[str, Path] = {}
+    left: list[str] = []
+    for name, path in _files(folder):
+        if name.lower().endswith(WEIGHTS) or REPLACED.fullmatch(name) or not is_safe(name):
+            left += [name] if name != "config.json" else []
+        # Another model, a link to a directory, a socket.
+        elif path.exists() and not path.is_file():
+            left.append(name)
+        elif problem := damage(path):
+            raise VQCompressError(f"{path} {problem}")
+        elif path.stat().st_size > LARGEST:
+            left.append(name)
+        else:
+            taken[name] = path
+    return taken, left
+
+
+def _files(folder: Path, below: str = "") -> Iterator[tuple[str, Path]]:
+    """The files of a directory and of those in it, by name; directories that hold another model are given as such."""
+    for path in sorted(folder.iterdir()):
+        if TRACES.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink() and not _is_model(path):
+            yield from _files(path, f"{below}{path.name}/")
+        else:
+            yield f"{below}{path.name}", path
+
+
+def _is_model(folder: Path) -> bool:
+    names = [path.name for path in folder.iterdir()]
+    return "journal.json" in names or ("config.json" in names and any(name.endswith(WEIGHTS) for name in names))
