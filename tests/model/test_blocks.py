@@ -17,7 +17,9 @@ from toys import toy_checkpoint, toy_config
 from vqcompress.errors import VQCompressError
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.checkpoint import INDEX, SINGLE, Checkpoint
+from vqcompress.storage.hidden_states import keep
 
+Make = Callable[..., Path]
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
     "vocab_size": 384,
@@ -62,7 +64,7 @@ def streamed(stream: BlockStream, batches: list[Tensor]) -> list[Tensor]:
     states = [stream.embed(batch) for batch in batches]
     for i in range(len(stream.blocks)):
         stream.forward(stream.load_block(i), i, states)
-    return [stream.logits(batch, state) for batch, state in zip(batches, states, strict=True)]
+    return [stream.logits(state) for state in states]
 
 
 def batches() -> list[Tensor]:
@@ -160,10 +162,9 @@ def blocks_read_the_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.LlamaModel, "forward", with_embeddings)
 
 
-def test_blocks_that_read_the_tokens_are_refused(blocks_read_the_embeddings: None, toy: Callable[..., Path]) -> None:
-    stream = BlockStream(Checkpoint(toy()), CPU, torch.float32)
-    with pytest.raises(VQCompressError, match=r"model.layers.0 .*depends on the tokens"):
-        streamed(stream, batches())
+def test_blocks_that_read_the_tokens_get_those_of_their_row(blocks_read_the_embeddings: None, toy: Make) -> None:
+    assert not BlockStream(Checkpoint(toy()), CPU, torch.float32).learn().plain
+    assert_equals_forward(toy())
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
@@ -176,3 +177,61 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
 def test_the_same_toy_for_the_same_seed(tmp_path: Path) -> None:
     first, second = (load_file(toy_checkpoint(tmp_path / n, hidden=64) / SINGLE) for n in "ab")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+SHARED: dict[str, Any] = {
+    "pad_token_id": 0,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 384,
+    "sliding_window": 8,
+    "head_dim": 16,
+}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "first_k_dense_replace": 4,
+    "num_hidden_layers": 3,
+}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+# Models whose blocks get or answer more than hidden states: what each of them tries, and its config.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "rows of a stack, embeddings per layer, shared keys": (
+        "Gemma3nTextConfig",
+        {**SHARED, "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
+    ),
+    "embeddings per layer, shared keys": ("Gemma4TextConfig", {**SHARED, "global_head_dim": 32}),
+    "indices of the block before": (
+        "GlmMoeDsaConfig",
+        {**LATENT, "indexer_types": ["full", "shared", "full"]},
+    ),
+    "two items, one unread": ("BambaConfig", {**MAMBA, "attn_layer_indices": [1], "num_hidden_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("folder", ["memory", "disk"])
+@pytest.mark.parametrize("kind", MORE)
+@torch.inference_mode()
+def test_what_blocks_get_beside_hidden_states_is_carried_with_the_row(kind: str, folder: str, tmp_path: Path) -> None:
+    name, fields = MORE[kind]
+    config = getattr(transformers, name)(**{**COMMON, **fields})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    stream = BlockStream(Checkpoint(tmp_path), CPU, torch.float32)
+    rows = torch.cat(batches())
+    states = keep((stream.embed(batch) for batch in stream.batches(rows)), tmp_path if folder == "disk" else None)
+    for i in range(len(stream.blocks)):
+        stream.forward(stream.load_block(i), i, states)
+    found = torch.cat([stream.logits(state) for state in states])
+    torch.testing.assert_close(found, model(rows, use_cache=False).logits, atol=1e-5, rtol=1e-5)

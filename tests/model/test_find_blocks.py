@@ -55,9 +55,13 @@ def test_a_decoder_of_several_lists_is_refused_by_their_names(name: str, lists: 
         find_blocks(skeleton(getattr(transformers, name)(**fields), torch.float32))
 
 
-def test_a_model_that_calls_a_block_twice_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_calls_a_block_twice_runs_as_a_whole(tmp_path: Path) -> None:
     config = transformers.DoryConfig(**GATED, n_input_layers=1, n_output_layers=1)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
     stream = BlockStream(Checkpoint(tmp_path), torch.device("cpu"), torch.float32)
-    with pytest.raises(VQCompressError, match="several times"):
-        stream.embed(torch.zeros(1, 8, dtype=torch.long))
+    ids_BL = torch.arange(8)[None]
+    with pytest.raises(VQCompressError, match="DoryForCausalLM"):
+        stream.embed(ids_BL)
+    with torch.no_grad():
+        torch.testing.assert_close(stream.whole(ids_BL), model(ids_BL).logits)

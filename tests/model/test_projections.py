@@ -71,7 +71,7 @@ def streamed(folder: Path) -> Tensor:
     states = [stream.embed(IDS)]
     for i in range(len(stream.blocks)):
         stream.forward(stream.load_block(i), i, states)
-    return stream.logits(IDS, states[0])
+    return stream.logits(states[0])
 
 
 @torch.inference_mode()

@@ -129,11 +129,11 @@ def _compare(toy: transformers.PreTrainedModel, stream: BlockStream) -> tuple[fl
     for i in range(last):
         stream.forward(stream.load_block(i), i, states)
     block = stream.load_block(last)
-    inputs = find_inputs(block, stream.blocks[last], lambda module: stream.run(module, last, states[0]))
+    inputs = find_inputs(block, stream.blocks[last], lambda module: stream.outputs(module, last, states[0]))
     stream.forward(block, last, states)
     difference = largest = 0.0
     for batch, state in zip(batches, states, strict=True):
         direct = toy(batch, use_cache=False).logits
-        difference = max(difference, (stream.logits(batch, state) - direct).abs().max().item())
+        difference = max(difference, (stream.logits(state) - direct).abs().max().item())
         largest = max(largest, direct.abs().max().item())
     return difference, largest, inputs

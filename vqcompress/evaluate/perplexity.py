@@ -82,12 +82,14 @@ def first_scored(number: int, seqlen: int, stride: int) -> int:
 
 def streamed_logits(stream: BlockStream, windows_NL: Tensor, step: Callable[[], None]) -> Logits:
     """Logits of a model that is run over all windows block by block, with one block at a time in memory."""
+    if stream.learn().refusal:
+        return lambda number: stream.whole(windows_NL[number : number + 1])[0]
     states = [stream.embed(batch) for batch in stream.batches(windows_NL)]
     for i in range(len(stream.blocks)):
         stream.forward(stream.load_block(i), i, states)
         step()
-    rows = [row for state in states for row in state.split(1)]
-    return lambda number: stream.logits(windows_NL[number : number + 1], rows[number])[0]
+    rows = [row for state in states for row in state.split()]
+    return lambda number: stream.logits(rows[number])[0]
 
 
 def coded_cache_logits(model: str, recipe: str, device: str, windows_NL: Tensor) -> Logits:

@@ -36,20 +36,26 @@ def check_values(entry: Entry, packed: dict[str, Tensor]) -> None:
 def run_ends(stream: BlockStream) -> list[str]:
     """Run the first and the last block, and the head, on a few random tokens; returns the names of the blocks.
 
+    The first alone where later blocks read what those between answer; all at once where blocks cannot run one by one.
     VQCompressError naming the part that cannot run or puts out NaN or Inf. One block at a time is in memory.
     """
     vocabulary, generator = stream.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     # Two rows: what blocks are called with may depend on the tokens, and a stream then has to know.
     rows = torch.randint(vocabulary, (2, TOKENS), generator=generator).split(1)
-    ends = dict.fromkeys((0, len(stream.blocks) - 1))
     part = "what comes before the first block"
     try:
-        states = [stream.embed(ids_BL) for ids_BL in rows]
-        for i in ends:
-            part = stream.blocks[i].name
-            stream.forward(stream.load_block(i), i, states)
-        part = "what comes after the last block"
-        finite = is_finite(stream.logits(rows[0], states[0]))
+        calls = stream.learn()
+        ends = dict.fromkeys(calls.order[:1] + calls.order[-1:] * calls.plain)
+        if calls.refusal:
+            ends, part = dict.fromkeys(range(len(stream.blocks))), "the model"
+            finite = is_finite(stream.whole(rows[0]))
+        else:
+            states = [stream.embed(ids_BL) for ids_BL in rows]
+            for i in ends:
+                part = stream.blocks[i].name
+                stream.forward(stream.load_block(i), i, states)
+            part = "what comes after the last block"
+            finite = is_finite(stream.logits(states[0]))
     except (VQCompressError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the code of a model may raise anything

@@ -75,7 +75,7 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader) ->
         if not reader.rounds:
             decode_layers(block)
         stream.forward(block, i, states)
-    ours = stream.logits(ids_BL, states[0]).double().log_softmax(-1)
+    ours = stream.logits(states[0]).double().log_softmax(-1)
     theirs = _read(out, reader, ids_BL, [f"{layer}." for layer in draft_layers(stream)]).double().log_softmax(-1)
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     if not divergence <= reader.bound:

@@ -12,6 +12,7 @@ Shape legend: B rows of L tokens, H hidden channels, R rows of v_proj.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -24,6 +25,7 @@ from vqcompress.model.folds import row_candidates
 from vqcompress.model.readers import observe, weight_of
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.checkpoint import Checkpoint, check_finite
+from vqcompress.storage.hidden_states import State
 
 PROBE_TOKENS = 64
 
@@ -127,25 +129,31 @@ class RotatedCheckpoint(Checkpoint):
             changed[self._norm] = torch.full_like(gain_H, 1 - self._offset)
         return changed | {name: self._rotate(changed[name]) for name in (self._embedding, self._head)}
 
-    def _prove_outside(self, head: str) -> Tensor:
-        """Prove embeddings, head and final norm; returns the hidden states (1, L, H) of the probe tokens."""
+    def _prove_outside(self, head: str) -> State:
+        """Prove embeddings, head and final norm; returns the state of the probe tokens, hidden states (1, L, H)."""
         stream = self._stream
         model: nn.Module = stream.model
         stream.load_non_block_weights(self._original_outside())
         vocabulary = stream.model.config.get_text_config().vocab_size
         ids_BL = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        x_BLH = stream.embed(ids_BL)
-        seen = observe(model, lambda: stream.logits(ids_BL, x_BLH))
+        state = stream.embed(ids_BL)
+        if not stream.calls.plain or len(stream.calls.order) < len(stream.blocks):
+            _refuse(f"{type(model).__name__}, whose blocks read or answer more than hidden states,")
+        seen = observe(model, lambda: stream.logits(state))
         if norm := seen.norm_of()[head]:
-            self._norm, self._offset = stream.names.tensor[f"{norm}.weight"], _offset(model.get_submodule(norm), x_BLH)
+            self._norm, self._offset = (
+                stream.names.tensor[f"{norm}.weight"],
+                _offset(model.get_submodule(norm), state.hidden),
+            )
         for name, tensor in self._rotated_outside().items():
             model.get_parameter(stream.names.parameter[name]).data = tensor
-        rotated_BLH = self._rotate(x_BLH)
-        if not _close(stream.logits(ids_BL, rotated_BLH), seen.output) or not _close(stream.embed(ids_BL), rotated_BLH):
+        rotated = replace(state, hidden=self._rotate(state.hidden))
+        again = stream.embed(ids_BL)
+        if not _close(stream.logits(rotated), seen.output) or not _close(again.hidden, rotated.hidden):
             _refuse(f"{type(model).__name__}, outside of its blocks,")
         # Blocks need only the arguments that they are called with, which are known now.
         model.to("meta")
-        return x_BLH
+        return state
 
     def _block(self, i: int) -> dict[str, Tensor]:
         """The tensors of a block, rotated, in float32."""
@@ -162,8 +170,8 @@ class RotatedCheckpoint(Checkpoint):
         for path in [path for path, norm in norm_of.items() if norm is None]:
             self._rotate_heads(i, module, path, norm_of, seen.output)
         self._rotate_hidden(module, norm_of)
-        rotated = self._rotate(self._probe)
-        if not _close(stream.run(module, i, rotated), self._rotate(seen.output), rotated):
+        rotated = replace(self._probe, hidden=self._rotate(self._probe.hidden))
+        if not _close(stream.run(module, i, rotated), self._rotate(seen.output), rotated.hidden):
             _refuse(name)
         on_disk = {path: stream.names.tensor.get(f"{name}.{path}") for path, _ in module.named_parameters()}
         return tensors | {n: module.get_parameter(path).data.cpu() for path, n in on_disk.items() if n is not None}
@@ -174,7 +182,7 @@ class RotatedCheckpoint(Checkpoint):
         for path in {norm for norm in norm_of.values() if norm is not None}:
             norm, weight_H = module.get_submodule(path), module.get_submodule(path).get_parameter("weight")
             if len(weight_H) == hidden:
-                offset = _offset(norm, self._probe)
+                offset = _offset(norm, self._probe.hidden)
                 gains[path], weight_H.data = weight_H.data + offset, torch.full_like(weight_H, 1 - offset)
         for path, read in norm_of.items():
             layer = module.get_submodule(path)
@@ -204,7 +212,7 @@ class RotatedCheckpoint(Checkpoint):
             for parameter in parameters[1:]:
                 signed = (parameter.movedim(0, -1) * signs_R).movedim(-1, 0)
                 parameter.data = hadamard(signed.unflatten(0, (-1, size)), 1).flatten(0, 1)
-            if _close(self._stream.run(module, i, self._probe), reference, self._probe):
+            if _close(self._stream.run(module, i, self._probe), reference, self._probe.hidden):
                 return
             for parameter, data in zip(parameters, saved, strict=True):
                 parameter.data = data

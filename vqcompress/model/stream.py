@@ -6,12 +6,10 @@ so no architecture needs a table. Shape legend: B rows, L tokens of a row, H hid
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.base import is_finite
+from vqcompress.model.calls import Calls
 from vqcompress.model.expert_layout import Layout, UnfusedCheckpoint, unfuse_tensors
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.linear import replace_linears, unfuse_for
@@ -28,57 +27,9 @@ from vqcompress.model.weights import Names, assign, check_headers, finish_loadin
 from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.distributed import ALONE, ProcessGroup
-from vqcompress.storage.hidden_states import States
+from vqcompress.storage.hidden_states import State, States
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 BATCH_TOKENS = 4096
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the last block."""
-
-
-class _Hidden(Tensor):
-    """Hidden states as the output of a block: indexed with 0 they are themselves, as if a tuple held them.
-
-    Some models take the first item of their blocks' outputs, others the outputs as they are.
-    """
-
-    # Results of operations are plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
-
-
-class _Recorder(nn.Module):
-    """Stands for a block: records the hidden states and the other arguments of its last call, and returns the former.
-
-    The recorder of the last block ends the forward pass, unless it has a reply to return.
-    """
-
-    hidden: Any = None
-    arguments: Any = None
-    reply: Tensor | None = None
-
-    def __init__(self, block: nn.Module, is_last: bool):
-        super().__init__()
-        # Not as a submodule: the model's state then names no tensor of a block that is not in memory.
-        self.block, self.is_last = (block,), is_last
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"][0], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The reply, or the hidden states of the call."""
-        if self.hidden is not None:
-            raise VQCompressError("a block is called several times in one pass: the model cannot be run block by block")
-        self.hidden, *rest = args or (kwargs.pop("hidden_states"),)
-        if self.reply is None:
-            self.arguments = tuple(rest), kwargs
-            if self.is_last:
-                raise _Reached
-        return (self.hidden if self.reply is None else self.reply).as_subclass(_Hidden)
 
 
 class BlockStream:
@@ -128,10 +79,8 @@ class BlockStream:
         _, self._layers = find_blocks(self.model)
         self.skeletons = list(self._layers)
         check_headers(self.model, self.names, self.source.tensors)
-        self._recorders = [_Recorder(b, i == len(self._layers) - 1) for i, b in enumerate(self.skeletons)]
-        for i, recorder in enumerate(self._recorders):
-            self._layers[i] = recorder
-        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self.calls = Calls(self.model, self._layers, device)
+        self._recorders = list(self._layers)
         self._rest_loaded = False
 
     def _fused_layouts(self) -> list[tuple[str, Layout]]:
@@ -217,55 +166,69 @@ class BlockStream:
         finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
         return block
 
-    def _pass(self, ids_BL: Tensor) -> Any:
-        for recorder in self._recorders:
-            recorder.hidden = None
-        return self.model(ids_BL.to(self.device), use_cache=False)
-
-    @torch.inference_mode()
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        """The hidden states (B, L, H) that enter the first block; also records the calls of blocks for this shape."""
+    def learn(self) -> Calls:
+        """How the blocks are called; the weights outside of the blocks are loaded for it."""
         self.load_non_block_weights()
-        with contextlib.suppress(_Reached):
-            self._pass(ids_BL)
-        calls = [recorder.arguments for recorder in self._recorders]
-        self._compare(self._calls.setdefault((ids_BL.shape[0], ids_BL.shape[1]), calls), calls)
-        hidden_BLH: Tensor = self._recorders[0].hidden
-        return hidden_BLH
+        return self.calls.learn()
 
-    def _compare(self, earlier: list[Call], calls: list[Call]) -> None:
-        for block, a, b in zip(self.blocks, earlier, calls, strict=True):
-            for x, y in zip(tree_leaves(a), tree_leaves(b), strict=False):
-                if isinstance(x, Tensor) and not torch.equal(x, y):
-                    raise VQCompressError(
-                        f"{block.name} is called with a tensor that depends on the tokens (beside the hidden states);"
-                        f" {type(self.model).__name__} cannot be run block by block"
-                    )
+    def require(self) -> None:
+        """VQCompressError if the model cannot be run block by block."""
+        self.learn().require()
 
     @torch.inference_mode()
-    def run(self, block: nn.Module, i: int, hidden_BLH: Tensor) -> Tensor:
-        """The output (B, L, H) of block i, loaded; `embed` must have seen rows of this shape."""
-        args, kwargs = self._calls[hidden_BLH.shape[0], hidden_BLH.shape[1]][i]
-        out = block(hidden_BLH, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+    def embed(self, ids_BL: Tensor) -> State:
+        """The state before the first block; of a plain model also records the calls of blocks for this shape."""
+        self.load_non_block_weights()
+        return self.calls.embed(ids_BL)
+
+    def runs(self, i: int) -> bool:
+        """Whether text goes through block i."""
+        return self.calls.number(i) is not None
+
+    @torch.inference_mode()
+    def step(self, block: nn.Module, i: int, state: State) -> State:
+        """The state after block i, loaded; `embed` must have seen rows of this shape."""
+        number = self.calls.number(i)
+        return state if number is None else self.calls.step(block, number, state)
+
+    def run(self, block: nn.Module, i: int, state: State) -> Tensor:
+        """The hidden states that block i puts out."""
+        return self.step(block, i, state).hidden
+
+    def outputs(self, block: nn.Module, i: int, state: State) -> Tensor:
+        """All that block i puts out, for later blocks too, in one tensor: (B, L, H) if that is hidden states alone."""
+        out = self.step(block, i, state)
+        more = [x for x in tree_leaves((out.rest, out.shared)) if isinstance(x, Tensor) and x.is_floating_point()]
+        return torch.cat([x.flatten().to(out.hidden) for x in (out.hidden, *more)]) if more else out.hidden
 
     def forward(self, block: nn.Module, i: int, states: States) -> None:
-        """Replace each batch of hidden states by the block's output, in place."""
+        """Replace each batch's state by that after the block, in place."""
+        number = self.calls.number(i)
+        if number is None:
+            return
         for k in range(len(states)):
-            out = self.run(block, i, states[k])
-            if not is_finite(out):
+            state = self.step(block, i, states[k])
+            if not is_finite(state.hidden):
                 raise VQCompressError(f"{self.blocks[i].name} puts out NaN or Inf")
-            states[k] = out
+            states[k] = self.calls.kept(number, state)
 
     @torch.inference_mode()
-    def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
-        """The logits (B, L, V) that follow from the last block's output."""
-        self._recorders[-1].reply = hidden_BLH
-        try:
-            return self._pass(ids_BL).logits
-        finally:
-            self._recorders[-1].reply = None
+    def logits(self, state: State) -> Tensor:
+        """The logits (B, L, V) that follow from the state after the last block."""
+        return self.calls.logits(state)
+
+    @torch.inference_mode()
+    def whole(self, ids_BL: Tensor) -> Tensor:
+        """The logits (B, L, V) of the model with all blocks in memory, for one that cannot be run block by block."""
+        self.load_non_block_weights()
+        for i, recorder in enumerate(self._recorders):
+            if self._layers[i] is recorder:
+                self._layers[i] = self.load_block(i)
+        return self.model(ids_BL.to(self.device), use_cache=False).logits
 
     def batches(self, rows_NL: Tensor) -> list[Tensor]:
-        """Rows cut into batches of about 4,096 tokens; the same whatever the machine, since sums depend on it."""
-        return list(rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1])))
+        """Rows cut into batches of about 4,096 tokens; the same whatever the machine, since sums depend on it.
+
+        Rows of a model that is not plain go one by one: only its code knows which axis of a tensor is that of rows.
+        """
+        return list(rows_NL.split(max(1, BATCH_TOKENS // rows_NL.shape[1]) if self.learn().plain else 1))

@@ -141,10 +141,10 @@ def _measure(
 
 def _measure_block(context: BlockContext, plans: list[Plan], rows: int) -> dict[str, list[float]]:
     """For each target of a block the damage of every candidate. rows: their number to measure with."""
-    stream, block, probe_BLH = context.stream, context.block, context.probe(rows, None)
+    stream, block, probe = context.stream, context.block, context.probe(rows, None)
     tensors, module, inputs, statistics = study(context)
     gathered = {plans[0].methods[0].needs: statistics}
-    clean_BLH = context.run(module, probe_BLH).float()
+    clean_BLH = context.run(module, probe).float()
     damage: dict[str, list[float]] = {target.name: [] for target in plans[0].compressed(block)}
     for plan in plans:
         candidate, needs, encoded = replace(context, plan=plan), plan.methods[0].needs, dict(tensors)
@@ -156,7 +156,7 @@ def _measure_block(context: BlockContext, plans: list[Plan], rows: int) -> dict[
             path = block.local(target)
             original = module.get_submodule(path)
             module.set_submodule(path, stored.get_submodule(path))
-            changed_BLH = context.run(module, probe_BLH).float() - clean_BLH
+            changed_BLH = context.run(module, probe).float() - clean_BLH
             module.set_submodule(path, original)
             share_BL = changed_BLH.square().sum(-1) / clean_BLH.square().sum(-1).clamp(min=1e-30)
             damage[target.name].append(share_BL.mean(dtype=torch.float64).item())

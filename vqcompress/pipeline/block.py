@@ -60,16 +60,17 @@ def compress_block(context: BlockContext, progress: Progress) -> tuple[dict[str,
 def study(context: BlockContext) -> tuple[dict[str, Tensor], nn.Module, list[Input], dict[str, Statistics]]:
     """A block as it is: tensors by their names on disk, the dense module, its inputs, and statistics by path.
 
-    For a data-free plan the module is on the meta device, and there are neither inputs nor statistics.
+    For a data-free plan, or a block that text skips, the module is on the meta device, and there are neither inputs nor
+    statistics.
     """
     stream, block = context.stream, context.block
     tensors = stream.source.read(stream.names.under(block.name))
     check_finite(tensors)
-    if not context.states:
+    if not context.states or not stream.runs(context.index):
         return tensors, stream.skeletons[context.index], [], {}
     module, probe = stream.load_block(context.index, tensors), context.probe()
     smoothing = any(rule.smoothing for rule in context.rules.values())
-    inputs = find_inputs(module, block, lambda m: context.run(m, probe), prove=smoothing)
+    inputs = find_inputs(module, block, lambda m: stream.outputs(m, context.index, probe), prove=smoothing)
     return tensors, module, inputs, gather(context, module, inputs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.calibration import PROBE_TOKENS
 from vqcompress.pipeline.plan import Plan
-from vqcompress.storage.hidden_states import States
+from vqcompress.storage.hidden_states import State, States
 from vqcompress.storage.recipe import Rule
 from vqcompress.storage.targets import Block
 
@@ -30,8 +30,8 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 class BlockContext:
     """A block of a run. index: its number. seed: of the run.
 
-    states: the hidden states that enter it, by batch; empty for a data-free plan. reference: those that enter it in the
-    dense model; empty unless the recipe corrects outputs.
+    states: what enters it, by batch; empty for a data-free plan. reference: what enters it in the dense model; empty
+    unless the recipe corrects outputs.
     """
 
     stream: BlockStream
@@ -51,16 +51,22 @@ class BlockContext:
         """Path in the block → rule, of the targets that are compressed."""
         return {self.block.local(t): self.plan.rules[t.name] for t in self.plan.compressed(self.block)}
 
-    def run(self, module: nn.Module, hidden_BLH: Tensor) -> Tensor:
-        """The output of the block as `module`."""
-        return self.stream.run(module, self.index, hidden_BLH)
+    def run(self, module: nn.Module, state: State) -> Tensor:
+        """The hidden states that the block puts out as `module`."""
+        return self.stream.run(module, self.index, state)
 
-    def probe(self, rows: int = 1, tokens: int | None = PROBE_TOKENS) -> Tensor:
-        """The hidden states of the first rows and tokens of all, the same for every process."""
-        return self.stream.group.broadcast(0, self.states[0][:rows, :tokens].cpu()).to(self.stream.device)
+    def probe(self, rows: int = 1, tokens: int | None = PROBE_TOKENS) -> State:
+        """The state of the first rows and tokens of all, the same for every process.
+
+        Of a model that is not plain the whole first batch: only its code knows how to cut such a state.
+        """
+        first: State = self.states[0]
+        if self.stream.calls.plain:
+            first = State(first.hidden[:rows, :tokens], first.ids[:rows, :tokens])
+        return self.stream.group.broadcast(0, first.to("cpu")).to(self.stream.device)
 
     def count_tokens(self) -> tuple[int, int]:
         """The number of calibration tokens of all processes, and of the processes before this one."""
         group = self.stream.group
-        counts = group.all_gather(sum(state.shape[0] * state.shape[1] for state in self.states))
+        counts = group.all_gather(sum(state.ids.numel() for state in self.states))
         return sum(counts), sum(counts[: group.rank])

@@ -31,7 +31,7 @@ def closing_layer(context: BlockContext, module: nn.Module, inputs: list[Input])
     probe = context.probe()
     alone = [entrance.consumers[0] for entrance in inputs if len(entrance.consumers) == 1 and entrance.mixture is None]
     layer = module.get_submodule(alone[-1]) if alone else None
-    if not isinstance(layer, nn.Linear) or layer.out_features != probe.shape[-1]:
+    if not isinstance(layer, nn.Linear) or layer.out_features != probe.hidden.shape[-1]:
         return None
     seen: list[Tensor] = []
     weight = layer.weight.data
@@ -42,6 +42,8 @@ def closing_layer(context: BlockContext, module: nn.Module, inputs: list[Input])
         after = context.run(module, probe)
         layer.weight.data = weight
     expected = (seen[0] @ change.T).float()
+    if expected.numel() != after.numel():
+        return None
     gap = (after.float() - before.float() - expected.view_as(after)).norm()
     # Two outputs that were rounded to a short type differ by that much.
     rounding = torch.finfo(after.dtype).eps * after.float().norm()
@@ -64,7 +66,7 @@ def corrected(
     entering: list[Tensor] = []
     with module.get_submodule(path).register_forward_pre_hook(lambda _, args: entering.append(args[0])):
         for state, dense in zip(context.states, context.reference, strict=True):
-            gap_TO = (dense.float() - context.run(module, state).float()).flatten(0, -2)
+            gap_TO = (dense.hidden.float() - context.run(module, state).float()).flatten(0, -2)
             x = entering.pop()
             seen.add(x)
             missing_OI += gap_TO.T @ x.reshape(len(gap_TO), -1).float()

@@ -104,7 +104,10 @@ class Run:
             # Now, and not after the blocks.
             instead = "take a recipe whose cache is fp8, which learns nothing"
             check_fits(needed, self.stream.device, "to learn the codebooks of a cache", instead)
-        if not self.plan.calibrated:
+        if self.plan.calibrated:
+            # Before anything is written.
+            self.stream.require()
+        else:
             # No sums to exchange: each process encodes whole blocks by itself.
             self.stream.group = ALONE
         self.hidden: States = []
