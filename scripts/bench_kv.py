@@ -31,11 +31,10 @@ from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned
 from vqcompress.kv_cache.rotary import find_rotary
-from vqcompress.model.tokenizer import load_tokenizer, pack, tokenize
+from vqcompress.model.tokenizer import cut_rows, load_tokenizer, pack, tokenize
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
-from vqcompress.storage.rows import cut_rows
 
 CONTEXT = 32768
 GROUP = 64

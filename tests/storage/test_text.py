@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vqcompress.errors import Notice, UsageError, VQCompressError
+from vqcompress.errors import Notice, VQCompressError
 from vqcompress.storage.text import check_calibration, check_text, read_documents, split_share
 
 
@@ -29,10 +28,9 @@ def test_files_with_a_column_of_text_are_read(tmp_path: Path, monkeypatch: pytes
     assert contents(tmp_path / "plain.txt") == ["One.\nTwo.\n\nThree."]
     lines = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
     (tmp_path / "rows.jsonl").write_text(lines)
-    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "rows.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
     parquet.write_table(table({"text": texts}), tmp_path / "rows.parquet")
-    for name in ("rows.jsonl", "rows.json.gz", "rows.json", "rows.parquet"):
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
         assert contents(tmp_path / name) == texts
 
 
@@ -54,7 +52,6 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"
         ({"text": None, "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, CHAT[:1]),
         ({"prompt": "Hi", "completion": "Ho"}, "HiHo"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT),
-        ({"instruction": "H", "input": "i", "output": "Ho"}, [{"role": "user", "content": "H\n\ni"}, CHAT[1]]),
     ],
 )
 def test_rows_are_texts_or_chats(row: Any, content: Any, tmp_path: Path) -> None:
@@ -85,7 +82,7 @@ def test_conversations_have_roles_of_their_own(tmp_path: Path) -> None:
         ("x.jsonl", b'{"messages": [{"role": "user", "content": null}]}', "line 1"),
         ("x.jsonl", b'{"messages": [{"content": "a"}]}', "line 1"),
         ("x.jsonl", b'{"conversations": "a"}', "line 1"),
-        ("x.json.gz", b"{}", "x.json.gz"),
+        ("x.json.gz", b"\x1f\x8b", "x.json.gz"),
         ("x.parquet", b"{}", "x.parquet"),
         ("x.jsonl", b"", "x.jsonl"),
     ],
@@ -145,8 +142,6 @@ def test_a_share_stands_behind_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     names = {"a.txt=0.7": ("a.txt", 0.7), "self=3": ("self", 3.0), "x=0.5": ("x=0.5", None), "a=b": ("a=b", None)}
     assert {name: split_share(name) for name in names} == names
     check_calibration("self=1")
-    for wrong in ("a.txt=0", "a.txt=-1", "a.txt=nan", "a.txt=inf"):
-        with pytest.raises(UsageError, match=wrong):
-            split_share(wrong)
-    with pytest.raises(VQCompressError, match=r"no\.txt"):
-        check_calibration("no.txt=0.5")
+    for wrong in ("a.txt=0", "a.txt=-1", "a.txt=nan", "a.txt=inf", "no.txt=0.5"):
+        with pytest.raises(VQCompressError, match=r"no such"):
+            check_calibration(wrong)

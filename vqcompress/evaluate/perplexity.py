@@ -21,11 +21,18 @@ from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
 from vqcompress.model.device import choose_device, model_dtype, peak_rss_bytes
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import check_ids, load_tokenizer, read_text, start_tokens, tokenize
+from vqcompress.model.tokenizer import (
+    check_ids,
+    fingerprint,
+    load_tokenizer,
+    read_text,
+    start_tokens,
+    tokenize,
+    too_short,
+)
 from vqcompress.runtime.load import kv_cache_config, load
 from vqcompress.storage.artifact import Artifact, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint, resolve
-from vqcompress.storage.rows import fingerprint, too_short
 
 # Called with the steps done and their total.
 Progress = Callable[[int, int], None]

@@ -1,7 +1,11 @@
-"""A checkpoint's tokenizer: from texts and chats to token ids."""
+"""A checkpoint's tokenizer: from texts and chats to token ids, and to rows of them.
+
+Shape legend: n tokens of a text, N rows, L tokens of a row.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vqcompress.errors import UsageError, VQCompressError, one_line
-from vqcompress.storage.text import Document, is_plain, read_documents, warn_of_skipped
+from vqcompress.storage.text import is_plain, read_documents, warn_of_skipped
 from vqcompress.storage.trust import reason, trusted
+
+DEFAULT_SAMPLES = 128
+FEWEST_SAMPLES = 8
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -49,18 +56,18 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
 
 def check_ids(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """VQCompressError naming a token that the tokenizer knows and the embeddings of the model do not."""
-    known = model.get_input_embeddings().weight.shape[0]
-    if ids.numel() and (largest := int(ids.max())) >= known:
-        token = f"the token {tokenizer.convert_ids_to_tokens(largest)!r} the number {largest}"
+    known, largest = model.get_input_embeddings().weight.shape[0], int(ids.max()) if ids.numel() else 0
+    if largest >= known:
+        token = f"gives the token {tokenizer.convert_ids_to_tokens(largest)!r} the number {largest}"
+        advice = "take the tokenizer of these weights, or save the model with resized embeddings"
         raise VQCompressError(
-            f"the tokenizer of {tokenizer.name_or_path} gives {token}, and the model has embeddings for {known} tokens:"
-            " take the tokenizer that belongs to the weights, or save the model with resized embeddings"
+            f"{tokenizer.name_or_path}: the tokenizer {token}, the model has {known} tokens; {advice}"
         )
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     """A text as one string: its documents, chats by the tokenizer's template, with a blank line between them."""
-    return "\n\n".join(text for text, _ in _rendered(tokenizer, read_documents(source), source))
+    return "\n\n".join(_rendered(tokenizer, source))
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> Tensor:
@@ -71,34 +78,47 @@ def pack(tokenizer: PreTrainedTokenizerBase, sources: list[str]) -> Tensor:
     """
     if all(is_plain(source) for source in sources):
         return tokenize(tokenizer, "\n\n".join(read_text(tokenizer, source) for source in sources))
-    own: Any = tokenizer.eos_token_id
-    end = tokenize(tokenizer, "\n\n").tolist() if own is None else [own]
-    ids: list[int] = []
-    for source in sources:
-        rendered = _rendered(tokenizer, read_documents(source), source)
-        texts = [text for text, _ in rendered]
-        each: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for tokens, (_, is_chat) in zip(each["input_ids"], rendered, strict=True):
-            ids += tokens if is_chat else tokens + end
-    return torch.tensor(ids, dtype=torch.int64)
+    end = str(tokenizer.eos_token or "\n\n")
+    return tokenize(tokenizer, "".join(text for source in sources for text in _rendered(tokenizer, source, end)))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, documents: list[Document], source: str) -> list[tuple[str, bool]]:
-    """Each document as a string, and whether it is a chat. Chats that the template refuses are left out."""
+def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, end: str = "") -> list[str]:
+    """The documents of a text as strings. Chats that the template refuses are left out. end: of documents that are
+    no chats."""
     found, refused = [], []
-    for content, where in documents:
+    for content, where in read_documents(source):
         if isinstance(content, str):
-            found.append((content, False))
+            found.append(content + end)
             continue
         if not tokenizer.chat_template:
-            raise VQCompressError(
-                f"{where} is a chat, and the tokenizer of {tokenizer.name_or_path} has no chat template"
-            )
+            raise VQCompressError(f"{where}: a chat, and {tokenizer.name_or_path} has no chat template for it")
         try:
-            found.append((str(tokenizer.apply_chat_template(content, tokenize=False)), True))
+            found.append(str(tokenizer.apply_chat_template(content, tokenize=False)))
         except Exception as error:  # a template raises what its author likes
             refused.append(f"{where}: the chat template says: {one_line(error)}")
     warn_of_skipped(source, refused)
-    if not found:
-        raise VQCompressError(f"no chat is usable: {refused[0]}")
     return found
+
+
+def too_short(name: str, tokens: int, length: int, wanted: int, what: str) -> VQCompressError:
+    """The error for a text with too few tokens. length: of a row. what: the options that ask for less."""
+    rows = f"{tokens // length} rows of {length}, and {wanted} are needed"
+    longest = f" (at most {tokens // wanted})" if tokens >= 2 * wanted else ""
+    return VQCompressError(f"{name} is too short: its {tokens} tokens give {rows}; give more text or {what}{longest}")
+
+
+def cut_rows(tokens: Tensor, count: int, length: int, seed: int, name: str) -> Tensor:
+    """Calibration rows (N, L) int64: windows without overlap, drawn by the seed, in text order.
+
+    tokens: (n,) the whole text. name: of the text, for the error if it is too short.
+    """
+    windows = len(tokens) // length
+    if windows < count:
+        raise too_short(name, len(tokens), length, count, "a smaller --samples or --seqlen")
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return tokens[: windows * length].view(windows, length)[order].long()
+
+
+def fingerprint(rows: Tensor) -> str:
+    """SHA-256 of calibration rows."""
+    return hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest()

@@ -21,6 +21,7 @@ from vqcompress.model.device import check_fits, choose_device, model_dtype, rele
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.tokenizer import DEFAULT_SAMPLES, fingerprint
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
 from vqcompress.pipeline.calibration import first_states
@@ -39,7 +40,6 @@ from vqcompress.storage.artifact import STAGED, Entry
 from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
-from vqcompress.storage.rows import DEFAULT_SAMPLES, fingerprint
 from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import itertools
 import json
-import math
 import re
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqcompress.errors import Notice, UsageError, VQCompressError, one_line
+from vqcompress.errors import Notice, VQCompressError, one_line
 
 # In place of a calibration text: rows are sampled from the model.
 SELF = "self"
 BUILT_IN = Path(__file__).parent.parent / "demo" / "calibration.txt"
-# Files with a document in every row, perhaps with .gz behind it.
+# Files with a document in every row.
 TABLES = (".jsonl", ".ndjson", ".json", ".parquet")
 # What ends so is a file. Other names with dots may be datasets: wikimedia/wikipedia/20231101.en.
 FILES = (*TABLES, ".txt", ".text", ".md", ".csv", ".tsv", ".gz", ".zst", ".zip")
 # NAME, OWNER/NAME or OWNER/NAME/CONFIG, then perhaps a colon and a split.
 DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*){0,2}(:[\w.+-]+)?")
+# A name and a share above zero.
+SHARE = re.compile(r"(.+)=(?=[\d.]*[1-9])(\d*\.?\d+)")
 # Far more than any calibration reads, and little enough to tokenize in a minute.
 MOST_ROWS = 20_000
 # Names of roles in `conversations` → those in `messages`.
@@ -48,16 +47,8 @@ def check_text(source: str) -> None:
 
 def split_share(given: str) -> tuple[str, float | None]:
     """`NAME=0.7` as the name of a text and its share of the rows; None without one, or if a file has the whole name."""
-    name, _, number = given.rpartition("=")
-    try:
-        share = float(number)
-    except ValueError:
-        return given, None
-    if not name or Path(given).exists():
-        return given, None
-    if not 0 < share < math.inf:
-        raise UsageError(f"--calibration {given}: a share is a number above 0, such as 0.7")
-    return name, share
+    found = None if Path(given).exists() else SHARE.fullmatch(given)
+    return (found[1], float(found[2])) if found else (given, None)
 
 
 def check_calibration(given: str) -> None:
@@ -68,16 +59,15 @@ def check_calibration(given: str) -> None:
 
 def is_plain(source: str) -> bool:
     """Whether a text is one document, to be read as it is."""
-    path = Path(source)
-    return path.is_file() and not path.name.lower().removesuffix(".gz").endswith(TABLES)
+    return Path(source).is_file() and not source.lower().endswith(TABLES)
 
 
 def read_documents(source: str) -> list[Document]:
     """The documents of a text: the whole of a plain file, else one per row of a JSON, Parquet or dataset.
 
-    A row has a `text`, the `messages` (or `conversations`) of a chat, a `prompt` and a `completion`, or an
-    `instruction` and an `output`. Rows without a value are left out, with a warning. A value that is no text is a
-    VQCompressError that names its line or row. Datasets are OWNER/NAME/CONFIG:SPLIT; CONFIG and SPLIT may be left out.
+    A row has a `text`, the `messages` (or `conversations`) of a chat, or a `prompt` and a `completion`. Rows without a
+    value are left out, with a warning. A value that is no text is a VQCompressError that names its line or row.
+    Datasets are OWNER/NAME/CONFIG:SPLIT; CONFIG and SPLIT may be left out.
     """
     if is_plain(source):
         try:
@@ -114,8 +104,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from _json_rows(path)
         return
     try:
-        rows = _parquet_rows(path) if path.is_file() else _dataset_rows(source)
-        yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, 1))
+        yield from ((f"{source}, row {number}", row) for number, row in enumerate(_table_rows(source, path), 1))
     except ImportError as error:
         raise VQCompressError(f"reading {source} needs the {error.name} library: pip install {error.name}") from error
     except Exception as error:  # a dataset can fail in as many ways as there are loaders
@@ -125,11 +114,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file of JSON lines, or of a file that is one JSON array."""
-    try:
-        data = path.read_bytes()
-        data = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).removeprefix(codecs.BOM_UTF8)
-    except (OSError, EOFError, zlib.error) as error:
-        raise VQCompressError(f"{path} cannot be read: {one_line(error)}") from error
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     is_array = data.lstrip().startswith(b"[")
     # Bytes are split, because str.splitlines would also split strings at U+2028 and its like.
     for number, line in enumerate([data] if is_array else data.split(b"\n"), 1):
@@ -144,19 +129,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, {'row' if is_array else 'line'} {n}", row) for n, row in rows)
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    from pyarrow import parquet
+def _table_rows(source: str, path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file or of a dataset."""
+    if path.is_file():
+        from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
-
-
-def _dataset_rows(source: str) -> Iterator[Any]:
+        return (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
-    parts = [name] if Path(name).is_dir() else name.split("/")
+    parts = [name] if path.is_dir() else name.split("/")
     data = load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=True)
     return itertools.islice(data, MOST_ROWS)
 
@@ -177,16 +159,10 @@ def _content(row: Any) -> str | Chat | None:
         if isinstance(prompt, list) and isinstance(completion, list):
             return _chat(prompt + completion, "prompt and completion")
         return _text(prompt, "prompt") + _text(completion, "completion")
-    if {"instruction", "output"} <= given.keys():
-        asked = [_text(given[key], key) for key in ("instruction", "input") if given.get(key)]
-        answer = {"role": "assistant", "content": _text(given["output"], "output")}
-        return [{"role": "user", "content": "\n\n".join(asked)}, answer]
-    if row.keys() & {"text", "messages", "conversations", "completion", "output"}:
+    if row.keys() & {"text", "messages", "conversations", "completion"}:
         return None
-    raise ValueError(
-        "has no text, no messages or conversations, no prompt with completion and no instruction with output, but"
-        f" {', '.join(map(str, row)) or 'nothing'}"
-    )
+    found = ", ".join(map(str, row)) or "nothing"
+    raise ValueError(f"has no text, no messages or conversations, and no prompt with completion, but {found}")
 
 
 def _text(value: Any, key: str) -> str:
@@ -199,10 +175,8 @@ def _text(value: Any, key: str) -> str:
 
 def _chat(value: Any, key: str) -> Chat:
     """The messages of a chat, each with `role` and `content`."""
-    if not isinstance(value, list):
-        raise ValueError(f"{key} is {type(value).__name__} and no list of messages")
     chat = []
-    for number, message in enumerate(value):
+    for number, message in enumerate(value if isinstance(value, list) else [value]):
         name = f"{key}[{number}]"
         if not isinstance(message, dict):
             raise ValueError(f"{name} is no message with role and content")
@@ -210,8 +184,6 @@ def _chat(value: Any, key: str) -> Chat:
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             content = "".join(_text(part, f"{name}.content") for part in parts)
-        if content is None and message.get("tool_calls"):
-            content = ""
-        role = _text(role, f"{name}.role")
-        chat.append({**message, "role": ROLES.get(role, role), "content": _text(content, f"{name}.content")})
+        content = "" if content is None and message.get("tool_calls") else _text(content, f"{name}.content")
+        chat.append({**message, "role": ROLES.get(role, _text(role, f"{name}.role")), "content": content})
     return chat
