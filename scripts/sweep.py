@@ -192,7 +192,9 @@ def child(name: str, work: Path, recipes: list[str]) -> None:
 
 
 def run_all(names: list[str], work: Path, processes: int, recipes: list[str]) -> None:
-    """Run types in processes forked from this one, which has imported everything."""
+    """Run types in processes forked from this one, which has run one and so imported everything."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        try_type("llama", Path(folder), recipes)
     context = multiprocessing.get_context("fork")
     waiting, running = list(names), {}
     while waiting or running:

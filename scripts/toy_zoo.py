@@ -46,7 +46,7 @@ SIZES: list[tuple[str, int]] = [
     ("(swa_|attention_|local_)?head_dim|attention_head_(dim|size)|kv_channels|d_head|d_kv|dim_head", 32),
     ("(n|num|moe_num|n_routed|num_local)_(local_)?(routed_)?experts", 4),
     ("(num_experts|moe_num_experts)_per_tok(en)?|moe_(k|topk|top_k)|num_selected_experts", 2),
-    ("zero_expert_num|n_group", 2),
+    ("zero_expert_num|n_group|(mamba_)?n_?groups", 2),
     ("topk_group", 1),
     ("max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|seq_length|max_\\w*positions", 256),
     ("sliding_window(_size)?|local_attention|attention_window_size|window_size", 16),
@@ -67,7 +67,6 @@ SPECIAL = re.compile(r".*_(token_id|token_index|index|id|ids|offset)")
 # Sizes that some configs leave to a checkpoint.
 NEEDED = {"head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
 THETA = {"rope_type": "default", "rope_theta": 10000.0}
-MROPE = {"rope_parameters": {**THETA, "mrope_section": [8, 4, 4]}}
 VOCABULARY = {"<image>": 2100, "<reserved08707>": 2101, "<racm3:break>": 2102, "<eoss>": 2103, "<|extra_200|>": 2104}
 VQ_TOWER = {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1], "embed_dim": 32}
 ATTENTIONS = ["sliding_attention", "full_attention"]
@@ -75,6 +74,13 @@ DECODER = {"is_decoder": True}
 SHARED_KEYS = {"layer_types": ATTENTIONS * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
 SLIDING_LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16}
 SLIDING_LATENT |= {"head_dim": 24, "qk_nope_head_dim": 16, "v_head_dim": 16}
+
+
+def mrope(*sections: int) -> dict[str, Any]:
+    """Fields of a text config whose angles are divided among several positions of a token."""
+    return {"rope_parameters": {**THETA, "mrope_section": list(sections)}}
+
+
 # What a type needs beside the general rules; `...` takes a field away.
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"), DECODER),
@@ -90,9 +96,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": VOCABULARY, "vq_config": VQ_TOWER},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": THETA}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": THETA}},
-    "cosmos3_edge": {"text_config": MROPE},
+    "cosmos3_edge": {"text_config": mrope(8, 4, 4)},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "dory": {
         "layer_types": [*ATTENTIONS, ATTENTIONS[0]],
         "num_hidden_layers": 3,
@@ -101,7 +108,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1},
     "emu3": {"vocabulary_map": VOCABULARY, "vq_config": VQ_TOWER},
-    "ernie4_5_vl_moe": {"text_config": MROPE},
+    "ernie4_5_vl_moe": {"text_config": {**mrope(6, 6, 4), "moe_intermediate_size": [64, 64]}},
     "florence2": {
         "vision_config": {"depths": [1, 1], "embed_dim": [32, 64], "num_heads": [2, 2], "num_groups": [2, 2]}
     },
@@ -116,7 +123,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [0, 1],
         "downsample_rate": "1/2",
     },
-    "hy_v4_vl": {"text_config": {"rope_parameters": {**THETA, "mrope_section": [2, 1, 1]}}},
+    **{name: {"text_config": mrope(8, 4, 4)} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl")},
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": mrope(4, 2, 2)["rope_parameters"] | {"partial_rotary_factor": 0.5}}
+    },
+    "hunyuan_vl": {"text_config": mrope(4, 4, 4, 4)},
+    "hy_v4_vl": {"text_config": mrope(2, 1, 1)},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
@@ -132,6 +144,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 16},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
 }
+# What a config needs to be built at all.
+KEYLESS = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+DEFAULTS = {"gemma4_assistant": {"text_config": KEYLESS}}
 FIELDS["dots3_note_text"] = {f"swa_{name}": size for name, size in SLIDING_LATENT.items()}
 FIELDS["dots3_note"] = {"text_config": FIELDS["dots3_note_text"]}
 FIELDS["qwen4_exp_text"] |= {"indexer_compress_ratio": 4}
@@ -155,7 +170,10 @@ def small_fields(default: PretrainedConfig) -> dict[str, Any]:
         if field.default is None and values.get(name) is not None:
             # Computed from other fields.
             continue
-        small = NEEDED.get(name) if field.default is None else small_number(name, known, field.default)
+        if field.default is not None:
+            small = small_number(name, known, values.get(name))
+        else:
+            small = None if "qk_rope_head_dim" in values and name == "head_dim" else NEEDED.get(name)
         if known == "num_key_value_heads" and field.default == heads:
             small = small and HEADS
         if small is not None:
@@ -190,14 +208,20 @@ def kinds_of_layers(values: dict[str, Any], kind: type[PretrainedConfig]) -> dic
     rows = list(zip(*listed.values(), strict=True))
     first = sorted({repr(row): i for i, row in reversed(list(enumerate(rows)))}.values())[:MOST_LAYERS]
     chosen = first if len(first) > 1 else first * 2
-    cut = {name: [small_number(name, name, value[i]) or value[i] for i in chosen] for name, value in listed.items()}
+    cut = {name: [_small_or_same(name, value[i]) for i in chosen] for name, value in listed.items()}
     return {**cut, layers: len(chosen)}
+
+
+def _small_or_same(name: str, value: Any) -> Any:
+    """The value of a layer; numbers of layers, in lists that point at layers, stay."""
+    small = None if name.endswith("layers") else small_number(name, name, value)
+    return value if small is None else small
 
 
 def toy_config(name: str) -> PretrainedConfig:
     """The config of a toy of a type."""
-    kind = CONFIG_MAPPING[name]
-    return kind(**merged(small_fields(kind()), FIELDS.get(name, {})))
+    kind, fields = CONFIG_MAPPING[name], FIELDS.get(name, {})
+    return kind(**merged(small_fields(kind(**DEFAULTS.get(name, {}))), fields))
 
 
 def merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

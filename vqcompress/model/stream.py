@@ -48,7 +48,9 @@ class BlockStream:
         group: ProcessGroup = ALONE,
         scratch: Path | None = None,
     ):
-        self.source, self.group, self.scratch = source, group, scratch
+        # What was given; `source` may read it under other names.
+        self.checkpoint = self.source = source
+        self.group, self.scratch = group, scratch
         self.device, self.dtype = device, dtype
         self.config = load_config(self.source.path)
         if self.source.config.get("tie_word_embeddings") is False:

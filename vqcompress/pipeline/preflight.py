@@ -43,7 +43,7 @@ def try_blocks(stream: BlockStream) -> None:
     """Run the dense first and last block on a few tokens, see `run_ends`; not where memory does not hold them."""
     if ends_bytes(stream) < available_bytes():
         # A stream of its own: weights outside of the blocks stay in the memory of the one that loaded them.
-        run_ends(BlockStream(stream.source, stream.device, stream.dtype))
+        run_ends(BlockStream(stream.checkpoint, stream.device, stream.dtype))
 
 
 def _is_dense(dtype: torch.dtype) -> bool:

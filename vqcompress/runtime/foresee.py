@@ -20,7 +20,8 @@ def check_readers(stream: BlockStream, settings: dict[str, Any] | None, tensors:
     stream: of the checkpoint or the artifact. settings: the artifact's quantization_config, None if all is dense.
     tensors: of the artifact, by their names on disk.
     """
-    config: Any = copy.deepcopy(stream.config)
+    # Of the text part alone where that is what the model is.
+    config: Any = copy.deepcopy(stream.model.config)
     if settings is not None:
         # Memory is no question here, so no warning about it either.
         config.quantization_config = {**settings, "cpu_weights": "packed"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vqcompress.storage.artifact import HINT, QUANT_METHOD, parse_entries
+from vqcompress.storage.artifact import HINT, QUANT_METHOD, Artifact, Entry, parse_entries
 from vqcompress.storage.checkpoint import Checkpoint
 
 # This module is imported while transformers is being imported, so the methods import `vqcompress.model`, which needs
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 
 class VQCompressConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an artifact, unchanged. cpu_weights: see `load`; it is not stored."""
+    """The `quantization_config` of an artifact, unchanged. cpu_weights, check: see `load`; they are not stored."""
 
-    def __init__(self, quant_method: str = QUANT_METHOD, cpu_weights: str = "auto", **settings: Any):
+    def __init__(
+        self, quant_method: str = QUANT_METHOD, cpu_weights: str = "auto", check: bool = True, **settings: Any
+    ):
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.cpu_weights = cpu_weights
+        self.cpu_weights, self.check = cpu_weights, check
         self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,6 +36,26 @@ class VQCompressConfig(QuantizationConfigMixin):
         cache = self.settings.get("kv_cache") or {}
         missing = {"kv_cache"} if cache.get("codebook") == "learned" else set()
         return {"quant_method": self.quant_method, **{k: v for k, v in self.settings.items() if k not in missing}}
+
+
+def _for_class(model: PreTrainedModel, entries: list[Entry]) -> list[Entry]:
+    """Entries by their names in this model, which may be of another class than the compressed one.
+
+    AutoModel, the text part alone and the class with its tower differ in the path to the blocks.
+    """
+    from vqcompress.model.targets import find_blocks
+
+    if not entries:
+        return []
+    here, _ = find_blocks(model)
+    # The first number in a target's name is that of its block.
+    there = re.split(r"\.\d+\.", entries[0].target.name)[0]
+    renamed = []
+    for entry in entries:
+        name = here + entry.target.name.removeprefix(there)
+        shared = entry.shared and here + entry.shared.removeprefix(there)
+        renamed.append(replace(entry, target=replace(entry.target, name=name), shared=shared))
+    return renamed
 
 
 class VQCompressQuantizer(HfQuantizer):
@@ -50,7 +73,9 @@ class VQCompressQuantizer(HfQuantizer):
 
         self._model = model
         config: Any = self.quantization_config
-        entries = parse_entries(config.to_dict(), "the model")
+        if config.check and checkpoint_files:
+            Artifact(Path(checkpoint_files[0]).parent).check_files()
+        entries = _for_class(model, parse_entries(config.to_dict(), "the model"))
         with torch.device("meta"):
             replace_linears(model, "", entries, model.dtype, keep_packed(config.cpu_weights, entries, model.dtype))
         stored = {n: info for file in checkpoint_files or () for n, info in Checkpoint.header(Path(file)).items()}

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
-from vqcompress.model.weights import load_config, skeleton
+from vqcompress.model.weights import auto_class, load_config, skeleton
 from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, open_dense, tensors_of
 from vqcompress.storage.checkpoint import STORED, Checkpoint, resolve
 from vqcompress.storage.published import PublishedCheckpoint
@@ -29,7 +29,8 @@ def load(
     kv_cache: str | bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model in eval mode, by `AutoModelForCausalLM.from_pretrained`.
+    """The model in eval mode, by `AutoModelForCausalLM.from_pretrained`, or `AutoModelForImageTextToText` where the
+    former does not know a model with a tower.
 
     path: the directory or hub id of an artifact or of a plain checkpoint. dtype: of the arithmetic; by default float32
     on a CPU and the checkpoint's own type on a GPU. check: compare an artifact's files with their checksums first,
@@ -41,12 +42,10 @@ def load(
     """
     folder, target = resolve(str(path)), choose_device(device)
     source = Artifact(folder) if Artifact.is_one(folder) else open_dense(folder)
-    if check and isinstance(source, Artifact):
-        source.check_files()
     with trusting(trust_remote_code):
         config = load_config(folder)
         if isinstance(source, Artifact):
-            settings = {"cpu_weights": cpu_weights if target.type == "cpu" else "dense"}
+            settings = {"cpu_weights": cpu_weights if target.type == "cpu" else "dense", "check": check}
             config.quantization_config = source.config["quantization_config"] | settings
         computed = dtype or model_dtype(source.config, target)
         options: Any = {"dtype": computed, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -54,11 +53,11 @@ def load(
             known = any((folder / name).exists() for names in STORED for name in names)
             if isinstance(source, PublishedCheckpoint) or (source.tensors and not known):
                 # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
-                kind, decoded = type(skeleton(config, computed)), source.read(source.tensors)
-                loaded: Any = kind.from_pretrained(None, config=config, state_dict=decoded, **options)
+                empty, decoded = skeleton(config, computed), source.read(source.tensors)
+                loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=decoded, **options)
             else:
                 options["trust_remote_code"] = trusted()
-                loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+                loaded = auto_class(config).from_pretrained(folder, config=config, **options)
         except VQCompressError:
             raise
         except Exception as error:  # loaders of models raise every type of error
