@@ -19,17 +19,9 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
 from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
+from vqcompress.model import tokenizer as texts
 from vqcompress.model.device import choose_device, model_dtype, peak_rss_bytes
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import (
-    check_ids,
-    fingerprint,
-    load_tokenizer,
-    read_text,
-    start_tokens,
-    tokenize,
-    too_short,
-)
 from vqcompress.runtime.load import kv_cache_config, load
 from vqcompress.storage.artifact import Artifact, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint, resolve
@@ -77,7 +69,7 @@ def windows(
     if stride > seqlen:
         raise UsageError(f"--stride {stride} is more than --seqlen {seqlen}: tokens in between would not count")
     if length < 1 or len(tokens) < length:
-        raise too_short(name, len(tokens), max(length, 1), 1, "a smaller --seqlen")
+        raise texts.too_short(name, len(tokens), max(length, 1), 1, "a smaller --seqlen")
     own_NL = tokens.unfold(0, length, min(stride, length))[:limit]
     return torch.cat([torch.tensor(start, dtype=tokens.dtype).expand(len(own_NL), -1), own_NL], 1)
 
@@ -180,16 +172,16 @@ def score(
     sources = [open_model(name) for name in names]
     seqlen = sources[0].row_length(cut.get("seqlen"))
     stride = cut.get("stride") or seqlen
-    tokenizers = [load_tokenizer(source.path) for source in sources]
-    content, start = read_text(tokenizers[0], text), start_tokens(tokenizers[0], cut.get("bos", "auto"))
+    tokenizers = [texts.load_tokenizer(source.path) for source in sources]
+    content, start = texts.read_text(tokenizers[0], text), texts.start_tokens(tokenizers[0], cut.get("bos", "auto"))
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     _check_comparable(names, tokenizers, streams, content)
-    windows_NL = windows(tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"), start, text)
+    windows_NL = windows(texts.tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"), start, text)
     # The beginning is no text, so windows follow each other sooner.
     stride = min(stride, seqlen - len(start))
     for source, stream in zip(sources, streams, strict=True):
         source.row_length(seqlen)
-        check_ids(windows_NL, stream.model, tokenizers[0])
+        texts.check_ids(windows_NL, stream.model, tokenizers[0])
     # A model with a coded cache is not streamed, so its blocks are no steps.
     blocks = sum(len(stream.blocks) for stream in (streams[1:] if kv_cache else streams))
     total, done = blocks + len(models) * len(windows_NL), itertools.count(1)
@@ -221,7 +213,7 @@ def score(
         "bos": bool(start),
         "kv_cache": kv_cache,
         "device": chosen.type,
-        "tokens_sha256": fingerprint(windows_NL),
+        "tokens_sha256": texts.fingerprint(windows_NL),
         "text_bytes": len(str(tokenizers[0].decode(torch.cat(labels))).encode()),
     }
 
@@ -229,7 +221,7 @@ def score(
 def _check_comparable(names: list[str], tokenizers: list[Any], streams: list[BlockStream], text: str) -> None:
     """VQCompressError naming the first model that cuts the text into other tokens than the first model does."""
     found = [
-        (tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
+        (texts.tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
         for tokenizer, stream in zip(tokenizers, streams, strict=True)
     ]
     for name, own in zip(names, found, strict=True):

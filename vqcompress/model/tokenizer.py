@@ -17,9 +17,6 @@ from vqcompress.errors import UsageError, VQCompressError, one_line
 from vqcompress.storage.text import is_plain, read_documents, warn_of_skipped
 from vqcompress.storage.trust import reason, trusted
 
-DEFAULT_SAMPLES = 128
-FEWEST_SAMPLES = 8
-
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory; VQCompressError if there is none."""

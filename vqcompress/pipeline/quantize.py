@@ -21,7 +21,7 @@ from vqcompress.model.device import check_fits, choose_device, model_dtype, rele
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import DEFAULT_SAMPLES, fingerprint
+from vqcompress.model.tokenizer import fingerprint
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
 from vqcompress.pipeline.calibration import first_states
@@ -32,7 +32,7 @@ from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress, silent
 from vqcompress.pipeline.preflight import check_plan, try_blocks
 from vqcompress.pipeline.report import VERSIONS, run_report
-from vqcompress.pipeline.rows import calibration_rows
+from vqcompress.pipeline.rows import DEFAULT_SAMPLES, calibration_rows
 from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
 from vqcompress.storage import recipe as recipes

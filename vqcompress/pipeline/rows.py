@@ -17,30 +17,22 @@ from vqcompress.errors import Notice, UsageError
 from vqcompress.evaluate.read_report import named
 from vqcompress.model.device import check_fits
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import (
-    DEFAULT_SAMPLES,
-    FEWEST_SAMPLES,
-    check_ids,
-    cut_rows,
-    load_tokenizer,
-    pack,
-    start_tokens,
-)
+from vqcompress.model.tokenizer import check_ids, cut_rows, load_tokenizer, pack, start_tokens
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Progress
 from vqcompress.runtime.load import load
 from vqcompress.storage.text import BUILT_IN, SELF, split_share
 
+DEFAULT_SAMPLES, FEWEST_SAMPLES = 128, 8
 TEMPERATURE = 1.0
+Facts = dict[str, Any]
 # Rows that are sampled at once; fixed, since the rows depend on it.
 SAMPLED_ROWS = 32
 # With fewer different tokens, statistics tell nothing about most channels.
 FEW_TOKENS = 64
 
 
-def calibration_rows(
-    stream: BlockStream, options: QuantizeOptions, progress: Progress
-) -> tuple[Tensor, dict[str, Any]]:
+def calibration_rows(stream: BlockStream, options: QuantizeOptions, progress: Progress) -> tuple[Tensor, Facts]:
     """The calibration rows (N, L) int64 of a run, and JSON about them for its report.
 
     L is 2,048 or the model's context if that is shorter. Each row begins with the BOS token if the model was trained
@@ -72,14 +64,8 @@ def calibration_rows(
     if different < min(FEW_TOKENS, rows_NL.numel() // 8):
         few = f"{', '.join(names)}: the calibration rows hold only {different} different tokens"
         warnings.warn(f"{few}; give a text like those that the model will read", Notice, stacklevel=2)
-    texts = [named(name) for name, _ in given]
-    facts = {
-        "samples": len(rows_NL),
-        "seqlen": length,
-        "texts": texts,
-        "bos": bool(start),
-        "distinct_tokens": different,
-    }
+    facts = {"samples": len(rows_NL), "seqlen": length, "texts": [named(name) for name, _ in given]}
+    facts |= {"bos": bool(start), "distinct_tokens": different}
     facts |= {"temperature": TEMPERATURE} if SELF in names else {}
     if len(rows) > 1:
         facts["rows"] = [len(part) for part in rows]
@@ -95,17 +81,16 @@ def _sampled(stream: BlockStream, options: QuantizeOptions, shape: tuple[int, in
     """
     (count, length), group, rows = shape, stream.group, []
     if group.is_main:
-        numbers = sum(math.prod(info.shape) for info in stream.source.tensors.values())
-        check_fits(numbers * stream.dtype.itemsize, stream.device, "--calibration self", "give a text instead")
+        needed = sum(math.prod(info.shape) for info in stream.source.tensors.values()) * stream.dtype.itemsize
+        check_fits(needed, stream.device, "--calibration self", "give a text instead")
         network: Any = load(options.model, stream.device.type)
         # The model's own may penalize, stop or filter.
         network.generation_config = GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)
         tokenizer = load_tokenizer(stream.source.path)
-        known = min(len(tokenizer), network.get_input_embeddings().weight.shape[0])
         # Sampling reads torch's global generator.
         torch.manual_seed(options.seed)
         start = torch.tensor(start_tokens(tokenizer, options.bos), dtype=torch.int64)
-        first_N1 = start.expand(count, -1) if len(start) else torch.randint(known, (count, 1))
+        first_N1 = start.expand(count, -1) if len(start) else torch.randint(len(tokenizer), (count, 1))
         for begin in first_N1.to(stream.device).split(SAMPLED_ROWS):
             progress("after", {"what": "sampling rows from the model", "done": sum(map(len, rows)), "total": count})
             new = length - begin.shape[1]
