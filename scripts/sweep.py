@@ -143,6 +143,16 @@ def check_artifact(artifact: Path, dense: Tensor, recipe: str, text: Path) -> No
     shutil.rmtree(exported)
 
 
+def diagnosis(toy: Path) -> tuple[str, dict[str, Any]]:
+    """Why `doctor` refuses a toy, or "", and some of what it says."""
+    try:
+        facts = examine(str(toy))
+    except VQCompressError as error:
+        return str(error), {}
+    refusal = "; ".join(check["detail"] for check in facts["checks"] if not check["ok"])
+    return refusal, {key: facts[key] for key in ("coverage", "left_dense", "checks")}
+
+
 def try_type(name: str, folder: Path, recipes: list[str]) -> dict[str, Any]:
     """The result of a type: its state, the reason, and the last lines of a traceback. Works in an empty folder."""
     toy, text = folder / "toy", folder / "text.txt"
@@ -151,8 +161,8 @@ def try_type(name: str, folder: Path, recipes: list[str]) -> dict[str, Any]:
     try:
         _, dense = make_toy(name, toy)
         result["step"] = "doctor"
-        facts = examine(str(toy))
-        result |= {"coverage": facts["coverage"], "left_dense": facts["left_dense"], "checks": facts["checks"]}
+        refusal, facts = diagnosis(toy)
+        result |= facts
         for recipe in recipes:
             result["step"] = f"quantize {recipe}"
             job = QuantizeOptions(str(toy), folder / recipe, recipe, [str(text)], SAMPLES, SEQLEN, device="cpu")
@@ -160,11 +170,9 @@ def try_type(name: str, folder: Path, recipes: list[str]) -> dict[str, Any]:
             result["targets"] = [target["name"] for target in report["targets"]]
             result["step"] = f"artifact {recipe}"
             check_artifact(folder / recipe, dense, recipe, text)
-        result["step"] = "doctor"
-        if not facts["ok"]:
-            raise Failure(
-                "doctor refuses what works: " + "; ".join(c["detail"] for c in facts["checks"] if not c["ok"])
-            )
+        if refusal:
+            result["step"] = "doctor"
+            raise Failure(f"doctor refuses what works: {refusal}")
         return {**result, "state": WORKS, "reason": ""}
     except BaseException as error:
         state = FAILED

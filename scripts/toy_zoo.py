@@ -25,7 +25,7 @@ DEMO = Path(__file__).resolve().parent.parent / "vqcompress" / "demo"
 CLASSES: dict[str, Any] = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 # Tokens of the demo's tokenizer; ids from there on are the special tokens of images and the like.
 TOKENS, VOCAB = 2048, 2112
-MOST_LAYERS, HEADS = 4, 4
+MOST_LAYERS, HEADS, ROTARY = 4, 4, 8
 # Names of fields, or patterns of whole names, and their values in a toy; the first that fits counts.
 SIZES: list[tuple[str, int]] = [
     (".*vocab_size.*|n_words", VOCAB),
@@ -37,7 +37,7 @@ SIZES: list[tuple[str, int]] = [
         ".*(intermediate|ffn|inner|mlp)_?(hidden)?_?(size|dim)\\w*|dff|d_inner|n_inner|dim_ff|d_ff|feed_forward_size",
         256,
     ),
-    ("qk_rope_head_dim", 8),
+    ("qk_rope_head_dim", ROTARY),
     ("rotary_dim", 16),
     ("(qk_nope|v)_head_dim|kv_lora_rank|index_head_dim|.*linear_(key|value)_head_dim", 16),
     ("q_lora_rank|o_lora_rank", 24),
@@ -170,10 +170,12 @@ def small_fields(default: PretrainedConfig) -> dict[str, Any]:
         if field.default is None and values.get(name) is not None:
             # Computed from other fields.
             continue
-        if field.default is not None:
-            small = small_number(name, known, values.get(name))
-        else:
+        if field.default is None:
             small = None if "qk_rope_head_dim" in values and name == "head_dim" else NEEDED.get(name)
+        elif name == "head_dim" and values[name] == values.get("qk_rope_head_dim"):
+            small = ROTARY
+        else:
+            small = small_number(name, known, values.get(name))
         if known == "num_key_value_heads" and field.default == heads:
             small = small and HEADS
         if small is not None:

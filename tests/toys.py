@@ -68,6 +68,20 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
         "gpt_neox": ("GPTNeoXConfig", {**common, "intermediate_size": 2 * hidden}),
         "gpt2": ("GPT2Config", {**common, "n_positions": 256}),
         "falcon": ("FalconConfig", {**common, "new_decoder_architecture": True, "num_kv_heads": 2}),
+        "jamba": (
+            "JambaConfig",
+            {
+                **gated,
+                "num_experts": 4,
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 2,
+                "mamba_d_state": 8,
+                "mamba_dt_rank": 8,
+                "use_mamba_kernels": False,
+                "pad_token_id": 0,
+            },
+        ),
         "mixtral": ("MixtralConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2}),
         "qwen3_moe": ("Qwen3MoeConfig", {**gated, **routed, "num_experts": 4}),
         "qwen2_moe": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from textwrap import shorten
 
@@ -12,7 +13,7 @@ class VQCompressError(Exception):
 
 
 class Fallback(UserWarning):
-    """A weight is multiplied without its kernel; the message says how and why."""
+    """Something works, but more slowly or less safely; the message says how and why."""
 
 
 class Notice(UserWarning):
@@ -28,6 +29,14 @@ def one_line(error: BaseException) -> str:
     # The message of a KeyError is the key alone.
     message = f"it has no {error}" if isinstance(error, KeyError) else str(error)
     return shorten(message.strip() or type(error).__name__, 300, break_on_hyphens=False, placeholder=" …")
+
+
+def explain_value(given: str, message: str) -> str:
+    """What is wrong with a value, from pydantic's message: 'bits=3 must be 2, 4 or 8'."""
+    reason = message.removeprefix("Value error, ")
+    # Files have lists and mappings where Python has tuples and classes.
+    reason = re.sub(r"valid dictionary( or .* of \w+)?", "mapping", reason).replace("valid tuple", "list")
+    return f"{given} must be{reason[15:]}" if reason.startswith("Input should be") else f"{given}: {reason}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

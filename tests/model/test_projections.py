@@ -15,11 +15,13 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from vqcompress.errors import VQCompressError
+from vqcompress.evaluate.read_report import read_report
 from vqcompress.evaluate.verify import verify
 from vqcompress.export import export
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.projections import kind_of, shape_of
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.weight_reads import _suspects, _watch
 from vqcompress.pipeline.quantize import QuantizeOptions, quantize
 from vqcompress.runtime.load import load
 from vqcompress.storage.artifact import Artifact
@@ -113,6 +115,42 @@ def test_other_classes_are_right_in_every_form(
     if family == "gpt2":
         assert artifact.tensors["transformer.h.0.attn.c_attn.weight"].shape == (64, 192)
         assert artifact.entries["transformer.h.1.attn.c_attn"].target.shape == (192, 64)
+
+
+def test_a_weight_that_the_model_reads_itself_stays_dense_by_name(tmp_path: Path, text: Path) -> None:
+    # Jamba multiplies by `dt_proj.weight`, unless some other quantizer loaded it: then it calls the layer.
+    model = toy_checkpoint(tmp_path / "model", "jamba", hidden=64)
+    artifact = check_all_forms(model, "smoothquant-int8", text, tmp_path)
+    assert {name.rpartition(".")[2] for name in artifact.entries if ".mamba." in name} == {
+        "in_proj",
+        "x_proj",
+        "out_proj",
+    }
+    left = read_report(artifact.path)["left_dense"]
+    assert "itself" in left["model.layers.*.mamba.dt_proj.weight"]
+    assert read_report(artifact.path)["uncalibrated"] == []
+
+
+def test_only_weights_that_a_run_uses_are_read_by_the_model() -> None:
+    class Reader(nn.Module):
+        """Reads one weight itself, asks another for its type, and has a third in code that never runs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.asked, self.idle = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.asked(x.to(self.asked.weight.dtype)) @ self.used.weight.T
+            return x @ self.idle.weight if self.training else self.idle(x)
+
+    block = nn.Sequential(Reader()).eval()
+    assert _suspects(block) == {"0.used", "0.asked", "0.idle"}
+    seen: set[str] = set()
+    busy: set[str] = set()
+    for path, module in block.named_modules():
+        _watch(module, path, seen, busy)
+    block(torch.zeros(2, 4))
+    assert seen == {"0.used"}
 
 
 def test_formats_of_others_refuse_transposed_weights_by_name(quantized: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import json
+import io
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ from vqcompress.errors import Fallback, Notice, UsageError, VQCompressError
 if TYPE_CHECKING:
     from rich.console import Console
 
+# What is printed in place of a symbol where the stream's encoding lacks it; of any other character a question mark.
+PLAIN = {"→": "->", "×": "x", "±": "+-", "…": "...", "–": "-", "−": "-", "•": "*", "─": "-", "━": "-"}
 # In `Context.meta`: whether errors show a traceback.
 DEBUG = "vqcompress.debug"
 
@@ -35,6 +38,18 @@ def leads() -> bool:
 def took() -> float:
     """Seconds since the start of the process, imports included."""
     return round(time.perf_counter() - vqcompress.STARTED, 3)
+
+
+def degrade_symbols() -> None:
+    """Let stdout and stderr print what their encoding lacks in another way, where they would raise an error."""
+    codecs.register_error("vqcompress", lambda error: (_plain(error), error.end))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vqcompress")
+
+
+def _plain(error: Any) -> str:
+    return "".join(PLAIN.get(symbol, "?") for symbol in error.object[error.start : error.end])
 
 
 def console(stderr: bool = False) -> Console:
@@ -106,9 +121,12 @@ def session(json_file: Path | None = None) -> Iterator[Callable[..., None]]:
     stdout, to_stdout = sys.stdout, str(json_file) == "-"
 
     def show(table: Callable[..., None], result: dict[str, Any], *more: Any) -> None:
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        from vqcompress.evaluate.read_report import to_json
+
+        text = to_json(result) + "\n"
         if leads() and to_stdout:
-            stdout.write(text)
+            # JSON escapes what is not ASCII.
+            stdout.write(text if (stdout.encoding or "").lower() == "utf-8" else to_json(result, ascii=True) + "\n")
         elif leads() and json_file is not None:
             json_file.write_text(text, encoding="utf-8")
         table(console(), result, *more)

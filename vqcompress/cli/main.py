@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +16,7 @@ import typer
 
 import vqcompress
 from vqcompress.cli import options, tables
-from vqcompress.cli.console import Command, Commands, console, session, took
+from vqcompress.cli.console import Command, Commands, console, degrade_symbols, session, took
 from vqcompress.cli.evaluate import compare, evaluation
 from vqcompress.errors import UsageError
 from vqcompress.storage.recipe_files import check_choice, description, packaged
@@ -223,7 +225,19 @@ def set_up_memory() -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
+def set_up_caches() -> None:
+    """Let libraries keep their caches in a temporary directory, deleted at the end, if there is no home to write to."""
+    names = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")
+    if not os.access(os.path.expanduser("~"), os.W_OK) and not all(name in os.environ for name in names):
+        folder = tempfile.TemporaryDirectory(prefix="vqcompress-")
+        atexit.register(folder.cleanup)
+        for name in names:
+            os.environ.setdefault(name, str(Path(folder.name, name)))
+
+
 def main() -> None:
     """Run the `vqcompress` command."""
     set_up_memory()
+    set_up_caches()
+    degrade_symbols()
     app(prog_name="vqcompress")

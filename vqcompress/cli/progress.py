@@ -74,6 +74,8 @@ class QuantizeProgress(StepBar):
         self.newest: deque[dict[str, Any]] = deque(maxlen=NEWEST)
         # Number of weights of each target that this run compresses.
         self.weights: dict[str, int] = {}
+        # Weights of finished blocks, which may be another process's.
+        self.stored = 0
         super().__init__("planning")
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
@@ -110,6 +112,8 @@ class QuantizeProgress(StepBar):
 
     def _done(self, facts: dict[str, Any]) -> None:
         rows = facts["record"]["targets"]
+        self.stored += sum(self.weights.get(row["name"], 0) for row in rows)
+        self.update(self.id, completed=max(self.stored, int(self.tasks[0].completed)))
         if any(row["name"] in self.weights for row in rows):
             bits, error = (mean(rows, key) for key in ("bits_per_weight", "relative_error"))
             text = f"{len(rows)} weights, {bits:.2f} bits, relative error {error:.3g}"

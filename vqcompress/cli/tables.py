@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,21 @@ from vqcompress.evaluate.wording import cache_line, calibration_line, duration, 
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
 
+# Columns of a terminal that hold the names of most models' weights beside their figures.
+WIDE = 110
+
 
 def _table(to: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows whose first cell is a name; in a narrow terminal names are folded."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """Print rows whose first cell is a name. In a narrow terminal titles are folded, but no name and no figure."""
+    narrow, widths = to.width < WIDE, [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    padding = (0, 1, 0, 0 if narrow else 1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=not narrow, padding=padding)
     for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
+        justify: Any = "right" if number else "left"
+        table.add_column(title, justify=justify, overflow="fold", min_width=widths[number])
     for row in rows:
         table.add_row(*row)
-    to.print(table)
+    to.print(table, width=max(to.width, sum(widths) + 3 * len(widths)), crop=False)
 
 
 def _lines(to: Console, width: int, lines: Mapping[str, str | None]) -> None:
@@ -103,14 +110,21 @@ def planned(to: Console, plan: dict[str, Any]) -> None:
 
 
 def inspected(to: Console, facts: dict[str, Any]) -> None:
-    """Print an artifact: a row per target, the options of its methods and totals."""
+    """Print an artifact: a row per target, the options of its methods and totals.
+
+    In a narrow terminal the beginning that all names share is the title of their column.
+    """
+    names = [row["name"] for row in facts["targets"]]
+    shared = os.path.commonprefix(names) if to.width < WIDE and len(names) > 1 else ""  # noqa: RUF071
+    above = shared[: shared.rfind(".") + 1]
     cells = []
     for row in facts["targets"]:
         errors = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("relative_error", "proxy_error")]
         tokens = "-" if row["tokens"] is None else f"{row['tokens']:,}"
-        cells.append((row["name"], row["method"], _shape(row), f"{row['bits_per_weight']:.3f}", *errors, tokens))
+        name, bits = row["name"].removeprefix(above), f"{row['bits_per_weight']:.3f}"
+        cells.append((name, row["method"], _shape(row), bits, *errors, tokens))
     if cells:
-        titles = "weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens"
+        titles = above or "weight", "method", "shape", "bits per weight", "relative error", "proxy error", "tokens"
         _table(to, titles, cells)
     settings = Counter((row["method"], tuple(row["options"].items())) for row in facts["targets"])
     for (method, options), count in settings.items():

@@ -31,6 +31,8 @@ def compare(
     baseline = baseline if baseline is not None else _original(models)
     if baseline is not None:
         models = [model for model in models if resolve(model) != resolve(baseline)]
+    # A model that is named twice is shown once.
+    models = list({resolve(model): model for model in models}.values())
     if not models:
         raise UsageError(f"{baseline} is the original; name at least one other model")
     found, protocol = score(models, text, baseline, device, progress, **cut)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from vqcompress.errors import UsageError, VQCompressError, one_line
-from vqcompress.evaluate.read_report import read_report
+from vqcompress.evaluate.read_report import read_report, to_json
 from vqcompress.evaluate.report_html import render, report_page
 from vqcompress.evaluate.wording import names_of, protocol_line
 from vqcompress.storage.artifact import SUMS, Artifact, read_sums
 from vqcompress.storage.checkpoint import sha256
+from vqcompress.storage.locks import locked
 from vqcompress.storage.writer import Shards, refresh_sums
 
 # A new evaluation replaces an earlier one that agrees in all of these.
@@ -25,7 +24,7 @@ PROTOCOL = ("text", "tokens_sha256", "windows", "seqlen", "stride", "bos", "kv_c
 def documents(report: dict[str, Any], here: str) -> dict[str, bytes]:
     """File name → content, all made from the report. here: the name of the artifact's directory."""
     return {
-        "report.json": json.dumps(report, indent=1).encode(),
+        "report.json": to_json(report).encode(),
         "report.html": report_page(report).encode(errors="replace"),
         "README.md": model_card(report, here).encode(errors="replace"),
     }
@@ -43,7 +42,7 @@ def model_card(report: dict[str, Any], here: str) -> str:
             dataset_name=found["text"],
             metric_type="perplexity",
             metric_name=f"perplexity ({protocol_line(found)})",
-            metric_value=round(found["perplexity"], 4),
+            metric_value=round(float(found["perplexity"]), 4),
         )
         for found in report.get("evaluations", [])
     ]
@@ -73,8 +72,7 @@ def add_evaluation(model: str, found: dict[str, Any]) -> list[str]:
     """
     path = Path(os.path.expanduser(model)).resolve()
     # Of two evaluations that end at once, neither may lose the other's result.
-    with (path / "config.json").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path / "config.json"):
         report = read_report(path)
         try:
             kept = {tuple(each[key] for key in PROTOCOL): each for each in report.get("evaluations", [])}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
@@ -110,6 +111,11 @@ def coded_cache_logits(model: str, recipe: str, device: str, windows_NL: Tensor)
     return logits
 
 
+def exponential(x: float) -> float:
+    """e to the power of x; inf where float64 ends."""
+    return math.inf if x > math.log(sys.float_info.max) else math.exp(x)
+
+
 class Scores:
     """Sums over predictions: negative log-likelihood, and against a baseline's KL divergence and agreement."""
 
@@ -136,14 +142,14 @@ class Scores:
     @property
     def perplexity(self) -> float:
         """e to the mean negative log-likelihood."""
-        return math.exp(self.nll / self.tokens)
+        return exponential(self.nll / self.tokens)
 
     def against_baseline(self, baseline: str) -> dict[str, Any]:
         """JSON: the baseline, KL divergence of ours from it, how often the likeliest token is the same."""
         kl = torch.cat(self.divergences).sort().values
         return {
-            "baseline": {"model": named(baseline), "perplexity": math.exp(self.baseline_nll / self.tokens)},
-            "ratio": math.exp((self.nll - self.baseline_nll) / self.tokens),
+            "baseline": {"model": named(baseline), "perplexity": exponential(self.baseline_nll / self.tokens)},
+            "ratio": exponential((self.nll - self.baseline_nll) / self.tokens),
             "kl_divergence": {
                 "mean": kl.mean(dtype=torch.float64).item(),
                 "p99": kl[min(len(kl) - 1, int(0.99 * len(kl)))].item(),
@@ -196,8 +202,9 @@ def score(
     for n, model in enumerate(models):
         if kv_cache and n == 0:
             own = coded_cache_logits(model, kv_cache, device, windows_NL)
+            del streams[0]
         else:
-            own = streamed_logits(streams[n], windows_NL, step)
+            own = streamed_logits(streams.pop(0), windows_NL, step)
         scores = Scores()
         for number, first in enumerate(firsts):
             logits_PV = own(number)[first:-1]
@@ -205,6 +212,8 @@ def score(
             scores.add(logits_PV, labels[number].to(logits_PV.device), reference_PV)
             step()
         found.append(scores)
+        # The next model is loaded when this one, and its hidden states, are gone.
+        del own
     return found, {
         "tokens": found[0].tokens,
         "windows": len(windows_NL),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,19 @@ def named(source: str) -> str:
     """A text or model as a report names it: of a local file or directory its name only, since others lack the path."""
     path = Path(os.path.expanduser(source))
     return path.absolute().name if path.exists() else source
+
+
+def to_json(value: Any, ascii: bool = False) -> str:
+    """JSON text. Numbers that JSON does not have, such as a perplexity beyond float64, are strings: inf, -inf, nan."""
+
+    def valid(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: valid(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [valid(each) for each in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(valid(value), indent=1, ensure_ascii=ascii, allow_nan=False)
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float | None:

@@ -34,13 +34,14 @@ def protocol_line(found: dict[str, Any]) -> str:
 def quality_cells(found: dict[str, Any]) -> list[str]:
     """Perplexity, its ratio to the original's, mean KL divergence and top-1 agreement; a dash where unknown."""
     ratio, kl, same = (found.get(key) for key in ("ratio", "kl_divergence", "top1_agreement"))
-    cells = [f"{found['perplexity']:.3f}", "-" if ratio is None else f"{ratio:.4f}"]
+    # Beyond float64 a report holds the string "inf".
+    cells = [f"{float(found['perplexity']):.3f}", "-" if ratio is None else f"{float(ratio):.4f}"]
     return [*cells, "-" if kl is None else f"{kl['mean']:.5f}", "-" if same is None else f"{100 * same:.2f} %"]
 
 
 def evaluation_cells(found: dict[str, Any]) -> list[str]:
     """A result of `eval perplexity --report`: text, quality, perplexity of the original, protocol."""
-    original = f"{found['baseline']['perplexity']:.3f}" if "baseline" in found else "-"
+    original = f"{float(found['baseline']['perplexity']):.3f}" if "baseline" in found else "-"
     return [found["text"], *quality_cells(found), original, protocol_line(found)]
 
 

@@ -37,6 +37,8 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     made = FORMATS[format].export(stream, source)
     if verify and made.for_vllm:
         raise UsageError(f"--verify: transformers cannot load experts in {format}, which only vLLM reads")
+    if verify:
+        reader.check_installed()
     _empty(out, overwrite)
     shards, (companions, _) = Shards(out), source.companions()
     # The index is written first, so that an interrupted export can be recognized and replaced.
@@ -59,7 +61,12 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     result: dict[str, Any] = {"format": format, "files": count, "bytes": size, "left_dense": made.left_dense}
     result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.for_vllm else reader.line(out)
     if verify:
-        result["verified"] = compare(stream, source, out, reader)
+        try:
+            result["verified"] = compare(stream, source, out, reader)
+        except BaseException:
+            # Without its config it is an interrupted export, which nobody loads and the next one replaces.
+            (out / "config.json").unlink()
+            raise
     return result
 
 

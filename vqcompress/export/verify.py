@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.model.drafts import draft_layers
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.stream import BlockStream
@@ -54,6 +56,12 @@ class Reader:
     setup: str = ""
     rounds: bool = False
     bound: float = 1e-3
+
+    def check_installed(self) -> None:
+        """UsageError if the package is not installed."""
+        name = re.split(r"\W", self.package.replace("-", "_"))[0]
+        if name and importlib.util.find_spec(name) is None:
+            raise UsageError(f"--verify needs the format's reader: pip install '{self.package}'")
 
     def line(self, out: Path) -> str:
         """The Python expression that loads an export, with the package that it needs."""
@@ -101,7 +109,7 @@ def _read(out: Path, reader: Reader, ids_BL: Tensor, skipped: list[str]) -> Tens
     command.append(json.dumps(skipped))
     # On a GPU transformers would keep FP8 weights as they are.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise VQCompressError(f"transformers cannot load {out}: {reason}")

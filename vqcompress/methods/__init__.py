@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vqcompress.errors import did_you_mean
+from vqcompress.errors import did_you_mean, explain_value
 from vqcompress.methods.base import Layout, Method, PackedTensors, layout_bits
 from vqcompress.methods.fp8.method import FP8
 from vqcompress.methods.int8.method import INT8
@@ -63,10 +63,10 @@ def _class_of(name: str, options: dict[str, Any]) -> type[Method]:
 
 def _line(name: str, options: dict[str, Any], detail: Any) -> str:
     """An error of pydantic's about options in one line: the method, the option, its value, the reason."""
-    message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         # A rule about several options together belongs to none of them.
-        return f"{' '.join([name, *(f'{option}={value}' for option, value in options.items())])}: {message}"
+        given = " ".join([name, *(f"{option}={value}" for option, value in options.items())])
+        return explain_value(given, detail["msg"])
     # For an option of several types pydantic also lists the types that it tried.
     option = ".".join(str(key) for key in detail["loc"] if key in options or isinstance(key, int))
-    return f"{name}: {option}={detail['input']!r} is not valid: {message}"
+    return explain_value(f"{name}: {option}={detail['input']!r}", detail["msg"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,14 @@ import torch
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.storage.checkpoint import stored_dtype
+
+# Where a container sees the memory that it may take.
+CGROUPS = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+# Files of the limit and of what is used, and the line of memory.stat for cache that the system can drop.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,15 +41,20 @@ def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
 def peak_rss_bytes() -> int:
     """The peak resident set size of this process, since the last `reset_peak_memory` where the system can reset it."""
     status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would also count what the parent held when it forked.
-        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
+    # Sandboxes such as gVisor have the file without this line. getrusage would also count what the parent held.
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def release_freed_memory() -> None:
     """Return freed memory to the system. glibc keeps it per thread, so that peaks of several threads would add up."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -56,12 +68,19 @@ def reset_peak_memory() -> None:
 
 def available_bytes() -> int:
     """Bytes that this process may still take: free memory of the machine, or of its container if that is less."""
-    limits = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        # "max" where there is no limit.
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits)
+    limits = [left for left in map(cgroup_bytes, CGROUPS) if left is not None]
+    return min([psutil.virtual_memory().available, *limits])
+
+
+def cgroup_bytes(folder: Path) -> int | None:
+    """Bytes that a control group, of version 1 or 2, leaves; None without a limit. Page cache is no used memory."""
+    for limit, used, cache in CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            # "max" where there is no limit.
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            found = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.M)
+            return left + (int(found[1]) if found else 0)
+    return None
 
 
 def check_fits(needed: int, device: torch.device, job: str, advice: str) -> None:

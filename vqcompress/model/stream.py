@@ -23,6 +23,7 @@ from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.linear import replace_linears, unfuse_for
 from vqcompress.model.projections import TransposedCheckpoint, straighten, transposed
 from vqcompress.model.targets import blocks_of, find_blocks
+from vqcompress.model.weight_reads import weights_read
 from vqcompress.model.weights import Names, assign, check_headers, finish_loading, load_config, skeleton, tie_weights
 from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
@@ -37,7 +38,8 @@ class BlockStream:
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
     model's. fused_reason: why the experts of a mixture are no targets, or "". group: the processes that share the
-    rows. scratch: folder for hidden states, None to keep them in memory. Tensors are read when needed.
+    rows. weights_read: paths in a block of the weights that the model's own code reads. scratch: folder for hidden
+    states, None to keep them in memory. Tensors are read when needed.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class BlockStream:
             self.config.tie_word_embeddings = False
         self.model = skeleton(self.config, dtype)
         path, layers = find_blocks(self.model)
+        self.weights_read = weights_read(self.config, layers)
         straightened = [f"{path}.{below}" for below in straighten(layers)]
         self.fused_reason = ""
         if isinstance(source, Artifact):
@@ -68,7 +71,7 @@ class BlockStream:
             fused = [(names.stored_prefix(path), layout) for path, layout in self._fused_layouts()]
             if any(f"{prefix}.{name}" in source.tensors for prefix, layout in fused for name in layout.parameters):
                 self.source = UnfusedCheckpoint(source, fused)
-        self.blocks = blocks_of(self.model)
+        self.blocks = blocks_of(self.model, self.weights_read)
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,12 +47,12 @@ def _outer_lists(root: nn.Module) -> list[nn.ModuleList]:
     return found
 
 
-def linear_targets(block: nn.Module, name: str) -> tuple[Target, ...]:
+def linear_targets(block: nn.Module, name: str, apart: Collection[str] = ()) -> tuple[Target, ...]:
     """Every nn.Linear of a block, in the order of the module tree, except routers and gates of experts.
 
-    A subclass with a forward of its own must compute x Wᵀ + b, too.
+    A subclass with a forward of its own must compute x Wᵀ + b, too. apart: paths in the block that stay dense.
     """
-    excluded = routing_modules(block)
+    excluded = {*routing_modules(block), *apart}
     return tuple(
         Target(f"{name}.{path}", (module.out_features, module.in_features), module.bias is not None)
         for path, module in block.named_modules()
@@ -89,7 +91,7 @@ def _gate_rows(mixture: nn.Module) -> tuple[int, int, int]:
     return 1, experts, experts + 1
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
-    """Every block of a model with its targets."""
+def blocks_of(model: nn.Module, apart: Collection[str] = ()) -> list[Block]:
+    """Every block of a model with its targets, without those at the paths `apart` inside of a block."""
     path, layers = find_blocks(model)
-    return [Block(f"{path}.{i}", linear_targets(layer, f"{path}.{i}")) for i, layer in enumerate(layers)]
+    return [Block(f"{path}.{i}", linear_targets(layer, f"{path}.{i}", apart)) for i, layer in enumerate(layers)]

@@ -151,6 +151,8 @@ class BlockEncoder:
             packed = self._tiles(path, weight_OI) or entry.method.encode(
                 weight_OI, statistics, generator_for(self.seed, target.name), shared
             )
+            # What `verify` would refuse, such as the scale of weights beyond its type.
+            entry.method.check(packed, target.shape)
         decoded_OI = entry.method.decode(packed | shared, target.shape)
         row = {
             "name": target.name,

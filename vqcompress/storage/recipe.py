@@ -6,14 +6,14 @@ import fnmatch
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from vqcompress import methods
-from vqcompress.errors import UsageError, nearest
+from vqcompress.errors import UsageError, did_you_mean, explain_value, nearest
 from vqcompress.methods import Method
 from vqcompress.methods.smoothing import Smoothing
 from vqcompress.storage.recipe_files import packaged, recipe_file
@@ -173,6 +173,16 @@ class Recipe:
         return ({"rotation": self.rotation} if self.rotation else {}) | options
 
 
+# The keys of a recipe file, and the groups of options below some of them.
+KEYS = {field.name for field in fields(Recipe)} - {"name"}
+GROUPS: dict[str, type[BaseModel]] = {
+    "tuning": Tuning,
+    "experts": ExpertCalibration,
+    "cache": KVCacheConfig,
+    "smoothing": Smoothing,
+}
+
+
 def load(name: str) -> Recipe:
     """The packaged recipe of that name, or the recipe in that file."""
     path = recipe_file(name, packaged())
@@ -199,8 +209,12 @@ def parse(text: str, name: str) -> Recipe:
         first = error.errors()[0]
         # pydantic also names the member of a union, such as constrained-float; no key has a hyphen.
         key, value = ".".join(str(part) for part in first["loc"] if "-" not in str(part)), first["input"]
-        given = "" if isinstance(value, dict) else f"={value!r}"
-        raise UsageError(f"recipe {name}: {key}{given}: {first['msg'].removeprefix('Value error, ')}") from error
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            group = GROUPS.get(str(first["loc"][-2])) if len(first["loc"]) > 1 else None
+            hint = did_you_mean(str(first["loc"][-1]), group.model_fields if group else KEYS)
+            raise UsageError(f"recipe {name} has no key '{key}'.{hint}") from error
+        given = f"recipe {name}: {key}" + ("" if isinstance(value, dict) else f"={value!r}")
+        raise UsageError(explain_value(given, first["msg"])) from error
     except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets pass what Python raises for a date or a number that is none.
         raise UsageError(f"recipe {name} is not a mapping in valid YAML: {' '.join(str(error).split())}") from error

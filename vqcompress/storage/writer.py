@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -32,6 +31,7 @@ from vqcompress.storage.artifact import (
 )
 from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, sha256
 from vqcompress.storage.distributed import ALONE, ProcessGroup
+from vqcompress.storage.locks import locked
 
 # A file name, its tensors, and the JSON to journal about it.
 Shard = tuple[str, PackedTensors, dict[str, Any]]
@@ -73,7 +73,9 @@ class Shards:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
+    """Wait until a file or directory is on the disk; Windows cannot."""
+    if os.name == "nt":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -139,12 +141,13 @@ class Writer(Shards):
         self.extra_files: dict[str, str] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, dict[str, list[float]]] = {}
+        self._lock = contextlib.ExitStack()
         if group.is_main:
             self._lock_directory()
             try:
                 self._open(overwrite)
             except BaseException:
-                os.close(self._lock)
+                self._lock.close()
                 raise
         self.done, self.measured = group.broadcast(0, (self.done, self.measured))
 
@@ -152,8 +155,7 @@ class Writer(Shards):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.group.is_main:
-            os.close(self._lock)
+        self._lock.close()
         # The first record holds the weights outside of the blocks.
         if isinstance(error, KeyboardInterrupt) and len(self.done) > 1:
             error.args = ("finished blocks are kept; give the same command again to continue",)
@@ -161,14 +163,11 @@ class Writer(Shards):
     def _lock_directory(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.out, os.O_RDONLY)
+            self._lock.enter_context(locked(self.out, wait=False))
+        except BlockingIOError as error:
+            raise VQCompressError(f"another process is writing to {self.out}") from error
         except OSError as error:
             raise VQCompressError(f"cannot make the directory {self.out}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise VQCompressError(f"another process is writing to {self.out}") from error
 
     def _open(self, overwrite: bool) -> None:
         """Load what an earlier run has done, and delete files that do not belong to this one."""

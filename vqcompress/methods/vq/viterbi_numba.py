@@ -16,7 +16,15 @@ from numba import njit
 FAR = np.float32(1e30)
 
 
-@njit(nogil=True, cache=True)
+def _compiled(function):  # type: ignore[no-untyped-def]
+    """The function, compiled at its first call and kept on disk, or compiled in every process if no disk takes it."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package nor the user's cache can be written
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def _steps(x_T, words, k, cost, back_TQ):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
     """Add the cost of every weight of x to the costs of the states (S,), and note the predecessors."""
     ways = 1 << k
@@ -57,7 +65,7 @@ def _steps(x_T, words, k, cost, back_TQ):  # type: ignore[no-untyped-def]  # pra
                     to[j] = row[j] + rest * rest
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def paths(x_NT, words_S, states, k, margin):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
     """Codes (N, T), int32 below 2**k: for each sequence a cyclic stream whose values have nearly the least squares.
 
