@@ -47,7 +47,7 @@ def test_draft_layers_are_carried_over_and_named(family: str, drafted: Callable[
     drafts = [name for name in original.tensors if name.startswith(f"{place}.")]
     size = sum(original.tensors[name].bytes for name in drafts)
     assert report["draft_layers"] == inspect(str(tmp_path / "out"))["draft_layers"] == {place: size}
-    assert "draft layer" in report["left_dense"][f"{place}.*"]
+    assert "draft layer" in report["left_dense"][place]
     assert verify(str(tmp_path / "out"))["targets"] == len(report["targets"])
     modules = {name.rpartition(".")[0] for name in drafts if len(original.tensors[name].shape) > 1}
     for format, key in (("fp8", "modules_to_not_convert"), ("compressed-tensors", "ignore"), ("dense", "")):

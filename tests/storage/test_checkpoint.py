@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import call, line
 from safetensors.torch import load_file, save_file
+from toys import rewritten
 from transformers import AutoModelForCausalLM
 
 from vqcompress.errors import VQCompressError
@@ -113,6 +114,77 @@ def test_pickled_weights_are_read_as_safetensors_are(sharded: bool, copy: Path, 
     # Safetensors are preferred.
     (copy / SINGLE).write_bytes((toy() / SINGLE).read_bytes())
     assert {info.file for info in Checkpoint(copy).tensors.values()} == {SINGLE}
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+ONE = torch.ones(1, 1)
+
+
+def packed(tensors: dict[str, Any], name: str, part: str) -> None:
+    """A weight in place of which another tool has stored something else."""
+    tensors[f"{name.removesuffix('weight')}{part}"] = tensors.pop(name).to(torch.int8)
+
+
+def renamed(tensors: dict[str, Any], prefix: str) -> None:
+    for name in list(tensors):
+        tensors[prefix + name] = tensors.pop(name)
+
+
+# What makes of a dense checkpoint another one, and the tensor to name.
+OTHERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "fp8": (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), Q),
+    "fp8 with scales": (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn), f"{Q}_scale": ONE}), Q),
+    "scales alone": (lambda t: t.update({f"{Q}_scale_inv": ONE}), f"{Q}_scale_inv"),
+    "int8": (lambda t: t.update({Q: t[Q].to(torch.int8)}), Q),
+    "head": (lambda t: t.update({"lm_head.weight_scale": ONE}), "lm_head.weight_scale"),
+    "gptq": (lambda t: packed(t, Q, "qweight"), Q.removesuffix("weight")),
+    "packed": (lambda t: packed(t, Q, "weight_packed"), Q),
+    "bitsandbytes": (lambda t: t.update({f"{Q}.absmax": ONE}), f"{Q}.absmax"),
+    "lora": (lambda t: t.update({Q.replace("weight", "lora_A.default.weight"): ONE}), "q_proj.lora_A"),
+    "bias": (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)}), "q_proj.bias"),
+    "norm": (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}), "q_norm"),
+    "peft": (lambda t: renamed(t, "base_model.model."), "base_model.model.model."),
+    "compiled": (lambda t: renamed(t, "_orig_mod."), "_orig_mod.model."),
+    "parallel": (lambda t: renamed(t, "module."), "module.model."),
+    "an embedding left out": (lambda t: t.pop("model.embed_tokens.weight"), "model.embed_tokens.weight"),
+    "a norm left out": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
+    "a weight left out": (lambda t: t.pop(Q), Q),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_not_the_dense_model_is_named(other: str, toy: Make, text: Path, tmp_path: Path) -> None:
+    change, named = OTHERS[other]
+    folder, out = rewritten(toy(), tmp_path / "copy", change), tmp_path / "out"
+    jobs: list[list[Any]] = [["quantize", folder, "-o", out, *FP8]]
+    jobs += [["generate", folder, "--prompt", "x", "--max-new-tokens", "1"]]
+    if other in ("fp8 with scales", "peft"):
+        jobs += [["plan", folder, *FP8], ["eval", "perplexity", folder, "--text", text]]
+    for words in jobs:
+        result = call(*words)
+        assert (result.exit_code, named in line(result)) == (1, True), line(result)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", (8,)),
+        ("llama", "v_head.summary.weight", (1, 64)),
+        ("llama", "mtp.layers.0.mlp.up_proj.weight", (64, 64)),
+        ("llama", "model.layers.2.mlp.up_proj.weight", (64, 64)),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias", ()),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias", (1, 1, 8, 8)),
+    ],
+)
+def test_tensors_that_change_nothing_are_carried_over(
+    family: str, name: str, shape: tuple[int, ...], toy: Make, tmp_path: Path
+) -> None:
+    folder = rewritten(toy(family), tmp_path / "copy", lambda t: t.update({name: torch.ones(shape)}))
+    assert call("quantize", folder, "-o", tmp_path / "out", *FP8).exit_code == 0
+    assert name in Artifact(tmp_path / "out").tensors
+    assert load(folder) is not None
+    assert call("verify", tmp_path / "out").exit_code == 0
 
 
 class Other:

@@ -20,7 +20,7 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             found[f"{name}.weight"] = "the output head stays dense"
     decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
     for layer, size in draft_bytes(stream).items():
-        found[f"{layer}.*"] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
+        found[layer] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}

@@ -97,6 +97,11 @@ class UnfusedCheckpoint(Checkpoint):
                     self.tensors[f"{prefix}.{part}"] = TensorInfo(info.file, info.dtype, tuple(tensor.shape))
                     self._holder[f"{prefix}.{part}"] = f"{prefix}.{name}"
 
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        return self._source.bytes
+
     def tiles(self, name: str) -> dict[str, Tensor] | None:
         """The source's, of a weight that is not fused."""
         return None if name in self._holder else self._source.tiles(name)

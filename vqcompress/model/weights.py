@@ -7,7 +7,6 @@ transformers' own, so what loads there loads here.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,14 @@ from vqcompress.storage.trust import reason, trusted
 def load_config(path: Path) -> transformers.PretrainedConfig:
     """The transformers config of a directory; VQCompressError unless it belongs to a causal language model.
 
-    Without its `quantization_config`, which would make transformers look for a quantizer.
+    Without its `quantization_config`, which would make transformers look for a quantizer, and without a wish for tuples
+    in place of named outputs.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
         for part in (config, config.get_text_config()):
             vars(part).pop("quantization_config", None)
+            part.return_dict = True
         known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
@@ -151,8 +152,8 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
     """Compare the headers of stored tensors with what the model, packed layers in place, will read.
 
     VQCompressError naming a tensor that is missing or has another shape; or a packed tensor of another type (a kernel
-    would read beyond its end) or that no method reads (without it the weight would be another one). Without any tensors
-    a model can still be planned.
+    would read beyond its end) or that no method reads (without it the weight would be another one); or, where nothing
+    is packed, one that shows that the weights are not dense. Without any tensors a model can still be planned.
     """
     asked = model.state_dict()
     packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
@@ -170,25 +171,59 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
             stored = f"{name} is stored as {found.dtype} {found.shape}"
             raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
     if tensors and (missing := _missing(model, names)):
-        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}")
+        like = (f", but {name}: save the model without its wrapper" for name in tensors if name.endswith(missing[0]))
+        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}{next(like, '')}")
+    if not packed:
+        _check_dense(model, names, tensors)
+
+
+def _check_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
+    """VQCompressError naming a tensor without which, or in whose type, a module would compute something else.
+
+    Whole modules that the model lacks change nothing: draft layers, value heads, towers of other media. Nor do tensors
+    that transformers ignores, which hold what a config says.
+    """
+    asked, buffers = model.state_dict(), dict(model.named_buffers())
+    ignored = re.compile("|".join([r"inv_freq$|masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    for name, parameter in names.parameter.items():
+        dtype = tensors[name].dtype
+        if parameter in asked:
+            if asked[parameter].is_floating_point() and (dtype.itemsize < 2 or not dtype.is_floating_point):
+                raise VQCompressError(f"{name} is stored as {dtype}, and config.json has no quantization_config for it")
+        elif parameter not in buffers and not ignored.search(parameter):
+            # A model saved without its head has names without the prefix.
+            for path in (parameter, f"{model.base_model_prefix}.{parameter}"):
+                holder = _deepest(model, path)
+                if not isinstance(holder, (PreTrainedModel, nn.ModuleList, nn.ModuleDict)):
+                    why = f"has no place in the model's {type(holder).__name__}"
+                    raise VQCompressError(f"{name} {why}: these are not the dense weights that config.json describes")
+
+
+def _deepest(module: nn.Module, path: str) -> nn.Module:
+    """The innermost module that a path leads to."""
+    for part in path.split("."):
+        if (inner := module._modules.get(part)) is None:
+            break
+        module = inner
+    return module
 
 
 def _missing(model: PreTrainedModel, names: Names) -> list[str]:
     """The parameters and stored buffers of a model for which a checkpoint has no tensor, not even a tied one."""
-    stored, ignored = set(names.parameter.values()), list(model._keys_to_ignore_on_load_missing or ())
-    tied: dict[str, set[str]] = defaultdict(set)
-    for target, source in model.all_tied_weights_keys.items():
-        tied[source] |= {source, target}
-    for group in tied.values():
-        stored |= group if group & stored else set()
-    return [n for n in model.state_dict() if n not in stored and not any(re.search(pattern, n) for pattern in ignored)]
+    # One tensor of those that are tied is enough.
+    source, ignored = model.all_tied_weights_keys, list(model._keys_to_ignore_on_load_missing or ())
+    stored = {source.get(name, name) for name in names.parameter.values()}
+    wanted = (name for name in model.state_dict() if source.get(name, name) not in stored)
+    return [name for name in wanted if not any(re.search(pattern, name) for pattern in ignored)]
 
 
 def tie_weights(model: PreTrainedModel, names: Names) -> None:
     """Tie what a config says is tied, once loaded, unless the checkpoint has another tensor for either, as transformers
     does."""
     stored = set(names.parameter.values())
-    model.tie_weights(missing_keys={name for name in model.state_dict() if name not in stored}, recompute_mapping=False)
+    # It resizes biases, which inference mode forbids.
+    with torch.inference_mode(False), torch.no_grad():
+        model.tie_weights(missing_keys=model.state_dict().keys() - stored, recompute_mapping=False)
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

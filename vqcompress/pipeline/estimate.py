@@ -43,7 +43,7 @@ def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, sta
         choice = {"target_bits": budget, "candidates": {n: b / weights for n, b in zip(names, bits, strict=True)}}
     outside, blocks = _parameters(stream)
     parameters = outside + sum(blocks)
-    source = stream.source.bytes or parameters * itemsize
+    dense = sum(info.bytes for info in stream.source.tensors.values()) or parameters * itemsize
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
     # Rotated, a head that was tied to the embeddings is stored by itself.
     untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
@@ -56,8 +56,9 @@ def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, sta
         "bits_per_weight": spent / weights if weights else None,
         "weights_quantized": weights,
         "parameters": parameters,
-        "source_bytes": source,
-        "artifact_bytes": source + (untied - weights) * itemsize + int(spent) // 8 + codebooks,
+        # A compressed checkpoint is smaller than what is decoded of it.
+        "source_bytes": stream.source.bytes or dense,
+        "artifact_bytes": dense + (untied - weights) * itemsize + int(spent) // 8 + codebooks,
         **_memory(plan, stream, rows, seqlen, states),
         "calibration_tokens": rows * seqlen,
         "targets": [

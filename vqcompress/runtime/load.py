@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
 from vqcompress.model.device import choose_device, model_dtype
-from vqcompress.model.weights import auto_class, load_config, skeleton
+from vqcompress.model.weights import Names, auto_class, check_headers, load_config, skeleton
 from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, open_dense, tensors_of
 from vqcompress.storage.checkpoint import STORED, Checkpoint, resolve
 from vqcompress.storage.published import PublishedCheckpoint
@@ -63,6 +63,8 @@ def load(
         except Exception as error:  # loaders of models raise every type of error
             raise VQCompressError(f"transformers cannot load {folder}: {reason(error)}") from error
     model, report = loaded
+    if not isinstance(source, Artifact):
+        check_headers(model, Names(model, source.tensors), source.tensors)
     for problem in ("missing", "mismatched"):
         if found := sorted(report[f"{problem}_keys"], key=str):
             raise VQCompressError(f"{folder} does not fit its config.json: {problem} tensor {found[0]}")

@@ -251,14 +251,20 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def open_dense(path: Path) -> Checkpoint:
-    """The checkpoint of a directory, decoded if another tool has compressed it; VQCompressError if that is not read."""
+def open_dense(path: Path, weights: bool = True) -> Checkpoint:
+    """The checkpoint of a directory, decoded if another tool has compressed it; VQCompressError if that is not read.
+
+    weights: whether they will be read.
+    """
     source = Checkpoint(path)
     settings = quantization_settings(source.config, str(path))
-    if settings is not None:
-        return PublishedCheckpoint(source, settings)
-    source.config = without_settings(source.config)
-    return source
+    if settings is None:
+        source.config = without_settings(source.config)
+        return source
+    published = PublishedCheckpoint(source, settings)
+    if weights:
+        published.check_decoder()
+    return published
 
 
 def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
@@ -266,9 +272,7 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
     path = resolve(model, weights)
     if Artifact.is_one(path):
         raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
-    source = open_dense(path)
+    source = open_dense(path, weights)
     if weights and not source.tensors:
         raise VQCompressError(f"{path} has no weights{instead(path)}; `vqcompress plan` works from the config alone")
-    if weights and isinstance(source, PublishedCheckpoint):
-        source.check_decoder()
     return source

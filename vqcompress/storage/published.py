@@ -17,7 +17,7 @@ from vqcompress.storage.checkpoint import Checkpoint, TensorInfo, stored_dtype
 from vqcompress.storage.decoders import FORMATS
 
 # Scales of activations, keys and values: they round what flows through a layer, and are no part of its weight.
-RUN_TIME = re.compile(r"[._](input|output|activation|[qkv])_(global_)?(scale|zero_point)$")
+RUN_TIME = re.compile(r"[._](input|output|activation|[qkv]|kv)_(global_)?(scale(_inv)?|zero_point)$")
 
 
 def quantization_settings(config: dict[str, Any], where: str) -> dict[str, Any] | None:
