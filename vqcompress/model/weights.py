@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
@@ -117,6 +118,8 @@ class Names:
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         known = model.state_dict()
+        # A prefix is there or not, which `stored_prefix` sees.
+        self._back = [m.reverse_transform() for m in reversed(renamings) if type(m) is WeightRenaming]
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
         for name in checkpoint_names:
@@ -138,6 +141,12 @@ class Names:
         if shared := re.fullmatch(r"(.+)(\.shared_parts\..+)", name):
             return self.stored_prefix(shared[1]) + shared[2]
         return self.tensor[name]
+
+    def original(self, parameter: str) -> str:
+        """The name by which checkpoints store a parameter that transformers renames, whether this one does or not."""
+        path, _, name = parameter.rpartition(".")
+        renamed = apply_renamings(parameter, self._back)
+        return self.tensor.get(parameter) or (renamed if renamed != parameter else f"{self.stored_prefix(path)}.{name}")
 
     def stored_prefix(self, prefix: str) -> str:
         """A module's path as the checkpoint spells it, which may lack the model's prefix."""
