@@ -52,7 +52,8 @@ def check_readers(stream: BlockStream, settings: dict[str, Any] | None, tensors:
     # The class of AutoModel, and the one that config.json names, if transformers has it.
     known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     for reader in dict.fromkeys((type(stream.model), named if known else type(stream.model))):
-        config: Any = copy.deepcopy(stream.config)
+        # That of the text part alone where that is what AutoModelForCausalLM gives.
+        config: Any = copy.deepcopy(stream.model.config if reader is type(stream.model) else stream.config)
         if settings is not None:
             # Memory is no question here, so no warning about it either.
             config.quantization_config = {**settings, "cpu_weights": "packed"}
