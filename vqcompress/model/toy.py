@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoModelForImageTextToText
 
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.model.weights import auto_class
@@ -34,7 +35,12 @@ def toy_model(config: transformers.PretrainedConfig, narrow_only: bool = False) 
         torch.manual_seed(0)
         try:
             _shrink(small.get_text_config(), depth, widths)
+            # What transformers would refuse to read again.
+            small = type(small).from_dict(small.to_dict())
             toy = auto_class(small).from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
+            if auto_class(toy.config) is None:
+                # A text part that is no model by itself.
+                toy = AutoModelForImageTextToText.from_config(small, dtype=torch.float32).eval()
         except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
             reason = one_line(error)
             continue
@@ -56,6 +62,7 @@ def _shrink(config: Any, depth: bool, widths: bool) -> None:
             setattr(config, name, kinds[:layers])
     sizes = dict.fromkeys(LAYERS if depth else (), layers) | SIZES
     heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    sizes |= {name: SIZES["vocab_size"] for name in config.to_dict() if "vocab_size" in name}
     if widths:
         sizes |= WIDTHS
         # In latent attention head_dim is the width of the rotary part, which keeps its size.
@@ -64,6 +71,10 @@ def _shrink(config: Any, depth: bool, widths: bool) -> None:
             sizes["num_attention_heads"] = HEADS
             sizes["num_key_value_heads"] = max(1, HEADS * (kv_heads or heads) // max(heads, HEADS))
     for name, most in sizes.items():
-        value = getattr(config, name, None)
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:
+            # It differs from layer to layer.
+            continue
         if isinstance(value, int) and value > most:
             setattr(config, name, most)
