@@ -66,12 +66,13 @@ class RotatedCheckpoint(Checkpoint):
         self._source, self._draw = stream.source, draw
         embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
         paths = {module: f"{path}.weight" for path, module in stream.model.named_modules()}
-        names = stream.names.tensor
-        self._embedding, self._head = names[paths[embedding]], names.get(paths[head], paths[head])
+        ends = [paths[embedding], paths[head]]
+        self._embedding, self._head = (stream.names.tensor.get(name, name) for name in ends)
         # The final norm, and the number that it adds to its weight.
         self._norm, self._offset = "", 0.0
         # Rotated, tied embeddings and head differ by the final norm's weight.
-        self._original = {self._head: self._embedding} if embedding.weight is head.weight else {}
+        self._original = {self._head: self._embedding} if self._head not in self._source.tensors else {}
+        self._original |= {self._embedding: self._head} if self._embedding not in self._source.tensors else {}
         self.path, self.format, self.tensors = self._source.path, self._source.format, dict(self._source.tensors)
         self.config = {**self._source.config, "tie_word_embeddings": False}
         self.tensors |= {name: self.tensors[original] for name, original in self._original.items()}
@@ -84,6 +85,10 @@ class RotatedCheckpoint(Checkpoint):
             self._block(i)
         for layer in draft_layers(stream):
             _refuse(f"{layer}, a draft layer that the model does not run,")
+        # A tower's projector adds to the hidden states, which no text shows.
+        for name in stream.non_block_weights:
+            if name not in (self._embedding, self._head) and len(self.tensors[name].shape) > 1:
+                _refuse(name)
 
     @property
     def bytes(self) -> int:

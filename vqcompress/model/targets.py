@@ -24,8 +24,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     # Of a few models `get_decoder` returns a projection in front of the head.
     lists = _outer_lists(decoder) or _outer_lists(model)
     if len(lists) > 1 and isinstance(model, PreTrainedModel):
-        depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-        lists = [layers for layers in lists if len(layers) == depth] or lists
+        text = model.config.get_text_config(decoder=True)
+        lists = _outer_lists(decoder, type(text)) or lists
+        lists = [layers for layers in lists if len(layers) == getattr(text, "num_hidden_layers", None)] or lists
     paths = {module: path for path, module in model.named_modules()}
     if len(lists) != 1:
         found = ", ".join(f"{paths[layers]} of {len(layers)}" for layers in lists) or "none"
@@ -36,14 +37,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return paths[lists[0]], lists[0]
 
 
-def _outer_lists(root: nn.Module) -> list[nn.ModuleList]:
-    """The lists of modules below a module, without those inside of a list, and without lists of plain layers."""
+def _outer_lists(root: nn.Module, config: type | None = None) -> list[nn.ModuleList]:
+    """The lists of modules below a module, without those inside of a list, and without lists of plain layers.
+
+    config: leaves out models inside whose configs are of another class, such as towers.
+    """
     found = []
     for module in root.children():
-        if not isinstance(module, nn.ModuleList):
-            found += _outer_lists(module)
-        elif any(next(member.children(), None) is not None for member in module):
-            found.append(module)
+        if isinstance(module, nn.ModuleList):
+            found += [module] if any(next(member.children(), None) is not None for member in module) else []
+        elif config is None or not isinstance(module, PreTrainedModel) or isinstance(module.config, config):
+            found += _outer_lists(module, config)
     return found
 
 

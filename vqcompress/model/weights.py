@@ -7,7 +7,6 @@ transformers' own, so what loads there loads here.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,14 @@ from vqcompress.storage.trust import reason, trusted
 def load_config(path: Path) -> transformers.PretrainedConfig:
     """The transformers config of a directory; VQCompressError unless it belongs to a causal language model.
 
-    Without its `quantization_config`, which would make transformers look for a quantizer.
+    Without its `quantization_config`, which would make transformers look for a quantizer, and without a wish for tuples
+    in place of named outputs.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
         for part in (config, config.get_text_config()):
             vars(part).pop("quantization_config", None)
+            part.return_dict = True
         known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
@@ -209,20 +210,20 @@ def _deepest(module: nn.Module, path: str) -> nn.Module:
 
 def _missing(model: PreTrainedModel, names: Names) -> list[str]:
     """The parameters and stored buffers of a model for which a checkpoint has no tensor, not even a tied one."""
-    stored, ignored = set(names.parameter.values()), list(model._keys_to_ignore_on_load_missing or ())
-    tied: dict[str, set[str]] = defaultdict(set)
-    for target, source in model.all_tied_weights_keys.items():
-        tied[source] |= {source, target}
-    for group in tied.values():
-        stored |= group if group & stored else set()
-    return [n for n in model.state_dict() if n not in stored and not any(re.search(pattern, n) for pattern in ignored)]
+    # One tensor of those that are tied is enough.
+    source, ignored = model.all_tied_weights_keys, list(model._keys_to_ignore_on_load_missing or ())
+    stored = {source.get(name, name) for name in names.parameter.values()}
+    wanted = (name for name in model.state_dict() if source.get(name, name) not in stored)
+    return [name for name in wanted if not any(re.search(pattern, name) for pattern in ignored)]
 
 
 def tie_weights(model: PreTrainedModel, names: Names) -> None:
     """Tie what a config says is tied, once loaded, unless the checkpoint has another tensor for either, as transformers
     does."""
     stored = set(names.parameter.values())
-    model.tie_weights(missing_keys={name for name in model.state_dict() if name not in stored}, recompute_mapping=False)
+    # It resizes biases, which inference mode forbids.
+    with torch.inference_mode(False), torch.no_grad():
+        model.tie_weights(missing_keys=model.state_dict().keys() - stored, recompute_mapping=False)
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 class VQCompressConfig(QuantizationConfigMixin):
     """The `quantization_config` of an artifact, unchanged. cpu_weights, check: see `load`; they are not stored."""
 
-    def __init__(
-        self, quant_method: str = QUANT_METHOD, cpu_weights: str = "auto", check: bool = True, **settings: Any
-    ):
+    def __init__(self, quant_method: str = QUANT_METHOD, **settings: Any):
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.cpu_weights, self.check = cpu_weights, check
+        self.cpu_weights, self.check = settings.pop("cpu_weights", "auto"), settings.pop("check", True)
         self.settings = settings
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,12 +48,12 @@ def _for_class(model: PreTrainedModel, entries: list[Entry]) -> list[Entry]:
     here, _ = find_blocks(model)
     # The first number in a target's name is that of its block.
     there = re.split(r"\.\d+\.", entries[0].target.name)[0]
-    renamed = []
-    for entry in entries:
-        name = here + entry.target.name.removeprefix(there)
-        shared = entry.shared and here + entry.shared.removeprefix(there)
-        renamed.append(replace(entry, target=replace(entry.target, name=name), shared=shared))
-    return renamed
+
+    def renamed(name: str) -> str:
+        return here + name.removeprefix(there)
+
+    targets = [replace(entry.target, name=renamed(entry.target.name)) for entry in entries]
+    return [replace(e, target=t, shared=e.shared and renamed(e.shared)) for e, t in zip(entries, targets, strict=True)]
 
 
 class VQCompressQuantizer(HfQuantizer):

@@ -59,18 +59,6 @@ def _numbers(codes: Tensor) -> Tensor:
     return torch.stack((E2M1[(codes & 15).int()], E2M1[(codes >> 4).int()]), -1).flatten(-2)
 
 
-def _steps(grid: tuple[int, ...], shape: tuple[int, ...], block: list[int] | None) -> tuple[int, int] | None:
-    """Rows and columns of the block that each scale of a grid belongs to; None if the grid does not fit the shape."""
-    steps = []
-    for axis in (-2, -1):
-        size, count = shape[axis], grid[axis]
-        if block and -(-size // block[axis]) == count:
-            steps.append(block[axis])
-        elif size % count == 0:
-            steps.append(size // count)
-    return (steps[0], steps[1]) if len(steps) == 2 else None
-
-
 def fp8(source: Checkpoint, settings: dict[str, Any]) -> dict[str, Stored]:
     """E4M3 or E2M1 codes with a multiplier for each block, row or tensor: `X.weight_scale_inv` and its other names."""
     block, found = settings.get("weight_block_size"), {}
@@ -79,23 +67,30 @@ def fp8(source: Checkpoint, settings: dict[str, Any]) -> dict[str, Stored]:
         if name.endswith(".weight"):
             names += [f"{name.removesuffix('weight')}{last}" for last in ("scale", "qscale_weight")]
         scale = next((other for other in names if other in source.tensors), None)
-        if scale is None or info.dtype.itemsize > 1:
+        if scale is None or info.dtype.itemsize > 1 or len(info.shape) < 2:
             continue
         two = info.dtype in TWO_E2M1
         shape = (*info.shape[:-1], info.shape[-1] * 2) if two else info.shape
-        grid = source.tensors[scale].shape
         # One for all, one for each row, or one for each expert.
-        grid = grid + (1,) * (len(shape) - len(grid))
-        steps = _steps(grid, shape, None if two else block) if len(shape) > 1 and len(grid) == len(shape) else None
-        if steps is None or any(count not in (1, size) for count, size in zip(grid[:-2], shape[:-2], strict=True)):
+        grid = source.tensors[scale].shape
+        grid += (1,) * (len(shape) - len(grid))
+        # Rows and columns of a block: as the config says, unless the scales do not fit that.
+        sides = zip(shape[-2:], grid[-2:], (0, 0) if two or not block else block, strict=True)
+        steps = [side if side and -(-n // side) == count else max(1, n // count) for n, count, side in sides]
+        fits = [-(-n // side) == count for n, count, side in zip(shape[-2:], grid[-2:], steps, strict=True)]
+        if (
+            len(grid) != len(shape)
+            or not all(fits)
+            or any(c not in (1, n) for n, c in zip(shape[:-2], grid, strict=False))
+        ):
             raise VQCompressError(f"{scale} of shape {source.tensors[scale].shape} has no scales for {name}, {shape}")
 
-        def decode(parts: Parts, grid: tuple[int, ...] = grid, steps: tuple[int, int] = steps) -> Tensor:
+        def decode(parts: Parts, grid: tuple[int, ...] = grid, steps: list[int] = steps) -> Tensor:
             weight, scale = _numbers(parts["codes"]), _powers(parts["scale"]).reshape(grid)
             rows = scale.repeat_interleave(steps[0], -2)[..., : weight.shape[-2], :]
             return weight.mul_(rows.repeat_interleave(steps[1], -1)[..., : weight.shape[-1]])
 
-        tiles = steps == (TILE, TILE) and len(shape) == 2 and info.dtype == torch.float8_e4m3fn
+        tiles = steps == [TILE, TILE] and len(shape) == 2 and info.dtype == torch.float8_e4m3fn
         found[name] = Stored({"codes": name, "scale": scale}, shape, decode, tiles)
     return found
 
@@ -123,21 +118,18 @@ def compressed_tensors(source: Checkpoint, settings: dict[str, Any]) -> dict[str
     """`X.weight` or `X.weight_packed` with `X.weight_scale`; VQCompressError for models that more than weights make."""
     # Both change what a layer computes beyond its weight.
     for key in ("sparsity_config", "transform_config"):
-        if (settings.get(key) or {}).get("format", "dense") != "dense" or (settings.get(key) or {}).get(
-            "config_groups"
-        ):
-            raise VQCompressError(
-                f"{source.path} is compressed with a {key}, which is not read; take the dense weights"
-            )
+        extra = settings.get(key) or {}
+        if extra.get("config_groups") or extra.get("format", "dense") != "dense":
+            raise VQCompressError(f"{source.path} has a {key}, which is not read; start from its dense weights")
     modules = [n.removesuffix(".weight_scale") for n in source.tensors if n.endswith(".weight_scale")]
     known = {m: {part: f"{m}.{part}" for part in PARTS if f"{m}.{part}" in source.tensors} for m in modules}
     shapes = source.read(parts["weight_shape"] for parts in known.values() if "weight_shape" in parts)
     found = {}
     for module, parts in known.items():
-        first = next(iter(parts.values()))
-        if source.tensors[first].dtype.itemsize > 1 and "weight_packed" not in parts:
-            raise VQCompressError(f"{first} is stored as {source.tensors[first].dtype} and has a scale beside it")
-        shape = source.tensors[first].shape
+        codes = source.tensors[next(iter(parts.values()))]
+        if codes.dtype.itemsize > 1 and "weight_packed" not in parts:
+            raise VQCompressError(f"{module}.weight is stored as {codes.dtype}, and a scale lies beside it")
+        shape = codes.shape
         if "weight_shape" in parts:
             shape = tuple(shapes[parts["weight_shape"]].tolist())
         elif "weight_packed" in parts:
@@ -151,7 +143,7 @@ def compressed_tensors(source: Checkpoint, settings: dict[str, Any]) -> dict[str
                 raise VQCompressError(f"compressed-tensors cannot decode {module}: {error}") from error
 
         weights = scheme["weights"]
-        tiles = weights.get("block_structure") == [TILE, TILE] and source.tensors[first].dtype == torch.float8_e4m3fn
+        tiles = weights.get("block_structure") == [TILE, TILE] and codes.dtype == torch.float8_e4m3fn
         found[f"{module}.weight"] = Stored(parts, shape, decode, tiles)
     return found
 
@@ -187,10 +179,10 @@ def _decompress(tensors: Parts, scheme: dict[str, Any]) -> Tensor:
         return weight
     # Columns in the order of activations: each has the number of its group.
     bits, scale, shape = read.weights.num_bits, tensors["weight_scale"], torch.Size(tensors["weight_shape"].tolist())
-    codes, zero = unpack_from_int32(tensors["weight_packed"], bits, shape), tensors.get("weight_zero_point")
-    if zero is None:
-        return codes * scale[:, order]
-    return (codes.int() - unpack_from_int32(zero, bits, scale.shape, packed_dim=0)[:, order]) * scale[:, order]
+    codes, zero = unpack_from_int32(tensors["weight_packed"], bits, shape).int(), tensors.get("weight_zero_point")
+    if zero is not None:
+        codes -= unpack_from_int32(zero, bits, scale.shape, packed_dim=0)[:, order]
+    return codes * scale[:, order]
 
 
 # quant_method → the dense tensors of a checkpoint, by name.
