@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText
 
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.model.weights import auto_class
@@ -40,7 +39,7 @@ def toy_model(config: transformers.PretrainedConfig, narrow_only: bool = False) 
             toy = auto_class(small).from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
             if auto_class(toy.config) is None:
                 # A text part that is no model by itself.
-                toy = AutoModelForImageTextToText.from_config(small, dtype=torch.float32).eval()
+                toy = transformers.AutoModelForImageTextToText.from_config(small, dtype=torch.float32).eval()
         except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
             reason = one_line(error)
             continue
@@ -71,10 +70,7 @@ def _shrink(config: Any, depth: bool, widths: bool) -> None:
             sizes["num_attention_heads"] = HEADS
             sizes["num_key_value_heads"] = max(1, HEADS * (kv_heads or heads) // max(heads, HEADS))
     for name, most in sizes.items():
-        try:
-            value = getattr(config, name, None)
-        except RuntimeError:
-            # It differs from layer to layer.
-            continue
-        if isinstance(value, int) and value > most:
-            setattr(config, name, most)
+        # A field that differs from layer to layer cannot be read.
+        with contextlib.suppress(RuntimeError):
+            if isinstance(value := getattr(config, name, None), int) and value > most:
+                setattr(config, name, most)
