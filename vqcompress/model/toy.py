@@ -26,8 +26,8 @@ HEADS, HEAD_DIM = 4, 32
 def toy_model(config: transformers.PretrainedConfig, narrow_only: bool = False) -> transformers.PreTrainedModel:
     """A small model of an architecture with random weights.
 
-    It has two layers, or as many as show every type of layer once. If no such model can be built, it keeps its depth,
-    or its widths unless narrow_only.
+    It has two layers, or as many as show every type of layer once. If no such model can be built, it keeps its depth
+    and vocabulary, or its widths unless narrow_only.
     """
     for depth, widths in [(True, True), (False, True)] + [(True, False)] * (not narrow_only):
         small = copy.deepcopy(config)
@@ -52,16 +52,16 @@ def toy_model(config: transformers.PretrainedConfig, narrow_only: bool = False) 
 
 
 def _shrink(config: Any, depth: bool, widths: bool) -> None:
-    """Edit a config: vocabulary, and depth and widths if asked for. The ratio of query heads to key heads is kept."""
+    """Edit a config: depth with vocabulary, and widths, if asked for. The ratio of query heads to key heads is kept."""
     types = {name: kinds for name in ("layer_types", "mlp_layer_types") if (kinds := getattr(config, name, None))}
     layers = max([2, *(1 + kinds.index(kind) for kinds in types.values() for kind in set(kinds))])
     for name, kinds in types.items() if depth else ():
         # Some configs compute the types from the number of layers and refuse to be set.
         with contextlib.suppress(AttributeError):
             setattr(config, name, kinds[:layers])
-    sizes = dict.fromkeys(LAYERS if depth else (), layers) | SIZES
+    sizes = dict.fromkeys(LAYERS, layers) | SIZES if depth else {}
     heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    sizes |= {name: SIZES["vocab_size"] for name in config.to_dict() if "vocab_size" in name}
+    sizes |= {name: SIZES["vocab_size"] for name in config.to_dict() if depth and "vocab_size" in name}
     if widths:
         sizes |= WIDTHS
         # In latent attention head_dim is the width of the rotary part, which keeps its size.
