@@ -28,9 +28,9 @@ from vqcompress.cli.progress import StepBar
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 COMMON = {"--trust-remote-code", "--json", "--debug"}
 RUN = {"--recipe", "--target-bits", "--calibration", "--samples", "--seqlen", "--seed", "--device", "--states"}
-RUN |= COMMON | {"--kv-cache", "--revision"}
+RUN |= COMMON | {"--kv-cache", "--revision", "--bos"}
 UPLOAD = {"--push-to-hub", "--private", "--output", "-o", "--overwrite"}
-WINDOWS = COMMON | {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--device"}
+WINDOWS = COMMON | {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--device", "--bos"}
 # Scripts of users rely on every one of these; one that goes away, or a new one, is a decision.
 OPTIONS = {
     "": {"--version", "--install-completion", "--show-completion"},
@@ -185,8 +185,29 @@ def test_failures_exit_1_with_one_line(small: Path, artifact: Path, tmp_path: Pa
     for words in (["inspect", small], ["quantize", small, "-o", artifact, "--recipe", "fp8-tile"]):
         result = call(*words)
         assert (result.exit_code, str(words[2 if len(words) > 2 else 1]) in line(result)) == (1, True)
-    missing = call("eval", "perplexity", small, "--text", tmp_path / "no.txt")
-    assert (missing.exit_code, str(tmp_path / "no.txt") in line(missing)) == (1, True)
+    for words in (["eval", "perplexity", small, "--text"], ["quantize", small, "-o", tmp_path / "out", "--recipe"]):
+        missing = call(*words, tmp_path / "no.txt")
+        assert (missing.exit_code, str(tmp_path / "no.txt") in line(missing)) == (1, True)
+
+
+def test_an_occupied_directory_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    names = {"mine": "notes.txt", "done": "SHA256SUMS", "exported": "config.json"}
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("x")
+    jobs = [["quantize", "demo", "--recipe", "vq-2bit"], ["export", "demo", "--format", "dense"]]
+    words = [
+        [*job, "-o", str(tmp_path / name)]
+        for job, names in zip(jobs, ("mine done", "mine exported"), strict=True)
+        for name in names.split()
+    ]
+    code = (
+        "import sys\nfrom vqcompress.cli.main import app\nfrom typer.testing import CliRunner\n"
+        f"for words in {words!r}:\n    result = CliRunner().invoke(app, words)\n"
+        "    assert result.exit_code == 1 and words[-1] in result.stderr\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("error", [errors.VQCompressError("it broke"), ZeroDivisionError("it broke")])

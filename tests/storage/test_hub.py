@@ -14,6 +14,7 @@ import transformers
 from commands import call, line
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 from toys import toy_checkpoint
 
 import vqcompress
@@ -98,11 +99,22 @@ def test_every_command_that_takes_a_model_takes_a_revision(monkeypatch: pytest.M
 def test_only_the_weights_that_are_read_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = failing(monkeypatch, OSError("no"))
     read = ["config.json", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja", "SHA256SUMS"]
+    read += ["tekken.json", "qwen.tiktoken", "images/picture.png", "1_Pooling/config.json"]
     others = ["consolidated.safetensors", "original/a.safetensors", "consolidated-00001-of-00002.safetensors", "a.bin"]
+    others += ["model.gguf", "onnx/model.onnx", "flax_model.msgpack"]
     with pytest.raises(VQCompressError):
         hub.fetch("org/toy")
-    patterns = {key: calls[0][key] for key in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects(read + others, **patterns)) == read
+    assert list(filter_repo_objects(read + others, ignore_patterns=calls[0]["ignore_patterns"])) == read
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(cached: Path) -> None:
+    folder = resolve("org/toy")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert Checkpoint(resolve("org/toy")).tensors
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(VQCompressError, match="org/toy"):
+        resolve("org/toy")
 
 
 @pytest.mark.parametrize(

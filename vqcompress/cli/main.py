@@ -65,9 +65,10 @@ def quantize(
             raise UsageError("--dry-run writes nothing to upload: leave out --push-to-hub")
         _plan(run, common)
         return
-    if output in (None, Path("demo")):
+    if output is None or output == Path("demo"):
         raise UsageError("-o OUT: give a directory to write to (not demo, the packaged model), or --dry-run")
     check_choice(run.recipe, run.target_bits, run.kv_cache)
+    options.check_output(output, overwrite, "journal.json", "SHA256SUMS")
     upload.check()
     with session(common.json) as show:
         from vqcompress.cli.progress import QuantizeProgress
@@ -119,6 +120,7 @@ def export(
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
+    options.check_output(output, overwrite, "model.safetensors.index.json", "config.json")
     upload.check()
     with session(common.json) as show:
         from vqcompress.export import export

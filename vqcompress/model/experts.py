@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.initialization import no_init_weights
 
 from vqcompress.model.expert_layout import Layout, candidates
@@ -165,7 +165,9 @@ def unfuse(model: PreTrainedModel, sources: Mapping[str, int] | None = None) -> 
     change or none: a merge of transformers' mapping holds for the whole model.
     """
     merges: dict[str, tuple[str, ...]] = {}
-    for conversion in get_model_conversion_mapping(model):
+    # A parameter with another name on disk is still one tensor.
+    made = (c for c in get_model_conversion_mapping(model) if not isinstance(c, WeightRenaming))
+    for conversion in made:
         for target in conversion.target_patterns:
             end = target.replace("\\", "").rstrip("$")
             merges[end] = merges.get(end) or _merged(conversion)

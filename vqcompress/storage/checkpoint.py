@@ -25,6 +25,10 @@ from vqcompress.storage.damage import damage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What configs call the tokens of the longest row, and the config of their text.
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+CONTEXTS += ("max_seq_length", "context_length", "max_context_length")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "generator")
 # Bytes that are hashed at once.
 PIECE = 2**22
 # In the order in which transformers looks for them: weights in one file, and an index of shards.
@@ -96,10 +100,8 @@ def pickled(file: Path) -> dict[str, Tensor]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever unpickling and reading of archives raise
         raise VQCompressError(f"{file} is cut short, damaged or no file of tensors: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise VQCompressError(f"{file} holds a {type(found).__name__} and no tensors by name")
-    if others := [key for key, value in found.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
-        raise VQCompressError(f"{file}: {others[0]!r} is no tensor; save the model's state_dict alone")
+    if not isinstance(found, dict) or not all(isinstance(found[key], Tensor) and isinstance(key, str) for key in found):
+        raise VQCompressError(f"{file} holds more than tensors by name; save the model's state_dict alone")
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
@@ -246,7 +248,10 @@ class Checkpoint:
 
         UsageError for rows longer than the context: what a model computes there says nothing about it.
         """
-        context = self.config.get("max_position_embeddings") or self.config.get("n_positions") or tokens or 2048
+        # Of a model with towers, that of its text.
+        parts = [*(self.config.get(name) for name in TEXT_CONFIGS), self.config]
+        named = (part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXTS)
+        context = next((n for n in named if isinstance(n, int) and n > 0), tokens or 2048)
         if tokens and tokens > context:
             raise UsageError(f"--seqlen {tokens} is more than the model's context of {context} tokens")
         return min(2048, context) if tokens is None else tokens
@@ -268,16 +273,14 @@ class Checkpoint:
         """An XXH3-128 over tensors as they are stored. Ten times as fast as SHA-256, and nobody gains by forging."""
         digest, (source, names) = xxhash.xxh3_128(), self.holders(names)
         for file, wanted in sorted(source._by_file(names).items()):
-            if file.endswith(".bin"):
-                mapped = pickled(source.path / file)
-                for name in sorted(wanted):
-                    digest.update(f"{name} {source.tensors[name].bytes} ".encode())
-                    digest.update(mapped[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-                continue
+            mapped = pickled(source.path / file) if file.endswith(".bin") else {}
             with (self.path / file).open("rb") as stream:
                 for name in sorted(wanted):
                     info = source.tensors[name]
                     digest.update(f"{name} {info.bytes} ".encode())
+                    if mapped:
+                        digest.update(mapped[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+                        continue
                     stream.seek(info.start)
                     for start in range(0, info.bytes, PIECE):
                         digest.update(stream.read(min(PIECE, info.bytes - start)))

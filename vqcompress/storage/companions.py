@@ -10,11 +10,9 @@ from vqcompress.errors import VQCompressError
 from vqcompress.storage.damage import damage
 
 # Ends of the names of weights, of whatever program, and of archives.
-WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".hdf5", ".keras", ".msgpack", ".gguf", ".ggml", ".onnx"),
-    *(".onnx_data", ".onnx.data", ".tflite", ".litertlm", ".task", ".npz", ".npy", ".pkl", ".pickle", ".ot", ".nemo"),
-    *(".mlmodel", ".mlpackage", ".engine", ".plan", ".pb", ".pdparams", ".distcp", ".llamafile", ".tar", ".gz", ".zip"),
-)
+ENDS = "safetensors bin pt pth ckpt h5 hdf5 keras msgpack gguf ggml onnx onnx_data data tflite litertlm npz npy pkl"
+ENDS += " pickle ot nemo mlmodel mlpackage engine plan pb pdparams distcp llamafile task tar gz zip"
+WEIGHTS = tuple(f".{end}" for end in ENDS.split())
 # What an artifact has of its own, and what describes weights that are not taken along.
 REPLACED = re.compile(
     r"config\.json|README\.md|SHA256SUMS|report\.(json|html)|recipe\.yaml|journal\.json"
@@ -48,17 +46,16 @@ def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
     taken: dict[str, Path] = {}
     left: list[str] = []
     for name, path in _files(folder):
-        if name.lower().endswith(WEIGHTS) or REPLACED.fullmatch(name) or not is_safe(name):
-            left += [name] if name != "config.json" else []
-        # Another model, a link to a directory, a socket.
-        elif path.exists() and not path.is_file():
+        known = name.lower().endswith(WEIGHTS) or REPLACED.fullmatch(name)
+        # Another model, a link to a directory, a socket; or a large file.
+        other = path.exists() and (not path.is_file() or path.stat().st_size > LARGEST)
+        if known or other or not is_safe(name):
             left.append(name)
         elif problem := damage(path):
             raise VQCompressError(f"{path} {problem}")
-        elif path.stat().st_size > LARGEST:
-            left.append(name)
         else:
             taken[name] = path
+    left.remove("config.json")
     return taken, left
 
 

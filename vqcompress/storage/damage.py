@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 
@@ -13,18 +12,13 @@ READ = (".json", ".safetensors", ".bin", ".model", ".tiktoken")
 def damage(file: Path) -> str:
     """What is wrong with a file, and what to do, as the rest of a sentence; "" if nothing shows from outside."""
     fetch = f"fetch it (`hf download REPO --local-dir {shlex.quote(str(file.parent))}`)"
-    if not os.path.lexists(file):
-        return f"is missing: {fetch}"
     if not file.exists():
-        return f"is a link to nothing: {fetch}"
+        return f"is {'a link to nothing' if file.is_symlink() else 'missing'}: {fetch}"
     if not file.is_file():
         return "is no plain file"
     with file.open("rb") as stream:
         start = stream.read(64)
     if start.startswith(b"version https://git-lfs.github.com/spec"):
         return f"is a git-lfs pointer, not the file itself: run `git lfs pull` in {file.parent}"
-    if file.suffix in READ and not start:
-        return f"is empty: {fetch}"
-    if file.suffix in READ and start.lstrip()[:1] == b"<":
-        return f"is a web page and not the file itself: {fetch}"
-    return ""
+    broken = file.suffix in READ and start.lstrip()[:1] in (b"", b"<")
+    return f"is {'a web page, not the file itself' if start else 'empty'}: {fetch}" if broken else ""

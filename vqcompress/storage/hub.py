@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vqcompress.errors import VQCompressError, one_line
+from vqcompress.storage.companions import WEIGHTS
 
 # ID or OWNER/ID, then perhaps @ and a branch, a tag or a commit.
 ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?")
-# Everything but the weights: the config, the tokenizer, code, and all that SHA256SUMS of an artifact lists.
-LIGHT = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.md", "*.html", "*.yaml", "tokenizer*"]
-LIGHT += ["SHA256SUMS", "LICENSE*", "NOTICE*"]
 # The same weights once more, for other programs.
 COPIES = ["*/*.safetensors", "consolidated*.safetensors"]
+# What is read where there are no safetensors.
+PICKLED = "pytorch_model*.bin"
 
 
 def find(model: str) -> Path | tuple[str, str | None]:
@@ -40,22 +40,19 @@ def fetch(repo: str, revision: str | None = None, weights: bool = True, download
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [*LIGHT, "*.safetensors"] if weights else LIGHT
-    wanted: Any = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": COPIES}
+    # Everything but weights that are not read, so that an artifact comes with all that its SHA256SUMS lists.
+    unread = [f"*{end}" for end in WEIGHTS if not (weights and end == ".safetensors")] + COPIES
+    wanted: Any = {"revision": revision, "local_files_only": not download}
     try:
-        path = Path(snapshot_download(repo, local_files_only=not download, **wanted))
+        path = Path(snapshot_download(repo, ignore_patterns=unread, **wanted))
+        if weights and not any(path.glob("*.safetensors")):
+            snapshot_download(repo, allow_patterns=PICKLED, **wanted)
     except Exception as error:  # the hub's client has a dozen error types, and what it runs on has more
         at = f"@{revision}" if revision else ""
         raise VQCompressError(f"no directory {repo}{at}, and the hub's client says: {one_line(error)}") from error
-    if weights and not list(path.glob("*.safetensors")):
-        raise VQCompressError(f"{repo} has no safetensors weights on the hub; save it with transformers first")
+    if weights and not [*path.glob("*.safetensors"), *path.glob(PICKLED)]:
+        raise VQCompressError(f"{repo} has no weights for transformers on the hub; save it with transformers first")
     return path
-
-
-def check_text(source: str) -> None:
-    """VQCompressError unless a text is there, or may be the id of a dataset."""
-    if not Path(source).exists() and ("/" not in source or source.startswith(("/", ".")) or Path(source).suffix):
-        raise VQCompressError(f"no such text file: {source}")
 
 
 def check_upload(repo: str) -> None:

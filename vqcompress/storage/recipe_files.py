@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vqcompress.errors import UsageError, did_you_mean
+from vqcompress.errors import UsageError, VQCompressError, did_you_mean
 
 # What --kv-cache calls the way of an artifact itself.
 AS_STORED = "artifact"
@@ -30,10 +30,12 @@ def check_choice(name: str | None, target_bits: float | None, kv_cache: str | No
 
 
 def recipe_file(name: str, known: dict[str, Path]) -> Path:
-    """The file of one of the known recipes, or a file of that name; UsageError if there is neither."""
+    """The file of one of the known recipes, or a file of that name; VQCompressError if there is neither."""
     path = known.get(name, Path(name))
     if not path.is_file():
-        raise UsageError(f"no recipe or recipe file '{name}'.{did_you_mean(name, known)}")
+        # As for a text or a model, a file that is missing is no wrong usage.
+        kind = VQCompressError if path.suffix else UsageError
+        raise kind(f"no recipe or recipe file '{name}'.{did_you_mean(name, known)}")
     return path
 
 
