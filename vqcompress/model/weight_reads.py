@@ -51,7 +51,7 @@ def weights_read(config: PretrainedConfig, blocks: Iterable[nn.Module]) -> froze
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             try:
                 # A tower beside the decoder may be large.
-                toy: Any = toy_model(config.get_text_config(decoder=True), narrow_only=True)
+                toy: Any = toy_model(config.get_text_config(decoder=True), narrow_only=True)[0]
                 for block in find_blocks(toy)[1]:
                     for path, module in block.named_modules():
                         _watch(module, path, seen)

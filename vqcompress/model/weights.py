@@ -44,7 +44,7 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
         for part in (config, config.get_text_config()):
             vars(part).pop("quantization_config", None)
-            part.return_dict = True
+        return_logits(config)
         known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
@@ -52,6 +52,12 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         name = next(iter(config.architectures or []), config.model_type)
         raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads")
     return config
+
+
+def return_logits(config: transformers.PretrainedConfig) -> None:
+    """Let a model of the config return its logits by name and nothing that it returns only where a config asks."""
+    for part in (config, config.get_text_config()):
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
 
 
 def auto_class(config: transformers.PretrainedConfig) -> Any:
