@@ -48,7 +48,7 @@ def check_readers(stream: BlockStream, settings: dict[str, Any] | None, tensors:
     stream: of the checkpoint or the artifact. settings: the artifact's quantization_config, None if all is dense.
     tensors: of the artifact, by their names on disk, without memory.
     """
-    named = getattr(transformers, next(iter(stream.config.architectures or []), ""), None)
+    named: Any = getattr(transformers, next(iter(stream.config.architectures or []), ""), None)
     # The class of AutoModel, and the one that config.json names, if transformers has it.
     known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     for reader in dict.fromkeys((type(stream.model), named if known else type(stream.model))):

@@ -7,7 +7,7 @@ from torch import Tensor
 import vqcompress
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.verify import check_readers, run_ends, without_memory
-from vqcompress.model.device import available_bytes
+from vqcompress.model.device import available_bytes, release_freed_memory
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.estimate import ends_bytes
 from vqcompress.pipeline.plan import Plan
@@ -29,6 +29,7 @@ def try_blocks(stream: BlockStream) -> None:
     if ends_bytes(stream) < available_bytes():
         # A stream of its own: weights outside of the blocks stay in the memory of the one that loaded them.
         run_ends(BlockStream(stream.checkpoint, stream.device, stream.dtype))
+        release_freed_memory()
 
 
 def _artifact_tensors(stream: BlockStream, plan: Plan) -> dict[str, Tensor]:
