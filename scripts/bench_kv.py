@@ -31,11 +31,10 @@ from vqcompress.kv_cache.cache import KVCache, KVCacheSpec
 from vqcompress.kv_cache.calibrate import calibrate
 from vqcompress.kv_cache.quantizers import FP8, KVQuantizer, Learned
 from vqcompress.kv_cache.rotary import find_rotary
-from vqcompress.model.tokenizer import load_tokenizer, tokenize
+from vqcompress.model.tokenizer import cut_rows, load_tokenizer, pack, tokenize
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 from vqcompress.storage.recipe import KVCacheConfig
-from vqcompress.storage.text import calibration_rows
 
 CONTEXT = 32768
 GROUP = 64
@@ -144,7 +143,7 @@ def main() -> None:
     if not a.calibration or not a.text:
         parser.error("--calibration and --text are missing, or --memory")
     model, tokenizer = load(a.model, "cpu").float(), load_tokenizer(resolve(a.model))
-    rows_NL = calibration_rows([a.calibration], lambda t: tokenize(tokenizer, t), a.samples, a.seqlen, a.seed)
+    rows_NL = cut_rows(pack(tokenizer, [a.calibration]), a.samples, a.seqlen, a.seed, a.calibration)
     rotary = find_rotary(model)
     config = model.config.get_text_config()
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from vqcompress.evaluate.perplexity import windows
 from vqcompress.export.aqlm import REFERENCE
-from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.storage.text import read_text
+from vqcompress.model.tokenizer import load_tokenizer, read_text, tokenize
 
 
 @torch.inference_mode()
@@ -36,7 +35,8 @@ def main() -> None:
         exec(REFERENCE, {"torch": torch})
     for path in a.exports:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        rows_NL = windows(tokenize(load_tokenizer(path), read_text(a.text)), a.seqlen, a.seqlen, a.windows)
+        tokenizer = load_tokenizer(path)
+        rows_NL = windows(tokenize(tokenizer, read_text(tokenizer, a.text)), a.seqlen, a.seqlen, a.windows)
         losses = [cross_entropy(model(row_L[None]).logits[0, :-1], row_L[1:]).item() for row_L in rows_NL]
         print(f"{path}: {math.exp(sum(losses) / len(losses)):.4f} over {len(losses)} windows of {a.seqlen} tokens")
 

@@ -68,6 +68,7 @@ def toy_config(family: str = "llama", layers: int = 2, hidden: int = 128, vocab:
         "gpt_neox": ("GPTNeoXConfig", {**common, "intermediate_size": 2 * hidden}),
         "gpt2": ("GPT2Config", {**common, "n_positions": 256}),
         "falcon": ("FalconConfig", {**common, "new_decoder_architecture": True, "num_kv_heads": 2}),
+        "granitemoe": ("GraniteMoeConfig", {**gated, "num_local_experts": 4, "num_experts_per_tok": 2}),
         "jamba": (
             "JambaConfig",
             {

@@ -16,6 +16,10 @@ class Fallback(UserWarning):
     """Something works, but more slowly or less safely; the message says how and why."""
 
 
+class Notice(UserWarning):
+    """What a user should know about a run that goes on."""
+
+
 class UsageError(VQCompressError):
     """A wrong option or recipe (exit code 2)."""
 

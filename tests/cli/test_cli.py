@@ -28,9 +28,9 @@ from vqcompress.cli.progress import StepBar
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 COMMON = {"--trust-remote-code", "--json", "--debug"}
 RUN = {"--recipe", "--target-bits", "--calibration", "--samples", "--seqlen", "--seed", "--device", "--states"}
-RUN |= COMMON | {"--kv-cache", "--revision"}
+RUN |= COMMON | {"--kv-cache", "--revision", "--bos"}
 UPLOAD = {"--push-to-hub", "--private", "--output", "-o", "--overwrite"}
-WINDOWS = COMMON | {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--device"}
+WINDOWS = COMMON | {"--text", "--baseline", "--seqlen", "--stride", "--windows", "--device", "--bos"}
 # Scripts of users rely on every one of these; one that goes away, or a new one, is a decision.
 OPTIONS = {
     "": {"--version", "--install-completion", "--show-completion"},

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import toy_checkpoint, toy_config
 
-from vqcompress.errors import VQCompressError
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.model.stream import BlockStream
+from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import INDEX, SINGLE, Checkpoint
 from vqcompress.storage.hidden_states import keep
 
@@ -235,3 +236,48 @@ def test_what_blocks_get_beside_hidden_states_is_carried_with_the_row(kind: str,
         stream.forward(stream.load_block(i), i, states)
     found = torch.cat([stream.logits(state) for state in states])
     torch.testing.assert_close(found, model(rows, use_cache=False).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_that_text_skips_is_compressed_without_data(tmp_path: Path) -> None:
+    """Llama-3.2-Vision's cross attention reads an image."""
+    fields = {**COMMON, "num_hidden_layers": 3, "cross_attention_layers": [1], "head_dim": 16}
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28}
+    config = transformers.MllamaConfig(
+        text_config=fields, vision_config={**tower, "patch_size": 14, "intermediate_size": 32, "vision_output_dim": 32}
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    stream = BlockStream(Checkpoint(tmp_path), CPU, torch.float32)
+    assert [stream.learn().number(i) for i in range(3)] == [0, None, 1]
+    found = streamed(stream, batches())
+    for batch, logits in zip(batches(), found, strict=True):
+        torch.testing.assert_close(logits, model(batch, use_cache=False).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "length"),
+    [
+        ({"max_seq_len": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 128}, "max_position_embeddings": 512}, 128),
+        ({"text_config": {"hidden_size": 8}, "n_positions": 32}, 32),
+        ({"max_position_embeddings": None}, 2048),
+    ],
+)
+def test_a_context_is_found_under_its_other_names(fields: dict[str, Any], length: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.row_length(None) == length
+    if length < 2048:
+        with pytest.raises(UsageError, match=str(length)):
+            checkpoint.row_length(length + 1)
+
+
+def test_what_a_config_says_about_outputs_changes_nothing(toy: Make) -> None:
+    path = toy()
+    wanted = streamed(BlockStream(Checkpoint(path), CPU, torch.float32), batches())
+    said = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    stream = BlockStream(Checkpoint(path), CPU, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(streamed(stream, batches()), wanted, strict=True))
+    assert torch.isfinite(load(path)(batches()[0]).logits).all()

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import vqcompress
-from vqcompress.errors import Fallback, UsageError, VQCompressError
+from vqcompress.errors import Fallback, Notice, UsageError, VQCompressError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +134,8 @@ def session(json_file: Path | None = None) -> Iterator[Callable[..., None]]:
     with contextlib.redirect_stdout(sys.stderr if to_stdout else stdout), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", Fallback)
-        warnings.showwarning = lambda message, *more: print(f"warning: {message}", file=sys.stderr)
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = lambda message, *more: print(f"warning: {message}", file=sys.stderr) if leads() else None
         with console(stderr=True).status("loading torch and transformers"):
             import transformers
             from huggingface_hub.utils import enable_progress_bars

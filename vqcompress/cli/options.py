@@ -16,11 +16,14 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.storage import hub
 from vqcompress.storage.recipe_files import AS_STORED, LEAST, MOST, packaged, recipe_file
+from vqcompress.storage.text import check_calibration, check_text
 from vqcompress.storage.trust import trusting
 
 # The keys of `export.FORMATS`, repeated because importing it imports torch.
 ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
 FORMATS = get_args(ExportFormat)
+Bos = Literal["auto", "always", "never"]
+BOS_HELP = "Begin each row with the BOS token; auto does where the model was trained with it."
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,7 +106,7 @@ def _complete_cache(incomplete: str) -> list[str]:
 
 _model = partial(typer.Argument, callback=_checked(hub.find))
 _recipe = partial(typer.Option, callback=_checked(_check_recipe))
-_text = partial(typer.Option, metavar="FILE", callback=_checked(hub.check_text))
+_text = partial(typer.Option, metavar="FILE", callback=_checked(check_text))
 _file = partial(typer.Option, metavar="FILE", callback=_check_file, dir_okay=False, writable=True)
 _calibration = partial(typer.Option, metavar="N", rich_help_panel="Calibration")
 _window = partial(typer.Option, metavar="N", rich_help_panel="Windows")
@@ -165,14 +168,17 @@ class RunOptions:
     seed: Seed = 0
     texts: Annotated[
         list[str] | None,
-        _text(
+        typer.Option(
             "--calibration",
-            help="Text, JSONL, Parquet or dataset id; repeatable. Default: built-in text.",
+            metavar="FILE[=SHARE]",
+            callback=_checked(check_calibration),
+            help="Text, JSONL, Parquet, dataset id, or 'self'; repeatable. Default: built-in text.",
             rich_help_panel="Calibration",
         ),
     ] = None
     samples: Annotated[int | None, _calibration(min=1, help="Number of rows. Default: up to 128.")] = None
     seqlen: Annotated[int | None, _calibration(min=2, help="Tokens per row. Default: context, up to 2048.")] = None
+    bos: Annotated[Bos, _calibration(help=BOS_HELP)] = "auto"
     device: Device = "auto"
     states: Annotated[Literal["memory", "disk"], _hardware(help="Where to keep hidden states.")] = "memory"
     revision: Revision = None
@@ -191,6 +197,7 @@ class WindowOptions:
     seqlen: Annotated[int | None, _window(min=2, help="Tokens per window. Default: the model's context.")] = None
     stride: Annotated[int | None, _window(min=1, help="Tokens between starts. Default: no overlap.")] = None
     limit: Annotated[int | None, _window("--windows", min=1, help="Number of windows. Default: all.")] = None
+    bos: Annotated[Bos, _window(help=BOS_HELP)] = "auto"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal as size
 from rich.table import Table
 
-from vqcompress.evaluate.wording import cache_line, duration, protocol_line, quality_cells, shrunk
+from vqcompress.evaluate.wording import cache_line, calibration_line, duration, protocol_line, quality_cells, shrunk
 from vqcompress.storage.recipe_files import AS_STORED
 from vqcompress.storage.targets import kind
 
@@ -73,6 +73,7 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
     command = f"vqcompress eval perplexity {shlex.quote(out)} --text FILE --baseline {shlex.quote(model)}{cached}"
     lines = {
         "size": f"{size(before)} → {size(after)}, {shrunk(before, after)}",
+        "rows": report["calibration"] and calibration_line(report["calibration"]),
         "warning": report["uncalibrated"] and f"no calibration token reached {', '.join(report['uncalibrated'])}",
         "error": worst and f"at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})",
         "cache": report["kv_cache"] and f"{cache_line(report['kv_cache'])}; turn it on by{cached}",

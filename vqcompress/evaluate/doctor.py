@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from vqcompress.errors import one_line
 from vqcompress.model.coverage import dense_weights
@@ -29,12 +31,12 @@ def examine(model: str) -> dict[str, Any]:
     """
     real = BlockStream(open_checkpoint(model, weights=False), torch.device("cpu"), torch.float32)
     inputs: list[Input] = []
+    refusal = ""
     with tempfile.TemporaryDirectory() as folder:
-        toy = toy_model(real.config)
-        toy.save_pretrained(folder)
-        stream = BlockStream(Checkpoint(Path(folder)), torch.device("cpu"), torch.float32)
         try:
+            toy, stream = _toy(real, Path(folder))
             difference, largest, inputs = _compare(toy, stream)
+            refusal = stream.calls.refusal
             same = difference <= 1e-4 * largest
             detail = f"largest difference of logits {difference:.1e} of {largest:.1e}, {len(stream.blocks)} toy blocks"
         except Exception as error:  # the code of an architecture that is not supported may raise anything
@@ -47,6 +49,8 @@ def examine(model: str) -> dict[str, Any]:
         {"name": "block by block equals forward", "ok": same, "detail": detail},
         {"name": "the blocks have weights to compress", "ok": coverage > 0, "detail": share},
     ]
+    if refusal:
+        checks.append({"name": "recipes with calibration can run it", "ok": False, "detail": refusal})
     return {
         "model": model,
         "architecture": type(real.model).__name__,
@@ -60,6 +64,30 @@ def examine(model: str) -> dict[str, Any]:
     }
 
 
+def _toy(real: BlockStream, folder: Path) -> tuple[transformers.PreTrainedModel, BlockStream]:
+    """A toy that has every kind of block that the model has, saved, and its stream."""
+    kinds = [_kind(layer) for layer in real.skeletons]
+    least = 1 + max(kinds.index(kind) for kind in set(kinds))
+    for layers in (max(2, least), len(kinds)):
+        try:
+            toy, config = toy_model(real.config, least=layers)
+            toy.save_pretrained(folder)
+            config.save_pretrained(folder)
+            stream = BlockStream(Checkpoint(folder), torch.device("cpu"), torch.float32)
+        except Exception:  # a config that says something of each layer fits its own number of them alone
+            if layers == len(kinds):
+                raise
+            continue
+        if set(kinds) <= {_kind(layer) for layer in stream.skeletons}:
+            break
+    return toy, stream
+
+
+def _kind(layer: nn.Module) -> frozenset[tuple[str, str]]:
+    """The modules of a block by name and class, whatever their sizes and numbers."""
+    return frozenset((re.sub(r"\d+", "#", name), type(module).__name__) for name, module in layer.named_modules())
+
+
 @torch.no_grad()
 def _compare(toy: transformers.PreTrainedModel, stream: BlockStream) -> tuple[float, float, list[Input]]:
     """The largest difference between streamed and direct logits over two batches, the largest logit, and the inputs of
@@ -67,16 +95,18 @@ def _compare(toy: transformers.PreTrainedModel, stream: BlockStream) -> tuple[fl
     vocabulary = toy.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(vocabulary, (2, TOKENS), generator=generator) for _ in range(2)]
-    states = [stream.embed(batch) for batch in batches]
-    last = len(stream.blocks) - 1
-    for i in range(last):
-        stream.forward(stream.load_block(i), i, states)
-    block = stream.load_block(last)
-    inputs = find_inputs(block, stream.blocks[last], lambda module: stream.outputs(module, last, states[0]))
-    stream.forward(block, last, states)
+    inputs: list[Input] = []
+    calls = stream.learn()
+    states = [] if calls.refusal else [stream.embed(batch) for batch in batches]
+    for i in () if calls.refusal else calls.order:
+        block = stream.load_block(i)
+        if i == calls.order[-1]:
+            inputs = find_inputs(block, stream.blocks[i], lambda m: stream.outputs(m, calls.order[-1], states[0]))
+        stream.forward(block, i, states)
     difference = largest = 0.0
-    for batch, state in zip(batches, states, strict=True):
+    for k, batch in enumerate(batches):
         direct = toy(batch, use_cache=False).logits
-        difference = max(difference, (stream.logits(state) - direct).abs().max().item())
+        found = stream.logits(states[k]) if states else stream.whole(batch)
+        difference = max(difference, (found - direct).abs().max().item())
         largest = max(largest, direct.abs().max().item())
     return difference, largest, inputs

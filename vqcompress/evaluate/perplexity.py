@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -20,13 +20,12 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
 from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
+from vqcompress.model import tokenizer as texts
 from vqcompress.model.device import choose_device, model_dtype, peak_rss_bytes
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import load_tokenizer, tokenize
 from vqcompress.runtime.load import kv_cache_config, load
 from vqcompress.storage.artifact import Artifact, open_checkpoint
 from vqcompress.storage.checkpoint import Checkpoint, resolve
-from vqcompress.storage.text import fingerprint, read_text
 
 # Called with the steps done and their total.
 Progress = Callable[[int, int], None]
@@ -49,20 +48,31 @@ def open_model(model: str) -> Checkpoint:
 
 
 class Windowing(TypedDict, total=False):
-    """How a text is cut: tokens of a window, tokens from one window to the next, most windows; None is the default."""
+    """How a text is cut: tokens of a window, tokens from one window to the next, most windows; None is the default.
+
+    bos: whether each window begins with a BOS token: `auto`, `always` or `never`.
+    """
 
     seqlen: int | None
     stride: int | None
     limit: int | None
+    bos: str
 
 
-def windows(tokens: Tensor, seqlen: int, stride: int, limit: int | None) -> Tensor:
-    """Windows (N, L) of a text's tokens (n,), one every `stride`; a tail shorter than a window is dropped."""
+def windows(
+    tokens: Tensor, seqlen: int, stride: int, limit: int | None, start: Sequence[int] = (), name: str = "the text"
+) -> Tensor:
+    """Windows (N, L) of a text's tokens (n,), one every `stride`; a tail shorter than a window is dropped.
+
+    start: tokens that begin every window; the other L − len(start) are of the text. name: of the text.
+    """
+    length = seqlen - len(start)
     if stride > seqlen:
         raise UsageError(f"--stride {stride} is more than --seqlen {seqlen}: tokens in between would not count")
-    if len(tokens) < seqlen:
-        raise VQCompressError(f"the text has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
-    return tokens.unfold(0, seqlen, stride)[:limit]
+    if length < 1 or len(tokens) < length:
+        raise texts.too_short(name, len(tokens), max(length, 1), 1, "a smaller --seqlen")
+    own_NL = tokens.unfold(0, length, min(stride, length))[:limit]
+    return torch.cat([torch.tensor(start, dtype=tokens.dtype).expand(len(own_NL), -1), own_NL], 1)
 
 
 def first_scored(number: int, seqlen: int, stride: int) -> int:
@@ -168,12 +178,16 @@ def score(
     sources = [open_model(name) for name in names]
     seqlen = sources[0].row_length(cut.get("seqlen"))
     stride = cut.get("stride") or seqlen
-    tokenizers, content = [load_tokenizer(source.path) for source in sources], read_text(text)
+    tokenizers = [texts.load_tokenizer(source.path) for source in sources]
+    content, start = texts.read_text(tokenizers[0], text), texts.start_tokens(tokenizers[0], cut.get("bos", "auto"))
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     _check_comparable(names, tokenizers, streams, content)
-    windows_NL = windows(tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"))
-    for source in sources:
+    windows_NL = windows(texts.tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"), start, text)
+    # The beginning is no text, so windows follow each other sooner.
+    stride = min(stride, seqlen - len(start))
+    for source, stream in zip(sources, streams, strict=True):
         source.row_length(seqlen)
+        texts.check_ids(windows_NL, stream.model, tokenizers[0])
     # A model with a coded cache is not streamed, so its blocks are no steps.
     blocks = sum(len(stream.blocks) for stream in (streams[1:] if kv_cache else streams))
     total, done = blocks + len(models) * len(windows_NL), itertools.count(1)
@@ -205,10 +219,10 @@ def score(
         "windows": len(windows_NL),
         "seqlen": seqlen,
         "stride": stride,
-        "bos": False,
+        "bos": bool(start),
         "kv_cache": kv_cache,
         "device": chosen.type,
-        "tokens_sha256": fingerprint(windows_NL),
+        "tokens_sha256": texts.fingerprint(windows_NL),
         "text_bytes": len(str(tokenizers[0].decode(torch.cat(labels))).encode()),
     }
 
@@ -216,7 +230,7 @@ def score(
 def _check_comparable(names: list[str], tokenizers: list[Any], streams: list[BlockStream], text: str) -> None:
     """VQCompressError naming the first model that cuts the text into other tokens than the first model does."""
     found = [
-        (tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
+        (texts.tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
         for tokenizer, stream in zip(tokenizers, streams, strict=True)
     ]
     for name, own in zip(names, found, strict=True):

@@ -5,17 +5,21 @@ Shape legend: B rows, L tokens of a row.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from vqcompress.errors import VQCompressError, one_line
+from vqcompress.methods import Layout
 from vqcompress.methods.base import is_finite
 from vqcompress.model.stream import BlockStream
-from vqcompress.runtime.foresee import check_readers
+from vqcompress.model.weights import Names, check_headers
 from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
 from vqcompress.storage.checkpoint import check_finite, resolve
+from vqcompress.storage.trust import reason
 
 # Tokens of a row, of which there are two, that a model is tried on.
 TOKENS = 8
@@ -31,6 +35,37 @@ def check_values(entry: Entry, packed: dict[str, Tensor]) -> None:
         entry.method.check(own, entry.target.shape)
     except ValueError as error:
         raise VQCompressError(f"{entry.target.name}: {error}") from error
+
+
+def without_memory(layout: Layout) -> dict[str, Tensor]:
+    """Tensors of these types and shapes on the meta device."""
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
+
+
+def check_readers(stream: BlockStream, settings: dict[str, Any] | None, tensors: dict[str, Tensor]) -> None:
+    """Build models without memory as `load` and `from_pretrained` do; VQCompressError naming what they would refuse.
+
+    stream: of the checkpoint or the artifact. settings: the artifact's quantization_config, None if all is dense.
+    tensors: of the artifact, by their names on disk, without memory.
+    """
+    named: Any = getattr(transformers, next(iter(stream.config.architectures or []), ""), None)
+    # The class of AutoModel, and the one that config.json names, if transformers has it.
+    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    for reader in dict.fromkeys((type(stream.model), named if known else type(stream.model))):
+        config: Any = copy.deepcopy(stream.config)
+        if settings is not None:
+            # Memory is no question here, so no warning about it either.
+            config.quantization_config = {**settings, "cpu_weights": "packed"}
+        try:
+            model: Any = reader.from_pretrained(
+                None, config=config, state_dict=dict(tensors), dtype=stream.dtype, device_map="meta"
+            )
+        except VQCompressError:
+            raise
+        except Exception as error:  # loaders of models raise every type of error
+            raise VQCompressError(f"transformers cannot build a {reader.__name__}: {reason(error)}") from error
+        headers: Any = tensors
+        check_headers(model, Names(model, headers), headers)
 
 
 def run_ends(stream: BlockStream) -> list[str]:
@@ -90,7 +125,8 @@ def verify(path: str, quick: bool = False) -> dict[str, Any]:
                 check_values(entry, {part: tensors[name] for part, name in stream.stored_parts(entry).items()})
     ran = []
     if not quick:
-        check_readers(stream, artifact.config["quantization_config"], artifact.tensors)
+        headers = without_memory({name: (info.dtype, info.shape) for name, info in artifact.tensors.items()})
+        check_readers(stream, artifact.config["quantization_config"], headers)
         ran = run_ends(stream)
     return {
         "files": len(artifact.files),

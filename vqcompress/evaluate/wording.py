@@ -16,8 +16,12 @@ def calibration_line(rows: dict[str, Any] | None) -> str:
     """The calibration rows of a run and the texts that they are from."""
     if rows is None:
         return "none"
-    texts = ", ".join(rows["texts"]) or "the built-in text"
-    return f"{rows['samples']} rows of {rows['seqlen']} tokens of {texts}"
+    texts = list(rows["texts"]) or ["the built-in text"]
+    if counts := rows.get("rows"):
+        texts = [f"{text} ({count})" for text, count in zip(texts, counts, strict=True)]
+    sampled = f", sampled at temperature {rows['temperature']:g}" if "temperature" in rows else ""
+    start = ", each with a BOS token first" if rows.get("bos") else ""
+    return f"{rows['samples']} rows of {rows['seqlen']} tokens of {', '.join(texts)}{sampled}{start}"
 
 
 def protocol_line(found: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.
 if any(info.values()):
     sys.exit("tensors do not fit: " + ", ".join(f"{{kind}} {{names}}" for kind, names in info.items() if names)[:500])
 with torch.inference_mode():
+    model.config.return_dict = model.config.get_text_config().return_dict = True
     logits = model.eval()(torch.tensor(json.loads(sys.argv[2]))).logits
 save_file({{"logits": logits.contiguous()}}, sys.argv[3])
 """

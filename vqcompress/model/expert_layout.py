@@ -69,33 +69,45 @@ def candidates(module: nn.Module) -> Iterator[Layout]:
             yield Layout(len(up), first, "down_proj", parameters, transposed, interleaved, True)
 
 
-def unfuse_tensors(tensors: Mapping[str, Tensor], mixtures: Iterable[tuple[str, Layout]]) -> dict[str, Tensor]:
-    """Tensors by name with the matrices of experts in place of fused parameters. mixtures: (path on disk, layout)."""
+@dataclass(frozen=True)
+class Mixture:
+    """Experts that a checkpoint stores fused. prefix: of the names of their matrices, where those are stored apart.
+
+    holders: parameter of the fused module → the name of its tensor on disk.
+    """
+
+    prefix: str
+    layout: Layout
+    holders: Mapping[str, str]
+
+
+def unfuse_tensors(tensors: Mapping[str, Tensor], mixtures: Iterable[Mixture]) -> dict[str, Tensor]:
+    """Tensors by name with the matrices of experts in place of fused parameters."""
     found = dict(tensors)
-    for prefix, layout in mixtures:
-        for name in layout.parameters:
+    for mixture in mixtures:
+        for name, holder in mixture.holders.items():
             # One that has fewer dimensions is what stops a process that forgot to import vqcompress.
-            if (fused := found.get(f"{prefix}.{name}")) is not None and fused.dim() > 1:
-                del found[f"{prefix}.{name}"]
-                found |= {f"{prefix}.{part}": tensor for part, tensor in layout.split(name, fused)}
+            if (fused := found.get(holder)) is not None and fused.dim() > 1:
+                del found[holder]
+                found |= {f"{mixture.prefix}.{part}": t for part, t in mixture.layout.split(name, fused)}
     return found
 
 
 class UnfusedCheckpoint(Checkpoint):
     """A checkpoint that stores experts fused, as if it stored every matrix under a name of its own."""
 
-    def __init__(self, source: Checkpoint, mixtures: list[tuple[str, Layout]]):
+    def __init__(self, source: Checkpoint, mixtures: list[Mixture]):
         self._source, self._mixtures = source, mixtures
         self.path, self.config, self.format = source.path, source.config, source.format
         # Matrix → the tensor that holds it.
         self._holder: dict[str, str] = {}
         self.tensors = dict(source.tensors)
-        for prefix, layout in mixtures:
-            for name in layout.parameters:
-                info = self.tensors.pop(f"{prefix}.{name}")
-                for part, tensor in layout.split(name, torch.empty(info.shape, device="meta")):
-                    self.tensors[f"{prefix}.{part}"] = TensorInfo(info.file, info.dtype, tuple(tensor.shape))
-                    self._holder[f"{prefix}.{part}"] = f"{prefix}.{name}"
+        for mixture in mixtures:
+            for name, holder in mixture.holders.items():
+                info = self.tensors.pop(holder)
+                for part, tensor in mixture.layout.split(name, torch.empty(info.shape, device="meta")):
+                    self.tensors[f"{mixture.prefix}.{part}"] = TensorInfo(info.file, info.dtype, tuple(tensor.shape))
+                    self._holder[f"{mixture.prefix}.{part}"] = holder
 
     @property
     def bytes(self) -> int:

@@ -14,14 +14,14 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.initialization import no_init_weights
 
 from vqcompress.model.expert_layout import Layout, candidates
@@ -164,16 +164,13 @@ def unfuse(model: PreTrainedModel, sources: Mapping[str, int] | None = None) -> 
     sources: parameter → number of tensors of the checkpoint that become it; None without a checkpoint. All modules
     change or none: a merge of transformers' mapping holds for the whole model.
     """
-    merges: dict[str, tuple[str, ...]] = {}
-    for conversion in get_model_conversion_mapping(model):
-        for target in conversion.target_patterns:
-            end = target.replace("\\", "").rstrip("$")
-            merges[end] = merges.get(end) or _merged(conversion)
+    # A parameter with another name on disk is still one tensor.
+    made = [c for c in get_model_conversion_mapping(model) if not isinstance(c, WeightRenaming)]
     layouts: dict[str, Layout] = {}
     proven: dict[tuple[type, str], bool] = {}
     for name, module in model.named_modules():
         if _is_fused(module):
-            found = find_layouts(name, module, merges, sources)
+            found = find_layouts(name, module, _merges_for(name, made, model.base_model_prefix), sources)
             if isinstance(found, str):
                 return found
             for layout in found:
@@ -188,6 +185,18 @@ def unfuse(model: PreTrainedModel, sources: Mapping[str, int] | None = None) -> 
     for name, layout in layouts.items():
         model.set_submodule(name, Experts(model.get_submodule(name), layout))
     return ""
+
+
+def _merges_for(name: str, conversions: Iterable[Any], base: str) -> dict[str, tuple[str, ...]]:
+    """The merges of `find_layouts`, from the conversions whose part of the model holds the module `name`."""
+    merges: dict[str, tuple[str, ...]] = {}
+    for conversion in conversions:
+        scope = f"{conversion.scope_prefix}." if conversion.scope_prefix else ""
+        if name.startswith((scope, f"{base}.{scope}")):
+            for target in conversion.target_patterns:
+                end = target.replace("\\", "").rstrip("$")
+                merges[end] = merges.get(end) or _merged(conversion)
+    return merges
 
 
 def _is_fused(module: nn.Module) -> bool:

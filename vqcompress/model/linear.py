@@ -14,7 +14,7 @@ from vqcompress.errors import Fallback, UsageError, VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.model.device import available_bytes
 from vqcompress.model.experts import unfuse
-from vqcompress.model.projections import shape_of
+from vqcompress.model.projections import form_of
 from vqcompress.storage.artifact import SMOOTHING, Entry, part_name
 
 # The share of free memory that decoded weights may take on a CPU.
@@ -130,10 +130,9 @@ class CompressedLinear(_Packed):
 
 def unfuse_for(root: nn.Module, entries: Iterable[Entry]) -> None:
     """Replace fused experts of a model by single layers if entries name any of their matrices."""
-    if isinstance(root, PreTrainedModel):
-        paths = {name for name, _ in root.named_modules()}
-        if any(entry.target.name not in paths for entry in entries):
-            unfuse(root)
+    names = {entry.target.name for entry in entries}
+    if isinstance(root, PreTrainedModel) and names - dict(root.named_modules()).keys():
+        unfuse(root)
 
 
 def keep_packed(cpu_weights: str, entries: Iterable[Entry], dtype: torch.dtype) -> bool:
@@ -164,8 +163,8 @@ def replace_linears(
     modules = dict(root.named_modules())
     for entry in entries:
         path = entry.target.name.removeprefix(prefix)
-        found = path in modules and shape_of(modules[path])
-        if found != (entry.target.shape, entry.target.bias):
+        form = form_of(modules[path]) if path in modules else None
+        if form is None or form[:2] != (entry.target.shape, entry.target.bias):
             raise VQCompressError(f"{entry.target} is not a linear layer of the model that config.json describes")
         shared = None if entry.shared is None else _shared_parts(root, entry.shared.removeprefix(prefix), entry)
         root.set_submodule(path, CompressedLinear(entry, dtype, shared, packed))

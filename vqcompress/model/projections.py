@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,54 +18,49 @@ from torch.nn.functional import linear
 
 from vqcompress.storage.checkpoint import Checkpoint
 
-Kind = Literal["linear", "transposed"]
 # The widths of the proof: of the longer and the shorter side of a weight.
 LONG, SHORT = 24, 16
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """Whether a module computes x Wᵀ + b of its own `weight`, (O, I) or transposed, and `bias`; None if not."""
-    if type(module).forward is nn.Linear.forward:
-        return "linear"
-    own = dict(module.named_parameters())
-    weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or weight.dim() != 2 or len(own) != 1 + (bias is not None) or [*module.buffers()]:
-        return None
-    kinds: tuple[Kind, Kind] = ("linear", "transposed")
-    return next((kind for kind in kinds if _is_exact(module, kind)), None)
+class Form(NamedTuple):
+    """What a linear layer looks like. shape: (O, I) of its weight, which may be stored transposed."""
+
+    shape: tuple[int, int]
+    bias: bool
+    transposed: bool
 
 
-def shape_of(module: nn.Module) -> tuple[tuple[int, int], bool] | None:
-    """The shape (O, I) of a linear layer's weight and whether it has a bias; None of any other module."""
-    if (kind := kind_of(module)) is None:
+def form_of(module: nn.Module) -> Form | None:
+    """The form of a module that computes x Wᵀ + b of its own `weight` and `bias`; None if it does anything else."""
+    own, plain = dict(module.named_parameters()), type(module).forward is nn.Linear.forward
+    if getattr(own.get("weight"), "ndim", 0) != 2:
         return None
-    rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if kind == "linear" else (columns, rows), getattr(module, "bias", None) is not None
+    if not plain and (own.keys() - {"weight", "bias"} or [*module.buffers()]):
+        return None
+    (rows, columns), bias = own["weight"].shape, "bias" in own
+    forms = Form((rows, columns), bias, False), Form((columns, rows), bias, True)
+    return forms[0] if plain else next((form for form in forms if _is_exact(module, form.transposed)), None)
 
 
 @torch.no_grad()
-def _is_exact(module: nn.Module, kind: Kind) -> bool:
-    """Whether a narrow copy of a module, with random weights, computes on random inputs what its kind says."""
-    draw = torch.Generator().manual_seed(0)
-    rows, columns = module.get_parameter("weight").shape
+def _is_exact(module: nn.Module, transposed: bool) -> bool:
+    """Whether a narrow copy of a module, with random weights, computes x Wᵀ + b of random inputs."""
+    draw, sides = torch.Generator().manual_seed(0), module.get_parameter("weight").shape
     # Equal sides stay equal.
-    narrow = {rows: LONG, columns: SHORT} if rows > columns else {columns: LONG, rows: SHORT}
+    narrow = {max(sides): LONG, min(sides): SHORT}
     # The model may be built under another default device or type.
     with torch.device("cpu"):
-        weight = torch.randn(narrow[rows], narrow[columns], generator=draw, dtype=torch.float32)
-        weight_OI = weight if kind == "linear" else weight.T
+        weight = torch.randn([narrow[side] for side in sides], generator=draw, dtype=torch.float32)
+        weight_OI = weight.T if transposed else weight
         bias = torch.randn(len(weight_OI), generator=draw, dtype=torch.float32)
         # Of several magnitudes, since a layer may also clamp.
         x = torch.randn(6, 4, weight_OI.shape[1], generator=draw, dtype=torch.float32)
         x *= 10.0 ** torch.arange(-3, 3)[:, None, None]
-        clone = copy.copy(module)
-        parameters = {"weight": weight, "bias": bias if getattr(module, "bias", None) is not None else None}
-        clone.__dict__["_parameters"] = {n: p if p is None else nn.Parameter(p) for n, p in parameters.items()}
-        clone.training = False
-        for attribute, value in list(vars(clone).items()):
-            if type(value) is int and value in narrow:
-                setattr(clone, attribute, narrow[value])
-        wanted = linear(x, weight_OI, parameters["bias"])
+        clone, parameters = copy.copy(module), {"weight": weight, "bias": bias}
+        own = {name: p if p is None else nn.Parameter(parameters[name]) for name, p in module._parameters.items()}
+        widths = {name: narrow[value] for name, value in vars(module).items() if type(value) is int and value in narrow}
+        clone.__dict__ |= {"_parameters": own, "training": False, **widths}
+        wanted = linear(x, weight_OI, own.get("bias"))
         try:
             found = clone(x)
             return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
@@ -79,12 +74,11 @@ def straighten(root: nn.Module) -> list[str]:
     Returns the paths of those whose weight was transposed.
     """
     others = {path: module for path, module in root.named_modules() if not isinstance(module, nn.Linear)}
-    kinds = {path: kind for path, module in others.items() if (kind := kind_of(module))}
-    for path in kinds:
-        (outputs, inputs), has_bias = shape_of(others[path]) or ((0, 0), False)
+    found = {path: form for path, module in others.items() if (form := form_of(module))}
+    for path, form in found.items():
         dtype = others[path].get_parameter("weight").dtype
-        root.set_submodule(path, nn.Linear(inputs, outputs, has_bias, device="meta", dtype=dtype))
-    return [path for path, kind in kinds.items() if kind == "transposed"]
+        root.set_submodule(path, nn.Linear(*form.shape[::-1], form.bias, device="meta", dtype=dtype))
+    return [path for path, form in found.items() if form.transposed]
 
 
 def transposed(tensors: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
@@ -99,7 +93,7 @@ class TransposedCheckpoint(Checkpoint):
 
     def __init__(self, source: Checkpoint, names: Collection[str]):
         self._source, self._names = source, names
-        self.path, self.config = source.path, source.config
+        self.path, self.config, self.format = source.path, source.config, source.format
         self.tensors = {
             n: replace(i, shape=i.shape[::-1]) if n in names and len(i.shape) == 2 else i
             for n, i in source.tensors.items()

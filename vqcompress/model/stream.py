@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from vqcompress.errors import VQCompressError
 from vqcompress.methods.base import is_finite
 from vqcompress.model.calls import Calls
-from vqcompress.model.expert_layout import Layout, UnfusedCheckpoint, unfuse_tensors
+from vqcompress.model.expert_layout import Mixture, UnfusedCheckpoint, unfuse_tensors
 from vqcompress.model.experts import Experts, unfuse
 from vqcompress.model.linear import replace_linears, unfuse_for
 from vqcompress.model.projections import TransposedCheckpoint, straighten, transposed
@@ -37,9 +37,10 @@ class BlockStream:
     """Runs the model of a checkpoint or of an artifact on rows of tokens, one block after the other.
 
     blocks: their names and targets. skeletons: the blocks without memory. names: how checkpoint names map to the
-    model's. fused_reason: why the experts of a mixture are no targets, or "". group: the processes that share the
-    rows. weights_read: paths in a block of the weights that the model's own code reads. scratch: folder for hidden
-    states, None to keep them in memory. Tensors are read when needed.
+    model's. mixtures: experts that a plain checkpoint stores fused, by path. fused_reason: why the experts of a mixture
+    are no targets, or "". group: the processes that share the rows. weights_read: paths in a block of the weights that
+    the model's own code reads. scratch: folder for hidden states, None to keep them in memory. Tensors are read when
+    needed.
     """
 
     def __init__(
@@ -59,18 +60,18 @@ class BlockStream:
             # A rotated checkpoint has embeddings and head of its own, whatever the file says.
             self.config.tie_word_embeddings = False
         self.model = skeleton(self.config, dtype)
-        path, layers = find_blocks(self.model)
-        self.weights_read = weights_read(self.config, layers)
-        straightened = [f"{path}.{below}" for below in straighten(layers)]
+        path, self._layers = find_blocks(self.model)
+        self.weights_read = weights_read(self.config, self._layers)
+        straightened = [f"{path}.{below}" for below in straighten(self._layers)]
         self.fused_reason = ""
         if isinstance(source, Artifact):
             unfuse_for(self.model, source.entries.values())
         else:
             names = Names(self.model, source.tensors)
             self.fused_reason = unfuse(self.model, Counter(names.parameter.values()) or None)
-            fused = [(names.stored_prefix(path), layout) for path, layout in self._fused_layouts()]
-            if any(f"{prefix}.{name}" in source.tensors for prefix, layout in fused for name in layout.parameters):
-                self.source = UnfusedCheckpoint(source, fused)
+            self.mixtures = self._find_mixtures(names)
+            if any(not source.tensors.keys().isdisjoint(m.holders.values()) for m in self.mixtures.values()):
+                self.source = UnfusedCheckpoint(source, list(self.mixtures.values()))
         self.blocks = blocks_of(self.model, self.weights_read)
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
@@ -79,18 +80,22 @@ class BlockStream:
         self.transposed = {path: f"{self.names.stored_prefix(path)}.weight" for path in straightened}
         if self.transposed and not source.straight:
             self.source = TransposedCheckpoint(self.source, self.transposed.values())
-        # Path → the path on disk, and the layout there, of experts that a plain checkpoint stores fused.
-        self.mixtures = {path: (self.names.stored_prefix(path), layout) for path, layout in self._fused_layouts()}
-        _, self._layers = find_blocks(self.model)
+        if isinstance(source, Artifact):
+            self.mixtures = self._find_mixtures(self.names)
         self.skeletons = list(self._layers)
         check_headers(self.model, self.names, self.source.tensors)
         self.calls = Calls(self.model, self._layers, device)
         self._recorders = list(self._layers)
         self._rest_loaded = False
 
-    def _fused_layouts(self) -> list[tuple[str, Layout]]:
-        mixtures = [(path, m.layout) for path, m in self.model.named_modules() if isinstance(m, Experts)]
-        return [(path, layout) for path, layout in mixtures if layout.fused]
+    def _find_mixtures(self, names: Names) -> dict[str, Mixture]:
+        """The experts that a plain checkpoint stores fused, by their path in the model."""
+        layouts = {path: m.layout for path, m in self.model.named_modules() if isinstance(m, Experts)}
+        return {
+            path: Mixture(names.stored_prefix(path), own, {p: names.original(f"{path}.{p}") for p in own.parameters})
+            for path, own in layouts.items()
+            if own.fused
+        }
 
     def as_stored(self, tensors: dict[str, Tensor], compressed: Iterable[str] = ()) -> dict[str, Tensor]:
         """Tensors as the original stores them; `from_stored` is the inverse.
@@ -102,10 +107,11 @@ class BlockStream:
         if {name.rsplit(".", 2)[0] for name in compressed} & self.mixtures.keys():
             return tensors
         found = dict(tensors)
-        for prefix, layout in self.mixtures.values():
-            below = {n.removeprefix(f"{prefix}."): found.pop(n) for n in tensors if n.startswith(f"{prefix}.")}
+        for mixture in self.mixtures.values():
+            prefix = f"{mixture.prefix}."
+            below = {n.removeprefix(prefix): found.pop(n) for n in tensors if n.startswith(prefix)}
             if below:
-                found |= {f"{prefix}.{name}": layout.join(name, below) for name in layout.parameters}
+                found |= {holder: mixture.layout.join(name, below) for name, holder in mixture.holders.items()}
         return found
 
     def from_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,8 +135,8 @@ class BlockStream:
 
         weight: the name of the weight itself, which is another one where a plain checkpoint fuses experts.
         """
-        prefix, layout = self.mixtures.get(target.rsplit(".", 2)[0], ("", None))
-        return f"{prefix}.{next(iter(layout.parameters))}" if layout else weight
+        mixture = self.mixtures.get(target.rsplit(".", 2)[0])
+        return next(iter(mixture.holders.values())) if mixture else weight
 
     def stored_parts(self, entry: Entry) -> dict[str, str]:
         """Part → its name on disk, shared parts included; VQCompressError naming one that is missing."""
@@ -146,10 +152,12 @@ class BlockStream:
     def load_non_block_weights(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Load embeddings, final norm and head; embed and logits need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
-            if tensors is None:
-                tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
-            assign(self.model, tensors, self.dtype)
-            tie_weights(self.model, self.names)
+            # Biases of tied heads are padded in place, which tensors made in inference mode do not allow.
+            with torch.inference_mode(False), torch.no_grad():
+                if tensors is None:
+                    tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
+                assign(self.model, tensors, self.dtype)
+                tie_weights(self.model, self.names)
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vqcompress.errors import VQCompressError
-from vqcompress.model.projections import kind_of
+from vqcompress.model.projections import form_of
 from vqcompress.storage.targets import Block, Target
 
 
@@ -60,7 +60,7 @@ def linear_targets(block: nn.Module, name: str, apart: Collection[str] = ()) -> 
     return tuple(
         Target(f"{name}.{path}", (module.out_features, module.in_features), module.bias is not None)
         for path, module in block.named_modules()
-        if isinstance(module, nn.Linear) and kind_of(module) and path not in excluded
+        if isinstance(module, nn.Linear) and form_of(module) and path not in excluded
     )
 
 

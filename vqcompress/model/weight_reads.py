@@ -7,7 +7,8 @@ They are found by running a toy of the architecture, whose weights note who uses
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from vqcompress.model.readers import weight_of
 from vqcompress.model.targets import find_blocks
 from vqcompress.model.toy import toy_model
 
@@ -24,18 +26,16 @@ FACTS = {"dtype", "device", "shape", "ndim", "dim", "size", "requires_grad", "is
 
 
 class _Watched(Tensor):
-    """A weight that adds its `path` to `seen` when an operation uses it and its layer is not running (`busy`)."""
+    """A weight that calls its `note` when an operation uses it."""
 
-    path: str
-    seen: set[str]
-    busy: set[str]
+    note: Callable[[], object]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__self__", func).__name__ not in FACTS:
             for used in tree_leaves((args, kwargs)):
-                if isinstance(used, _Watched) and used.path not in used.busy:
-                    used.seen.add(used.path)
+                if isinstance(used, _Watched):
+                    used.note()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -45,60 +45,47 @@ def weights_read(config: PretrainedConfig, blocks: Iterable[nn.Module]) -> froze
 
     Without code that names a weight nothing is run. If no toy runs, all matrices count that are named beside a weight.
     """
-    suspects = {path for block in blocks for path in _suspects(block)}
-    if not suspects:
-        return frozenset()
+    suspects = frozenset(path for block in blocks for path in _suspects(block))
     seen: set[str] = set()
-    busy: set[str] = set()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            # A tower beside the decoder may be large.
-            toy: Any = toy_model(config.get_text_config(decoder=True), narrow_only=True)
-            for block in find_blocks(toy)[1]:
-                for path, module in block.named_modules():
-                    _watch(module, path, seen, busy)
-            toy(torch.arange(TOKENS)[None], use_cache=False)
-        except Exception:  # the code of an architecture may raise anything, in a toy more than elsewhere
-            return frozenset(suspects)
+    if suspects:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            try:
+                # A tower beside the decoder may be large.
+                toy: Any = toy_model(config.get_text_config(decoder=True), narrow_only=True)[0]
+                for block in find_blocks(toy)[1]:
+                    for path, module in block.named_modules():
+                        _watch(module, path, seen)
+                toy(torch.arange(TOKENS)[None], use_cache=False)
+            except Exception:  # the code of an architecture may raise anything, in a toy more than elsewhere
+                return suspects
     return frozenset(seen)
 
 
-def _matrices(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of everything below a module that has a 2-D weight of its own."""
-    for path, module in parent.named_modules():
-        weight = module._parameters.get("weight")
-        if path and weight is not None and weight.dim() == 2:
-            yield path, module
+@cache
+def _named_beside_weight(kind: type[nn.Module]) -> frozenset[str]:
+    """What the functions of a class name that also name a `weight`."""
+    functions = (function for _, function in inspect.getmembers(kind, inspect.isfunction))
+    names = [inspect.unwrap(function).__code__.co_names for function in functions]
+    return frozenset().union(*(own for own in names if "weight" in own))
 
 
 def _suspects(block: nn.Module) -> set[str]:
     """The matrices below a block whose names stand in a function of a parent's class that also names a `weight`."""
-    found = set()
-    for path, parent in block.named_modules():
-        for names in _names_in(type(parent)):
-            if "weight" in names:
-                below = [name for name, _ in _matrices(parent) if name.rpartition(".")[2] in names]
-                found |= {f"{path}.{name}".lstrip(".") for name in below}
-    return found
+    return {
+        f"{path}.{below}".lstrip(".")
+        for path, parent in block.named_modules()
+        if (names := _named_beside_weight(type(parent)))
+        for below, module in parent.named_modules()
+        if below.rpartition(".")[2] in names and (weight := weight_of(module)) is not None and weight.dim() == 2
+    }
 
 
-def _names_in(kind: type[nn.Module]) -> Iterator[set[str]]:
-    """The attributes that each function of a class names, without those of torch's own classes."""
-    for base in kind.__mro__:
-        if not base.__module__.startswith("torch."):
-            for member in vars(base).values():
-                if code := getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None):
-                    yield set(code.co_names)
-
-
-def _watch(module: nn.Module, path: str, seen: set[str], busy: set[str]) -> None:
-    """Let a module's matrix note in `seen` who uses it."""
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2:
-        return
-    watched = weight.detach().as_subclass(_Watched)
-    watched.path, watched.seen, watched.busy = path, seen, busy
-    parameters: Any = module._parameters
-    parameters["weight"] = watched
-    module.register_forward_pre_hook(lambda *_: busy.add(path))
-    module.register_forward_hook(lambda *_: busy.discard(path))
+def _watch(module: nn.Module, path: str, seen: set[str]) -> None:
+    """Let a module's matrix note in `seen` that something else uses it."""
+    weight, running = weight_of(module), set[str]()
+    if weight is not None and weight.dim() == 2:
+        watched: Any = weight.detach().as_subclass(_Watched)
+        watched.note = lambda: seen.update({path} - running)
+        module._parameters["weight"] = watched
+        module.register_forward_pre_hook(lambda *_: running.add(path))
+        module.register_forward_hook(lambda *_: running.clear())

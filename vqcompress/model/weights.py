@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
@@ -43,7 +44,7 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted())
         for part in (config, config.get_text_config()):
             vars(part).pop("quantization_config", None)
-            part.return_dict = True
+        return_logits(config)
         known = auto_class(config)
     except Exception as error:  # the validators of its configs have error types of their own
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
@@ -51,6 +52,12 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         name = next(iter(config.architectures or []), config.model_type)
         raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads")
     return config
+
+
+def return_logits(config: transformers.PretrainedConfig) -> None:
+    """Let a model of the config return its logits by name and nothing that it returns only where a config asks."""
+    for part in (config, config.get_text_config()):
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
 
 
 def auto_class(config: transformers.PretrainedConfig) -> Any:
@@ -117,6 +124,8 @@ class Names:
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         known = model.state_dict()
+        # A prefix is there or not, which `stored_prefix` sees.
+        self._back = [m.reverse_transform() for m in reversed(renamings) if type(m) is WeightRenaming]
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
         for name in checkpoint_names:
@@ -138,6 +147,12 @@ class Names:
         if shared := re.fullmatch(r"(.+)(\.shared_parts\..+)", name):
             return self.stored_prefix(shared[1]) + shared[2]
         return self.tensor[name]
+
+    def original(self, parameter: str) -> str:
+        """The name by which checkpoints store a parameter that transformers renames, whether this one does or not."""
+        path, _, name = parameter.rpartition(".")
+        renamed = apply_renamings(parameter, self._back)
+        return self.tensor.get(parameter) or (renamed if renamed != parameter else f"{self.stored_prefix(path)}.{name}")
 
     def stored_prefix(self, prefix: str) -> str:
         """A module's path as the checkpoint spells it, which may lack the model's prefix."""

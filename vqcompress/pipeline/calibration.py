@@ -1,4 +1,4 @@
-"""Calibration rows, and the hidden states that they become.
+"""The hidden states that calibration rows become.
 
 Shape legend: N rows, L tokens of a row.
 """
@@ -9,20 +9,9 @@ from torch import Tensor
 
 from vqcompress.errors import UsageError
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import load_tokenizer, tokenize
-from vqcompress.pipeline.options import QuantizeOptions
-from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.hidden_states import States, keep
-from vqcompress.storage.text import calibration_rows
 
 PROBE_TOKENS = 64
-
-
-def calibration(source: Checkpoint, options: QuantizeOptions) -> Tensor:
-    """The calibration rows (N, L) for a checkpoint; L is 2,048 or the model's context if that is shorter."""
-    texts, length = list(options.texts or []), source.row_length(options.seqlen)
-    tokenizer = load_tokenizer(source.path)
-    return calibration_rows(texts, lambda text: tokenize(tokenizer, text), options.samples, length, options.seed)
 
 
 def first_states(stream: BlockStream, rows_NL: Tensor) -> States:

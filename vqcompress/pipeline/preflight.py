@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
 from torch import Tensor
 
 import vqcompress
 from vqcompress.errors import VQCompressError
-from vqcompress.evaluate.verify import run_ends
-from vqcompress.methods import Layout
-from vqcompress.model.device import available_bytes
+from vqcompress.evaluate.verify import check_readers, run_ends, without_memory
+from vqcompress.model.device import available_bytes, release_freed_memory
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.estimate import ends_bytes
 from vqcompress.pipeline.plan import Plan
-from vqcompress.runtime.foresee import check_readers
 from vqcompress.storage.artifact import part_name, quantization_config
-from vqcompress.storage.checkpoint import TensorInfo
 
 
 def check_plan(stream: BlockStream, plan: Plan) -> None:
@@ -25,11 +19,9 @@ def check_plan(stream: BlockStream, plan: Plan) -> None:
 
     A checkpoint without weights, of which only a plan can be made, has none to check.
     """
-    if not stream.source.tensors:
-        return
-    settings = quantization_config(plan.entries, vqcompress.__version__) if plan.targets else None
-    tensors = {name: TensorInfo("", t.dtype, tuple(t.shape)) for name, t in _artifact_tensors(stream, plan).items()}
-    check_readers(stream, settings, tensors)
+    if stream.source.tensors:
+        settings = quantization_config(plan.entries, vqcompress.__version__) if plan.targets else None
+        check_readers(stream, settings, _artifact_tensors(stream, plan))
 
 
 def try_blocks(stream: BlockStream) -> None:
@@ -37,29 +29,24 @@ def try_blocks(stream: BlockStream) -> None:
     if ends_bytes(stream) < available_bytes():
         # A stream of its own: weights outside of the blocks stay in the memory of the one that loaded them.
         run_ends(BlockStream(stream.checkpoint, stream.device, stream.dtype))
+        release_freed_memory()
 
 
 def _artifact_tensors(stream: BlockStream, plan: Plan) -> dict[str, Tensor]:
     """The tensors of the artifact by their names on disk, without memory; smoothing vectors are not known yet."""
-
-    def stored(names: Iterable[str]) -> dict[str, Tensor]:
-        return _empty({name: (info.dtype, info.shape) for name in names for info in [stream.source.tensors[name]]})
-
-    tensors, compressed = stored(stream.non_block_weights), [target.name for target in plan.targets]
+    source = without_memory({name: (info.dtype, info.shape) for name, info in stream.source.tensors.items()})
+    tensors = {name: source[name] for name in stream.non_block_weights}
     for block in plan.blocks:
-        found, prefix = stored(stream.names.under(block.name)), stream.names.stored_prefix(block.name)
+        found = {name: source[name] for name in stream.names.under(block.name)}
         for entry in plan.entries_of(block):
             weight = stream.names.tensor.get(f"{entry.target.name}.weight")
             if weight is None:
                 raise VQCompressError(f"{stream.source.path} has no tensor of its own for {entry.target.name}.weight")
             del found[weight]
-            found |= _empty({part_name(weight, part): info for part, info in entry.layout().items()})
+            layout = {part_name(weight, part): info for part, info in entry.layout().items()}
             if entry.shared is not None:
-                place = prefix + entry.shared.removeprefix(block.name)
-                found |= _empty({f"{place}.{part}": info for part, info in entry.method.shared_layout().items()})
-        tensors |= stream.as_stored(found, compressed)
+                place = stream.names.stored_prefix(block.name) + entry.shared.removeprefix(block.name)
+                layout |= {f"{place}.{part}": info for part, info in entry.method.shared_layout().items()}
+            found |= without_memory(layout)
+        tensors |= stream.as_stored(found, [target.name for target in plan.targets])
     return tensors
-
-
-def _empty(layout: Layout) -> dict[str, Tensor]:
-    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}

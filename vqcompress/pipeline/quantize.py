@@ -21,9 +21,10 @@ from vqcompress.model.device import check_fits, choose_device, model_dtype, rele
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
+from vqcompress.model.tokenizer import fingerprint
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
-from vqcompress.pipeline.calibration import calibration, first_states
+from vqcompress.pipeline.calibration import first_states
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
@@ -31,6 +32,7 @@ from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Plan, Progress, silent
 from vqcompress.pipeline.preflight import check_plan, try_blocks
 from vqcompress.pipeline.report import VERSIONS, run_report
+from vqcompress.pipeline.rows import DEFAULT_SAMPLES, calibration_rows
 from vqcompress.runtime.load import load
 from vqcompress.storage import artifact
 from vqcompress.storage import recipe as recipes
@@ -38,7 +40,6 @@ from vqcompress.storage.artifact import STAGED, Entry
 from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
-from vqcompress.storage.text import DEFAULT_SAMPLES, fingerprint
 from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"
@@ -85,8 +86,9 @@ class Run:
     """A run of `quantize` and its state: begun, or continued from an unfinished one, in the directory of the options.
 
     plan: the first of `plans`, until `prepare` chooses within a budget. rows: of calibration, None if none are needed.
-    hidden: the states that enter the next block, by batch. reference: those of the dense model, if a recipe corrects
-    outputs. entries: of the blocks that are done. shards: makes those of the other blocks, by name.
+    calibration: JSON about the rows. hidden: the states that enter the next block, by batch. reference: those of the
+    dense model, if a recipe corrects outputs. entries: of the blocks that are done. shards: makes those of the other
+    blocks, by name.
     """
 
     def __init__(self, options: QuantizeOptions, progress: Progress, began: float):
@@ -95,9 +97,9 @@ class Run:
         try_blocks(self.stream)
         self.plan, self.group = self.plans[0], self.stream.group
         self.companions, self.left_out = self.stream.source.companions()
-        self.rows = None
+        self.rows = self.calibration = None
         if self.plan.reads_text:
-            self.rows = calibration(self.stream.source, options)
+            self.rows, self.calibration = calibration_rows(self.stream, options, progress)
             needed = cache_memory(self.plan, self.stream, self.rows.numel())
             # Now, and not after the blocks.
             instead = "take a recipe whose cache is fp8, which learns nothing"
@@ -218,14 +220,16 @@ class Run:
             named, settings["kv_cache"]["before"] = books
             writer.write_extra(artifact.KV_CACHE, named)
         config = {**source.config, "quantization_config": settings}
-        report = run_report(options, self.plan, source, writer, self.rows, cache_seconds) | {"left_out": self.left_out}
+        report = run_report(options, self.plan, source, writer, self.calibration, cache_seconds)
+        report |= {"left_out": self.left_out}
         choice = recipes.dump(self.plan.recipe) if self.plan.target_bits is not None else ""
         writer.finish(config, self.companions, documents(report, writer.out.resolve().name), choice)
         return report
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:
         """Compress a block; its name and its shard."""
-        context = BlockContext(self.stream, self.plan, index, self.hidden, self.options.seed, self.reference)
+        few = self.calibration is not None and "few_tokens" in self.calibration
+        context = BlockContext(self.stream, self.plan, index, self.hidden, self.options.seed, self.reference, few)
         name = context.block.name
         tensors, facts = compress_block(context, self.progress)
         return name, (self._file(index + 2), tensors, {**facts, "source": self._digest(name)})

@@ -48,12 +48,13 @@ def run_report(
     plan: Plan,
     source: Checkpoint,
     writer: Writer,
-    rows: Tensor | None,
+    calibration: dict[str, Any] | None,
     cache_seconds: float | None,
 ) -> dict[str, Any]:
     """The report of a run, JSON; docs/artifact.md lists every key.
 
-    cache_seconds: the time that codebooks of keys and values took, if any were learned.
+    calibration: facts about its rows, see `calibration_rows`. cache_seconds: the time that codebooks of keys and values
+    took, if any were learned.
     bits_per_weight: all bits stored in place of the compressed weights ÷ the number of those weights; None of none.
     """
     shards = {name: record for name, record in writer.done.items() if name != STAGED}
@@ -65,10 +66,7 @@ def run_report(
         chosen.setdefault(setting(plan.rules[target.name].method), []).append(target.weights)
     after = {"(distillation)": writer.done[STAGED]["seconds"]} if STAGED in writer.done else {}
     after |= {"(codebooks of keys and values)": cache_seconds} if cache_seconds is not None else {}
-    model, calibration = options.model, None
-    if rows is not None:
-        texts = [named(text) for text in options.texts or []]
-        calibration = {"samples": rows.shape[0], "seqlen": rows.shape[1], "texts": texts}
+    model = options.model
     is_local = model == "demo" or os.path.exists(os.path.expanduser(model))
     sources = [record["source"] for record in shards.values()]
     files = [record["file"] for record in shards.values()] + list(writer.extra_files)

@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from vqcompress.errors import UsageError
-from vqcompress.model.tokenizer import load_tokenizer
+from vqcompress.model.tokenizer import check_ids, load_tokenizer
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import resolve
 
@@ -34,6 +34,7 @@ def generate(
     network: Any = load(model, cpu_weights=cpu_weights, kv_cache=kv_cache or False)
     tokenizer: Any = load_tokenizer(resolve(model))
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
+    check_ids(ids_BL, network, tokenizer)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if context and ids_BL.shape[1] + max_new_tokens > context:
         length = f"--prompt has {ids_BL.shape[1]} tokens, with --max-new-tokens {max_new_tokens}"

@@ -25,6 +25,10 @@ from vqcompress.storage.damage import damage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What configs call the tokens of the longest row, and the config of their text.
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+CONTEXTS += ("max_seq_length", "context_length", "max_context_length")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "generator")
 # Bytes that are hashed at once.
 PIECE = 2**22
 # In the order in which transformers looks for them: weights in one file, and an index of shards.
@@ -244,7 +248,10 @@ class Checkpoint:
 
         UsageError for rows longer than the context: what a model computes there says nothing about it.
         """
-        context = self.config.get("max_position_embeddings") or self.config.get("n_positions") or tokens or 2048
+        # Of a model with towers, that of its text.
+        parts = [*(self.config.get(name) for name in TEXT_CONFIGS), self.config]
+        named = (part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXTS)
+        context = next((n for n in named if isinstance(n, int) and n > 0), tokens or 2048)
         if tokens and tokens > context:
             raise UsageError(f"--seqlen {tokens} is more than the model's context of {context} tokens")
         return min(2048, context) if tokens is None else tokens

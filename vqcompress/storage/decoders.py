@@ -26,7 +26,14 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -
 # Two of them in a byte, the first in its low half.
 TWO_E2M1 = (torch.int8, torch.uint8, getattr(torch, "float4_e2m1fn_x2", None))
 # compressed-tensors' names of what a weight is made of.
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
+PARTS: tuple[str, ...] = (
+    "weight_packed",
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_g_idx",
+)
 PARTS += ("weight_shape",)
 
 

@@ -55,12 +55,6 @@ def fetch(repo: str, revision: str | None = None, weights: bool = True, download
     return path
 
 
-def check_text(source: str) -> None:
-    """VQCompressError unless a text is there, or may be the id of a dataset."""
-    if not Path(source).exists() and ("/" not in source or source.startswith(("/", ".")) or Path(source).suffix):
-        raise VQCompressError(f"no such text file: {source}")
-
-
 def check_upload(repo: str) -> None:
     """VQCompressError, before hours of work, for a name that no repository can have, or without a login."""
     from huggingface_hub import HfApi
