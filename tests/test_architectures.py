@@ -24,3 +24,12 @@ def test_every_type_has_a_class() -> None:
     """Types come from transformers, so a new one is tried without an edit here."""
     assert {"llama", "gemma3"} <= sweep.toy_zoo.CLASSES.keys()
     assert all(sweep.toy_zoo.class_name(name).isidentifier() for name in sweep.toy_zoo.CLASSES)
+
+
+@pytest.mark.parametrize("name", ["bert", "mllama", "gemma4_text"])
+def test_doctor_makes_a_toy_of(name: str, tmp_path: Path) -> None:
+    """A tied head with a bias; a text part that is no model by itself; widths that differ from layer to layer."""
+    sweep.toy_zoo.save(sweep.toy_zoo.toy_model(name), tmp_path)
+    refusal, facts = sweep.diagnosis(tmp_path)
+    assert not refusal
+    assert facts["coverage"] > 0

@@ -15,6 +15,9 @@ from toys import toy_checkpoint, toy_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vqcompress.evaluate.perplexity import windows
+from vqcompress.methods import make
+from vqcompress.methods.smoothing import Smoothing, fit_smoothing
+from vqcompress.methods.statistics import Statistics
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import cut_rows, load_tokenizer, pack, start_tokens, tokenize
 from vqcompress.pipeline.options import QuantizeOptions
@@ -158,7 +161,15 @@ def test_rows_of_the_model_itself_are_its_distribution(starts: Path, tmp_path: P
 def test_a_text_that_says_nothing_is_a_warning(toy: Any, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("river " * 400)
     with pytest.warns(UserWarning, match=r"x.txt.* \d different tokens"):
-        assert rows_of(toy(), tmp_path / "x.txt")[1]["distinct_tokens"] < 5
+        facts = rows_of(toy(), tmp_path / "x.txt")[1]
+    assert (facts["distinct_tokens"] < 5, facts["few_tokens"]) == (True, True)
+
+
+def test_factors_of_channels_that_few_tokens_left_quiet_are_bounded() -> None:
+    statistics = Statistics(tokens=9, absmax_I=torch.tensor([1e-6, 0.5, 1.0, 1.0, 9.0]))
+    job = (Smoothing(alpha=0.5), [torch.ones(2, 5)], [make("int8", {})], statistics, torch.arange(5), False, 0)
+    assert fit_smoothing(*job)[0].tolist() == pytest.approx([1e-5**0.5, 0.5**0.5, 1, 1, 3])
+    assert fit_smoothing(*job, few_tokens=True)[0].tolist() == pytest.approx([1, 1, 1, 1, 3])
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval", "compare", "generate"])

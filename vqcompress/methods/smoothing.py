@@ -83,16 +83,19 @@ def fit_smoothing(
     rows_I: Tensor,
     powers_of_two: bool,
     seed: int,
+    few_tokens: bool = False,
 ) -> tuple[Tensor, float | None]:
     """The factors s (R,) for an input, and the α that made them; None if no smoothing had the least output error.
 
     weights, methods: of every target that reads the input. rows_I: the producer's row of each input channel; channels
     of one row share a factor. powers_of_two: round the factors to these, because a tensor that they multiply is stored
-    in a 16-bit type.
+    in a 16-bit type. few_tokens: the calibration rows hold hardly any different tokens: a channel that is quiet there
+    may be loud elsewhere, so that no magnitude counts as less than the median.
     """
     assert statistics.absmax_I is not None
     rows = int(rows_I.max()) + 1
     absmax_R = tied_max(statistics.absmax_I, rows_I, rows)
+    absmax_R = absmax_R.clamp(min=absmax_R.median()) if few_tokens else absmax_R
     weight_absmax_R = tied_max(torch.stack([w.abs().amax(0) for w in weights]).amax(0), rows_I, rows)
 
     def factors(alpha: float) -> Tensor:

@@ -152,10 +152,12 @@ class BlockStream:
     def load_non_block_weights(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Load embeddings, final norm and head; embed and logits need them. tensors: instead of reading the source."""
         if not self._rest_loaded:
-            if tensors is None:
-                tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
-            assign(self.model, tensors, self.dtype)
-            tie_weights(self.model, self.names)
+            # Biases of tied heads are padded in place, which tensors made in inference mode do not allow.
+            with torch.inference_mode(False), torch.no_grad():
+                if tensors is None:
+                    tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
+                assign(self.model, tensors, self.dtype)
+                tie_weights(self.model, self.names)
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True
 

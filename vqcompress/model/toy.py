@@ -31,8 +31,8 @@ def toy_model(
     """A small model of an architecture with random weights, and its config.
 
     It has `least` layers, or as many as show every type of layer once. If no such model can be built, it keeps its
-    depth, or its widths unless narrow_only. Of a model with towers that has a class for its text alone, the model has
-    none, but the config does.
+    depth and vocabulary, or its widths unless narrow_only. Of a model with towers that has a class for its text alone,
+    the model has none, but the config does.
     """
     for depth, widths in [(True, True), (False, True)] + [(True, False)] * (not narrow_only):
         small = copy.deepcopy(config)
@@ -45,6 +45,8 @@ def toy_model(
                 for field in (*LAYERS, "depth") if tower is not None and tower is not text else ():
                     if isinstance(getattr(tower, field, None), int):
                         setattr(tower, field, 1)
+            # What transformers would refuse to read again.
+            small = type(small).from_dict(small.to_dict())
             toy = auto_class(small).from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
         except Exception as error:  # sizes that do not fit together fail in as many ways as there are models
             reason = one_line(error)
@@ -58,15 +60,16 @@ def toy_model(
 
 
 def _shrink(config: Any, depth: int | None, widths: bool) -> None:
-    """Edit a config: vocabulary, depth unless None, widths if asked for. Keeps the ratio of query to key heads."""
+    """Edit a config: depth and vocabulary unless None, widths if asked for. Keeps the ratio of query to key heads."""
     types = {name: kinds for name in ("layer_types", "mlp_layer_types") if (kinds := getattr(config, name, None))}
     layers = max([depth or 2, *(1 + kinds.index(kind) for kinds in types.values() for kind in set(kinds))])
     for name, kinds in types.items() if depth else ():
         # Some configs compute the types from the number of layers and refuse to be set.
         with contextlib.suppress(AttributeError):
             setattr(config, name, kinds[:layers])
-    sizes = dict.fromkeys(LAYERS if depth else (), layers) | SIZES
+    sizes = dict.fromkeys(LAYERS, layers) | SIZES if depth else {}
     heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    sizes |= {name: SIZES["vocab_size"] for name in config.to_dict() if depth and "vocab_size" in name}
     if widths:
         sizes |= WIDTHS
         # In latent attention head_dim is the width of the rotary part, which keeps its size.
@@ -75,10 +78,7 @@ def _shrink(config: Any, depth: int | None, widths: bool) -> None:
             sizes["num_attention_heads"] = HEADS
             sizes["num_key_value_heads"] = max(1, HEADS * (kv_heads or heads) // max(heads, HEADS))
     for name, most in sizes.items():
-        try:
-            value = getattr(config, name, None)
-        except ValueError:
-            # A field that layers have of their own stays as it is.
-            continue
-        if isinstance(value, int) and value > most:
-            setattr(config, name, most)
+        # A field that layers have of their own cannot be read, and stays as it is.
+        with contextlib.suppress(RuntimeError, ValueError):
+            if isinstance(value := getattr(config, name, None), int) and value > most:
+                setattr(config, name, most)

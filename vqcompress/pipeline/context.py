@@ -31,7 +31,7 @@ class BlockContext:
     """A block of a run. index: its number. seed: of the run.
 
     states: what enters it, by batch; empty for a data-free plan. reference: what enters it in the dense model; empty
-    unless the recipe corrects outputs.
+    unless the recipe corrects outputs. few_tokens: whether the calibration rows hold hardly any different tokens.
     """
 
     stream: BlockStream
@@ -40,6 +40,7 @@ class BlockContext:
     states: States
     seed: int
     reference: States = field(default_factory=list)
+    few_tokens: bool = False
 
     @property
     def block(self) -> Block:

@@ -228,7 +228,8 @@ class Run:
 
     def _make_shard(self, index: int) -> tuple[str, Shard]:
         """Compress a block; its name and its shard."""
-        context = BlockContext(self.stream, self.plan, index, self.hidden, self.options.seed, self.reference)
+        few = self.calibration is not None and "few_tokens" in self.calibration
+        context = BlockContext(self.stream, self.plan, index, self.hidden, self.options.seed, self.reference, few)
         name = context.block.name
         tensors, facts = compress_block(context, self.progress)
         return name, (self._file(index + 2), tensors, {**facts, "source": self._digest(name)})

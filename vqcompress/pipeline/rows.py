@@ -61,11 +61,12 @@ def calibration_rows(stream: BlockStream, options: QuantizeOptions, progress: Pr
         rows.append(torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(own), -1), own], 1))
     rows_NL = torch.cat(rows)
     different = len(rows_NL.unique())
+    facts = {"samples": len(rows_NL), "seqlen": length, "texts": [named(name) for name, _ in given]}
+    facts |= {"bos": bool(start), "distinct_tokens": different}
     if different < min(FEW_TOKENS, rows_NL.numel() // 8):
         few = f"{', '.join(names)}: the calibration rows hold only {different} different tokens"
         warnings.warn(f"{few}; give a text like those that the model will read", Notice, stacklevel=2)
-    facts = {"samples": len(rows_NL), "seqlen": length, "texts": [named(name) for name, _ in given]}
-    facts |= {"bos": bool(start), "distinct_tokens": different}
+        facts["few_tokens"] = True
     facts |= {"temperature": TEMPERATURE} if SELF in names else {}
     if len(rows) > 1:
         facts["rows"] = [len(part) for part in rows]

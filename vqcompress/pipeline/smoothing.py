@@ -105,6 +105,7 @@ class Smoother:
             rows_I,
             rounded,
             self.context.seed,
+            self.context.few_tokens,
         )
         rewrites = self.rewrites
         if producer:

@@ -199,7 +199,7 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU in their stored type."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for file, wanted in self._by_file(names).items():
             if file.endswith(".bin"):
                 mapped = pickled(self.path / file)
@@ -279,7 +279,7 @@ class Checkpoint:
                     info = source.tensors[name]
                     digest.update(f"{name} {info.bytes} ".encode())
                     if mapped:
-                        digest.update(mapped[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+                        digest.update(mapped[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
                         continue
                     stream.seek(info.start)
                     for start in range(0, info.bytes, PIECE):
