@@ -53,7 +53,8 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase, bos: str) -> list[int]:
 
 def check_ids(ids: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """VQCompressError naming a token that the tokenizer knows and the embeddings of the model do not."""
-    known, largest = model.get_input_embeddings().weight.shape[0], int(ids.max()) if ids.numel() else 0
+    matrix: Any = model.get_input_embeddings().weight
+    known, largest = matrix.shape[0], int(ids.max()) if ids.numel() else 0
     if largest >= known:
         token = f"gives the token {tokenizer.convert_ids_to_tokens(largest)!r} the number {largest}"
         advice = "take the tokenizer of these weights, or save the model with resized embeddings"

@@ -80,7 +80,8 @@ def _sampled(stream: BlockStream, options: QuantizeOptions, shape: tuple[int, in
 
     They begin with what begins every row, else with a random token (LLM-QAT, arXiv 2305.17888, section 3.1).
     """
-    (count, length), group, rows = shape, stream.group, []
+    (count, length), group = shape, stream.group
+    rows: list[Tensor] = []
     if group.is_main:
         needed = sum(math.prod(info.shape) for info in stream.source.tensors.values()) * stream.dtype.itemsize
         check_fits(needed, stream.device, "--calibration self", "give a text instead")

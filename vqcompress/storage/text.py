@@ -185,5 +185,5 @@ def _chat(value: Any, key: str) -> Chat:
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             content = "".join(_text(part, f"{name}.content") for part in parts)
         content = "" if content is None and message.get("tool_calls") else _text(content, f"{name}.content")
-        chat.append({**message, "role": ROLES.get(role, _text(role, f"{name}.role")), "content": content})
+        chat.append({**message, "role": ROLES.get(str(role), _text(role, f"{name}.role")), "content": content})
     return chat
