@@ -85,9 +85,12 @@ def check_same(what: str, a: Tensor, b: Tensor) -> None:
         raise Failure(f"{what}: logits differ by {difference:.1e} of the largest")
 
 
-def rows() -> Tensor:
-    """The first rows of the demo's evaluation text, (WINDOWS, SEQLEN)."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(toy_zoo.DEMO)
+def rows(folder: Path = toy_zoo.DEMO) -> Tensor:
+    """The first rows of the demo's evaluation text, (WINDOWS, SEQLEN), by the tokenizer of a directory.
+
+    Which class reads the same tokenizer.json depends on the type of the model.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = (toy_zoo.DEMO / "evaluation.txt").read_text(encoding="utf-8")[:4000]
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     return ids[: WINDOWS * SEQLEN].view(WINDOWS, SEQLEN)
@@ -112,8 +115,10 @@ def make_toy(name: str, folder: Path) -> tuple[str, Tensor]:
     return type(model).__name__, after
 
 
-def check_evaluation(folder: Path, text: Path, logits: Tensor, ids: Tensor) -> None:
-    """Failure unless `eval perplexity` is that of the logits of a plain loop."""
+def check_evaluation(folder: Path, text: Path, model: Any) -> None:
+    """Failure unless `eval perplexity` is that of a plain loop over a model."""
+    ids = rows(folder)
+    logits = logits_of(model, ids)
     found = perplexity(str(folder), str(text), device="cpu", seqlen=SEQLEN, limit=WINDOWS)
     plain_nll = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     if not abs(found["nll_per_token"] - plain_nll) <= TOLERANCE * max(1, abs(plain_nll)):
@@ -127,7 +132,7 @@ def check_artifact(artifact: Path, dense: Tensor, recipe: str, text: Path) -> No
     model = plain(artifact)
     own = logits_of(model, ids)
     check_same("load and from_pretrained", logits_of(load(artifact, "cpu"), ids), own)
-    check_evaluation(artifact, text, own, ids)
+    check_evaluation(artifact, text, model)
     change = ((own - dense).square().mean() / dense.square().mean()).sqrt().item()
     if recipe != "vq-2bit" and not change <= FAR:
         raise Failure(f"{recipe} changes the logits by {change:.2f} of their size")
