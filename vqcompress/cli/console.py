@@ -125,8 +125,7 @@ def session(json_file: Path | None = None) -> Iterator[Callable[..., None]]:
 
         text = to_json(result) + "\n"
         if leads() and to_stdout:
-            # JSON escapes what is not ASCII.
-            stdout.write(text if (stdout.encoding or "").lower() == "utf-8" else to_json(result, ascii=True) + "\n")
+            stdout.write(text)
         elif leads() and json_file is not None:
             json_file.write_text(text, encoding="utf-8")
         table(console(), result, *more)

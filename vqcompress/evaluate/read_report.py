@@ -18,8 +18,11 @@ def named(source: str) -> str:
     return path.absolute().name if path.exists() else source
 
 
-def to_json(value: Any, ascii: bool = False) -> str:
-    """JSON text. Numbers that JSON does not have, such as a perplexity beyond float64, are strings: inf, -inf, nan."""
+def to_json(value: Any) -> str:
+    """JSON text in ASCII, since names of files may hold what UTF-8 cannot encode.
+
+    Numbers that JSON does not have, such as a perplexity beyond float64, are strings: inf, -inf, nan.
+    """
 
     def valid(value: Any) -> Any:
         if isinstance(value, dict):
@@ -28,7 +31,7 @@ def to_json(value: Any, ascii: bool = False) -> str:
             return [valid(each) for each in value]
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(valid(value), indent=1, ensure_ascii=ascii, allow_nan=False)
+    return json.dumps(valid(value), indent=1, allow_nan=False)
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float | None:

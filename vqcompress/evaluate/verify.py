@@ -15,6 +15,7 @@ from torch import Tensor
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout
 from vqcompress.methods.base import is_finite
+from vqcompress.model.device import free_bytes
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.weights import Names, check_headers
 from vqcompress.storage.artifact import KV_CACHE, SMOOTHING, Artifact, Entry, tensors_of
@@ -72,8 +73,9 @@ def check_readers(stream: BlockStream, settings: dict[str, Any] | None, tensors:
 def run_ends(stream: BlockStream) -> list[str]:
     """Run the first and the last block, and the head, on a few random tokens; returns the names of the blocks.
 
-    The first alone where later blocks read what those between answer; all at once where blocks cannot run one by one.
-    VQCompressError naming the part that cannot run or puts out NaN or Inf. One block at a time is in memory.
+    The first alone where later blocks read what those between answer. One block at a time is in memory. Where blocks
+    cannot run one by one, all do at once, or none if memory does not hold them.
+    VQCompressError naming the part that cannot run or puts out NaN or Inf.
     """
     vocabulary, generator = stream.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     # Two rows: what blocks are called with may depend on the tokens, and a stream then has to know.
@@ -83,6 +85,8 @@ def run_ends(stream: BlockStream) -> list[str]:
         calls = stream.learn()
         ends = dict.fromkeys(calls.order[:1] + calls.order[-1:] * calls.plain)
         if calls.refusal:
+            if _decoded_bytes(stream) > free_bytes(stream.device):
+                return []
             ends, part = dict.fromkeys(range(len(stream.blocks))), "the model"
             finite = is_finite(stream.whole(rows[0]))
         else:
@@ -99,6 +103,13 @@ def run_ends(stream: BlockStream) -> list[str]:
     if not finite:
         raise VQCompressError(f"{stream.source.path}: {part} puts out NaN or Inf")
     return [stream.blocks[i].name for i in ends]
+
+
+def _decoded_bytes(stream: BlockStream) -> int:
+    """Bytes of all tensors in float32, those of compressed weights also as they are stored."""
+    numbers = sum(torch.Size(info.shape).numel() for info in stream.source.tensors.values())
+    entries = stream.checkpoint.entries.values() if isinstance(stream.checkpoint, Artifact) else ()
+    return 4 * (numbers + sum(entry.target.weights for entry in entries))
 
 
 def verify(path: str, quick: bool = False) -> dict[str, Any]:

@@ -83,9 +83,14 @@ def cgroup_bytes(folder: Path) -> int | None:
     return None
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take on a device."""
+    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
+
+
 def check_fits(needed: int, device: torch.device, job: str, advice: str) -> None:
     """VQCompressError naming the job if a device has fewer free bytes than needed. advice: what the user can do."""
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_bytes()
+    free = free_bytes(device)
     if needed > free:
         memory = f"the whole model in memory, about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
         raise VQCompressError(f"{job} takes {memory}; {advice}")

@@ -150,7 +150,12 @@ def _measure_block(context: BlockContext, plans: list[Plan], rows: int) -> dict[
         candidate, needs, encoded = replace(context, plan=plan), plan.methods[0].needs, dict(tensors)
         if needs not in gathered:
             gathered[needs] = gather(candidate, module, inputs)
-        BlockEncoder(candidate, encoded, gathered[needs], Rewrites()).encode()
+        facts = BlockEncoder(candidate, encoded, gathered[needs], Rewrites()).encode()["targets"]
+        if not stream.runs(context.index):
+            # Text skips this block, so its output shows nothing: the error of the weight itself counts.
+            for target, row in zip(plan.compressed(block), facts, strict=True):
+                damage[target.name].append(row["relative_error"])
+            continue
         stored = stream.load_block(context.index, encoded, plan.entries_of(block))
         for target in plan.compressed(block):
             path = block.local(target)

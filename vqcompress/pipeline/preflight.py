@@ -7,7 +7,7 @@ from torch import Tensor
 import vqcompress
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.verify import check_readers, run_ends, without_memory
-from vqcompress.model.device import available_bytes, release_freed_memory
+from vqcompress.model.device import free_bytes, release_freed_memory
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.estimate import ends_bytes
 from vqcompress.pipeline.plan import Plan
@@ -26,7 +26,7 @@ def check_plan(stream: BlockStream, plan: Plan) -> None:
 
 def try_blocks(stream: BlockStream) -> None:
     """Run the dense first and last block on a few tokens, see `run_ends`; not where memory does not hold them."""
-    if ends_bytes(stream) < available_bytes():
+    if ends_bytes(stream) < free_bytes(stream.device):
         # A stream of its own: weights outside of the blocks stay in the memory of the one that loaded them.
         run_ends(BlockStream(stream.checkpoint, stream.device, stream.dtype))
         release_freed_memory()
