@@ -75,9 +75,12 @@ def windows(
     return torch.cat([torch.tensor(start, dtype=tokens.dtype).expand(len(own_NL), -1), own_NL], 1)
 
 
-def first_scored(number: int, seqlen: int, stride: int) -> int:
-    """The first position of a window's predictions that counts: later windows score only what is new to them."""
-    return 0 if number == 0 else max(seqlen - stride - 1, 0)
+def first_scored(number: int, seqlen: int, stride: int, start: int = 0) -> int:
+    """The first position of a window's predictions that counts: later windows score only what is new to them.
+
+    start: tokens that begin every window and are no text.
+    """
+    return max((start if number == 0 else seqlen - stride) - 1, 0)
 
 
 def streamed_logits(stream: BlockStream, windows_NL: Tensor, step: Callable[[], None]) -> Logits:
@@ -196,7 +199,7 @@ def score(
         progress(next(done), total)
 
     reference = streamed_logits(streams[-1], windows_NL, step) if baseline is not None else None
-    firsts = [first_scored(number, seqlen, stride) for number in range(len(windows_NL))]
+    firsts = [first_scored(number, seqlen, stride, len(start)) for number in range(len(windows_NL))]
     labels = [window_L[first + 1 :] for window_L, first in zip(windows_NL, firsts, strict=True)]
     found = []
     for n, model in enumerate(models):

@@ -79,13 +79,7 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader) ->
     """
     vocabulary, length = stream.model.config.get_text_config().vocab_size, min(TOKENS, source.row_length(None))
     ids_BL = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    states = [stream.embed(ids_BL)]
-    for i in range(len(stream.blocks)):
-        block = stream.load_block(i)
-        if not reader.rounds:
-            decode_layers(block)
-        stream.forward(block, i, states)
-    ours = stream.logits(states[0]).double().log_softmax(-1)
+    ours = _logits(stream, ids_BL, reader.rounds).double().log_softmax(-1)
     theirs = _read(out, reader, ids_BL, [f"{layer}." for layer in draft_layers(stream)]).double().log_softmax(-1)
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     if not divergence <= reader.bound:
@@ -97,6 +91,23 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader) ->
         "mean_kl_divergence": divergence,
         "bound": reader.bound,
     }
+
+
+def _logits(stream: BlockStream, ids_BL: Tensor, rounds: bool) -> Tensor:
+    """Logits (B, L, V) of the artifact, block by block if the model can be run so. rounds: activations, too."""
+    if stream.learn().refusal:
+        found = stream.whole(ids_BL)
+        if not rounds:
+            decode_layers(stream.model)
+            found = stream.whole(ids_BL)
+        return found
+    states = [stream.embed(ids_BL)]
+    for i in range(len(stream.blocks)):
+        block = stream.load_block(i)
+        if not rounds:
+            decode_layers(block)
+        stream.forward(block, i, states)
+    return stream.logits(states[0])
 
 
 def _read(out: Path, reader: Reader, ids_BL: Tensor, skipped: list[str]) -> Tensor:

@@ -10,6 +10,7 @@ nothing of them can be read unnoticed.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, MutableMapping
 from dataclasses import replace
 from typing import Any
@@ -56,14 +57,16 @@ class _Recorder(nn.Module):
     def __init__(self, block: nn.Module, index: int, calls: Calls):
         super().__init__()
         # Not as submodules: the model's state then names no tensor of a block that is not in memory.
-        self.block, self.index, self.calls = (block,), index, (calls,)
+        self.block, self.index = (block,), index
+        # In a circle with the model, its memory would stay until a garbage collection.
+        self.calls = weakref.proxy(calls)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block is said to answer."""
-        return self.calls[0].answer(self.index, (args, kwargs))
+        return self.calls.answer(self.index, (args, kwargs))
 
 
 class Calls:

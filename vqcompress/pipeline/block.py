@@ -174,11 +174,12 @@ class BlockEncoder:
         entry = self.entries[path]
         if not isinstance(entry.method, FP8) or (tiles := self.stream.source.tiles(self.name(path))) is None:
             return None
+        tiles = {name: part.to(self.stream.device) for name, part in tiles.items()}
         try:
             entry.method.check(tiles, entry.target.shape)
         except ValueError:
             return None
-        same = torch.equal(entry.method.decode(tiles, entry.target.shape), weight_OI.cpu())
+        same = torch.equal(entry.method.decode(tiles, entry.target.shape), weight_OI)
         return tiles if same else None
 
     def _store(self, path: str, packed: PackedTensors) -> None:

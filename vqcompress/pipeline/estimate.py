@@ -39,11 +39,14 @@ def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, sta
     choice: dict[str, Any] = {}
     if budget is not None:
         spent = min(spent, budget * weights)
-        names = (recipes.setting(p.methods[0]) for p in plans)
-        choice = {"target_bits": budget, "candidates": {n: b / weights for n, b in zip(names, bits, strict=True)}}
+        settings = (recipes.setting(p.methods[0]) for p in plans)
+        choice = {"target_bits": budget, "candidates": {n: b / weights for n, b in zip(settings, bits, strict=True)}}
     outside, blocks = _parameters(stream)
     parameters = outside + sum(blocks)
     dense = sum(info.bytes for info in stream.source.tensors.values()) or parameters * itemsize
+    # Not all weights have the type that the config says.
+    names = [stream.names.tensor.get(f"{entry.target.name}.weight", "") for entry in plan.entries]
+    replaced = sum(t[n].bytes for n in names) if (t := stream.source.tensors) else weights * itemsize
     embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
     # Rotated, a head that was tied to the embeddings is stored by itself.
     untied = head.get_parameter("weight").numel() if plan.recipe.rotation and embedding.weight is head.weight else 0
@@ -58,7 +61,7 @@ def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, sta
         "parameters": parameters,
         # A compressed checkpoint is smaller than what is decoded of it.
         "source_bytes": stream.source.bytes or dense,
-        "artifact_bytes": dense + (untied - weights) * itemsize + int(spent) // 8 + codebooks,
+        "artifact_bytes": dense + untied * itemsize - replaced + int(spent) // 8 + codebooks,
         **_memory(plan, stream, rows, seqlen, states),
         "calibration_tokens": rows * seqlen,
         "targets": [

@@ -258,7 +258,7 @@ class Run:
         tensors: PackedTensors = {}
         for name, record in self.writer.done.items():
             tensors |= artifact.tensors_of(self.writer.out / record["file"]) if name != STAGED else {}
-        config = deepcopy(self.stream.config)
+        config = deepcopy(self.stream.model.config)
         if self.entries:
             config.quantization_config = artifact.quantization_config(self.entries, vqcompress.__version__)
         model: Any = type(self.stream.model).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)

@@ -50,6 +50,9 @@ def calibration_rows(stream: BlockStream, options: QuantizeOptions, progress: Pr
     start, rows, total = start_tokens(tokenizer, options.bos), [], options.samples or DEFAULT_SAMPLES
     for k, part in enumerate(parts):
         begin, end = (round(total * sum(shares[:n]) / sum(shares)) for n in (k, k + 1))
+        if begin == end:
+            rows.append(torch.empty(0, length, dtype=torch.int64))
+            continue
         if part == [SELF]:
             rows.append(_sampled(stream, options, (end - begin, length), progress))
             continue
@@ -92,7 +95,8 @@ def _sampled(stream: BlockStream, options: QuantizeOptions, shape: tuple[int, in
         # Sampling reads torch's global generator.
         torch.manual_seed(options.seed)
         start = torch.tensor(start_tokens(tokenizer, options.bos), dtype=torch.int64)
-        first_N1 = start.expand(count, -1) if len(start) else torch.randint(len(tokenizer), (count, 1))
+        known = min(len(tokenizer), len(network.get_input_embeddings().weight))
+        first_N1 = start.expand(count, -1) if len(start) else torch.randint(known, (count, 1))
         for begin in first_N1.to(stream.device).split(SAMPLED_ROWS):
             progress("after", {"what": "sampling rows from the model", "done": sum(map(len, rows)), "total": count})
             new = length - begin.shape[1]

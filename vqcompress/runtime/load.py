@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
@@ -53,7 +55,7 @@ def load(
             known = any((folder / name).exists() for names in STORED for name in names)
             if isinstance(source, PublishedCheckpoint) or (source.tensors and not known):
                 # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
-                empty, decoded = skeleton(config, computed), source.read(source.tensors)
+                empty, decoded = skeleton(config, computed), _decoded(source, computed)
                 loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=decoded, **options)
             else:
                 options["trust_remote_code"] = trusted()
@@ -68,10 +70,23 @@ def load(
     for problem in ("missing", "mismatched"):
         if found := sorted(report[f"{problem}_keys"], key=str):
             raise VQCompressError(f"{folder} does not fit its config.json: {problem} tensor {found[0]}")
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        # transformers reads it only together with the weights.
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model = model.eval().requires_grad_(False).to(target)
     if kv_cache:
         use_kv_cache(model, kv_cache_config(model, folder, AS_STORED if kv_cache is True else str(kv_cache)))
     return model
+
+
+def _decoded(source: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, one decoded at a time; those that are not stored as float32 in a type."""
+    found = {}
+    for name, info in source.tensors.items():
+        tensor = source.read([name])[name]
+        wide = tensor.dtype == torch.float32 and info.dtype != torch.float32
+        found[name] = tensor.to(dtype) if wide else tensor
+    return found
 
 
 def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheSpec:
