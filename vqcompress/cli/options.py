@@ -23,7 +23,7 @@ from vqcompress.storage.trust import trusting
 ExportFormat = Literal["dense", "fp8", "compressed-tensors", "aqlm"]
 FORMATS = get_args(ExportFormat)
 Bos = Literal["auto", "always", "never"]
-BOS_HELP = "Begin each row with the BOS token; auto does where the model was trained with it."
+BOS_HELP = "Begin each row with the BOS token: auto, always or never; auto does where the model was trained with it."
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

@@ -83,7 +83,6 @@ def run_ends(stream: BlockStream) -> list[str]:
     part = "what comes before the first block"
     try:
         calls = stream.learn()
-        ends = dict.fromkeys(calls.order[:1] + calls.order[-1:] * calls.plain)
         if calls.refusal:
             if _decoded_bytes(stream) > free_bytes(stream.device):
                 return []
@@ -91,6 +90,8 @@ def run_ends(stream: BlockStream) -> list[str]:
             finite = is_finite(stream.whole(rows[0]))
         else:
             states = [stream.embed(ids_BL) for ids_BL in rows]
+            # Only now it is known whether a call depends on the tokens.
+            ends = dict.fromkeys(calls.order[:1] + calls.order[-1:] * calls.plain)
             for i in ends:
                 part = stream.blocks[i].name
                 stream.forward(stream.load_block(i), i, states)

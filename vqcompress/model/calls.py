@@ -119,13 +119,13 @@ class Calls:
     def learn(self) -> Calls:
         """Find out, once, in which order blocks are called and with what."""
         if not self._learned:
-            self._learned = True
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
             ids_BL = (vocabulary // 2 + torch.arange(TOKENS)[None]) % vocabulary
             versions = self._versions()
             self.refusal = self._learn_order(ids_BL)
             if not self.refusal and versions != self._versions():
                 self.refusal = f"{type(self.model).__name__} changes weights of its blocks when it runs"
+            self._learned = True
         return self
 
     def _versions(self) -> list[int]:
@@ -167,7 +167,8 @@ class Calls:
         return ""
 
     def number(self, block: int) -> int | None:
-        """The number of the call of a block; None if text alone skips it."""
+        """The number of the call of a block; None if text alone skips it. `learn` must have run."""
+        assert self._learned
         return self.order.index(block) if block in self.order else None
 
     def require(self) -> None:

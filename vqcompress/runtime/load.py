@@ -52,13 +52,15 @@ def load(
         computed = dtype or model_dtype(source.config, target)
         options: Any = {"dtype": computed, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            known = any((folder / name).exists() for names in STORED for name in names)
-            if isinstance(source, PublishedCheckpoint) or (source.tensors and not known):
+            pickled = any(file.suffix == ".bin" for file in source.files)
+            indexed = any((folder / name).exists() for name in STORED[pickled])
+            if isinstance(source, PublishedCheckpoint) or (source.tensors and not indexed):
                 # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
                 empty, decoded = skeleton(config, computed), _decoded(source, computed)
                 loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=decoded, **options)
             else:
-                options["trust_remote_code"] = trusted()
+                # Of two kinds of files the one that `source` reads.
+                options |= {"trust_remote_code": trusted(), "use_safetensors": not pickled}
                 loaded = auto_class(config).from_pretrained(folder, config=config, **options)
         except VQCompressError:
             raise

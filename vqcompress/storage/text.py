@@ -71,7 +71,7 @@ def read_documents(source: str) -> list[Document]:
     """
     if is_plain(source):
         try:
-            return [Document(Path(source).read_text(encoding="utf-8"), source)]
+            return [Document(Path(source).read_text(encoding="utf-8-sig"), source)]
         except UnicodeDecodeError as error:
             raise VQCompressError(f"{source} is not UTF-8 text: {error}") from error
     check_text(source)
