@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import toy_zoo
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -50,8 +51,9 @@ WORKS, REFUSED, BROKEN, FAILED = "works", "refused", "transformers itself fails"
 SEQLEN, WINDOWS, SAMPLES = 48, 2, 4
 # Largest difference of logits, relative to the largest logit, of two ways to run the same weights in float32.
 TOLERANCE = 2e-4
-# Largest root mean square of an 8-bit model's change of logits, relative to the logits: more is no rounding.
-FAR = 0.9
+# Largest change of a weight in FP8, relative to the weight, as root mean squares: more is no rounding. Logits of random
+# mixtures and loops say little about it, since a rounding may choose other experts.
+FAR = 0.1
 # Limits of a type: seconds of the processor, seconds of the clock, bytes of memory.
 SECONDS, WALL, BYTES = 150, 1200, 8 * 2**30
 
@@ -96,8 +98,8 @@ def rows(folder: Path = toy_zoo.DEMO) -> Tensor:
     return ids[: WINDOWS * SEQLEN].view(WINDOWS, SEQLEN)
 
 
-def make_toy(name: str, folder: Path) -> tuple[str, Tensor]:
-    """Save a toy; its class and logits. BrokenByTransformers if transformers cannot, or loads another model."""
+def make_toy(name: str, folder: Path) -> None:
+    """Save a toy. BrokenByTransformers if transformers cannot, or loads another model."""
     try:
         model = toy_zoo.toy_model(name)
         ids = rows()
@@ -112,7 +114,6 @@ def make_toy(name: str, folder: Path) -> tuple[str, Tensor]:
         check_same("a toy and the same toy, saved and loaded", after, before)
     except Failure as error:
         raise BrokenByTransformers(str(error)) from error
-    return type(model).__name__, after
 
 
 def check_evaluation(folder: Path, text: Path, model: Any) -> None:
@@ -125,7 +126,7 @@ def check_evaluation(folder: Path, text: Path, model: Any) -> None:
         raise Failure(f"eval: {found['nll_per_token']:.5f} per token, a plain loop {plain_nll:.5f}")
 
 
-def check_artifact(artifact: Path, dense: Tensor, recipe: str, text: Path) -> None:
+def check_artifact(artifact: Path, toy: Path, recipe: str, text: Path) -> None:
     """Every comparison of an artifact."""
     verify(str(artifact))
     ids = rows()
@@ -133,9 +134,6 @@ def check_artifact(artifact: Path, dense: Tensor, recipe: str, text: Path) -> No
     own = logits_of(model, ids)
     check_same("load and from_pretrained", logits_of(load(artifact, "cpu"), ids), own)
     check_evaluation(artifact, text, model)
-    change = ((own - dense).square().mean() / dense.square().mean()).sqrt().item()
-    if recipe != "vq-2bit" and not change <= FAR:
-        raise Failure(f"{recipe} changes the logits by {change:.2f} of their size")
     exported = artifact.with_name(artifact.name + "-dense")
     export(str(artifact), "dense", exported)
     packed = [path for path, layer in model.named_modules() if isinstance(layer, CompressedLinear)]
@@ -145,7 +143,19 @@ def check_artifact(artifact: Path, dense: Tensor, recipe: str, text: Path) -> No
         weight = model.get_submodule(path).weight
         weight.data = weight.data.to(torch.bfloat16).float()
     check_same("the dense export and the artifact", logits_of(plain(exported), ids), logits_of(model, ids))
+    if recipe == "fp8-tile":
+        check_rounding(toy, exported)
     shutil.rmtree(exported)
+
+
+def check_rounding(toy: Path, exported: Path) -> None:
+    """Failure unless the weights of a dense export are those of the toy, rounded."""
+    after = {name: tensor for file in exported.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in toy.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            change, size = (after[name].float() - tensor.float()).norm().item(), tensor.float().norm().item()
+            if not change <= FAR * size:
+                raise Failure(f"{name} changes by {change:.2g}, and its norm is {size:.2g}")
 
 
 def diagnosis(toy: Path) -> tuple[str, dict[str, Any]]:
@@ -154,7 +164,9 @@ def diagnosis(toy: Path) -> tuple[str, dict[str, Any]]:
         facts = examine(str(toy))
     except VQCompressError as error:
         return str(error), {}
-    refusal = "; ".join(check["detail"] for check in facts["checks"] if not check["ok"])
+    # Recipes without calibration need no run block by block.
+    failed = [check for check in facts["checks"] if not check["ok"] and "calibration" not in check["name"]]
+    refusal = "; ".join(check["detail"] for check in failed)
     return refusal, {key: facts[key] for key in ("coverage", "left_dense", "checks")}
 
 
@@ -164,7 +176,7 @@ def try_type(name: str, folder: Path, recipes: list[str]) -> dict[str, Any]:
     text.write_text((toy_zoo.DEMO / "evaluation.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
     result: dict[str, Any] = {"name": name, "class": toy_zoo.class_name(name), "step": "toy", "recipes": recipes}
     try:
-        _, dense = make_toy(name, toy)
+        make_toy(name, toy)
         result["step"] = "doctor"
         refusal, facts = diagnosis(toy)
         result |= facts
@@ -174,12 +186,10 @@ def try_type(name: str, folder: Path, recipes: list[str]) -> dict[str, Any]:
             report = quantize(job)
             result["targets"] = [target["name"] for target in report["targets"]]
             result["step"] = f"artifact {recipe}"
-            check_artifact(folder / recipe, dense, recipe, text)
+            check_artifact(folder / recipe, toy, recipe, text)
         if refusal:
             result["step"] = "doctor"
-            # Recipes without calibration need no block by block.
-            kind = VQCompressError if "block by block" in refusal else Failure
-            raise kind(f"doctor refuses what works: {refusal}")
+            raise Failure(f"doctor refuses what works: {refusal}")
         return {**result, "state": WORKS, "reason": ""}
     except BaseException as error:
         state = FAILED

@@ -78,10 +78,11 @@ def test_the_doctor_finds_common_architectures_sound(family: str, toy: Make, tmp
 
 
 def test_the_doctor_names_the_experts_that_stay_dense(tmp_path: Path) -> None:
-    """Aria stores its experts in one tensor under a name that transformers changes."""
-    fields = {"hidden_size": 64, "intermediate_size": 64, "moe_num_experts": 4, "vocab_size": 384, "moe_topk": 2}
-    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    transformers.AriaTextConfig(**fields).save_pretrained(tmp_path)
+    """DBRX stores its experts as rows of one matrix."""
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+    experts = {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 384, "max_seq_len": 256}
+    transformers.DbrxConfig(**sizes, attn_config=attention, ffn_config=experts).save_pretrained(tmp_path)
     found = examine(str(tmp_path))
     assert found["ok"], found["checks"]
     assert found["coverage"] < 0.5
