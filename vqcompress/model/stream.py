@@ -216,7 +216,7 @@ class BlockStream:
 
     def forward(self, block: nn.Module, i: int, states: States) -> None:
         """Replace each batch's state by that after the block, in place."""
-        number = self.calls.number(i)
+        number = self.calls.number(i) if states else None
         if number is None:
             return
         for k in range(len(states)):
