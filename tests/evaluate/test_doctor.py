@@ -89,14 +89,12 @@ def test_the_doctor_names_the_experts_that_stay_dense(tmp_path: Path) -> None:
     assert any("experts" in f"{name} {why}" for name, why in found["left_dense"].items())
 
 
-def test_the_doctor_names_matrices_that_are_no_linear_layers(tmp_path: Path) -> None:
-    """GPT-2 stores its matrices transposed, in modules of its own."""
+def test_the_doctor_takes_matrices_that_are_stored_transposed(tmp_path: Path) -> None:
+    """GPT-2 has them in modules of its own."""
     transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=384).save_pretrained(tmp_path)
     found = examine(str(tmp_path))
-    assert not found["ok"]
-    assert found["coverage"] == 0
-    for name in ("attn.c_attn.weight", "mlp.c_fc.weight"):
-        assert any(path.endswith(name) for path in found["left_dense"])
+    assert found["ok"], found["checks"]
+    assert found["coverage"] == 1
 
 
 def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
@@ -111,7 +109,6 @@ def test_a_config_that_nobody_knows_is_a_named_error(tmp_path: Path) -> None:
         ("Bert", "BertForMaskedLM"),
         ("Llama", "LlamaForSequenceClassification"),
         ("T5", "T5ForConditionalGeneration"),
-        ("Llava", "LlavaForConditionalGeneration"),
     ],
 )
 def test_other_models_than_causal_ones_are_refused_by_name(kind: str, architecture: str, tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ def test_fp8_is_read_to_the_bit(
     for parent in {name.rpartition(".")[0] for name in Artifact(folder).entries}:
         for leaves in MERGED:
             assert len({f"{parent}.{leaf}" in skipped for leaf in leaves}) == 1, parent
-    with pytest.raises(VQCompressError, match="fp8"):
-        open_model(str(out))
+    # What was compressed comes back from the export alone.
+    assert open_model(str(out)).format == "fp8"
 
 
 def test_fp8_writes_partial_tiles_dense_with_everything_merged_with_them(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,8 +273,8 @@ def test_a_context_is_found_under_its_other_names(fields: dict[str, Any], length
             checkpoint.row_length(length + 1)
 
 
-def test_what_a_config_says_about_outputs_changes_nothing(toy: Make) -> None:
-    path = toy()
+def test_what_a_config_says_about_outputs_changes_nothing(toy: Make, tmp_path: Path) -> None:
+    path = shutil.copytree(toy(), tmp_path / "model")
     wanted = streamed(BlockStream(Checkpoint(path), CPU, torch.float32), batches())
     said = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "use_cache": False}
     config = path / "config.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vqcompress.errors import UsageError
+from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.storage import recipe as recipes
 from vqcompress.storage.recipe import dump, parse
 from vqcompress.storage.recipe_files import packaged
@@ -65,9 +65,12 @@ def test_wrong_recipes_are_refused_by_name(text: str, named: str) -> None:
         parse(text, "test")
 
 
-@pytest.mark.parametrize(("name", "named"), [("vq-2bits", "'vq-2bit'"), ("some/where.yaml", "some/where.yaml")])
-def test_a_recipe_that_is_not_there_is_named(name: str, named: str) -> None:
-    with pytest.raises(UsageError, match=named):
+@pytest.mark.parametrize(
+    ("name", "error", "named"),
+    [("vq-2bits", UsageError, "'vq-2bit'"), ("some/where.yaml", VQCompressError, "some/where.yaml")],
+)
+def test_a_recipe_that_is_not_there_is_named(name: str, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
         recipes.load(name)
 
 

@@ -94,7 +94,9 @@ def run_ends(stream: BlockStream) -> list[str]:
             ends = dict.fromkeys(calls.order[:1] + calls.order[-1:] * calls.plain)
             for i in ends:
                 part = stream.blocks[i].name
-                stream.forward(stream.load_block(i), i, states)
+                tensors = stream.source.read(stream.names.under(part))
+                check_finite(tensors)
+                stream.forward(stream.load_block(i, tensors), i, states)
             part = "what comes after the last block"
             finite = is_finite(stream.logits(states[0]))
     except (VQCompressError, MemoryError, torch.OutOfMemoryError):

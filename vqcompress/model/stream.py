@@ -156,7 +156,8 @@ class BlockStream:
             with torch.inference_mode(False), torch.no_grad():
                 if tensors is None:
                     tensors = self.source.read(set(self.non_block_weights).difference(self.unread))
-                assign(self.model, tensors, self.dtype)
+                normal = {name: t.clone() if t.is_inference() else t for name, t in tensors.items()}
+                assign(self.model, normal, self.dtype)
                 tie_weights(self.model, self.names)
             finish_loading(self.model, self.model, "", self.device)
             self._rest_loaded = True

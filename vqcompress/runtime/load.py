@@ -54,10 +54,14 @@ def load(
         try:
             pickled = any(file.suffix == ".bin" for file in source.files)
             indexed = any((folder / name).exists() for name in STORED[pickled])
-            if isinstance(source, PublishedCheckpoint) or (source.tensors and not indexed):
+            foreign = isinstance(source, PublishedCheckpoint) or not (indexed or isinstance(source, Artifact))
+            if source.tensors and foreign:
                 # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
                 empty, decoded = skeleton(config, computed), _decoded(source, computed)
                 loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=decoded, **options)
+                if (folder / GENERATION_CONFIG_NAME).is_file():
+                    # transformers reads it only together with the weights.
+                    loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
             else:
                 # Of two kinds of files the one that `source` reads.
                 options |= {"trust_remote_code": trusted(), "use_safetensors": not pickled}
@@ -72,9 +76,6 @@ def load(
     for problem in ("missing", "mismatched"):
         if found := sorted(report[f"{problem}_keys"], key=str):
             raise VQCompressError(f"{folder} does not fit its config.json: {problem} tensor {found[0]}")
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        # transformers reads it only together with the weights.
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     model = model.eval().requires_grad_(False).to(target)
     if kv_cache:
         use_kv_cache(model, kv_cache_config(model, folder, AS_STORED if kv_cache is True else str(kv_cache)))
