@@ -42,7 +42,7 @@ def took() -> float:
 
 def degrade_symbols() -> None:
     """Let stdout and stderr print what their encoding lacks in another way, where they would raise an error."""
-    codecs.register_error("vqcompress", lambda error: (_plain(error), error.end))
+    codecs.register_error("vqcompress", lambda error: (_plain(error), error.end))  # type: ignore[attr-defined]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="vqcompress")

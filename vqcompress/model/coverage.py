@@ -19,8 +19,8 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
         elif module is head:
             found[f"{name}.weight"] = "the output head stays dense"
     decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
-    for layer, size in draft_bytes(stream).items():
-        found[layer] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
+    for draft, size in draft_bytes(stream).items():
+        found[draft] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}

@@ -74,7 +74,7 @@ def _suspects(block: nn.Module) -> set[str]:
     return {
         f"{path}.{below}".lstrip(".")
         for path, parent in block.named_modules()
-        if (names := _named_beside_weight(type(parent)))
+        if (names := _named_beside_weight(type(parent)))  # type: ignore[arg-type]
         for below, module in parent.named_modules()
         if below.rpartition(".")[2] in names and (weight := weight_of(module)) is not None and weight.dim() == 2
     }

@@ -125,7 +125,7 @@ class Names:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         known = model.state_dict()
         # A prefix is there or not, which `stored_prefix` sees.
-        self._back = [m.reverse_transform() for m in reversed(renamings) if type(m) is WeightRenaming]
+        self._back: Any = [m.reverse_transform() for m in reversed(renamings) if type(m) is WeightRenaming]
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
         for name in checkpoint_names:

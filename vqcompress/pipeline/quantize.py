@@ -236,7 +236,7 @@ class Run:
 
     def _commit_non_block_weights(self) -> None:
         """Write the weights outside of the blocks, and the tensor that stops a loader that does not know the format."""
-        source, tensors = self.stream.source, {}
+        source, tensors = self.stream.source, dict[str, torch.Tensor]()
         # Weights that were compressed come in float32, and a draft layer is as large as a block: one by one.
         names = self.stream.non_block_weights if self.group.is_main else []
         for some in [[name] for name in names] if source.format else [names]:

@@ -26,8 +26,10 @@ from vqcompress.storage.damage import damage
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What configs call the tokens of the longest row, and the config of their text.
-CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
-CONTEXTS += ("max_seq_length", "context_length", "max_context_length")
+CONTEXTS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx"),
+    *("max_seq_length", "context_length", "max_context_length"),
+)
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "generator")
 # Bytes that are hashed at once.
 PIECE = 2**22
