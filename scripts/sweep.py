@@ -262,7 +262,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "This page is made by",
         "",
         "```console",
-        "$ python scripts/sweep.py",
+        "$ python scripts/sweep.py" + "".join(f" --recipe {name}" for name in tried if tried != list(RECIPES)),
         "```",
         "",
         f"**{count[WORKS]} of the {able} types that transformers itself can run on text work ({share}).**",
