@@ -9,8 +9,9 @@ import sweep
 
 # Plain; transposed layers; a layer class of its own; ALiBi; learned positions and ReLU; a tower; latent attention and
 # experts; fused experts with biases; a state space; a hybrid of that with attention; layers of several kinds.
+# A block that text skips; queries, keys and values stored as one tensor; blocks that answer lists.
 TYPES = ["llama", "gpt2", "falcon", "bloom", "opt", "gemma3", "deepseek_v3", "gpt_oss", "mamba2", "jamba"]
-TYPES += ["gemma4_text", "mllama"]
+TYPES += ["gemma4_text", "mllama", "sarvam_moe", "openai-gpt"]
 
 
 @pytest.mark.slow

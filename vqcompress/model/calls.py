@@ -194,20 +194,20 @@ class Calls:
         if self.plain:
             args, kwargs = self._fixed[state.ids.shape][number]
             out = block(state.hidden, *args, **kwargs)
-            return State(out[0] if isinstance(out, tuple) else out, state.ids)
+            return State(out[0] if isinstance(out, (tuple, list)) else out, state.ids)
         args, kwargs = self._replay(number, state)
         shared = _mappings((args, kwargs))
         for name, contents in state.shared.items():
             shared[name].update(contents)
         before = {name: dict(mapping) for name, mapping in shared.items()}
         out = block(*args, **kwargs)
-        hidden, *rest = out if isinstance(out, tuple) else (out,)
+        hidden, *rest = out if isinstance(out, (tuple, list)) else (out,)
         filled = {
             name: dict(mapping)
             for name, mapping in shared.items()
             if name in state.shared or any(before[name].get(key) is not value for key, value in mapping.items())
         }
-        return State(hidden, state.ids, tuple(rest), filled, isinstance(out, tuple))
+        return State(hidden, state.ids, tuple(rest), filled, isinstance(out, (tuple, list)))
 
     def kept(self, number: int, state: State) -> State:
         """The state after a call without those items of the block's output that the next block does not read."""

@@ -29,6 +29,7 @@ from vqcompress.storage.artifact import Artifact, Entry, part_name
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.distributed import ALONE, ProcessGroup
 from vqcompress.storage.hidden_states import State, States
+from vqcompress.storage.targets import Block
 
 BATCH_TOKENS = 4096
 
@@ -76,6 +77,9 @@ class BlockStream:
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
+        # Weights that a checkpoint stores as one tensor stay in it.
+        apart = [[t for t in b.targets if f"{t.name}.weight" not in self.names.parts] for b in self.blocks]
+        self.blocks = [Block(b.name, tuple(own)) for b, own in zip(self.blocks, apart, strict=True)]
         # Path → the weight's name on disk, of linear layers whose weight the checkpoint stores transposed.
         self.transposed = {path: f"{self.names.stored_prefix(path)}.weight" for path in straightened}
         if self.transposed and not source.straight:

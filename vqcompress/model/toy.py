@@ -45,6 +45,8 @@ def toy_model(
                 for field in (*LAYERS, "depth") if tower is not None and tower is not text else ():
                     if isinstance(getattr(tower, field, None), int):
                         setattr(tower, field, 1)
+                if tower is not text and isinstance(kinds := getattr(tower, "layer_types", None), list):
+                    tower.layer_types = kinds[:1]
             # What transformers would refuse to read again.
             small = type(small).from_dict(small.to_dict())
             toy = auto_class(small).from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()

@@ -117,6 +117,7 @@ class Names:
 
     parameter: checkpoint name → name in the model (of the merged parameter, where several tensors become one).
     tensor: name in the model → checkpoint name, for parameters that are stored as one tensor.
+    parts: names in the model of parameters that are stored together, in one tensor.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_names: Iterable[str]):
@@ -128,6 +129,8 @@ class Names:
         self._back: Any = [m.reverse_transform() for m in reversed(renamings) if type(m) is WeightRenaming]
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
+        self.parts: set[str] = set()
+        split = {source: c.target_patterns for c in converters for source in c.source_patterns}
         for name in checkpoint_names:
             renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if renamed not in known and name in known:
@@ -135,6 +138,8 @@ class Names:
             self.parameter[name] = renamed
             if merged is None:
                 self.tensor[renamed] = name
+            elif len(targets := split.get(merged, ())) > 1:
+                self.parts |= {renamed.replace(targets[0], target) for target in targets}
 
     def under(self, prefix: str) -> list[str]:
         """The checkpoint names of a module's tensors."""
@@ -227,7 +232,7 @@ def _missing(model: PreTrainedModel, names: Names) -> list[str]:
     """The parameters and stored buffers of a model for which a checkpoint has no tensor, not even a tied one."""
     # One tensor of those that are tied is enough.
     source, ignored = model.all_tied_weights_keys, list(model._keys_to_ignore_on_load_missing or ())
-    stored = {source.get(name, name) for name in names.parameter.values()}
+    stored = {source.get(name, name) for name in (*names.parameter.values(), *names.parts)}
     wanted = (name for name in model.state_dict() if source.get(name, name) not in stored)
     return [name for name in wanted if not any(re.search(pattern, name) for pattern in ignored)]
 
