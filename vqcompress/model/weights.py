@@ -138,7 +138,7 @@ class Names:
             self.parameter[name] = renamed
             if merged is None:
                 self.tensor[renamed] = name
-            elif len(targets := split.get(merged, ())) > 1:
+            elif len(targets := split.get(merged, [])) > 1:
                 self.parts |= {renamed.replace(targets[0], target) for target in targets}
 
     def under(self, prefix: str) -> list[str]:
