@@ -17,11 +17,10 @@ from vqcompress.kv_cache import kernel as kv
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.hadamard import block_size
 from vqcompress.methods.int8 import kernel as int8
-from vqcompress.methods.triton import launch
+from vqcompress.methods.triton import launch, rotate
 from vqcompress.methods.triton import tiles as tiling
 from vqcompress.methods.triton.launch import Config, DeviceProperties
 from vqcompress.methods.vq import kernel_multiply as multiply
-from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 from vqcompress.methods.vq.format import Format
 from vqcompress.methods.vq.kernel_decode import tile_config

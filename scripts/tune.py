@@ -50,12 +50,11 @@ from kernel_cases import (
 from vqcompress.kv_cache import kernel as kv
 from vqcompress.methods.fp8 import kernel as fp8
 from vqcompress.methods.int8 import kernel as int8
-from vqcompress.methods.triton import launch
+from vqcompress.methods.triton import launch, rotate
 from vqcompress.methods.triton.launch import Call, Config, DeviceProperties
 from vqcompress.methods.vq import kernel_dequantize as dequantize
 from vqcompress.methods.vq import kernel_multiply
 from vqcompress.methods.vq import kernel_nearest as nearest
-from vqcompress.methods.vq import kernel_rotate as rotate
 from vqcompress.methods.vq import viterbi_kernel as viterbi
 
 # Most configs of one kernel that are tried at one place.

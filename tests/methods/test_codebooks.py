@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqcompress.methods.packing import pack
 from vqcompress.methods.vq import bitshift
-from vqcompress.methods.vq.packing import pack
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vqcompress.methods.vq.packing import pack, packed_width, unpack
+from vqcompress.methods.packing import pack, packed_width, unpack
 
 
 def stream(codes: list[int], bits: int) -> bytes:

@@ -16,9 +16,9 @@ from kernels import ARCHS, needs_gpu, relative_rms
 from torch import Tensor
 
 from vqcompress.methods.hadamard import hadamard
+from vqcompress.methods.packing import pack
 from vqcompress.methods.triton import launch
 from vqcompress.methods.vq import learned
-from vqcompress.methods.vq.packing import pack
 
 Call = Callable[..., Any]
 # The relative error of rounding to each type, and that of sums in float32. The interpreter cuts off what bfloat16 does
@@ -30,7 +30,7 @@ def rotate(x_TI: Tensor, signs_1B: Tensor, setting: int | None = None) -> Tensor
     """By the kernel; with one of the candidates as config, counted from 0, instead of the default."""
     import candidates
 
-    from vqcompress.methods.vq import kernel_rotate
+    from vqcompress.methods.triton import rotate as kernel_rotate
 
     gpu = launch.device_properties(x_TI.device)
     config = None if setting is None else list(candidates.of_rotate(gpu, x_TI.shape[1]))[setting]
@@ -39,7 +39,7 @@ def rotate(x_TI: Tensor, signs_1B: Tensor, setting: int | None = None) -> Tensor
 
 
 def finish(*arguments: Any) -> Tensor:
-    from vqcompress.methods.vq import kernel_rotate
+    from vqcompress.methods.triton import rotate as kernel_rotate
 
     return kernel_rotate.finish(*arguments)
 
@@ -184,7 +184,8 @@ def test_compiles_without_spills(arch: int | str) -> None:
     pytest.importorskip("triton")
     import ahead
 
-    from vqcompress.methods.vq import kernel_nearest, kernel_rotate
+    from vqcompress.methods.triton import rotate as kernel_rotate
+    from vqcompress.methods.vq import kernel_nearest
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from vqcompress.methods import from_description, make
 from vqcompress.methods.base import PackedTensors, layout_bits
+from vqcompress.methods.feedback import HessianFactor, factorize_hessian, ldlq
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.base import VectorQuantizer
 from vqcompress.methods.vq.codebook import Codebook, entry_uses
-from vqcompress.methods.vq.ldlq import HessianFactor, factorize_hessian, ldlq, ldlq_problem
 from vqcompress.methods.vq.learned import CodebookSearch, nearest, sum_entries
+from vqcompress.methods.vq.scales import ldlq_problem
 from vqcompress.methods.vq.trellis import Trellis
 
 QUICK = {"iterations": 4, "codebook_updates": 1}
@@ -319,7 +320,7 @@ def test_error_feedback_is_that_of_the_inverse_hessian() -> None:
     factor = factorize_hessian(correlated(160), weight_OI, d=4, feedback=True, damping=0.01)
     codebook_Kd = gaussian(16, 4, 3)
     problem = ldlq_problem(weight_OI, factor)
-    codes, value_OJ = ldlq(problem, CodebookSearch(codebook_Kd[None], 1))
+    codes, value_OJ = ldlq(problem.unit_OJ, problem.factor, CodebookSearch(codebook_Kd[None], 1))
     codes_OGR = torch.stack(codes, 1)
     torch.testing.assert_close(value_OJ, sum_entries(codes_OGR, codebook_Kd[None]))
     assert (codes_OGR[..., 0] == naive_feedback(problem.unit_OJ, factor, codebook_Kd)).float().mean() > 0.99

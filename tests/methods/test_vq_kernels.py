@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vqcompress.methods import make
 from vqcompress.methods.hadamard import hadamard
+from vqcompress.methods.packing import unpack
 from vqcompress.methods.triton import launch
 from vqcompress.methods.vq import base, reference
 from vqcompress.methods.vq.format import Format
-from vqcompress.methods.vq.packing import unpack
 
 SHORT = {"iterations": 1, "codebook_updates": 0}
 # Options of `vq` for every way of decoding.

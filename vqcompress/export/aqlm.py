@@ -15,8 +15,8 @@ from vqcompress.export.rewrite import Export, mixture_of, mixtures, one_method
 from vqcompress.export.stays_dense import dense_modules
 from vqcompress.export.verify import Reader
 from vqcompress.methods import PackedTensors
+from vqcompress.methods.packing import unpack
 from vqcompress.methods.vq.codebook import Codebook
-from vqcompress.methods.vq.packing import unpack
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import Artifact, Entry
 

@@ -122,6 +122,12 @@ def by_expert(x_SI: Tensor, ends_E: Tensor, outputs: int, linear: Callable[[Tens
     return y_SO
 
 
+def expert_of(ends_E: Tensor, rows: int) -> Tensor:
+    """The expert of every row, int32 (rows,); rows behind the last expert's count as its own."""
+    row_T = torch.arange(rows, device=ends_E.device, dtype=torch.int32)
+    return torch.searchsorted(ends_E, row_T, right=True, out_int32=True).clamp(max=len(ends_E) - 1)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any type holds neither NaN nor Inf."""
     if not tensor.is_floating_point() or not tensor.numel():

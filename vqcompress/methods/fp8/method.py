@@ -10,9 +10,11 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from vqcompress.methods.base import Layout, Method, PackedTensors, Shape, is_finite
+from vqcompress.methods.feedback import Grid, grid_codes
 from vqcompress.methods.fp8 import reference
 from vqcompress.methods.statistics import Statistics
 
@@ -43,6 +45,10 @@ def quantize_tiles(weight_OI: Tensor, power_of_two: bool) -> tuple[Tensor, Tenso
     return codes_PCJD.flatten(2).flatten(0, 1)[:rows, :columns], scale_P1J1[:, 0, :, 0]
 
 
+def _to_e4m3(ratio: Tensor) -> Tensor:
+    return reference.to_e4m3(ratio).float()
+
+
 def _strips(matrix: Tensor) -> tuple[Tensor, ...]:
     """Rows of whole tiles of a matrix, about STRIP numbers at a time."""
     return matrix.split(max(1, STRIP // (reference.TILE * matrix.shape[1])) * reference.TILE)
@@ -58,6 +64,12 @@ class FP8(Method):
 
     name: ClassVar[str] = "fp8"
     power_of_two_scales: bool = False
+    feedback: bool = Field(False, description="let later columns correct the error of earlier ones; needs the Hessian")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian for error feedback."""
+        return frozenset({"hessian"} if self.feedback else ())
 
     def layout(self, shape: Shape) -> Layout:
         """Codes and scale."""
@@ -67,10 +79,14 @@ class FP8(Method):
     def encode(
         self, weight_OI: Tensor, statistics: Statistics, generator: torch.Generator, shared: PackedTensors | None = None
     ) -> PackedTensors:
-        """The tensors of a weight, without a look at its statistics. ValueError if it holds NaN or Inf."""
+        """The tensors of a weight; its statistics count with feedback only. ValueError if it holds NaN or Inf."""
         strips = [quantize_tiles(strip, self.power_of_two_scales) for strip in _strips(weight_OI)]
         codes, scales = zip(*strips, strict=True)
-        return {"codes": torch.cat(codes), "scale": torch.cat(scales)}
+        codes_OI, scale_PJ = torch.cat(codes), torch.cat(scales)
+        if self.feedback:
+            grid = Grid(expand_tiles(scale_PJ, (weight_OI.shape[0], weight_OI.shape[1])), _to_e4m3)
+            codes_OI = grid_codes(weight_OI, statistics, grid).to(torch.float8_e4m3fn)
+        return {"codes": codes_OI, "scale": scale_PJ}
 
     def decode(self, tensors: PackedTensors, shape: Shape) -> Tensor:
         """Code · scale of its tile, float32 (O, I)."""

@@ -31,7 +31,12 @@ def int8_quantize(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_TI = x_TI.float()
     scale_T1 = (x_TI.abs().amax(1, keepdim=True) / INT8_MAX).clamp_min_(SCALE_MIN)
-    return (x_TI / scale_T1).round_().clamp_(-INT8_MAX, INT8_MAX), scale_T1
+    return to_int8(x_TI / scale_T1), scale_T1
+
+
+def to_int8(ratio: Tensor) -> Tensor:
+    """The nearest integer within ±127, half to even, as a float; overwrites the ratio."""
+    return ratio.round_().clamp_(-INT8_MAX, INT8_MAX)
 
 
 def _products(codes_TI: Tensor, codes_OI: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def int8_linear(
     if input_scale is None:
         codes_TI, scale_x = int8_quantize(x_TI)
     else:
-        codes_TI = (x_TI.float() / input_scale).round_().clamp_(-INT8_MAX, INT8_MAX)
+        codes_TI = to_int8(x_TI.float() / input_scale)
         # A row with NaN shows in its scale, since no integer can.
         scale_x = input_scale + 0 * codes_TI.sum(1, keepdim=True)
     return _products(codes_TI, codes).mul_(scale_x * scale).to(x_TI.dtype)

@@ -19,20 +19,14 @@ from torch import Tensor
 
 from vqcompress.errors import Fallback
 from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
+from vqcompress.methods.feedback import HessianFactor, Quantizer, factorize_hessian, ldlq
 from vqcompress.methods.hadamard import hadamard, random_signs
+from vqcompress.methods.packing import pack, packed_width
+from vqcompress.methods.rotation import pack_signs, signs_of_input, unpack_signs
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq import reference
 from vqcompress.methods.vq.format import Format
-from vqcompress.methods.vq.ldlq import (
-    SCALE,
-    HessianFactor,
-    Quantizer,
-    factorize_hessian,
-    fit_scales,
-    ldlq,
-    ldlq_problem,
-)
-from vqcompress.methods.vq.packing import pack, packed_width, unpack
+from vqcompress.methods.vq.scales import SCALE, fit_scales, ldlq_problem
 
 
 class VectorQuantizer(Method):
@@ -87,12 +81,12 @@ class VectorQuantizer(Method):
         signs = self._signs(weight_OI, statistics, generator)
         factor = self._factor(statistics, weight_OI, signs)
         problem = ldlq_problem(weight_OI, factor, signs)
-        codes, value_OJ = ldlq(problem, quantizer)
+        codes, value_OJ = ldlq(problem.unit_OJ, factor, quantizer)
         codes_G = torch.stack(codes)[factor.order_G.argsort()]
         streams = codes_G.movedim(0, 1).flatten(1) if self.form.by_rows else codes_G
         tensors = {"codes": pack(streams, self.form.bits), "scale": fit_scales(problem, value_OJ).to(SCALE)}
         if signs:
-            tensors["signs"] = pack((signs[0][None] < 0).int(), 1).to(weight_OI.device)
+            tensors["signs"] = pack_signs(signs[0]).to(weight_OI.device)
         return tensors | own
 
     def _quantizer(
@@ -111,9 +105,8 @@ class VectorQuantizer(Method):
         """The signs of a rotation, (I,) by the input's seed and (O,) by the generator; None without one."""
         if not self.rotation:
             return None
-        of_input = generator if statistics.seed is None else torch.Generator().manual_seed(statistics.seed)
         rows, columns = weight_OI.shape
-        return random_signs(columns, of_input), random_signs(rows, generator)
+        return signs_of_input(columns, statistics, generator), random_signs(rows, generator)
 
     def _factor(self, statistics: Statistics, weight_OI: Tensor, signs: tuple[Tensor, Tensor] | None) -> HessianFactor:
         options = self.form.d, self.feedback, self.damping, self.activation_order
@@ -125,7 +118,7 @@ class VectorQuantizer(Method):
         scale_O1 = tensors["scale"].float()[:, None]
         if not self.rotation:
             return value_OI * scale_O1
-        signs_I = 1.0 - 2.0 * unpack(tensors["signs"], 1, shape[1])[0]
+        signs_I = unpack_signs(tensors["signs"], shape[1])[0]
         # The scale comes last, so that nothing overflows on the way.
         return hadamard(hadamard(value_OI.contiguous(), 0)) * signs_I * scale_O1
 

@@ -85,7 +85,7 @@ class PathSearch:
     bits: int
     state_bits: int
 
-    def nearest(self, target_O1: Tensor, block_11: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, target_O1: Tensor, block_11: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes (padded O,), int32, and values (O, 1) of the paths nearest to a column of unit variance."""
         rows = len(target_O1)
         column_T = pad((target_O1 / block_11)[:, 0], (0, padded(rows) - rows))

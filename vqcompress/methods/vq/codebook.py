@@ -14,12 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from vqcompress.methods.base import Layout, Method, PackedTensors, Shape
+from vqcompress.methods.feedback import HessianFactor, Quantizer
+from vqcompress.methods.packing import unpack
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq.base import VectorQuantizer
 from vqcompress.methods.vq.format import Format
-from vqcompress.methods.vq.ldlq import HessianFactor, Quantizer, ldlq_problem
 from vqcompress.methods.vq.learned import CodebookSearch, learn, sample_rows
-from vqcompress.methods.vq.packing import unpack
+from vqcompress.methods.vq.scales import ldlq_problem
 
 ENTRY = {8: torch.int8, 16: torch.int16}
 

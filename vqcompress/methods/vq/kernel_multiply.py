@@ -3,7 +3,7 @@
 One row (GEMV) is multiplied by the lanes that made the values. Several rows (GEMM), of one weight or of the experts of
 a mixture, go through the matrix units. Every tile of rows decodes again, so for many rows the values are better written
 out once (`kernel_dequantize`). The reduction is cut into slices whose partial sums go through memory and are added by
-`kernel_rotate.finish`.
+`triton.rotate.finish`.
 
 Entries of a codebook are sorted by use. With HOT > 0 a program of the GEMV keeps the first ones on chip and the rest
 comes through L1 (the codebook cache of VQ-LLM, arXiv 2503.02236, section 4); the default is 0, a measurement may choose

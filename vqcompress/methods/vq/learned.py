@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqcompress.methods.feedback import ldlq
 from vqcompress.methods.vq.kmeans import kmeans, means
-from vqcompress.methods.vq.ldlq import LDLQProblem, ldlq
+from vqcompress.methods.vq.scales import LDLQProblem
 
 # Numbers in the largest temporary of a search.
 CHUNK = 1 << 22
@@ -25,7 +26,7 @@ class CodebookSearch:
     codebooks_RKd: Tensor
     beam: int
 
-    def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, target_Od: Tensor, block_dd: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Codes (O, R) and values (O, d)."""
         code_OR = nearest(target_Od, self.codebooks_RKd @ block_dd, self.beam)
         return code_OR, sum_entries(code_OR[:, None], self.codebooks_RKd)
@@ -148,7 +149,7 @@ def update_codebooks(problems: list[LDLQProblem], codebooks_RKd: Tensor, beam: i
     codebooks_RKd, (_, count, d) = codebooks_RKd.clone(), codebooks_RKd.shape
     codes, losses = [], []
     for p in problems:
-        chosen, value_OJ = ldlq(p, CodebookSearch(codebooks_RKd, beam))
+        chosen, value_OJ = ldlq(p.unit_OJ, p.factor, CodebookSearch(codebooks_RKd, beam))
         codes.append(torch.stack(chosen, 1))
         losses.append(((p.unit_OJ - value_OJ) @ p.factor.factor_JJ).view(len(value_OJ), -1, d).double())
     for stage, book_Kd in enumerate(codebooks_RKd):
@@ -176,6 +177,8 @@ def update_codebooks(problems: list[LDLQProblem], codebooks_RKd: Tensor, beam: i
 def most_used_first(problems: list[LDLQProblem], codebooks_RKd: Tensor, beam: int) -> Tensor:
     """The codebooks sorted by how many vectors use an entry, most first, so that a kernel can cache those."""
     count = codebooks_RKd.shape[1]
-    found = [torch.stack(ldlq(p, CodebookSearch(codebooks_RKd, beam))[0]).flatten(0, 1) for p in problems]
+    found = [
+        torch.stack(ldlq(p.unit_OJ, p.factor, CodebookSearch(codebooks_RKd, beam))[0]).flatten(0, 1) for p in problems
+    ]
     uses_R = [torch.bincount(code_N, minlength=count) for code_N in torch.cat(found).T]
     return torch.stack([b[u.argsort(descending=True, stable=True)] for b, u in zip(codebooks_RKd, uses_R, strict=True)])

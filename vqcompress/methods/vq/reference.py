@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqcompress.methods.base import by_expert
+from vqcompress.methods.base import by_expert, expert_of
 from vqcompress.methods.hadamard import hadamard
+from vqcompress.methods.packing import unpack
+from vqcompress.methods.rotation import unpack_signs
 from vqcompress.methods.triton import launch
 from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.format import Format
 from vqcompress.methods.vq.learned import sum_entries
-from vqcompress.methods.vq.packing import unpack
 
 
 def values(codes: Tensor, table: Tensor, form: Format, shape: tuple[int, int]) -> Tensor:
@@ -35,7 +36,7 @@ def reference(
     value_OI = values(codes, table, form, shape)
     x = x_TI.float()
     if signs is not None:
-        x = hadamard(x * (1.0 - 2.0 * unpack(signs, 1, shape[1])))
+        x = hadamard(x * unpack_signs(signs, shape[1]))
     y_TO = x @ value_OI.T
     if signs is not None:
         y_TO = hadamard(y_TO)
@@ -93,15 +94,14 @@ def on_gpu(
     Without a measurement up to 64 rows are fused; above, every tile of x would decode the weight once more. Experts are
     fused in one launch.
     """
+    from vqcompress.methods.triton.rotate import finish, rotate
     from vqcompress.methods.vq.kernel_dequantize import dequantize
     from vqcompress.methods.vq.kernel_multiply import multiply
-    from vqcompress.methods.vq.kernel_rotate import finish, rotate
 
     kind, rows, shape, expert_T = Format.parse(form), len(x_TI), (scale.shape[-1], x_TI.shape[1]), None
     if ends_E is not None:
-        row_T = torch.arange(rows, device=x_TI.device, dtype=torch.int32)
-        # Rows behind the last expert's count as its own here; their results are not specified.
-        expert_T = torch.searchsorted(ends_E, row_T, right=True, out_int32=True).clamp(max=len(ends_E) - 1)
+        # What rows behind the last expert's get is not specified.
+        expert_T = expert_of(ends_E, rows)
         route = "fused"
     default = {"route": "fused" if rows <= 64 else "dequantize"}
     route = route or launch.get_config(f"vq.route.{form}", x_TI.device, rows, shape, lambda gpu: default)["route"]

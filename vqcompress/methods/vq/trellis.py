@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from vqcompress.methods.base import PackedTensors
+from vqcompress.methods.feedback import Quantizer
 from vqcompress.methods.statistics import Statistics
 from vqcompress.methods.vq import bitshift
 from vqcompress.methods.vq.base import VectorQuantizer
 from vqcompress.methods.vq.format import Format
-from vqcompress.methods.vq.ldlq import Quantizer
 
 
 class Trellis(VectorQuantizer):

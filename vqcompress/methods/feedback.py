@@ -11,6 +11,7 @@ of a group, G = J / d groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,15 +27,18 @@ from vqcompress.methods.statistics import Statistics
 SPAN = 128
 # Rows or columns that are rotated at once.
 STRIP = 4096
-# The stored type of scales. The range of float32, so that no row underflows; codes are chosen for the rounded scale.
-SCALE = torch.bfloat16
+# Share of the mean diagonal that is added to the Hessian, where no option says another.
+DAMPING = 0.01
 
 
 class Quantizer(Protocol):
-    """A search for codewords."""
+    """A search for codewords, or a grid."""
 
-    def nearest(self, target_Od: Tensor, block_dd: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, int, any shape, and values (O, d) whose images, value @ block, are near to the target."""
+    def nearest(self, target_Od: Tensor, block_dd: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Codes, any shape, and values (O, d) whose images, value @ block, are near to the target.
+
+        group: of the weight, not in the order of encoding.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,6 @@ class HessianFactor:
         """The diagonal blocks B_gg."""
         groups = len(self.order_G)
         return self.factor_JJ.view(groups, self.d, groups, self.d).diagonal(dim1=0, dim2=2).movedim(2, 0)
-
-
-@dataclass(frozen=True)
-class LDLQProblem:
-    """A weight ready for the search. unit_OJ: weight / scale, rotated if asked, 0 in rows with scale 0, float32.
-
-    scale_O: float32, as stored; with a rotation it carries the signs of the outputs. weight_O: the cost of a unit
-    error in a row, mean 1, float64.
-    """
-
-    unit_OJ: Tensor
-    scale_O: Tensor
-    weight_O: Tensor
-    factor: HessianFactor
-    rotated: bool
-
-    def weight_OG(self) -> Tensor:
-        """The cost of a unit error in a vector, float64."""
-        return self.weight_O[:, None] * self.factor.blocks_Gdd().double().square().sum((1, 2))
 
 
 def factorize_hessian(
@@ -140,59 +125,51 @@ def _factorize(hessian_JJ: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def ldlq_problem(weight_OI: Tensor, factor: HessianFactor, signs: tuple[Tensor, Tensor] | None = None) -> LDLQProblem:
-    """The weight with mean square 1, padded and in the order of encoding. ValueError if it holds NaN or Inf.
+def ldlq(weight_OJ: Tensor, factor: HessianFactor, quantizer: Quantizer) -> tuple[list[Tensor], Tensor]:
+    """The codes of every group and the values chosen for the weight, float32 (O, J), both in the order of encoding.
 
-    Each row has a scale of its own. signs: of the inputs (I,) and outputs (O,) of a rotation; then all rows start with
-    one scale, since a rotation of the outputs mixes them.
+    weight_OJ: float32, padded to whole groups and in that order.
     """
-    if not is_finite(weight_OI):
-        raise ValueError("the weight holds NaN or Inf")
-    square_O = weight_OI.double().square().mean(1)
-    scale_O = (square_O if signs is None else square_O.mean().expand_as(square_O)).sqrt()
-    scale_O = scale_O.to(SCALE).float()
-    if signs is not None:
-        scale_O = scale_O * signs[1].to(scale_O)
-    unit_OI = weight_OI.float() / torch.where(scale_O != 0, scale_O, torch.inf)[:, None]
-    if signs is not None:
-        unit_OI = hadamard(hadamard(unit_OI * signs[0].to(unit_OI)), 0)
-    padding = (0, len(factor.factor_JJ) - weight_OI.shape[1])
-    unit_OJ = pad(unit_OI, padding).view(len(unit_OI), -1, factor.d)[:, factor.order_G].flatten(1)
-    weight_O = scale_O.double().square()
-    weight_O = weight_O / weight_O.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return LDLQProblem(unit_OJ, scale_O, weight_O, factor, signs is not None)
-
-
-def ldlq(problem: LDLQProblem, quantizer: Quantizer) -> tuple[list[Tensor], Tensor]:
-    """The codes of every group in the order of encoding, and the values chosen for the unit weight, float32 (O, J)."""
-    unit_OJ, factor_JJ, d = problem.unit_OJ, problem.factor.factor_JJ, problem.factor.d
-    error_OJ, value_OJ = torch.zeros_like(unit_OJ), torch.empty_like(unit_OJ)
-    codes = []
-    for start in range(0, unit_OJ.shape[1], SPAN // d * d):
-        end = min(start + SPAN // d * d, unit_OJ.shape[1])
+    factor_JJ, d = factor.factor_JJ, factor.d
+    error_OJ, value_OJ = torch.zeros_like(weight_OJ), torch.empty_like(weight_OJ)
+    groups, codes = factor.order_G.tolist(), []
+    for start in range(0, weight_OJ.shape[1], SPAN // d * d):
+        end = min(start + SPAN // d * d, weight_OJ.shape[1])
         carry_OJ = error_OJ[:, :start] @ factor_JJ[:start, start:end]
         for at in range(start, end, d):
             group = slice(at, at + d)
             block_dd = factor_JJ[group, group]
-            target_Od = unit_OJ[:, group] @ block_dd + carry_OJ[:, at - start : at - start + d]
+            target_Od = weight_OJ[:, group] @ block_dd + carry_OJ[:, at - start : at - start + d]
             target_Od += error_OJ[:, start:at] @ factor_JJ[start:at, group]
-            code, value_OJ[:, group] = quantizer.nearest(target_Od, block_dd)
-            error_OJ[:, group] = unit_OJ[:, group] - value_OJ[:, group]
+            code, value_OJ[:, group] = quantizer.nearest(target_Od, block_dd, groups[at // d])
+            error_OJ[:, group] = weight_OJ[:, group] - value_OJ[:, group]
             codes.append(code)
     return codes, value_OJ
 
 
-def fit_scales(problem: LDLQProblem, value_OJ: Tensor) -> Tensor:
-    """Scales, float32 (O,), rounded as stored, with the least error for given codes: scale · (v H w) / (v H v)."""
-    unit_OJ = problem.unit_OJ
-    if problem.rotated:
-        # The scales stand behind the rotation of the outputs, where rows that carry little get much of the noise.
-        unit_OJ, value_OJ = hadamard(unit_OJ, 0), hadamard(value_OJ, 0)
-    value_OJ, unit_OJ = value_OJ @ problem.factor.factor_JJ, unit_OJ @ problem.factor.factor_JJ
-    energy_O = value_OJ.square().sum(1)
-    gain_O = torch.where(energy_O > 0, (value_OJ * unit_OJ).sum(1) / energy_O, 1.0)
-    scale_O = (problem.scale_O * gain_O.clamp(min=0)).to(SCALE).float()
-    # With many bits per weight the rounding may cost more than the fit brings; then the row keeps what it has.
-    gain_O = torch.where(problem.scale_O != 0, scale_O / problem.scale_O, 1.0)
-    better_O = (unit_OJ - gain_O[:, None] * value_OJ).square().sum(1) < (unit_OJ - value_OJ).square().sum(1)
-    return torch.where(better_O, scale_O, problem.scale_O)
+@dataclass(frozen=True)
+class Grid:
+    """The quantizer of numbers that are each rounded by themselves, in steps of a scale.
+
+    scale_OI: of every weight. rounded: the nearest codes of ratios to it, as floats.
+    """
+
+    scale_OI: Tensor
+    rounded: Callable[[Tensor], Tensor]
+
+    def nearest(self, target_Od: Tensor, block_dd: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Codes and values (O, 1) of a column."""
+        scale_O1 = self.scale_OI[:, group : group + 1]
+        code_O1 = self.rounded(target_Od / block_dd / scale_O1)
+        return code_O1, code_O1 * scale_O1
+
+
+def grid_codes(weight_OI: Tensor, statistics: Statistics, grid: Grid, signs_I: Tensor | None = None) -> Tensor:
+    """The codes (O, I), as floats, of a weight that is rounded to a grid with error feedback.
+
+    signs_I: of the input's rotation, if the weight is one of the rotated input. ValueError if the Hessian holds NaN or
+    Inf.
+    """
+    factor = factorize_hessian(statistics, weight_OI, 1, True, DAMPING, True, signs_I)
+    codes, _ = ldlq(weight_OI[:, factor.order_G], factor, grid)
+    return torch.cat(codes, 1)[:, factor.order_G.argsort()]
