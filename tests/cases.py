@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vqcompress.methods import Method, PackedTensors, make
+from vqcompress.methods.rotation import rotate
 from vqcompress.methods.statistics import Accumulator, Statistics
 
 Shape = tuple[int, int]
@@ -76,7 +77,10 @@ METHOD_CASES: list[tuple[str, Method]] = [
     _case("int8"),
     _case("int8", activations="per_tensor"),
     _case("fp8"),
+    _case("int8", rotation=True),
+    _case("int8", rotation=True, feedback=True),
     _case("fp8", power_of_two_scales=True),
+    _case("fp8", feedback=True),
     # Few rounds of training: the laws hold for any codebook.
     _case("vq", iterations=3, codebook_updates=1),
     _case("vq", d=3, bits=5, scope="target", feedback=False, iterations=3, codebook_updates=1),
@@ -119,6 +123,12 @@ def _fp8_bound(method: Method, weight_OI: Tensor, parts: PackedTensors) -> Tenso
     return torch.maximum(weight_OI.double().abs() * 2.0**-4, scale_OI * 2.0**-10) * (1 + 2.0**-18)
 
 
+def is_bounded(method: Method) -> bool:
+    """Whether the method bounds the error of each weight by itself: feedback and rotations do not."""
+    options = method.model_dump()
+    return method.name in ERROR_BOUNDS and not options["feedback"] and not options.get("rotation")
+
+
 # |w − ŵ| per element, float64, that the method's docstring promises.
 ERROR_BOUNDS: dict[str, Callable[[Method, Tensor, PackedTensors], Tensor]] = {
     "int8": _int8_bound,
@@ -127,7 +137,8 @@ ERROR_BOUNDS: dict[str, Callable[[Method, Tensor, PackedTensors], Tensor]] = {
 
 
 def _int8_linear(method: Method, x_TI: Tensor, parts: PackedTensors) -> Tensor:
-    x_TI = x_TI.float()
+    # The rotation has tests of its own; here its rounding would decide ties.
+    x_TI = (rotate(x_TI, parts["signs"]) if "signs" in parts else x_TI).float()
     if "input_scale" in parts:
         scale_x = parts["input_scale"]
     else:

@@ -40,6 +40,7 @@ TWO_SIZES = (
     "  - {match: '*', method: vq, d: 4, bits: 4, iterations: 1, codebook_updates: 0}\n"
 )
 ROTATED = "rules: [{match: '*', method: vq, d: 2, bits: 4, rotation: true, iterations: 1, codebook_updates: 0}]"
+ROTATED_INT8 = "rules: [{match: '*', method: int8, rotation: true}]"
 THIRDS = "rules: [{match: '*', method: vq, d: 3, bits: 4, iterations: 1}]"
 TRELLIS = "rules: [{match: '*', method: vq, codebook: trellis, state_bits: 8, feedback: false}]"
 # Projections that vLLM merges in the families below: all or none of them are in the list of dense modules.
@@ -217,6 +218,7 @@ def test_aqlm_is_read_to_the_bit(
         slow("compressed-tensors", STATIC, "qwen3_moe", "experts.0.gate_proj"),
         ("aqlm", "int8-plain", "llama", "layers.0.self_attn.q_proj"),
         slow("aqlm", TRELLIS, "llama", "layers.0.self_attn.q_proj"),
+        ("compressed-tensors", ROTATED_INT8, "llama", "layers.0.self_attn.q_proj"),
         ("aqlm", ROTATED, "llama", "layers.0.self_attn.q_proj"),
         slow("aqlm", TWO_SIZES, "llama", "mlp.gate_proj"),
         slow("aqlm", THIRDS, "llama", "layers.0.self_attn.q_proj"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cases import (
     gaussian,
     generator,
     inputs,
+    is_bounded,
     statistics,
 )
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def assert_laws_of_storage(method: Method, weight_OI: Tensor) -> None:
     assert decoded_OI.dtype == torch.float32
     assert decoded_OI.shape == shape
     assert torch.isfinite(decoded_OI).all()
-    if method.name in ERROR_BOUNDS:
+    if is_bounded(method):
         error_OI = (decoded_OI.double() - weight_OI.double()).abs()
         excess = (error_OI - ERROR_BOUNDS[method.name](method, weight_OI, parts)).max().item()
         assert excess <= 0, f"beyond the stated bound by {excess}"
@@ -75,7 +77,7 @@ def test_storage(method: Method) -> None:
         assert_laws_of_storage(method, WEIGHTS[kind]((40, 131)))
 
 
-@pytest.mark.parametrize("method", [m for _, m in METHOD_CASES if m.name in ERROR_BOUNDS], ids=str)
+@pytest.mark.parametrize("method", [m for _, m in METHOD_CASES if is_bounded(m)], ids=str)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 140), columns=st.integers(1, 140), exponent=st.integers(-45, 4), seed=st.integers(0, 99))
 def test_storage_of_any_weight(method: Method, rows: int, columns: int, exponent: int, seed: int) -> None:
@@ -208,3 +210,42 @@ def test_check_names_codes_and_scales_out_of_range() -> None:
 
 def test_layout_bits_counts_every_part() -> None:
     assert layout_bits(make("fp8", {}).layout((130, 257))) == 8 * 130 * 257 + 32 * 2 * 3
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_feedback_lowers_the_error_of_the_output(name: str) -> None:
+    known, weight_OI = statistics(192), gaussian((130, 192))
+    assert known.hessian_II is not None
+    correlated_II = known.hessian_II + 5.0
+    known = replace(known, hessian_II=correlated_II)
+    errors = []
+    for feedback in (False, True):
+        method = make(name, {"feedback": feedback})
+        parts = method.encode(weight_OI, known, generator())
+        errors.append(known.proxy_error(weight_OI, method.decode(parts, (130, 192))))
+    assert errors[1] < 0.7 * errors[0]
+    assert make(name, {"feedback": True}).needs == {"hessian"}
+
+
+def test_a_rotation_spreads_a_loud_channel() -> None:
+    x_TI, weight_OI = inputs(100, 192)[1:-1], gaussian((64, 192))
+    exact_TO = x_TI @ weight_OI.T
+    errors = []
+    for rotation in (False, True):
+        method = make("int8", {"rotation": rotation})
+        parts = encoded(method, weight_OI)[1]
+        errors.append((method.linear(x_TI, method.prepare(parts, (64, 192)), (64, 192)) - exact_TO).norm())
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(ValueError, match="per_token"):
+        make("int8", {"rotation": True, "activations": "per_tensor"})
+
+
+def test_rotated_experts_have_signs_of_their_own() -> None:
+    method, shape = make("int8", {"rotation": True}), (64, 192)
+    experts = [encoded(method, gaussian(shape, e), seed=e)[1] for e in range(3)]
+    assert not torch.equal(experts[0]["signs"], experts[1]["signs"])
+    stacked = {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
+    x_SI, ends = inputs(12, 192), [4, 4, 12]
+    y_SO = method.grouped(x_SI, torch.tensor(ends, dtype=torch.int32), stacked, shape)
+    own = [method.linear(x_SI[a:b], parts, shape) for a, b, parts in zip([0, *ends], ends, experts, strict=False)]
+    assert torch.equal(y_SO, torch.cat(own))

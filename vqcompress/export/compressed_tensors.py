@@ -31,6 +31,8 @@ def export(stream: BlockStream, artifact: Artifact) -> Export:
     def why(entry: Entry) -> str:
         if isinstance(entry.method, FP8) and entry.method.power_of_two_scales:
             return "rounds scales of activations to powers of two"
+        if isinstance(entry.method, INT8) and entry.method.rotation:
+            return "is rotated at run time"
         # vLLM has no kernel for experts with static scales.
         if _is_static(entry.method) and mixture_of(entry.target.name) in experts:
             return "is an expert's with a static scale of activations"
