@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch import nn
+
 from vqcompress.model.drafts import draft_bytes
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import routing_modules
@@ -32,8 +34,8 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             counts[name] += tensor.numel()
             why = "the model reads this weight itself" if module in stream.weights_read else "not a linear layer"
             why = "routes or gates" if module in routing else why
-            if f"{block.name}.{path}" in stream.names.parts:
-                why = "the checkpoint stores it and others as one tensor"
+            if isinstance(layer.get_submodule(module), nn.Linear):
+                why = stream.names.held(f"{block.name}.{path}") or why
             if sum(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False)) == 2:
                 reason = stream.fused_reason or "their structure is another than gate, up and down"
                 why = f"the experts of a mixture are one parameter: {reason}"

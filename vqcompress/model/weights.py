@@ -30,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from vqcompress.errors import VQCompressError
 from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
+from vqcompress.storage.artifact import part_name
 from vqcompress.storage.checkpoint import TensorInfo
 from vqcompress.storage.trust import reason, trusted
 
@@ -118,6 +119,7 @@ class Names:
     parameter: checkpoint name → name in the model (of the merged parameter, where several tensors become one).
     tensor: name in the model → checkpoint name, for parameters that are stored as one tensor.
     parts: names in the model of parameters that are stored together, in one tensor.
+    tied: name in the model of a parameter → that of the one that it shares its values with.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint_names: Iterable[str]):
@@ -126,6 +128,7 @@ class Names:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         known = model.state_dict()
         # A prefix is there or not, which `stored_prefix` sees.
+        self._renamings, self._known, self.tied = renamings, known, dict(model.all_tied_weights_keys)
         self._back: Any = [m.reverse_transform() for m in reversed(renamings) if type(m) is WeightRenaming]
         self.parameter: dict[str, str] = {}
         self.tensor: dict[str, str] = {}
@@ -144,6 +147,20 @@ class Names:
     def under(self, prefix: str) -> list[str]:
         """The checkpoint names of a module's tensors."""
         return [name for name, parameter in self.parameter.items() if parameter.startswith(prefix + ".")]
+
+    def held(self, weight: str) -> str:
+        """Why packed tensors cannot take the place of a weight, by its name in the model; "" if they can."""
+        if weight in self.tied or weight in self.tied.values():
+            return "several modules share it"
+        if weight in self.parts:
+            return "the checkpoint stores it and others as one tensor"
+        # Of a checkpoint without weights only a plan is made.
+        if weight not in self._known or not self.tensor:
+            return ""
+        if (name := self.tensor.get(weight)) is None:
+            return "transformers makes it of several tensors"
+        alone, part = (apply_renamings(n, self._renamings) for n in (name, part_name(name, "codes")))
+        return "" if part == part_name(alone, "codes") else "its name in the checkpoint is not that of a weight"
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a parameter, of a packed tensor, or of a packed tensor that a block shares."""
