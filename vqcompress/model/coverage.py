@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vqcompress.model.drafts import draft_bytes
+from vqcompress.model.drafts import draft_bytes, left_over
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import routing_modules
 
@@ -19,8 +19,10 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
         elif module is head:
             found[f"{name}.weight"] = "the output head stays dense"
     decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
-    for draft, size in draft_bytes(stream).items():
-        found[draft] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
+    left = left_over(stream)
+    for layer, size in draft_bytes(stream).items():
+        what = "layer beyond the num_hidden_layers of config.json" if layer in left else "draft layer"
+        found[layer] = f"{what}, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}

@@ -23,7 +23,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise whatever their parser raises
-        raise VQCompressError(f"{path} has no tokenizer that transformers can load: {reason(error)}") from error
+        add = "put the original's tokenizer files there (tokenizer.json and tokenizer_config.json, or tokenizer.model)"
+        raise VQCompressError(f"{path} has no tokenizer that transformers can load; {add}: {reason(error)}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

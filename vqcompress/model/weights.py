@@ -31,6 +31,7 @@ from vqcompress.errors import VQCompressError
 from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.storage.checkpoint import TensorInfo
+from vqcompress.storage.foreign import other_tensors
 from vqcompress.storage.trust import reason, trusted
 
 
@@ -50,7 +51,10 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
     if known is None:
         name = next(iter(config.architectures or []), config.model_type)
-        raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads")
+        config.tie_word_embeddings, why = True, "is no causal language model that AutoModelForCausalLM loads"
+        if auto_class(config):
+            why = 'has no output head: set "tie_word_embeddings": true in config.json if that is the embedding'
+        raise VQCompressError(f"{path}: {name} {why}")
     return config
 
 
@@ -175,6 +179,14 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
     would read beyond its end) or that no method reads (without it the weight would be another one); or, where nothing
     is packed, one that shows that the weights are not dense. Without any tensors a model can still be planned.
     """
+    try:
+        _check_tensors(model, names, tensors)
+    except VQCompressError as error:
+        raise VQCompressError(f"{error}{other_tensors(tensors)}") from error
+
+
+def _check_tensors(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
+    """See `check_headers`."""
     asked = model.state_dict()
     packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
     for name, parameter in names.parameter.items():
@@ -187,12 +199,17 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
         # Tensors that are merged into one parameter have shapes of their own.
         if wanted is None or parameter not in names.tensor:
             continue
-        if found.shape != wanted.shape or (is_packed and found.dtype != wanted.dtype):
-            stored = f"{name} is stored as {found.dtype} {found.shape}"
-            raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
+        if found.shape != wanted.shape:
+            vocabulary = (getattr(model.config.get_text_config(), "vocab_size", 0), *found.shape[1:]) == wanted.shape
+            key = f'; set "vocab_size": {found.shape[0]} there if these are the right weights' if vocabulary else ""
+            raise VQCompressError(f"{name} has the shape {found.shape}, config.json says {tuple(wanted.shape)}{key}")
+        if is_packed and found.dtype != wanted.dtype:
+            raise VQCompressError(f"{name} is stored as {found.dtype}, config.json asks for {wanted.dtype}")
     if tensors and (missing := _missing(model, names)):
         like = (f", but {name}: save the model without its wrapper" for name in tensors if name.endswith(missing[0]))
-        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}{next(like, '')}")
+        tie = dict(model.named_parameters()).get(missing[0]) is getattr(model.get_output_embeddings(), "weight", 0)
+        head = ': set "tie_word_embeddings": true in config.json if the head is the embedding' if tie else ""
+        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}{next(like, head)}")
     if not packed:
         _check_dense(model, names, tensors)
 

@@ -32,12 +32,6 @@ def is_safe(name: str) -> bool:
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
-def instead(folder: Path) -> str:
-    """What a directory without model.safetensors or pytorch_model.bin holds, for an error; "" if nothing like it."""
-    held = [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith((*WEIGHTS, *UNFINISHED))]
-    return f" in model.safetensors or pytorch_model.bin, but {', '.join(held[:3])}" if held else ""
-
-
 def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """The files that an artifact takes along, by name in the folder, and the names of those that it leaves out.
 
