@@ -50,7 +50,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
         weight_map |= dict.fromkeys(shard, shards.write_shard(SHARD.format(number, count), shard)["file"])
         size += sum(t.nbytes for t in shard.values())
     for name, path in companions.items():
-        shards.write(name, path.read_bytes())
+        shards.copy(name, path)
     index = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
     # config.json is written last, so that an interrupted export does not load.

@@ -9,7 +9,6 @@ import re
 from collections import defaultdict
 
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.targets import kind
 
 # A module named for it; otherwise draft layers are numbered on behind the last block.
 NAMED = re.compile(r"((?:.+\.)?(?:mtp|nextn)\w*)\.")
@@ -28,12 +27,6 @@ def draft_layers(stream: BlockStream) -> dict[str, list[str]]:
         elif named:
             found[named[1]].append(name)
     return dict(found)
-
-
-def left_over(stream: BlockStream) -> set[str]:
-    """Those of the draft layers that are built as the blocks are: config.json says fewer layers than the files hold."""
-    read = {kind(name) for name in stream.checkpoint.tensors.keys() - set(stream.unread)}
-    return {layer for layer, names in draft_layers(stream).items() if {kind(name) for name in names} <= read}
 
 
 def draft_bytes(stream: BlockStream) -> dict[str, int]:

@@ -36,7 +36,7 @@ from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
 from vqcompress.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_json, resolve, sha256
 from vqcompress.storage.companions import is_safe
-from vqcompress.storage.foreign import instead_of
+from vqcompress.storage.damage import damage
 from vqcompress.storage.published import PublishedCheckpoint, quantization_settings, without_settings
 from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
@@ -279,5 +279,5 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
         raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
     source = open_dense(path, weights)
     if weights and not source.tensors:
-        raise VQCompressError(f"{instead_of(path / SINGLE)}; `vqcompress plan` works from the config alone")
+        raise VQCompressError(f"{path / SINGLE} {damage(path / SINGLE)}; `vqcompress plan` works from the config alone")
     return source

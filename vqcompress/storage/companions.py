@@ -16,13 +16,11 @@ WEIGHTS = tuple(f".{end}" for end in ENDS.split())
 # What an artifact has of its own, and what describes weights that are not taken along.
 REPLACED = re.compile(
     r"config\.json|README\.md|SHA256SUMS|report\.(json|html)|recipe\.yaml|journal\.json"
-    # The texts beside the packaged model.
-    r"|(calibration|evaluation)\.txt"
-    r"|(.*/)?([^/]*\.index\.json|[^/]*quant[^/]*\.json|adapter_config\.json)"
+    # Also the texts beside the packaged model.
+    r"|(calibration|evaluation)\.txt|(.*/)?([^/]*\.index\.json|[^/]*quant[^/]*\.json|adapter_config\.json)"
 )
-UNFINISHED = (".incomplete", ".partial", ".part", ".aria2", ".crdownload")
 # Traces of programs: caches, git, downloads that broke off, compiled code.
-TRACES = re.compile(rf"\..*|__pycache__|.*(\.pyc|\.lock|{'|'.join(map(re.escape, UNFINISHED))})")
+TRACES = re.compile(r"\..*|__pycache__|.*\.(pyc|lock|incomplete|partial|part|aria2|crdownload)")
 # A larger file is no tokenizer, code or picture, whatever its name.
 LARGEST = 2**28
 

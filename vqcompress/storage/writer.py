@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -55,6 +56,11 @@ class Shards:
         """Write a file, or replace it."""
         with self._replacing(name) as partial:
             partial.write_bytes(data)
+
+    def copy(self, name: str, path: Path) -> None:
+        """Write a file with what another one holds, or replace it, piece by piece."""
+        with self._replacing(name) as partial:
+            shutil.copyfile(path, partial)
 
     @contextlib.contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
@@ -288,11 +294,14 @@ class Writer(Shards):
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
-        files = {name: path.read_bytes() for name, path in companions.items()} | {INDEX: index.encode(), **reports}
-        files |= {RECIPE: recipe.encode()} if recipe else {}
+        files = {INDEX: index.encode(), **reports} | ({RECIPE: recipe.encode()} if recipe else {})
         files["config.json"] = json.dumps(config, indent=2).encode()
-        sums |= self.extra_files | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        sums |= self.extra_files | {name: sha256(path) for name, path in companions.items()}
+        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         # The checksums come first, since they say which files are ours.
-        for name, data in {SUMS: checksum_lines(sums).encode(), **files}.items():
+        self.write(SUMS, checksum_lines(sums).encode())
+        for name, path in companions.items():
+            self.copy(name, path)
+        for name, data in files.items():
             self.write(name, data)
         (self.out / JOURNAL).unlink()
