@@ -234,8 +234,8 @@ def score(
 def _check_comparable(names: list[str], tokenizers: list[Any], streams: list[BlockStream], text: str) -> None:
     """VQCompressError naming the first model that cuts the text into other tokens than the first model does."""
     found = [
-        (tokenizer.tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
-        for tokenizer, stream in zip(tokenizers, streams, strict=True)
+        (tokenizer.tokenize(own, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
+        for own, stream in zip(tokenizers, streams, strict=True)
     ]
     for name, own in zip(names, found, strict=True):
         if own != found[0]:

@@ -66,6 +66,9 @@ class RotatedCheckpoint(DerivedCheckpoint):
         super().__init__(stream.source)
         self._draw = draw
         embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
+        for path in stream.names.tied:
+            if any(path.startswith(f"{block.name}.") for block in stream.blocks):
+                _refuse(f"{path}, which blocks share,")
         paths = {module: f"{path}.weight" for path, module in stream.model.named_modules()}
         ends = [paths[embedding], paths[head]]
         self._embedding, self._head = (stream.names.tensor.get(name, name) for name in ends)
