@@ -72,7 +72,7 @@ def test_a_calibrated_run_without_a_tokenizer_is_refused_by_plan_too(toy: Any, t
     model = Path(shutil.copytree(toy(), tmp_path / "model", ignore=shutil.ignore_patterns("token*")))
     for words in (["plan", model], ["quantize", model, "-o", tmp_path / "out"]):
         result = call(*words, "--recipe", "smoothquant-int8")
-        assert (result.exit_code, "tokenizer.json" in line(result)) == (1, True)
+        assert (result.exit_code, "tokenizer" in line(result)) == (1, True)
     assert call("plan", model, "--recipe", "fp8-tile").exit_code == 0
 
 

@@ -23,8 +23,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise whatever their parser raises
-        add = "put the original's tokenizer files there (tokenizer.json and tokenizer_config.json, or tokenizer.model)"
-        raise VQCompressError(f"{path} has no tokenizer that transformers can load; {add}: {reason(error)}") from error
+        raise VQCompressError(f"{path} has no tokenizer that loads; add tokenizer*.json: {reason(error)}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

@@ -32,7 +32,7 @@ from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.storage.artifact import part_name
 from vqcompress.storage.checkpoint import TensorInfo
-from vqcompress.storage.damage import other_tensors
+from vqcompress.storage.damage import other_kind
 from vqcompress.storage.trust import reason, trusted
 
 
@@ -52,10 +52,8 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
     if known is None:
         name = next(iter(config.architectures or []), config.model_type)
-        config.tie_word_embeddings, why = True, "is no causal language model that AutoModelForCausalLM loads"
-        if auto_class(config):
-            why = 'has no output head: set "tie_word_embeddings": true in config.json if that is the embedding'
-        raise VQCompressError(f"{path}: {name} {why}")
+        why = 'AutoModelForCausalLM loads (without a head: only with "tie_word_embeddings": true in config.json)'
+        raise VQCompressError(f"{path}: {name} is no causal language model that {why}")
     return config
 
 
@@ -197,7 +195,7 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
     is packed, one that shows that the weights are not dense. Without any tensors a model can still be planned.
     """
     for problem in _problems(model, names, tensors):
-        raise VQCompressError(f"{problem}{other_tensors(tensors)}")
+        raise VQCompressError(f"{problem}{other_kind('tensors', tensors)}")
 
 
 def _problems(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> Iterator[str]:

@@ -78,8 +78,7 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
 def stored_dtype(config: dict[str, Any], otherwise: torch.dtype = torch.float32) -> torch.dtype:
     """The type that a config says its weights have; float32 for one that is not known. otherwise: if it says none."""
     name = config.get("dtype") or config.get("torch_dtype")
-    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "None": otherwise}
-    return known.get(str(name), torch.float32)
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "None": otherwise}.get(str(name), torch.float32)
 
 
 def read_json(path: Path) -> Any:
