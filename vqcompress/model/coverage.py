@@ -25,8 +25,8 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
     read = {kind(name) for name in stream.checkpoint.tensors.keys() - set(stream.unread)}
     for layer, size in draft_bytes(stream).items():
         # What is built as the blocks are was a block before config.json said fewer.
-        plain = {kind(name) for name in draft_layers(stream)[layer]} <= read
-        what = "layer beyond the num_hidden_layers of config.json" if plain else "draft layer"
+        parts = {kind(name) for name in draft_layers(stream)[layer]}
+        what = "layer beyond the num_hidden_layers of config.json" if parts <= read else "draft layer"
         found[layer] = f"{what}, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):

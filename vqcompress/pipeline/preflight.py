@@ -9,7 +9,6 @@ from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.verify import check_readers, run_ends, without_memory
 from vqcompress.model.device import free_bytes, release_freed_memory
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import load_tokenizer
 from vqcompress.pipeline.estimate import ends_bytes
 from vqcompress.pipeline.plan import Plan
 from vqcompress.storage.artifact import part_name, quantization_config
@@ -21,8 +20,6 @@ def check_plan(stream: BlockStream, plan: Plan) -> None:
     A checkpoint without weights, of which only a plan can be made, has none to check.
     """
     if stream.source.tensors:
-        if plan.reads_text:
-            load_tokenizer(stream.source.path)
         settings = quantization_config(plan.entries, vqcompress.__version__) if plan.targets else None
         check_readers(stream, settings, _artifact_tensors(stream, plan))
 

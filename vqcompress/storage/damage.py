@@ -17,14 +17,11 @@ def damage(file: Path) -> str:
     """What is wrong with a file, and what to do, as the rest of a sentence; "" if nothing shows from outside."""
     fetch = f"fetch it (`hf download REPO --local-dir {shlex.quote(str(file.parent))}`)"
     if not file.exists():
-        lost = "a link to nothing" if file.is_symlink() else "missing"
         paths = (p for some in ("*", "*/*", "snapshots/*/*") for p in sorted(file.parent.glob(some)))
         names = [p.relative_to(file.parent).as_posix() for p in paths if not OWN.fullmatch(p.name)]
         # Without one of these, a directory may be a checkpoint of another kind.
-        other = (
-            other_kind("files", names, "(?i)(^|/)({})$") if file.name in ("config.json", "model.safetensors") else ""
-        )
-        return f"is {lost}{other or f': {fetch}'}"
+        other = other_kind("files", names) if file.name in ("config.json", "model.safetensors") else ""
+        return f"is {'a link to nothing' if file.is_symlink() else 'missing'}{other or f': {fetch}'}"
     if not file.is_file():
         return "is no plain file"
     with file.open("rb") as stream:
@@ -35,14 +32,13 @@ def damage(file: Path) -> str:
     return f"is {'a web page, not the file itself' if start else 'empty'}: {fetch}" if broken else ""
 
 
-def other_kind(table: str, names: Iterable[str], form: str = "{}") -> str:
+def other_kind(table: str, names: Iterable[str]) -> str:
     """The first of the names that damage.yaml knows, and what it says, as the end of a sentence; "" if it knows none.
 
-    table: `files` or `tensors`. form: of the whole regular expression.
+    table: `files` or `tensors`.
     """
     # Help need not wait for it.
     import yaml
 
     known, given = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[table], list(names)
-    found = (f" ({n}: {what})" for key, what in known.items() for n in given if re.search(form.format(key), n))
-    return next(found, "")
+    return next((f" ({n}: {what})" for key, what in known.items() for n in given if re.search(key, n, re.I)), "")
