@@ -243,6 +243,11 @@ class Run:
             found = source.read(some)
             check_finite(found)
             tensors |= {name: tensor.to(source.tensors[name].dtype) for name, tensor in found.items()}
+        for parameter, other in self.stream.model.all_tied_weights_keys.items():
+            twice, once = (self.stream.names.tensor.get(name, "") for name in (parameter, other))
+            if {twice, once} <= tensors.keys() and torch.equal(tensors[twice], tensors[once]):
+                # An equal head is stored once, as transformers does.
+                del tensors[twice]
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}

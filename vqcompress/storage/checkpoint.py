@@ -22,8 +22,8 @@ from vqcompress.methods.base import is_finite
 from vqcompress.storage import hub
 from vqcompress.storage.companions import companions
 from vqcompress.storage.damage import damage
+from vqcompress.storage.output import INDEX
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What configs call the tokens of the longest row, and the config of their text.
 CONTEXTS = (

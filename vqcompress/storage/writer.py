@@ -20,19 +20,17 @@ from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.storage.artifact import (
     DRAFT,
-    JOURNAL,
     OURS,
     RECIPE,
     STAGED,
-    SUMS,
-    Artifact,
     checksum_lines,
     read_sums,
     tensors_of,
 )
-from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, sha256
+from vqcompress.storage.checkpoint import Checkpoint, read_json, sha256
 from vqcompress.storage.distributed import ALONE, ProcessGroup
 from vqcompress.storage.locks import locked
+from vqcompress.storage.output import INDEX, JOURNAL, SUMS, check_output
 
 # A file name, its tensors, and the JSON to journal about it.
 Shard = tuple[str, PackedTensors, dict[str, Any]]
@@ -177,15 +175,8 @@ class Writer(Shards):
 
     def _open(self, overwrite: bool) -> None:
         """Load what an earlier run has done, and delete files that do not belong to this one."""
-        holds = ""
-        if (self.out / JOURNAL).is_file():
-            holds = self._resume()
-        elif Artifact.is_one(self.out) and (self.out / SUMS).exists():
-            holds = "a finished artifact"
-        # A run killed during its very first write leaves only a partial journal.
-        elif any(path.name != f"{JOURNAL}.partial" for path in self.out.iterdir()):
-            # There is no list of our files, so none may be deleted.
-            raise VQCompressError(f"{self.out} holds files that quantize did not write; choose another directory")
+        check_output(self.out, overwrite, JOURNAL)
+        holds = self._resume() if (self.out / JOURNAL).is_file() else ""
         if holds and not overwrite:
             raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
         listed = read_sums(self.out) if (self.out / SUMS).exists() else {}
