@@ -67,7 +67,7 @@ def _search(k):  # type: ignore[no-untyped-def]
                             for p in range(ways):
                                 rest = x - word[p * run + j]
                                 # Positive floats are in the order of their bits.
-                                bits = _bits(least_Q[p * run + j] + rest * rest)  # type: ignore[call-arg]
+                                bits: np.int32 = _bits(least_Q[p * run + j] + rest * rest)  # type: ignore[call-arg]
                                 cost = np.int32(bits & high) | np.int32(p)
                                 found = cost if cost < found else found
                             best[j] = found
