@@ -282,6 +282,12 @@ def test_half_a_download_is_said_as_what_it_is(half: str, copy: Path) -> None:
     assert not (copy / "out").exists()
 
 
+def test_a_tied_model_without_its_embedding_is_not_told_to_tie(toy: Make, tmp_path: Path) -> None:
+    gone = lambda t: t.pop("model.embed_tokens.weight")  # noqa: E731
+    result = call("plan", rewritten(toy("gemma"), tmp_path / "copy", gone), *FP8)
+    assert (result.exit_code, "embed_tokens" in line(result), "tie_word" in line(result)) == (1, True, False)
+
+
 def test_shards_that_have_lost_their_index_are_read(copy: Path, toy: Make, tmp_path: Path) -> None:
     shards(copy, index=False)
     assert Checkpoint(copy).fingerprint() == Checkpoint(toy()).fingerprint()

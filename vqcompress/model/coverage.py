@@ -23,11 +23,11 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             found[f"{name}.weight"] = "the output head stays dense"
     decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
     read = {kind(name) for name in stream.checkpoint.tensors.keys() - set(stream.unread)}
-    for layer, size in draft_bytes(stream).items():
+    for draft, size in draft_bytes(stream).items():
         # What is built as the blocks are was a block before config.json said fewer.
-        parts = {kind(name) for name in draft_layers(stream)[layer]}
+        parts = {kind(name) for name in draft_layers(stream)[draft]}
         what = "layer beyond the num_hidden_layers of config.json" if parts <= read else "draft layer"
-        found[layer] = f"{what}, which the model itself does not run ({size:,} bytes{decoded})"
+        found[draft] = f"{what}, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}

@@ -220,8 +220,9 @@ def _problems(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInf
             yield f"{name} is stored as {found.dtype}, config.json asks for {wanted.dtype}"
     if tensors and (missing := _missing(model, names)):
         like = (f", but {name}: save the model without its wrapper" for name in tensors if name.endswith(missing[0]))
-        tie = dict(model.named_parameters()).get(missing[0]) is getattr(model.get_output_embeddings(), "weight", 0)
-        head = ': set "tie_word_embeddings": true in config.json if the head is the embedding' if tie else ""
+        is_head = dict(model.named_parameters()).get(missing[0]) is getattr(model.get_output_embeddings(), "weight", 0)
+        tie = ': set "tie_word_embeddings": true in config.json if the head is the embedding'
+        head = tie if is_head and not names.tied else ""
         yield f"the checkpoint has no tensor for {missing[0]}{next(like, head)}"
     if not packed:
         yield from _not_dense(model, names, tensors)

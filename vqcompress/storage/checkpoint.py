@@ -147,7 +147,7 @@ class Checkpoint:
             files = sorted(set(read_json(self.path / index)["weight_map"].values()))
             outside = [file for file in files if Path(file).name != file or not self._is_inside(self.path / file)]
         except (TypeError, KeyError, AttributeError) as error:
-            raise VQCompressError(f"{self.path / index} has no weight_map of names to files") from error
+            raise VQCompressError(f"{self.path / index} has no weight_map of names to files: fetch it again") from error
         if outside:
             raise VQCompressError(f"{self.path / index} names a file outside of its directory: {outside[0]!r}")
         return self._complete(files) if any(os.path.lexists(self.path / file) for file in files) else []
