@@ -40,6 +40,7 @@ from vqcompress.storage.artifact import STAGED, Entry
 from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
+from vqcompress.storage.text import SELF, split_share
 from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"
@@ -64,7 +65,8 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The sizes and memory of a run from a config alone, as JSON: see `estimate`. Writes and measures nothing."""
     stream, plans = _open(options, weights=False)
     rows = (options.samples or DEFAULT_SAMPLES) if plans[0].reads_text else 0
-    facts = estimate(plans, stream, rows, stream.source.row_length(options.seqlen), options.states)
+    length, given = stream.source.row_length(options.seqlen), map(split_share, options.texts or ())
+    facts = estimate(plans, stream, rows, length, options.states, rows > 0 and SELF in dict(given))
     return {"model": options.model, "seed": options.seed, **facts}
 
 
