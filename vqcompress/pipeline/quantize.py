@@ -21,7 +21,7 @@ from vqcompress.model.device import check_fits, choose_device, model_dtype, rele
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import fingerprint
+from vqcompress.model.tokenizer import fingerprint, load_tokenizer
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
 from vqcompress.pipeline.calibration import first_states
@@ -65,6 +65,8 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The sizes and memory of a run from a config alone, as JSON: see `estimate`. Writes and measures nothing."""
     stream, plans = _open(options, weights=False)
     rows = (options.samples or DEFAULT_SAMPLES) if plans[0].reads_text else 0
+    if rows and stream.source.tensors:
+        load_tokenizer(stream.source.path)
     length, given = stream.source.row_length(options.seqlen), map(split_share, options.texts or ())
     facts = estimate(plans, stream, rows, length, options.states, rows > 0 and SELF in dict(given))
     return {"model": options.model, "seed": options.seed, **facts}
