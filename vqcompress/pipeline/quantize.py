@@ -24,7 +24,7 @@ from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import fingerprint, load_tokenizer
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
-from vqcompress.pipeline.calibration import first_states
+from vqcompress.pipeline.calibration import check_batches, first_states
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
@@ -108,9 +108,10 @@ class Run:
             # Now, and not after the blocks.
             instead = "take a recipe whose cache is fp8, which learns nothing"
             check_fits(needed, self.stream.device, "to learn the codebooks of a cache", instead)
-        if self.plan.calibrated:
+        if self.rows is not None and self.plan.calibrated:
             # Before anything is written.
             self.stream.require()
+            check_batches(self.stream, self.rows)
         else:
             # No sums to exchange: each process encodes whole blocks by itself.
             self.stream.group = ALONE
