@@ -75,7 +75,7 @@ def plain(folder: Path) -> Any:
 @torch.inference_mode()
 def logits_of(model: Any, ids_BL: Tensor) -> Tensor:
     """Logits (B, L, V) of a model on rows of tokens."""
-    return model(ids_BL, use_cache=False).logits.float()
+    return model(input_ids=ids_BL, use_cache=False).logits.float()
 
 
 def check_same(what: str, a: Tensor, b: Tensor) -> None:
