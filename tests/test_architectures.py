@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ import sweep
 import torch
 from safetensors.torch import load_file, save_file
 
+from vqcompress.errors import VQCompressError
+from vqcompress.model.rotation import RotatedCheckpoint
+from vqcompress.model.stream import BlockStream
+from vqcompress.pipeline.context import generator_for
+from vqcompress.pipeline.plan import make_plan
+from vqcompress.pipeline.preflight import check_plan
 from vqcompress.pipeline.quantize import quantize
+from vqcompress.storage.checkpoint import Checkpoint
+from vqcompress.storage.recipe import parse
 
 # Plain; transposed layers; a layer class of its own; ALiBi; learned positions and ReLU; a tower; latent attention and
 # experts; fused experts with biases; a state space; a hybrid of that with attention; layers of several kinds.
-# A block that text skips; queries, keys and values stored as one tensor; blocks that answer lists.
+# A block that text skips; queries, keys and values stored as one tensor; blocks that answer lists; blocks that share
+# weights; a weight that transformers makes of two.
 TYPES = ["llama", "gpt2", "falcon", "bloom", "opt", "gemma3", "deepseek_v3", "gpt_oss", "mamba2", "jamba"]
-TYPES += ["gemma4_text", "mllama", "sarvam_moe", "openai-gpt"]
+TYPES += ["gemma4_text", "mllama", "sarvam_moe", "openai-gpt", "zamba2", "minimax_m3_vl"]
 
 
 @pytest.mark.slow
@@ -55,7 +65,7 @@ def test_rounding_is_told_from_other_weights() -> None:
 def test_a_wrong_weight_that_all_readers_agree_about_is_found(
     recipe: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A matrix with its rows in another order is found by weights; a norm by logits alone."""
+    """A matrix with its rows in another order; a norm, which smoothing changes, so that logits alone tell."""
 
     def spoil(options: Any) -> Any:
         report = quantize(options)
@@ -67,7 +77,7 @@ def test_a_wrong_weight_that_all_readers_agree_about_is_found(
     monkeypatch.setattr(sweep, "quantize", spoil)
     result = sweep.try_type("llama", tmp_path, [recipe])
     assert result["state"] == sweep.FAILED
-    assert ("up_proj" if "proj" in name else "moves the logits") in result["reason"]
+    assert ("moves the logits" if recipe == "smoothquant-int8" and "norm" in name else name) in result["reason"]
 
 
 def test_a_result_of_other_code_is_made_again(tmp_path: Path) -> None:
@@ -94,3 +104,28 @@ def test_doctor_makes_a_toy_of(name: str, tmp_path: Path) -> None:
     refusal, facts = sweep.diagnosis(tmp_path)
     assert not refusal
     assert facts["coverage"] > 0
+
+
+HELD = {
+    "zamba": "model.layers.*.shared_transf.self_attn.q_proj.weight",
+    "minimax_m3_vl": "model.language_model.layers.*.mlp.shared_experts.gate_up_proj.weight",
+    "inkling2_text": "model.layers.*.self_attn.k_proj.sconv.weight_proj.weight",
+    # transformers initializes its experts from the module around them.
+    "qwen3_omni_moe_thinker": "lm_head.weight",
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_weights_without_a_tensor_of_their_own_stay_dense(name: str, tmp_path: Path) -> None:
+    """Shared by blocks; made of two tensors; stored under a name without `weight`."""
+    sweep.toy_zoo.save(sweep.toy_zoo.toy_model(name), tmp_path)
+    stream = BlockStream(Checkpoint(tmp_path), torch.device("cpu"), torch.float32)
+    plan = make_plan(stream, parse("rules: [{match: '*', method: fp8}]", "test"))
+    check_plan(stream, plan)
+    assert HELD[name] in plan.left_dense
+    assert plan.targets
+    if name == "zamba":
+        with pytest.raises(VQCompressError, match=r"shared_transf"):
+            RotatedCheckpoint(stream, partial(generator_for, 0))
+    module = HELD[name].partition("*.")[2].removesuffix(".weight")
+    assert not any(module and target.name.endswith(f".{module}") for target in plan.targets)

@@ -247,6 +247,14 @@ def test_an_export_is_verified_by_its_own_reader(
     assert result["verified"]["mean_kl_divergence"] < bounds[format]
 
 
+def test_what_an_export_leaves_dense_rounds_no_activations(quantized: Make, tmp_path: Path) -> None:
+    made = export(
+        str(quantized("fp8-tile", hidden=256, intermediate_size=192)), "compressed-tensors", tmp_path / "out", True
+    )
+    assert any(name.endswith("up_proj") for name in made["left_dense"])
+    assert made["verified"]["mean_kl_divergence"] < 1e-6
+
+
 @pytest.mark.slow
 def test_verification_finds_a_wrong_weight(quantized: Make, tmp_path: Path) -> None:
     source, out = Artifact(quantized("fp8-tile", hidden=256)), tmp_path / "out"
@@ -256,7 +264,7 @@ def test_verification_finds_a_wrong_weight(quantized: Make, tmp_path: Path) -> N
         save_file(tensors, file, metadata={"format": "pt"})
     stream = BlockStream(source, torch.device("cpu"), torch.float32)
     with pytest.raises(VQCompressError, match=re.escape(str(out))):
-        compare(stream, source, out, FORMATS["fp8"].READER)
+        compare(stream, source, out, FORMATS["fp8"].READER, source.entries.keys())
 
 
 def test_an_interrupted_export_is_no_checkpoint_and_is_replaced(quantized: Make, tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from toys import toy_checkpoint, toy_config
 
 from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.model.calls import Calls
 from vqcompress.model.stream import BlockStream
 from vqcompress.runtime.load import load
 from vqcompress.storage.checkpoint import INDEX, SINGLE, Checkpoint
@@ -282,3 +284,41 @@ def test_what_a_config_says_about_outputs_changes_nothing(toy: Make, tmp_path: P
     stream = BlockStream(Checkpoint(path), CPU, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(streamed(stream, batches()), wanted, strict=True))
     assert torch.isfinite(load(path)(batches()[0]).logits).all()
+
+
+class _Filling(nn.Module):
+    """Appends to a list, and writes into a tensor, of a mapping that all blocks get."""
+
+    def forward(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        shared["list"].append(2 * x)
+        shared["sum"] += x
+        return x + sum(shared["list"]) + shared["sum"]
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.layers = nn.Embedding(32, 4), nn.ModuleList(_Filling() for _ in range(3))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def forward(self, ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        x = self.embeddings(ids)
+        shared: dict[str, Any] = {"list": [], "sum": torch.zeros_like(x)}
+        for layer in self.layers:
+            x = layer(x, shared)
+        return SimpleNamespace(logits=x)
+
+
+@torch.inference_mode()
+def test_what_blocks_change_inside_of_a_shared_mapping_is_handed_on() -> None:
+    model, ids = _Model(), torch.arange(6)[None]
+    blocks, wanted = list(model.layers), model(ids).logits
+    calls = Calls(model, model.layers, CPU)
+    state = calls.embed(ids)
+    for i, block in enumerate(blocks):
+        first, state = calls.step(block, i, state), calls.step(block, i, state)
+        # To run a block changes nothing of the state before it.
+        assert torch.equal(first.hidden, state.hidden)
+    assert torch.equal(calls.logits(state), wanted)

@@ -19,7 +19,7 @@ from vqcompress.methods import make
 from vqcompress.methods.smoothing import Smoothing, fit_smoothing
 from vqcompress.methods.statistics import Statistics
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import cut_rows, load_tokenizer, pack, start_tokens, tokenize
+from vqcompress.model.tokenizer import cut_rows, load_tokenizer, pack, read_text, start_tokens, tokenize
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import silent
 from vqcompress.pipeline.rows import calibration_rows
@@ -52,6 +52,17 @@ def rows_of(model: Path, *texts: str | Path, **options: Any) -> tuple[torch.Tens
     stream = BlockStream(Checkpoint(model), CPU, torch.float32)
     job = QuantizeOptions(str(model), texts=[str(text) for text in texts], **{"samples": 8, "seqlen": 16, **options})
     return calibration_rows(stream, job, silent)
+
+
+def test_a_template_that_writes_the_bos_token_adds_no_second_one(toy: Any, tmp_path: Path) -> None:
+    model = with_bos(Path(toy()), tmp_path / "toy", False, "{{ bos_token }}" + TEMPLATE)
+    chats = tmp_path / "chats.jsonl"
+    words = ("river", "stone", "light") * 90
+    chats.write_text("".join(json.dumps({"messages": [{"role": "user", "content": w}]}) + "\n" for w in words))
+    tokenizer = load_tokenizer(model)
+    assert not (tokenize(tokenizer, read_text(tokenizer, str(chats))) == 1).any()
+    rows, _ = rows_of(model, chats)
+    assert torch.equal(rows == 1, (torch.arange(16) == 0).expand(len(rows), -1))
 
 
 def test_where_rows_begin_is_what_the_tokenizer_does(toy: Any, starts: Path, tmp_path: Path) -> None:

@@ -140,6 +140,8 @@ def test_tied_weights_are_tied_as_transformers_does(
     assert torch.allclose(original, logits(load(toy("llama", tie_word_embeddings=True)))) == (stored != "another head")
     torch.testing.assert_close(streamed(Checkpoint(model)), original, atol=1e-4, rtol=1e-4)
     artifact = compress(model, recipe)
+    ends = Artifact(artifact).tensors.keys() & {"lm_head.weight", "model.embed_tokens.weight"}
+    assert len(ends) == 1 + (recipe == FOLD or stored == "another head")
     export(str(artifact), "dense", tmp_path / "dense")
     ours = logits(load(artifact))
     assert (ours - original).norm() < 0.01 * original.norm()

@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM
 from vqcompress.errors import VQCompressError
 from vqcompress.evaluate.doctor import examine
 from vqcompress.evaluate.verify import verify
+from vqcompress.model.expert_layout import UnfusedCheckpoint
+from vqcompress.model.projections import TransposedCheckpoint
+from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.quantize import dry_run, quantize
 from vqcompress.runtime.load import load
@@ -262,6 +265,20 @@ def test_every_recipe_takes_a_published_checkpoint(
     assert (found - reference(folder, wanted)).norm() < 0.05 * found.norm()
     assert examine(str(folder))["ok"]
     assert dry_run(options)["model"] == str(folder)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt2"])
+def test_other_settings_are_another_checkpoint_however_it_is_read(
+    family: str, toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As with experts apart, or with weights (O, I)."""
+    found = set()
+    for k in range(2):
+        folder, _ = publish(tmp_path / str(k), lambda name, weight: None, {**BLOCKS, "scale_fmt": k}, toy(family))
+        source = BlockStream(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32).source
+        assert isinstance(source, UnfusedCheckpoint | TransposedCheckpoint)
+        found.add(source.fingerprint())
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "aqlm", "hqq", "exl3", "modelopt"])

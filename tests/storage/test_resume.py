@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,19 @@ def test_a_damaged_journal_is_named_and_can_be_overwritten(
         job(unfinished)
     job(unfinished, overwrite=True)
     assert contents(unfinished) == straight
+
+
+def test_files_beside_the_weights_are_not_read_into_memory(tmp_path: Path) -> None:
+    (tmp_path / "beside").write_bytes(bytes(2**24))
+    companions = dict.fromkeys(("first", "second"), tmp_path / "beside")
+    with writer.Writer(tmp_path / "out", {}, lambda name: "", False, 0.0) as found:
+        tracemalloc.start()
+        found.finish({}, companions, {}, "")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2**23
+    assert (tmp_path / "out" / "second").stat().st_size == 2**24
+    assert set(companions) < writer.read_sums(tmp_path / "out").keys()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SafetensorError("os error 28")])

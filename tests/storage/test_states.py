@@ -44,6 +44,20 @@ def test_states_on_disk_are_a_list(dtype: torch.dtype, tmp_path: Path) -> None:
     assert keep(states, None) == states
 
 
+def test_growing_states_on_disk_take_the_room_of_earlier_ones(tmp_path: Path) -> None:
+    """As where every block fills a mapping further, for later ones."""
+    states = StatesOnDisk([State(torch.zeros(1, 4, 8), torch.zeros(1, 4)) for _ in range(6)], tmp_path)
+    for block in range(1, 9):
+        for k in range(6):
+            shared = {"keys": {n: torch.full((1, 4, 8), float(k)) for n in range(block)}}
+            states[k] = State(states[k].hidden + k, states[k].ids, (), shared)
+    live = sum(x.nbytes for state in states for x in tree_flatten(state)[0] if isinstance(x, torch.Tensor))
+    assert states._file.seek(0, 2) < 1.5 * live
+    for k in range(6):
+        assert all(bool((x == k).all()) for x in states[k].shared["keys"].values())
+        assert bool((states[k].hidden == 8 * k).all())
+
+
 def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     states = StatesOnDisk([], tmp_path)
     with open("/dev/full", "rb+", buffering=0) as full:

@@ -19,6 +19,7 @@ from vqcompress.cli import options, tables
 from vqcompress.cli.console import Command, Commands, console, degrade_symbols, session, took
 from vqcompress.cli.evaluate import compare, evaluation
 from vqcompress.errors import UsageError
+from vqcompress.storage.output import INDEX, JOURNAL, check_output
 from vqcompress.storage.recipe_files import check_choice, description, packaged
 
 app = typer.Typer(
@@ -68,7 +69,7 @@ def quantize(
     if output is None or output == Path("demo"):
         raise UsageError("-o OUT: give a directory to write to (not demo, the packaged model), or --dry-run")
     check_choice(run.recipe, run.target_bits, run.kv_cache)
-    options.check_output(output, overwrite, "journal.json", "SHA256SUMS")
+    check_output(output, overwrite, JOURNAL)
     upload.check()
     with session(common.json) as show:
         from vqcompress.cli.progress import QuantizeProgress
@@ -120,7 +121,7 @@ def export(
 
     Example: vqcompress export out --format dense -o out-dense --verify
     """
-    options.check_output(output, overwrite, "model.safetensors.index.json", "config.json")
+    check_output(output, overwrite, INDEX)
     upload.check()
     with session(common.json) as show:
         from vqcompress.export import export

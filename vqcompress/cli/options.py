@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import typer
 
 from vqcompress.cli.console import DEBUG, leads
-from vqcompress.errors import UsageError, VQCompressError
+from vqcompress.errors import UsageError
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.storage import hub
 from vqcompress.storage.recipe_files import AS_STORED, LEAST, MOST, packaged, recipe_file
@@ -71,20 +71,6 @@ def _check_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
     if value is not None and not value.parent.is_dir():
         raise UsageError(f"{param.opts[0]} {value}: the directory does not exist")
     return value
-
-
-def check_output(out: Path, overwrite: bool, begun: str, finished: str) -> None:
-    """VQCompressError if a command would refuse to write to a directory; what a broken run left is free.
-
-    begun: the file that the command writes first. finished: one that says that an earlier result is complete.
-    """
-    if out.exists() and not out.is_dir():
-        raise VQCompressError(f"cannot make the directory {out}: a file has that name")
-    names = {path.name.removesuffix(".partial") for path in out.iterdir()} if out.is_dir() else set()
-    if names and not names & {begun, finished}:
-        raise VQCompressError(f"{out} holds files of another origin; choose another directory")
-    if finished in names and "journal.json" not in names and not overwrite:
-        raise VQCompressError(f"{out} already holds a result; choose another directory or give --overwrite")
 
 
 def _set_debug(ctx: typer.Context, value: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any, Unpack
@@ -80,5 +79,5 @@ def _footprint(model: str) -> dict[str, Any]:
     weights = sum(entry.target.weights for entry in entries)
     bits, numbers = sum(stored_bits(entries).values()), weights
     if not weights:
-        bits, numbers = 8 * source.bytes, sum(math.prod(info.shape) for info in source.tensors.values())
+        bits, numbers = 8 * source.bytes, source.numbers
     return {"bits_per_weight": bits / numbers, "bytes": sum(file.stat().st_size for file in source.files)}

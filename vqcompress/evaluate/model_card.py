@@ -12,9 +12,10 @@ from vqcompress.errors import UsageError, VQCompressError, one_line
 from vqcompress.evaluate.read_report import read_report, to_json
 from vqcompress.evaluate.report_html import render, report_page
 from vqcompress.evaluate.wording import names_of, protocol_line
-from vqcompress.storage.artifact import SUMS, Artifact, read_sums
+from vqcompress.storage.artifact import Artifact, read_sums
 from vqcompress.storage.checkpoint import sha256
 from vqcompress.storage.locks import locked
+from vqcompress.storage.output import SUMS
 from vqcompress.storage.writer import Shards, refresh_sums
 
 # A new evaluation replaces an earlier one that agrees in all of these.

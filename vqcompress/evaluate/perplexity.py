@@ -20,7 +20,7 @@ from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.evaluate.read_report import named
 from vqcompress.kv_cache.attention import CACHE, install
 from vqcompress.kv_cache.cache import KVCache
-from vqcompress.model import tokenizer as texts
+from vqcompress.model import tokenizer
 from vqcompress.model.device import choose_device, model_dtype, peak_rss_bytes
 from vqcompress.model.stream import BlockStream
 from vqcompress.runtime.load import kv_cache_config, load
@@ -70,7 +70,7 @@ def windows(
     if stride > seqlen:
         raise UsageError(f"--stride {stride} is more than --seqlen {seqlen}: tokens in between would not count")
     if length < 1 or len(tokens) < length:
-        raise texts.too_short(name, len(tokens), max(length, 1), 1, "a smaller --seqlen")
+        raise tokenizer.too_short(name, len(tokens), max(length, 1), 1, "a smaller --seqlen")
     own_NL = tokens.unfold(0, length, min(stride, length))[:limit]
     return torch.cat([torch.tensor(start, dtype=tokens.dtype).expand(len(own_NL), -1), own_NL], 1)
 
@@ -181,16 +181,17 @@ def score(
     sources = [open_model(name) for name in names]
     seqlen = sources[0].row_length(cut.get("seqlen"))
     stride = cut.get("stride") or seqlen
-    tokenizers = [texts.load_tokenizer(source.path) for source in sources]
-    content, start = texts.read_text(tokenizers[0], text), texts.start_tokens(tokenizers[0], cut.get("bos", "auto"))
+    tokenizers = [tokenizer.load_tokenizer(source.path) for source in sources]
+    content = tokenizer.read_text(tokenizers[0], text)
+    start = tokenizer.start_tokens(tokenizers[0], cut.get("bos", "auto"))
     streams = [BlockStream(source, chosen, model_dtype(source.config, chosen)) for source in sources]
     _check_comparable(names, tokenizers, streams, content)
-    windows_NL = windows(texts.tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"), start, text)
+    windows_NL = windows(tokenizer.tokenize(tokenizers[0], content), seqlen, stride, cut.get("limit"), start, text)
     # The beginning is no text, so windows follow each other sooner.
     stride = min(stride, seqlen - len(start))
     for source, stream in zip(sources, streams, strict=True):
         source.row_length(seqlen)
-        texts.check_ids(windows_NL, stream.model, tokenizers[0])
+        tokenizer.check_ids(windows_NL, stream.model, tokenizers[0])
     # A model with a coded cache is not streamed, so its blocks are no steps.
     blocks = sum(len(stream.blocks) for stream in (streams[1:] if kv_cache else streams))
     total, done = blocks + len(models) * len(windows_NL), itertools.count(1)
@@ -225,7 +226,7 @@ def score(
         "bos": bool(start),
         "kv_cache": kv_cache,
         "device": chosen.type,
-        "tokens_sha256": texts.fingerprint(windows_NL),
+        "tokens_sha256": tokenizer.fingerprint(windows_NL),
         "text_bytes": len(str(tokenizers[0].decode(torch.cat(labels))).encode()),
     }
 
@@ -233,8 +234,8 @@ def score(
 def _check_comparable(names: list[str], tokenizers: list[Any], streams: list[BlockStream], text: str) -> None:
     """VQCompressError naming the first model that cuts the text into other tokens than the first model does."""
     found = [
-        (texts.tokenize(tokenizer, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
-        for tokenizer, stream in zip(tokenizers, streams, strict=True)
+        (tokenizer.tokenize(own, text[:SAMPLE]).tolist(), stream.config.get_text_config().vocab_size)
+        for own, stream in zip(tokenizers, streams, strict=True)
     ]
     for name, own in zip(names, found, strict=True):
         if own != found[0]:

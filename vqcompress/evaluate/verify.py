@@ -110,9 +110,8 @@ def run_ends(stream: BlockStream) -> list[str]:
 
 def _decoded_bytes(stream: BlockStream) -> int:
     """Bytes of all tensors in float32, those of compressed weights also as they are stored."""
-    numbers = sum(torch.Size(info.shape).numel() for info in stream.source.tensors.values())
     entries = stream.checkpoint.entries.values() if isinstance(stream.checkpoint, Artifact) else ()
-    return 4 * (numbers + sum(entry.target.weights for entry in entries))
+    return 4 * (stream.source.numbers + sum(entry.target.weights for entry in entries))
 
 
 def verify(path: str, quick: bool = False) -> dict[str, Any]:

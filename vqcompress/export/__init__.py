@@ -15,11 +15,9 @@ from vqcompress.export.rewrite import tensors
 from vqcompress.export.verify import compare
 from vqcompress.model.stream import BlockStream
 from vqcompress.storage.artifact import SHARD, Artifact
-from vqcompress.storage.checkpoint import INDEX, read_json, resolve
+from vqcompress.storage.checkpoint import read_json, resolve
+from vqcompress.storage.output import INDEX, WRITER, check_output
 from vqcompress.storage.writer import Shards, clear
-
-# Stands in the index of an export, beside a list of its other files: --overwrite deletes only files of an export.
-WRITER = "vqcompress export"
 
 FORMATS: dict[str, Any] = {"dense": dense, "fp8": fp8, "compressed-tensors": compressed_tensors, "aqlm": aqlm}
 
@@ -29,6 +27,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
 
     verify: load the result with its own reader in a fresh process and compare its logits with the artifact's.
     """
+    check_output(out, overwrite, INDEX)
     source, reader = Artifact(resolve(artifact)), FORMATS[format].READER
     source.check_files()
     if not source.entries and format != "dense":
@@ -39,7 +38,8 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
         raise UsageError(f"--verify: transformers cannot load experts in {format}, which only vLLM reads")
     if verify:
         reader.check_installed()
-    _empty(out, overwrite)
+    if (out / INDEX).is_file():
+        clear(out, {"config.json", *read_json(out / INDEX)["metadata"].get("beside", ())})
     shards, (companions, _) = Shards(out), source.companions()
     # The index is written first, so that an interrupted export can be recognized and replaced.
     metadata: dict[str, Any] = {"written_by": WRITER, "beside": list(companions)}
@@ -50,7 +50,7 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
         weight_map |= dict.fromkeys(shard, shards.write_shard(SHARD.format(number, count), shard)["file"])
         size += sum(t.nbytes for t in shard.values())
     for name, path in companions.items():
-        shards.write(name, path.read_bytes())
+        shards.copy(name, path)
     index = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
     shards.write(INDEX, json.dumps(index, indent=1, sort_keys=True).encode())
     # config.json is written last, so that an interrupted export does not load.
@@ -62,24 +62,9 @@ def export(artifact: str, format: str, out: Path, verify: bool = False, overwrit
     result["next"] = f"vllm serve {shlex.quote(str(out))}" if made.for_vllm else reader.line(out)
     if verify:
         try:
-            result["verified"] = compare(stream, source, out, reader)
+            result["verified"] = compare(stream, source, out, reader, made.compressed)
         except BaseException:
             # Without its config it is an interrupted export, which nobody loads and the next one replaces.
             (out / "config.json").unlink()
             raise
     return result
-
-
-def _empty(out: Path, overwrite: bool) -> None:
-    """Delete an earlier export in a directory; VQCompressError if the directory holds anything else."""
-    # An export killed during its very first write leaves only a partial index.
-    if out.is_dir() and any(path.name != f"{INDEX}.partial" for path in out.iterdir()):
-        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
-        metadata = index.get("metadata") if isinstance(index, dict) else None
-        if not isinstance(metadata, dict) or metadata.get("written_by") != WRITER:
-            raise VQCompressError(f"{out} holds files that are not an export; choose another directory")
-        # An interrupted export has no config.json and is replaced.
-        if not overwrite and (out / "config.json").exists():
-            raise VQCompressError(f"{out} already holds an export; choose another directory or give --overwrite")
-        clear(out, {"config.json", *metadata.get("beside", ())})
-    out.mkdir(parents=True, exist_ok=True)

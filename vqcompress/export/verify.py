@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,17 @@ class Reader:
 
 
 @torch.inference_mode()
-def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader) -> dict[str, Any]:
+def compare(
+    stream: BlockStream, source: Artifact, out: Path, reader: Reader, compressed: Collection[str]
+) -> dict[str, Any]:
     """JSON: mean KL divergence of the export's predictions from the artifact's; VQCompressError beyond the bound.
 
-    The artifact rounds its activations only if the reader does. The tokens are random, so that every model has some.
+    compressed: the targets that the export has compressed. The artifact rounds activations only for them, and only if
+    the reader does. The tokens are random, so that every model has some.
     """
     vocabulary, length = stream.model.config.get_text_config().vocab_size, min(TOKENS, source.row_length(None))
     ids_BL = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    ours = _logits(stream, ids_BL, reader.rounds).double().log_softmax(-1)
+    ours = _logits(stream, ids_BL, compressed if reader.rounds else ()).double().log_softmax(-1)
     theirs = _read(out, reader, ids_BL, [f"{layer}." for layer in draft_layers(stream)]).double().log_softmax(-1)
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     if not divergence <= reader.bound:
@@ -93,19 +97,17 @@ def compare(stream: BlockStream, source: Artifact, out: Path, reader: Reader) ->
     }
 
 
-def _logits(stream: BlockStream, ids_BL: Tensor, rounds: bool) -> Tensor:
-    """Logits (B, L, V) of the artifact, block by block if the model can be run so. rounds: activations, too."""
+def _logits(stream: BlockStream, ids_BL: Tensor, rounded: Collection[str]) -> Tensor:
+    """Logits (B, L, V) of the artifact, block by block if it can be run so. rounded: targets that round activations."""
     if stream.learn().refusal:
-        found = stream.whole(ids_BL)
-        if not rounds:
-            decode_layers(stream.model)
-            found = stream.whole(ids_BL)
-        return found
+        # The first call loads the blocks.
+        stream.whole(ids_BL)
+        decode_layers(stream.model, rounded)
+        return stream.whole(ids_BL)
     states = [stream.embed(ids_BL)]
     for i in range(len(stream.blocks)):
         block = stream.load_block(i)
-        if not rounds:
-            decode_layers(block)
+        decode_layers(block, rounded)
         stream.forward(block, i, states)
     return stream.logits(states[0])
 

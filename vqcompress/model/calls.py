@@ -13,11 +13,12 @@ import contextlib
 import weakref
 from collections.abc import Iterable, MutableMapping
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only
 
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.storage.hidden_states import State
@@ -198,14 +199,15 @@ class Calls:
         args, kwargs = self._replay(number, state)
         shared = _mappings((args, kwargs))
         for name, contents in state.shared.items():
-            shared[name].update(contents)
-        before = {name: dict(mapping) for name, mapping in shared.items()}
+            # The block may write into them, and run again on this state.
+            shared[name].update(tree_map_only(Tensor, torch.clone, contents))
+        before = {name: _contents(mapping) for name, mapping in shared.items()}
         out = block(*args, **kwargs)
         hidden, *rest = out if isinstance(out, (tuple, list)) else (out,)
         filled = {
             name: dict(mapping)
             for name, mapping in shared.items()
-            if name in state.shared or any(before[name].get(key) is not value for key, value in mapping.items())
+            if name in state.shared or not _unchanged(before[name], mapping)
         }
         return State(hidden, state.ids, tuple(rest), filled, isinstance(out, (tuple, list)))
 
@@ -259,6 +261,18 @@ def _mappings(call: Call) -> dict[str, MutableMapping[Any, Any]]:
     return {name: value for name, value in found.items() if isinstance(value, MutableMapping)}
 
 
+def _contents(mapping: MutableMapping[Any, Any]) -> tuple[TreeSpec, list[Any], list[Any]]:
+    """The containers in a mapping, what they hold, and the same with copies of tensors: a block may write into them."""
+    leaves, containers = tree_flatten(dict(mapping))
+    return containers, leaves, tree_map_only(Tensor, torch.clone, leaves)
+
+
+def _unchanged(before: tuple[TreeSpec, list[Any], list[Any]], mapping: MutableMapping[Any, Any]) -> bool:
+    """Whether a mapping holds the same objects, with the same values, as `_contents` saw."""
+    leaves, containers = tree_flatten(dict(mapping))
+    return containers == before[0] and all(map(is_, leaves, before[1])) and _same(leaves, before[2])
+
+
 def _is_plain(seen: list[tuple[int, Call]], ids_BL: Tensor) -> bool:
     """Whether hidden states (B, L, H) go from block to block as they are, and no mapping goes beside them."""
     calls = [call for _, call in seen]
@@ -267,8 +281,8 @@ def _is_plain(seen: list[tuple[int, Call]], ids_BL: Tensor) -> bool:
     return passed and first.shape[:-1] == ids_BL.shape and not any(_mappings(call) for call in calls)
 
 
-def _same(earlier: list[Call], later: list[Call]) -> bool:
-    """Whether all tensors among the arguments of two passes are equal."""
+def _same(earlier: list[Any], later: list[Any]) -> bool:
+    """Whether all tensors in two lists, as of the arguments of two passes, are equal."""
     pairs = zip(tree_leaves(earlier), tree_leaves(later), strict=False)
     return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
 

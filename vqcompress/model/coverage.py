@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vqcompress.model.drafts import draft_bytes
+from torch import nn
+
+from vqcompress.model.drafts import draft_bytes, draft_layers
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import routing_modules
+from vqcompress.storage.targets import kind
 
 
 def dense_weights(stream: BlockStream) -> dict[str, str]:
@@ -19,8 +22,12 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
         elif module is head:
             found[f"{name}.weight"] = "the output head stays dense"
     decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
-    for draft, size in draft_bytes(stream).items():
-        found[draft] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
+    read = {kind(name) for name in stream.checkpoint.tensors.keys() - set(stream.unread)}
+    for layer, size in draft_bytes(stream).items():
+        # What is built as the blocks are was a block before config.json said fewer.
+        parts = {kind(name) for name in draft_layers(stream)[layer]}
+        what = "layer beyond the num_hidden_layers of config.json" if parts <= read else "draft layer"
+        found[layer] = f"{what}, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}
@@ -32,8 +39,8 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
             counts[name] += tensor.numel()
             why = "the model reads this weight itself" if module in stream.weights_read else "not a linear layer"
             why = "routes or gates" if module in routing else why
-            if f"{block.name}.{path}" in stream.names.parts:
-                why = "the checkpoint stores it and others as one tensor"
+            if isinstance(layer.get_submodule(module), nn.Linear):
+                why = stream.names.held(f"{block.name}.{path}") or why
             if sum(p.dim() == 3 for p in layer.get_submodule(module).parameters(recurse=False)) == 2:
                 reason = stream.fused_reason or "their structure is another than gate, up and down"
                 why = f"the experts of a mixture are one parameter: {reason}"

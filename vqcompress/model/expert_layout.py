@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqcompress.storage.checkpoint import Checkpoint, TensorInfo
+from vqcompress.storage.checkpoint import Checkpoint, DerivedCheckpoint, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,14 @@ def unfuse_tensors(tensors: Mapping[str, Tensor], mixtures: Iterable[Mixture]) -
     return found
 
 
-class UnfusedCheckpoint(Checkpoint):
+class UnfusedCheckpoint(DerivedCheckpoint):
     """A checkpoint that stores experts fused, as if it stored every matrix under a name of its own."""
 
     def __init__(self, source: Checkpoint, mixtures: list[Mixture]):
-        self._source, self._mixtures = source, mixtures
-        self.path, self.config, self.format = source.path, source.config, source.format
+        super().__init__(source)
+        self._mixtures = mixtures
         # Matrix → the tensor that holds it.
         self._holder: dict[str, str] = {}
-        self.tensors = dict(source.tensors)
         for mixture in mixtures:
             for name, holder in mixture.holders.items():
                 info = self.tensors.pop(holder)
@@ -109,18 +108,12 @@ class UnfusedCheckpoint(Checkpoint):
                     self.tensors[f"{mixture.prefix}.{part}"] = TensorInfo(info.file, info.dtype, tuple(tensor.shape))
                     self._holder[f"{mixture.prefix}.{part}"] = holder
 
-    @property
-    def bytes(self) -> int:
-        """Size of all tensors as they are stored."""
-        return self._source.bytes
-
     def tiles(self, name: str) -> dict[str, Tensor] | None:
         """The source's, of a weight that is not fused."""
         return None if name in self._holder else self._source.tiles(name)
 
-    def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
-        """The source's, of the fused tensors."""
-        return self._source.holders({self._holder.get(name, name) for name in names})
+    def _made_of(self, name: str) -> Iterable[str]:
+        return [self._holder.get(name, name)]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU in their stored type; one fused tensor is in memory at a time."""

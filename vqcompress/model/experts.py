@@ -184,6 +184,9 @@ def unfuse(model: PreTrainedModel, sources: Mapping[str, int] | None = None) -> 
                 return f"{type(module).__name__} does more than gate, up and down"
     for name, layout in layouts.items():
         model.set_submodule(name, Experts(model.get_submodule(name), layout))
+        # Some models would initialize the fused parameters from the module around them.
+        around: Any = model.get_submodule(name.rpartition(".")[0])
+        around._is_hf_initialized = True
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -170,10 +170,13 @@ def replace_linears(
         root.set_submodule(path, CompressedLinear(entry, dtype, shared, packed))
 
 
-def decode_layers(model: nn.Module) -> None:
-    """Replace compressed layers by plain ones of the decoded weights, which have gradients and exact activations."""
+def decode_layers(model: nn.Module, kept: Collection[str] = ()) -> None:
+    """Replace compressed layers by plain ones of the decoded weights, which have gradients and exact activations.
+
+    kept: names of the targets that stay.
+    """
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, CompressedLinear):
+        if isinstance(layer, CompressedLinear) and layer.entry.target.name not in kept:
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             plain.weight = nn.Parameter(layer.weight, requires_grad=False)
             plain.register_parameter("bias", layer.bias)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from vqcompress.storage.checkpoint import Checkpoint
+from vqcompress.storage.checkpoint import Checkpoint, DerivedCheckpoint
 
 # The widths of the proof: of the longer and the shorter side of a weight.
 LONG, SHORT = 24, 16
@@ -86,22 +86,18 @@ def transposed(tensors: dict[str, Tensor], names: Collection[str]) -> dict[str, 
     return {n: t.T.contiguous() if n in names and t.dim() == 2 else t for n, t in tensors.items()}
 
 
-class TransposedCheckpoint(Checkpoint):
+class TransposedCheckpoint(DerivedCheckpoint):
     """A checkpoint as if the named weights were stored as (O, I)."""
 
     straight = True
 
     def __init__(self, source: Checkpoint, names: Collection[str]):
-        self._source, self._names = source, names
-        self.path, self.config, self.format = source.path, source.config, source.format
+        super().__init__(source)
+        self._names = names
         self.tensors = {
             n: replace(i, shape=i.shape[::-1]) if n in names and len(i.shape) == 2 else i
             for n, i in source.tensors.items()
         }
-
-    def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
-        """The source's, of tensors as they are stored."""
-        return self._source.holders(names)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU in their stored type."""

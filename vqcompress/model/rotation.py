@@ -24,7 +24,7 @@ from vqcompress.model.drafts import draft_layers
 from vqcompress.model.folds import row_candidates
 from vqcompress.model.readers import observe, weight_of
 from vqcompress.model.stream import BlockStream
-from vqcompress.storage.checkpoint import Checkpoint, check_finite
+from vqcompress.storage.checkpoint import DerivedCheckpoint, check_finite
 from vqcompress.storage.hidden_states import State
 
 PROBE_TOKENS = 64
@@ -52,7 +52,7 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-class RotatedCheckpoint(Checkpoint):
+class RotatedCheckpoint(DerivedCheckpoint):
     """The rotated form of a stream's checkpoint, always with a head; VQCompressError if it cannot be rotated.
 
     Blocks are read in float32, all other tensors in their stored type. draw: name → random state. Embeddings, head and
@@ -63,8 +63,12 @@ class RotatedCheckpoint(Checkpoint):
 
     @torch.no_grad()
     def __init__(self, stream: BlockStream, draw: Callable[[str], Generator]):
-        self._source, self._draw = stream.source, draw
+        super().__init__(stream.source)
+        self._draw = draw
         embedding, head = stream.model.get_input_embeddings(), stream.model.get_output_embeddings()
+        for path in stream.names.tied:
+            if any(path.startswith(f"{block.name}.") for block in stream.blocks):
+                _refuse(f"{path}, which blocks share,")
         paths = {module: f"{path}.weight" for path, module in stream.model.named_modules()}
         ends = [paths[embedding], paths[head]]
         self._embedding, self._head = (stream.names.tensor.get(name, name) for name in ends)
@@ -73,7 +77,6 @@ class RotatedCheckpoint(Checkpoint):
         # Rotated, tied embeddings and head differ by the final norm's weight.
         self._original = {self._head: self._embedding} if self._head not in self._source.tensors else {}
         self._original |= {self._embedding: self._head} if self._embedding not in self._source.tensors else {}
-        self.path, self.format, self.tensors = self._source.path, self._source.format, dict(self._source.tensors)
         self.config = {**self._source.config, "tie_word_embeddings": False}
         self.tensors |= {name: self.tensors[original] for name, original in self._original.items()}
         self._stream = BlockStream(self, stream.device, torch.float32)
@@ -84,20 +87,14 @@ class RotatedCheckpoint(Checkpoint):
         for i in structures.values():
             self._block(i)
         for layer in draft_layers(stream):
-            _refuse(f"{layer}, a draft layer that the model does not run,")
+            _refuse(f"{layer}, which the model itself does not run,")
         # A tower's projector adds to the hidden states, which no text shows.
         for name in stream.non_block_weights:
             if name not in (self._embedding, self._head) and len(self.tensors[name].shape) > 1:
                 _refuse(name)
 
-    @property
-    def bytes(self) -> int:
-        """Size of the tensors on disk, which have no second copy of tied embeddings."""
-        return self._source.bytes
-
-    def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
-        """The source's, of the tensors before rotation."""
-        return self._source.holders({self._original.get(name, name) for name in names})
+    def _made_of(self, name: str) -> Iterable[str]:
+        return [self._original.get(name, name)]
 
     @torch.no_grad()
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -77,8 +77,7 @@ class BlockStream:
         if isinstance(source, Artifact):
             replace_linears(self.model, "", source.entries.values(), dtype)
         self.names = Names(self.model, self.source.tensors)
-        # Weights that a checkpoint stores as one tensor stay in it.
-        apart = [[t for t in b.targets if f"{t.name}.weight" not in self.names.parts] for b in self.blocks]
+        apart = [[t for t in b.targets if not self.names.held(f"{t.name}.weight")] for b in self.blocks]
         self.blocks = [Block(b.name, tuple(own)) for b, own in zip(self.blocks, apart, strict=True)]
         # Path → the weight's name on disk, of linear layers whose weight the checkpoint stores transposed.
         self.transposed = {path: f"{self.names.stored_prefix(path)}.weight" for path in straightened}
@@ -179,10 +178,20 @@ class BlockStream:
         self._layers[i] = block
         try:
             assign(self.model, tensors, self.dtype)
+            self._share(self.blocks[i].name + ".")
         finally:
             self._layers[i] = self._recorders[i]
         finish_loading(self.model, block, self.blocks[i].name + ".", self.device)
         return block
+
+    def _share(self, prefix: str) -> None:
+        """Fill what a block shares with others, and the checkpoint stores under another name."""
+        stored, shared = self.names.tensor, self.names.tied.items()
+        wanted = {path: stored[own] for path, own in shared if path.startswith(prefix) and path not in stored}
+        found = self.source.read(set(wanted.values()))
+        for path, name in wanted.items():
+            module, _, parameter = path.rpartition(".")
+            self.model.get_submodule(module)._parameters[parameter] = nn.Parameter(found[name].to(self.dtype), False)
 
     def learn(self) -> Calls:
         """How the blocks are called; the weights outside of the blocks are loaded for it."""

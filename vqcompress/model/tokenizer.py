@@ -23,7 +23,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise whatever their parser raises
-        raise VQCompressError(f"{path} has no tokenizer that transformers can load: {reason(error)}") from error
+        raise VQCompressError(f"{path} has no tokenizer that loads; add tokenizer*.json: {reason(error)}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -84,6 +84,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, end: str = "") ->
     """The documents of a text as strings. Chats that the template refuses are left out. end: of documents that are
     no chats."""
     found, refused = [], []
+    # What begins every row anyway, see `start_tokens`, would stand there twice if the template wrote it, too.
+    start: Any = tokenizer.convert_ids_to_tokens(start_tokens(tokenizer, "auto"))
+    begin = "".join(start) or str(tokenizer.bos_token or "")
     for content, where in read_documents(source):
         if isinstance(content, str):
             found.append(content + end)
@@ -91,7 +94,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, end: str = "") ->
         if not tokenizer.chat_template:
             raise VQCompressError(f"{where}: a chat, and {tokenizer.name_or_path} has no chat template for it")
         try:
-            found.append(str(tokenizer.apply_chat_template(content, tokenize=False)))
+            found.append(str(tokenizer.apply_chat_template(content, tokenize=False)).removeprefix(begin))
         except Exception as error:  # a template raises what its author likes
             refused.append(f"{where}: the chat template says: {one_line(error)}")
     warn_of_skipped(source, refused)

@@ -21,7 +21,7 @@ from vqcompress.model.device import check_fits, choose_device, model_dtype, rele
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import fingerprint
+from vqcompress.model.tokenizer import fingerprint, load_tokenizer
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
 from vqcompress.pipeline.calibration import first_states
@@ -64,6 +64,8 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The sizes and memory of a run from a config alone, as JSON: see `estimate`. Writes and measures nothing."""
     stream, plans = _open(options, weights=False)
     rows = (options.samples or DEFAULT_SAMPLES) if plans[0].reads_text else 0
+    if rows and stream.source.tensors:
+        load_tokenizer(stream.source.path)
     facts = estimate(plans, stream, rows, stream.source.row_length(options.seqlen), options.states)
     return {"model": options.model, "seed": options.seed, **facts}
 
@@ -243,6 +245,11 @@ class Run:
             found = source.read(some)
             check_finite(found)
             tensors |= {name: tensor.to(source.tensors[name].dtype) for name, tensor in found.items()}
+        for parameter, other in self.stream.model.all_tied_weights_keys.items():
+            twice, once = (self.stream.names.tensor.get(name, "") for name in (parameter, other))
+            if {twice, once} <= tensors.keys() and torch.equal(tensors[twice], tensors[once]):
+                # An equal head is stored once, as transformers does.
+                del tensors[twice]
         # A model of dense weights loads correctly without the package, too.
         tensors |= {artifact.HINT: artifact.MARKER} if self.plan.targets else {}
         record = {"targets": [], "source": self._digest(NON_BLOCK)}

@@ -5,7 +5,6 @@ Shape legend: N rows, L tokens of a row.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -86,7 +85,7 @@ def _sampled(stream: BlockStream, options: QuantizeOptions, shape: tuple[int, in
     (count, length), group = shape, stream.group
     rows: list[Tensor] = []
     if group.is_main:
-        needed = sum(math.prod(info.shape) for info in stream.source.tensors.values()) * stream.dtype.itemsize
+        needed = stream.source.numbers * stream.dtype.itemsize
         check_fits(needed, stream.device, "--calibration self", "give a text instead")
         network: Any = load(options.model, stream.device.type)
         # The model's own may penalize, stop or filter.

@@ -75,6 +75,11 @@ class Smoother:
                 self.rewrites.changed[name] = stored
         return self.rewrites
 
+    def _held(self, entrance: Input) -> bool:
+        """Whether a fold would change a tensor that cannot be stored anew: one shared, or made of others."""
+        fixed = set(entrance.consumers) - self.rules.keys() | {entrance.producer.module if entrance.producer else ""}
+        return any(self.stream.names.held(f"{self.block.name}.{module}.weight") for module in fixed)
+
     def _smooth_input(self, entrance: Input) -> None:
         """Fit and apply the factors of an input, if any; VQCompressError if the rules of its readers differ."""
         readers = [path for path in entrance.consumers if path in self.rules]
@@ -83,7 +88,7 @@ class Smoother:
         where = getattr(options, entrance.role) if options else "none"
         if options is None or where == "none":
             return
-        producer = entrance.producer if where == "fold" else None
+        producer = entrance.producer if where == "fold" and not self._held(entrance) else None
         # A fold changes the input for all that read it; at run time each layer divides for itself.
         if any(o != options for o in asked.values() if o is not None or producer):
             raise VQCompressError(

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from vqcompress.errors import UsageError
 from vqcompress.model.tokenizer import check_ids, load_tokenizer
 from vqcompress.runtime.load import load
-from vqcompress.storage.checkpoint import resolve
+from vqcompress.storage.checkpoint import Checkpoint, resolve
 
 
 @torch.inference_mode()
@@ -31,11 +31,12 @@ def generate(
     """
     if not prompt:
         raise UsageError("--prompt is empty: give some text to continue")
-    network: Any = load(model, cpu_weights=cpu_weights, kv_cache=kv_cache or False)
-    tokenizer: Any = load_tokenizer(resolve(model))
+    folder = resolve(model)
+    network: Any = load(folder, cpu_weights=cpu_weights, kv_cache=kv_cache or False)
+    tokenizer: Any = load_tokenizer(folder)
     ids_BL = tokenizer(prompt, return_tensors="pt")["input_ids"].to(network.device)
     check_ids(ids_BL, network, tokenizer)
-    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    context = Checkpoint(folder).context
     if context and ids_BL.shape[1] + max_new_tokens > context:
         length = f"--prompt has {ids_BL.shape[1]} tokens, with --max-new-tokens {max_new_tokens}"
         raise UsageError(f"{length} more than the model's context of {context}")

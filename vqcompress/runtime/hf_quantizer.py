@@ -12,8 +12,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vqcompress.storage.artifact import HINT, QUANT_METHOD, Artifact, Entry, parse_entries
+from vqcompress.storage.artifact import HINT, Artifact, Entry, parse_entries
 from vqcompress.storage.checkpoint import Checkpoint
+from vqcompress.storage.output import QUANT_METHOD
 
 # This module is imported while transformers is being imported, so the methods import `vqcompress.model`, which needs
 # all of transformers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from vqcompress.errors import UsageError, VQCompressError
 from vqcompress.kv_cache.cache import KVCacheSpec, make_config, use_kv_cache
-from vqcompress.model.device import choose_device, model_dtype
+from vqcompress.model.device import check_fits, choose_device, model_dtype
 from vqcompress.model.weights import Names, auto_class, check_headers, load_config, skeleton
 from vqcompress.storage.artifact import KV_CACHE, Artifact, cache_settings, open_dense, tensors_of
 from vqcompress.storage.checkpoint import STORED, Checkpoint, resolve
@@ -57,8 +58,10 @@ def load(
             foreign = isinstance(source, PublishedCheckpoint) or not (indexed or isinstance(source, Artifact))
             if source.tensors and foreign:
                 # transformers decodes some of these formats wrongly, and does not say so; and shards need an index.
-                empty, decoded = skeleton(config, computed), _decoded(source, computed)
-                loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=decoded, **options)
+                needed, advice = source.numbers * computed.itemsize, "evaluate it block by block, or compress it first"
+                check_fits(needed, torch.device("cpu"), f"loading {folder}", advice)
+                empty, slices = skeleton(config, computed), {name: _Slice(source, name) for name in source.tensors}
+                loaded: Any = type(empty).from_pretrained(None, config=empty.config, state_dict=slices, **options)
                 if (folder / GENERATION_CONFIG_NAME).is_file():
                     # transformers reads it only together with the weights.
                     loaded[0].generation_config = GenerationConfig.from_pretrained(folder)
@@ -82,14 +85,16 @@ def load(
     return model
 
 
-def _decoded(source: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, one decoded at a time; those that are not stored as float32 in a type."""
-    found = {}
-    for name, info in source.tensors.items():
-        tensor = source.read([name])[name]
-        wide = tensor.dtype == torch.float32 and info.dtype != torch.float32
-        found[name] = tensor.to(dtype) if wide else tensor
-    return found
+@dataclass(frozen=True)
+class _Slice:
+    """A tensor that transformers reads when it comes to it, and puts into the type of its parameter, as it does with
+    slices of safetensors files: no second copy of the weights is in memory."""
+
+    source: Checkpoint
+    name: str
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.source.read([self.name])[self.name][key]
 
 
 def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheSpec:

@@ -20,7 +20,8 @@ from vllm.model_executor.layers.quantization import QuantizationConfig, register
 
 from vqcompress.errors import VQCompressError
 from vqcompress.model.linear import CompressedLinear, SharedParts
-from vqcompress.storage.artifact import HINT, QUANT_METHOD, Entry, parse_entries, part_name
+from vqcompress.storage.artifact import HINT, Entry, parse_entries, part_name
+from vqcompress.storage.output import QUANT_METHOD
 
 # The positions of vLLM's named shards in a merged layer; other shard ids are positions already.
 POSITIONS = {"q": 0, "k": 1, "v": 2}

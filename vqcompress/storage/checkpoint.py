@@ -22,8 +22,8 @@ from vqcompress.methods.base import is_finite
 from vqcompress.storage import hub
 from vqcompress.storage.companions import companions
 from vqcompress.storage.damage import damage
+from vqcompress.storage.output import INDEX
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What configs call the tokens of the longest row, and the config of their text.
 CONTEXTS = (
@@ -72,13 +72,13 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     """VQCompressError naming the first tensor that holds NaN or Inf."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise VQCompressError(f"the tensor {name} holds NaN or Inf")
+            raise VQCompressError(f"the tensor {name} holds NaN or Inf: mend or fetch it, and the same command goes on")
 
 
-def stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The type that a config says its weights have; float32 if it says none that is known."""
+def stored_dtype(config: dict[str, Any], otherwise: torch.dtype = torch.float32) -> torch.dtype:
+    """The type that a config says its weights have; float32 for one that is not known. otherwise: if it says none."""
     name = config.get("dtype") or config.get("torch_dtype")
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(name), torch.float32)
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "None": otherwise}.get(str(name), torch.float32)
 
 
 def read_json(path: Path) -> Any:
@@ -120,8 +120,6 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
-            raise VQCompressError(f"{path} is an adapter without its model: merge it first (peft: merge_and_unload)")
         self.config: dict[str, Any] = read_json(path / "config.json")
         if not isinstance(self.config, dict):
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
@@ -245,15 +243,25 @@ class Checkpoint:
         """Size of all tensors."""
         return sum(info.bytes for info in self.tensors.values())
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers all tensors hold."""
+        return sum(torch.Size(info.shape).numel() for info in self.tensors.values())
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model reads at once, None if its config does not say."""
+        # Of a model with towers, that of its text.
+        parts = [*(self.config.get(name) for name in TEXT_CONFIGS), self.config]
+        named = (part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXTS)
+        return next((n for n in named if isinstance(n, int) and n > 0), None)
+
     def row_length(self, tokens: int | None) -> int:
         """The tokens of a row or window: as given, else 2,048, or the model's context if that is less.
 
         UsageError for rows longer than the context: what a model computes there says nothing about it.
         """
-        # Of a model with towers, that of its text.
-        parts = [*(self.config.get(name) for name in TEXT_CONFIGS), self.config]
-        named = (part.get(name) for part in parts if isinstance(part, dict) for name in CONTEXTS)
-        context = next((n for n in named if isinstance(n, int) and n > 0), tokens or 2048)
+        context = self.context or tokens or 2048
         if tokens and tokens > context:
             raise UsageError(f"--seqlen {tokens} is more than the model's context of {context} tokens")
         return min(2048, context) if tokens is None else tokens
@@ -287,3 +295,32 @@ class Checkpoint:
                     for start in range(0, info.bytes, PIECE):
                         digest.update(stream.read(min(PIECE, info.bytes - start)))
         return digest.hexdigest()
+
+
+class DerivedCheckpoint(Checkpoint):
+    """Another checkpoint whose tensors are read in another form; subclasses say in which.
+
+    Its facts are the other's: bytes on disk, and a fingerprint, which tells all that the other one's files say.
+    """
+
+    def __init__(self, source: Checkpoint):
+        self._source = source
+        self.path, self.config, self.format = source.path, source.config, source.format
+        self.tensors = dict(source.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors as they are stored."""
+        return self._source.bytes
+
+    def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
+        """The checkpoint of the files, and the names in it of what these tensors are made of."""
+        return self._source.holders({part for name in names for part in self._made_of(name)})
+
+    def _made_of(self, name: str) -> Iterable[str]:
+        """The names in the other checkpoint of what a tensor is made of."""
+        return [name]
+
+    def fingerprint(self) -> str:
+        """That of the other checkpoint."""
+        return self._source.fingerprint()

@@ -69,10 +69,10 @@ class _Stored:
 
 @dataclass
 class _Item:
-    """A state in the file: where it begins, the bytes that it may take, its leaves (tensors as _Stored), its spec."""
+    """A state in the file: where it begins and ends, its leaves (tensors as _Stored), its spec."""
 
     start: int
-    room: int
+    end: int
     leaves: list[Any]
     spec: TreeSpec
 
@@ -101,11 +101,11 @@ class StatesOnDisk(Sequence[State]):
         return tree_unflatten(leaves, item.spec)
 
     def __setitem__(self, k: int, state: State) -> None:
-        self._items[k] = self._write(state, self._items[k])
+        self._items[k] = self._write(state, k)
 
     def append(self, state: State) -> None:
         """Add a state at the end."""
-        self._items.append(self._write(state, None))
+        self._items.append(self._write(state, len(self._items)))
 
     def clear(self) -> None:
         """Drop all of them."""
@@ -118,14 +118,22 @@ class StatesOnDisk(Sequence[State]):
         flat = torch.frombuffer(data, dtype=stored.dtype) if data else torch.empty(0, dtype=stored.dtype)
         return flat.view(stored.shape).to(stored.device)
 
-    def _write(self, state: State, earlier: _Item | None) -> _Item:
-        """Write a state in the place of an earlier one if it fits there, else at the end."""
+    def _place(self, size: int, k: int) -> int:
+        """Where the first gap between all states but the k-th begins that has so many bytes; the end, if none has."""
+        begin = 0
+        for start, end in sorted((item.start, item.end) for n, item in enumerate(self._items) if n != k):
+            if start - begin >= size:
+                break
+            begin = end
+        return begin
+
+    def _write(self, state: State, k: int) -> _Item:
+        """Write a state in the place of the k-th."""
         tensors, spec = tree_flatten(state)
         leaves = [_Stored(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in tensors]
         size = sum(leaf.bytes for leaf in leaves if isinstance(leaf, _Stored))
-        fits = earlier is not None and size <= earlier.room
         try:
-            start = self._file.seek(earlier.start) if earlier and fits else self._file.seek(0, 2)
+            start = self._file.seek(self._place(size, k))
             for x in tensors:
                 if isinstance(x, Tensor):
                     data: Any = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -135,7 +143,7 @@ class StatesOnDisk(Sequence[State]):
             raise VQCompressError(
                 f"cannot keep the hidden states in {self.folder}: {error}; make room or give --states memory"
             ) from error
-        return _Item(start, earlier.room if earlier and fits else size, leaves, spec)
+        return _Item(start, start + size, leaves, spec)
 
 
 States = list[State] | StatesOnDisk

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqcompress.errors import VQCompressError
-from vqcompress.storage.checkpoint import Checkpoint, TensorInfo, stored_dtype
+from vqcompress.storage.checkpoint import Checkpoint, DerivedCheckpoint, TensorInfo, stored_dtype
 from vqcompress.storage.decoders import FORMATS
 
 # Scales of activations, keys and values: they round what flows through a layer, and are no part of its weight.
@@ -37,40 +35,35 @@ def without_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {k: without_settings(v) if k == "text_config" and isinstance(v, dict) else v for k, v in kept.items()}
 
 
-class PublishedCheckpoint(Checkpoint):
+class PublishedCheckpoint(DerivedCheckpoint):
     """The dense form of a checkpoint in one of the `FORMATS`; VQCompressError naming a method that is not read.
 
     Weights are decoded when they are read, in float32 unless 16 bits hold them exactly. `tensors` gives the 16-bit
-    type in which those that stay dense are stored. format: the name of the compression.
+    type in which those that stay dense are stored: by the config, else bfloat16. format: the name of the compression.
     """
 
     def __init__(self, source: Checkpoint, settings: dict[str, Any]):
-        method = str(settings.get("quant_method"))
+        method = str(settings.get("quant_method", "a tool that config.json does not name"))
         if method not in FORMATS:
             known = ", ".join(FORMATS)
             raise VQCompressError(
                 f"{source.path} is quantized already, by {method}, which is not read (read are {known});"
                 " start from its dense weights"
             )
-        self.format = str(settings.get("format") or method)
-        self._source, self._settings = source, settings
+        super().__init__(source)
+        self.format, self._settings = str(settings.get("format") or method), settings
         self._stored = FORMATS[method](source, settings)
-        self.path, self.config = source.path, without_settings(source.config)
+        self.config = without_settings(source.config)
         parts = {name for stored in self._stored.values() for name in stored.parts.values()}
         dense = {n: i for n, i in source.tensors.items() if n not in parts and not RUN_TIME.search(n)}
         for name, info in dense.items():
             if info.dtype.itemsize == 1 and info.dtype.is_floating_point:
                 raise VQCompressError(f"{name} is stored as {info.dtype}, and no scale lies beside it")
+        dtype = stored_dtype(self.config, torch.bfloat16)
         self.tensors = dense | {
-            name: TensorInfo(source.tensors[next(iter(s.parts.values()))].file, self.dtype, s.shape)
+            name: TensorInfo(source.tensors[next(iter(s.parts.values()))].file, dtype, s.shape)
             for name, s in self._stored.items()
         }
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of dense weights: as the config says, and bfloat16 if it says none."""
-        known = self.config.get("dtype") or self.config.get("torch_dtype")
-        return stored_dtype(self.config) if known else torch.bfloat16
 
     def check_decoder(self) -> None:
         """VQCompressError if a package that decodes the format is not installed."""
@@ -78,18 +71,12 @@ class PublishedCheckpoint(Checkpoint):
             needed = "pip install compressed-tensors"
             raise VQCompressError(f"{self.path} is in a format of compressed-tensors, which decodes it: {needed}")
 
-    @property
-    def bytes(self) -> int:
-        """Size of the tensors as they are stored."""
-        return self._source.bytes
-
     def _on_disk(self, name: str) -> dict[str, str]:
         """Part → name on disk of what a tensor is made of; a dense one is made of itself."""
         return self._stored[name].parts if name in self._stored else {"": name}
 
-    def holders(self, names: Iterable[str]) -> tuple[Checkpoint, set[str]]:
-        """The checkpoint of the files, and the names in it of what these tensors are made of."""
-        return self._source.holders(part for name in names for part in self._on_disk(name).values())
+    def _made_of(self, name: str) -> Iterable[str]:
+        return self._on_disk(name).values()
 
     def _parts(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Each name with its parts as they are stored."""
@@ -108,8 +95,3 @@ class PublishedCheckpoint(Checkpoint):
             return None
         codes, scale, *_ = next(self._parts([name]))[1].values()
         return {"codes": codes, "scale": scale.float()}
-
-    def fingerprint(self) -> str:
-        """A SHA-256 over the config, the settings of the compression and the headers."""
-        words = super().fingerprint() + json.dumps(self._settings, sort_keys=True)
-        return hashlib.sha256(words.encode()).hexdigest()

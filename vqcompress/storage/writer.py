@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -19,19 +20,17 @@ from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
 from vqcompress.storage.artifact import (
     DRAFT,
-    JOURNAL,
     OURS,
     RECIPE,
     STAGED,
-    SUMS,
-    Artifact,
     checksum_lines,
     read_sums,
     tensors_of,
 )
-from vqcompress.storage.checkpoint import INDEX, Checkpoint, read_json, sha256
+from vqcompress.storage.checkpoint import Checkpoint, read_json, sha256
 from vqcompress.storage.distributed import ALONE, ProcessGroup
 from vqcompress.storage.locks import locked
+from vqcompress.storage.output import INDEX, JOURNAL, SUMS, check_output
 
 # A file name, its tensors, and the JSON to journal about it.
 Shard = tuple[str, PackedTensors, dict[str, Any]]
@@ -55,6 +54,11 @@ class Shards:
         """Write a file, or replace it."""
         with self._replacing(name) as partial:
             partial.write_bytes(data)
+
+    def copy(self, name: str, path: Path) -> None:
+        """Write a file with what another one holds, or replace it, piece by piece."""
+        with self._replacing(name) as partial:
+            shutil.copyfile(path, partial)
 
     @contextlib.contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
@@ -171,15 +175,8 @@ class Writer(Shards):
 
     def _open(self, overwrite: bool) -> None:
         """Load what an earlier run has done, and delete files that do not belong to this one."""
-        holds = ""
-        if (self.out / JOURNAL).is_file():
-            holds = self._resume()
-        elif Artifact.is_one(self.out) and (self.out / SUMS).exists():
-            holds = "a finished artifact"
-        # A run killed during its very first write leaves only a partial journal.
-        elif any(path.name != f"{JOURNAL}.partial" for path in self.out.iterdir()):
-            # There is no list of our files, so none may be deleted.
-            raise VQCompressError(f"{self.out} holds files that quantize did not write; choose another directory")
+        check_output(self.out, overwrite, JOURNAL)
+        holds = self._resume() if (self.out / JOURNAL).is_file() else ""
         if holds and not overwrite:
             raise VQCompressError(f"{self.out} already holds {holds}; choose another directory or give --overwrite")
         listed = read_sums(self.out) if (self.out / SUMS).exists() else {}
@@ -288,11 +285,14 @@ class Writer(Shards):
         weight_map = {name: file for file in sums for name in Checkpoint.header(self.out / file)}
         total = sum((self.out / file).stat().st_size for file in sums)
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
-        files = {name: path.read_bytes() for name, path in companions.items()} | {INDEX: index.encode(), **reports}
-        files |= {RECIPE: recipe.encode()} if recipe else {}
+        files = {INDEX: index.encode(), **reports} | ({RECIPE: recipe.encode()} if recipe else {})
         files["config.json"] = json.dumps(config, indent=2).encode()
-        sums |= self.extra_files | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        sums |= self.extra_files | {name: sha256(path) for name, path in companions.items()}
+        sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         # The checksums come first, since they say which files are ours.
-        for name, data in {SUMS: checksum_lines(sums).encode(), **files}.items():
+        self.write(SUMS, checksum_lines(sums).encode())
+        for name, path in companions.items():
+            self.copy(name, path)
+        for name, data in files.items():
             self.write(name, data)
         (self.out / JOURNAL).unlink()

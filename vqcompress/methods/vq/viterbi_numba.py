@@ -2,16 +2,23 @@
 
 A state is a window of a stream, its oldest bit lowest: s' = (s >> k) | (new bits << (states − k)). So the
 states that lead to one class q of states are P·q … P·q + P − 1, P = 2**k, and class q holds the states q + u·Q, u < P.
-Costs are laid out as (P, Q), state s at [s mod P, s div P]: then all inner loops run over neighbours in memory, and
-vectorize.
-Which predecessor was best rides in the lowest k bits of a cost, so that a minimum finds both.
-Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above.
+What is carried from weight to weight is not the cost of every state but the least of every class, Q numbers: a state's
+cost is that of the class that it comes from plus its own. With q = u·J + j = i·P + p, a step is
+
+    least'[u, j] = min over p of (least[p, j] + (x − word[p, u, j])²),  then  least[p, i] is least'[u, j],
+
+whose loop over j runs over neighbours in memory, and vectorizes. Which way p was best rides in the lowest k bits of a
+cost, so that a minimum finds both.
+Shape legend: N sequences or vectors, T weights of a sequence, S = 2**states, P and Q as above, J = Q / P.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 FAR = np.float32(1e30)
 
@@ -24,84 +31,88 @@ def _compiled(function):  # type: ignore[no-untyped-def]
         return njit(nogil=True)(function)
 
 
-@_compiled
-def _steps(x_T, words, k, cost, back_TQ):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
-    """Add the cost of every weight of x to the costs of the states (S,), and note the predecessors."""
+@intrinsic
+def _bits(_, number):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
+    """The bits of a float32 as int32."""
+    return types.int32(types.float32), lambda _, builder, __, values: builder.bitcast(values[0], ir.IntType(32))
+
+
+def _search(k):  # type: ignore[no-untyped-def]
+    """The search for k bits per weight: a loop over so many ways vectorizes only if their number is a constant."""
     ways = 1 << k
-    classes = len(cost) >> k
-    run = classes >> k
-    number = cost.view(np.int32)
-    best = np.empty(classes, np.float32)
-    best_number = best.view(np.int32)
-    turned = np.empty(classes, np.float32)
-    low = np.int32(ways - 1)
-    high = np.int32(~low)
-    for t in range(len(x_T)):
-        back = back_TQ[t]
-        from_0 = number[:classes]
-        for q in range(classes):
-            best_number[q] = np.int32(from_0[q] & high)
-        for p in range(1, ways):
-            mark = np.int32(p)
-            from_p = number[p * classes : (p + 1) * classes]
-            for q in range(classes):
-                candidate = np.int32(np.int32(from_p[q] & high) | mark)
-                # Positive floats are in the order of their bits.
-                best_number[q] = candidate if candidate < best_number[q] else best_number[q]
-        for q in range(classes):
-            back[q] = np.uint8(np.int32(best_number[q] & low))
-        for p in range(ways):
-            row, source = turned[p * run : (p + 1) * run], best[p:]
-            for j in range(run):
-                row[j] = source[j << k]
-        x = x_T[t]
-        for p in range(ways):
-            row = turned[p * run : (p + 1) * run]
-            for u in range(ways):
-                at = p * classes + u * run
-                to, word = cost[at : at + run], words[at : at + run]
-                for j in range(run):
-                    rest = x - word[j]
-                    to[j] = row[j] + rest * rest
+    low, high = np.int32(ways - 1), np.int32(-ways)
+
+    @_compiled
+    def search(x_NT, around_NL, words_S, states):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
+        sequences, length = x_NT.shape
+        margin, classes = around_NL.shape[1] // 2, 1 << (states - k)
+        run = classes >> k
+        least_Q, best_Q = np.empty(classes, np.float32), np.empty(classes, np.int32)
+        number_Q = least_Q.view(np.int32)
+        cost_S = np.empty(1 << states, np.float32)
+        back_TQ = np.empty((max(length, 2 * margin), classes), np.uint8)
+        codes_NT = np.empty((sequences, length), np.int32)
+        for n in range(sequences):
+            shared = 0
+            for turn in range(2):
+                x_T = x_NT[n] if turn else around_NL[n]
+                least_Q[:] = FAR if turn else 0
+                least_Q[(shared & low) * run + (shared >> k)] = 0
+                for t in range(1, len(x_T)):
+                    x, back_Q = x_T[t - 1], back_TQ[t]
+                    for u in range(ways):
+                        word, best, back = words_S[u * classes :], best_Q[u * run :], back_Q[u * run :]
+                        for j in range(run):
+                            found = np.int32(0x7FFFFFFF)
+                            for p in range(ways):
+                                rest = x - word[p * run + j]
+                                # Positive floats are in the order of their bits.
+                                bits: np.int32 = _bits(least_Q[p * run + j] + rest * rest)  # type: ignore[call-arg]
+                                cost = np.int32(bits & high) | np.int32(p)
+                                found = cost if cost < found else found
+                            best[j] = found
+                            back[j] = np.uint8(found & low)
+                    for j in range(run):
+                        for p in range(ways):
+                            number_Q[p * run + j] = best_Q[j * ways + p]
+                # The states of the last weight by (p, class), so that of equals the first in that order wins.
+                x = x_T[len(x_T) - 1]
+                for u in range(ways):
+                    for p in range(ways):
+                        for j in range(run):
+                            rest = x - words_S[u * classes + p * run + j]
+                            cost_S[p * classes + u * run + j] = least_Q[p * run + j] + rest * rest
+                end = shared if turn else np.argmin(cost_S)
+                for p in range(1, ways if turn else 1):
+                    if cost_S[p * classes + shared] < cost_S[end]:
+                        end = p * classes + shared
+                state = ((end % classes) << k) | (end // classes)
+                for t in range(len(x_T) - 1, -1 if turn else margin - 1, -1):
+                    if turn:
+                        # The lowest bits of a state are the first that its window holds: those of its own weight.
+                        codes_NT[n, t] = state & low
+                    state = ((state & (classes - 1)) << k) | back_TQ[t, state & (classes - 1)]
+                shared = state >> k
+        return codes_NT
+
+    return search
 
 
-@_compiled
-def paths(x_NT, words_S, states, k, margin):  # type: ignore[no-untyped-def]  # pragma: no cover (compiled)
+# By k. Each is compiled at its first call.
+SEARCH = {k: _search(k) for k in (1, 2, 3, 4)}
+
+
+def paths(
+    x_NT: NDArray[np.float32], words_S: NDArray[np.float32], states: int, k: int, margin: int
+) -> NDArray[np.int32]:
     """Codes (N, T), int32 below 2**k: for each sequence a cyclic stream whose values have nearly the least squares.
 
-    A first pass over `margin` weights on either side of the seam chooses the bits that both ends share; with them
-    given, the second pass is exact (the approximation of QTIP, section 3.2, which takes whole sequences for the first).
+    A first turn over `margin` weights on either side of the seam chooses the bits that both ends share; with them
+    given, the second turn is exact (the approximation of QTIP, section 3.2, which takes whole sequences for the first).
     """
-    sequences, length = x_NT.shape
-    ways, classes = 1 << k, 1 << (states - k)
-    margin = min(margin, length)
-    words = np.empty_like(words_S)
-    for s in range(len(words_S)):
-        words[(s & (ways - 1)) * classes + (s >> k)] = words_S[s]
-    cost = np.empty(1 << states, np.float32)
-    back_TQ = np.empty((max(length, 2 * margin), classes), np.uint8)
-    seam = np.empty(2 * margin, np.float32)
-    codes_NT = np.empty((sequences, length), np.int32)
-    for n in range(sequences):
-        seam[:margin], seam[margin:] = x_NT[n, length - margin :], x_NT[n, :margin]
-        cost[:] = 0
-        _steps(seam, words, k, cost, back_TQ)
-        best = np.argmin(cost)
-        state = ((best % classes) << k) | (best // classes)
-        for t in range(2 * margin - 1, margin - 1, -1):
-            state = ((state & (classes - 1)) << k) | back_TQ[t, state & (classes - 1)]
-        shared = state >> k
-        cost[:] = FAR
-        for p in range(ways):
-            cost[p * classes + shared] = 0
-        _steps(x_NT[n], words, k, cost, back_TQ)
-        end = 0
-        for p in range(1, ways):
-            if cost[p * classes + shared] < cost[end * classes + shared]:
-                end = p
-        state = (shared << k) | end
-        for t in range(length - 1, -1, -1):
-            # The lowest bits of a state are the first that its window holds: those of its own weight.
-            codes_NT[n, t] = state & (ways - 1)
-            state = ((state & (classes - 1)) << k) | back_TQ[t, state & (classes - 1)]
-    return codes_NT
+    margin, ways = min(margin, x_NT.shape[1]), 1 << k
+    around_NL = np.concatenate([x_NT[:, x_NT.shape[1] - margin :], x_NT[:, :margin]], 1)
+    # From (u, j, p) to (u, p, j).
+    words_S = words_S.reshape(ways, -1, ways).transpose(0, 2, 1).ravel()
+    found: NDArray[np.int32] = SEARCH[k](x_NT, around_NL, words_S, states)
+    return found
