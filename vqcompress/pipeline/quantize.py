@@ -40,6 +40,7 @@ from vqcompress.storage.artifact import STAGED, Entry
 from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
+from vqcompress.storage.text import SELF, split_share
 from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"
@@ -66,7 +67,8 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     rows = (options.samples or DEFAULT_SAMPLES) if plans[0].reads_text else 0
     if rows and stream.source.tensors:
         load_tokenizer(stream.source.path)
-    facts = estimate(plans, stream, rows, stream.source.row_length(options.seqlen), options.states)
+    length, given = stream.source.row_length(options.seqlen), map(split_share, options.texts or ())
+    facts = estimate(plans, stream, rows, length, options.states, rows > 0 and SELF in dict(given))
     return {"model": options.model, "seed": options.seed, **facts}
 
 
