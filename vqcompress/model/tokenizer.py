@@ -23,7 +23,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise whatever their parser raises
-        raise VQCompressError(f"{path} has no tokenizer that transformers can load: {reason(error)}") from error
+        raise VQCompressError(f"{path} has no tokenizer that loads; add tokenizer*.json: {reason(error)}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
