@@ -63,7 +63,7 @@ FAR = {"fp8-tile": 0.05, "smoothquant-int8": 0.05, "vq-2bit": 0.9}
 # How much farther than noise of the same size in the same weights a recipe may move the logits of a typical token.
 TIMES = 3.0
 # Limits of a type: seconds of the processor, seconds of the clock, bytes of memory.
-SECONDS, WALL, BYTES = 150, 1200, 8 * 2**30
+SECONDS, WALL, BYTES = 600, 2400, 8 * 2**30
 
 
 class Failure(Exception):
