@@ -175,16 +175,30 @@ class Names:
     def original(self, parameter: str) -> str:
         """The name by which checkpoints store a parameter that transformers renames, whether this one does or not."""
         path, _, name = parameter.rpartition(".")
-        renamed = apply_renamings(parameter, self._back)
-        return self.tensor.get(parameter) or (renamed if renamed != parameter else f"{self.stored_prefix(path)}.{name}")
+        if parameter in self.tensor:
+            return self.tensor[parameter]
+        if (renamed := apply_renamings(parameter, self._back)) == parameter:
+            return f"{self.stored_prefix(path)}.{name}"
+        # Read backwards, several prefixes may lead to one: the checkpoint's is that of what lies beside.
+        sibling = next((k for parent in _parents(path) for k in self.tensor if k.startswith(parent + ".")), "")
+        wrong, right = apply_renamings(sibling, self._back), self.tensor.get(sibling, "")
+        while wrong and wrong[-1:] == right[-1:]:
+            wrong, right = wrong[:-1], right[:-1]
+        return right + renamed.removeprefix(wrong) if renamed.startswith(wrong) else renamed
 
     def stored_prefix(self, prefix: str) -> str:
-        """A module's path as the checkpoint spells it, which may lack the model's prefix."""
-        for parameter, name in self.tensor.items():
-            below = parameter.removeprefix(prefix)
-            if parameter.startswith(prefix + ".") and name.endswith(below):
-                return name.removesuffix(below)
+        """A module's path as the checkpoint spells it, or what lies beside the module there."""
+        for parent in _parents(prefix):
+            for parameter, name in self.tensor.items():
+                below = parameter.removeprefix(parent)
+                if parameter.startswith(parent + ".") and name.endswith(below):
+                    return name.removesuffix(below) + prefix.removeprefix(parent)
         return prefix
+
+
+def _parents(path: str) -> Iterator[str]:
+    """A module's path and those that it lies in, the nearest first."""
+    return (path.rsplit(".", n)[0] for n in range(path.count(".") + 1))
 
 
 def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
