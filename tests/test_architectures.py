@@ -16,9 +16,10 @@ from vqcompress.errors import VQCompressError
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.context import generator_for
+from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import make_plan
 from vqcompress.pipeline.preflight import check_plan
-from vqcompress.pipeline.quantize import quantize
+from vqcompress.pipeline.quantize import dry_run, quantize
 from vqcompress.storage.checkpoint import Checkpoint
 from vqcompress.storage.recipe import parse
 
@@ -129,3 +130,25 @@ def test_weights_without_a_tensor_of_their_own_stay_dense(name: str, tmp_path: P
             RotatedCheckpoint(stream, partial(generator_for, 0))
     module = HELD[name].partition("*.")[2].removesuffix(".weight")
     assert not any(module and target.name.endswith(f".{module}") for target in plan.targets)
+
+
+def test_any_of_the_weights_that_share_their_values_may_be_the_stored_one(tmp_path: Path) -> None:
+    model = sweep.toy_zoo.toy_model("zamba")
+    tied = model.all_tied_weights_keys
+    sweep.toy_zoo.save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = {own: alias for alias, own in tied.items() if "shared_transf" in alias}
+    assert other
+    save_file({other.get(name, name): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    stream = BlockStream(Checkpoint(tmp_path), torch.device("cpu"), torch.float32)
+    for i, block in enumerate(stream.blocks):
+        loaded = stream.load_block(i)
+        for path, expected in model.get_submodule(block.name).named_parameters():
+            assert torch.equal(loaded.get_parameter(path), expected.float()), (block.name, path)
+
+
+def test_a_plan_counts_the_heads_of_each_layer(tmp_path: Path) -> None:
+    """Gemma 4 has heads of two sizes, and its config refuses to tell one for all."""
+    sweep.toy_zoo.save(sweep.toy_zoo.toy_model("gemma4_text"), tmp_path)
+    options = QuantizeOptions(str(tmp_path), None, "smoothquant-int8", ["self"], 4, 32, device="cpu")
+    assert dry_run(options)["peak_rss_bytes"] > 0

@@ -85,8 +85,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, end: str = "") ->
     no chats."""
     found, refused = [], []
     # What begins every row anyway, see `start_tokens`, would stand there twice if the template wrote it, too.
-    start: Any = tokenizer.convert_ids_to_tokens(start_tokens(tokenizer, "auto"))
-    begin = "".join(start) or str(tokenizer.bos_token or "")
+    begin = "".join(map(str, tokenizer.convert_ids_to_tokens(start_tokens(tokenizer, "auto"))))
     for content, where in read_documents(source):
         if isinstance(content, str):
             found.append(content + end)

@@ -82,7 +82,7 @@ def _shrink(config: Any, depth: int | None, widths: bool) -> None:
 
 
 def _cut(config: Any, layers: int) -> None:
-    """Edit a config: at most so many layers, in lists that say something of each layer too."""
+    """Edit a config: at most this number of layers, and as many items in lists that have one for each layer."""
     counts = {name: n for name in LAYERS if isinstance(n := getattr(config, name, None), int)}
     for name, value in config.to_dict().items():
         if isinstance(value, list) and ("layer_types" in name or len(value) in counts.values()):

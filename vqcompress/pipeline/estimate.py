@@ -116,14 +116,15 @@ def _memory(plan: Plan, stream: BlockStream, shape: tuple[int, int], where: str,
         hessians = max(_hessian_entries(plan, block) for block in plan.blocks)
         work += (size + outside + batch * (4 * width + 8 * hidden)) * itemsize + hessians * HESSIAN_BYTES
         work += states * (where == "memory")
-    whole = max(cache_memory(plan, stream, rows * seqlen), sampling_memory(stream, shape) * sampled)
+    sampling = sampling_memory(stream, shape) if sampled else 0
+    whole = max(cache_memory(plan, stream, rows * seqlen), sampling)
     if plan.recipe.tuning:
         # Two whole models in float32, gradients of one, and the activations of all layers for a batch.
         whole = max(whole, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
     whole = max(whole, ends_bytes(stream))
     # Without calibration, a CPU encodes the next block while one is written.
     ahead = 1 if plan.calibrated or on_gpu else 2
-    host = ahead * read if on_gpu else max(ahead * (read + work), whole)
+    host = max(ahead * read, sampling) if on_gpu else max(ahead * (read + work), whole)
     host = peak_rss_bytes() + LIBRARY_BYTES + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
     return {"peak_rss_bytes": host, "peak_device_bytes": max(work, whole) if on_gpu else 0, "states_bytes": states}
 
@@ -146,13 +147,18 @@ def _hessian_entries(plan: Plan, block: Block) -> int:
 def _cache_channels(stream: BlockStream) -> int:
     """Channels of the keys and values of one token, in all layers."""
     config = stream.model.config.get_text_config()
+    # Gemma 4 has heads of two sizes.
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * len(stream.blocks)
+    return sum(map(_channels_of_layer, layers))
+
+
+def _channels_of_layer(config: Any) -> int:
     if latent := getattr(config, "kv_lora_rank", None):
         # Latent attention keeps what keys and values are made of, and the part of keys that is rotated by position.
-        return len(stream.blocks) * int(latent + config.qk_rope_head_dim)
-    if (heads := getattr(config, "num_attention_heads", None)) is None:
-        return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return len(stream.blocks) * (getattr(config, "num_key_value_heads", None) or heads) * 2 * width
+        return int(latent + config.qk_rope_head_dim)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    return (getattr(config, "num_key_value_heads", None) or heads) * 2 * int(width)
 
 
 def sampling_memory(stream: BlockStream, shape: tuple[int, int]) -> int:

@@ -84,7 +84,9 @@ def _sampled(stream: BlockStream, options: QuantizeOptions, shape: tuple[int, in
     (count, length), group = shape, stream.group
     rows: list[Tensor] = []
     if group.is_main:
-        check_fits(sampling_memory(stream, shape), stream.device, "--calibration self", "give a text instead")
+        # It is read on the host.
+        for device in {stream.device, torch.device("cpu")}:
+            check_fits(sampling_memory(stream, shape), device, "--calibration self", "give a text instead")
         network: Any = load(options.model, stream.device.type)
         # The model's own may penalize, stop or filter.
         network.generation_config = GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)
