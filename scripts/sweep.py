@@ -1,24 +1,30 @@
 """Try every type of language model that the installed transformers knows, on a toy of each.
 
-Usage: python scripts/sweep.py [--only NAME ...] [--work DIR] [--processes N] [--again] [--table FILE]
+Usage: python scripts/sweep.py [--only NAME ...] [--recipe NAME ...] [--work DIR] [--processes N] [--again] [--keep]
 
 For each type: `doctor`; `fp8-tile`, `smoothquant-int8` and `vq-2bit`; `verify`; `eval` against a plain loop over
-`from_pretrained`; `load` against `from_pretrained`; the dense export against both. A result is a JSON file in --work; a
-type that has one is not run again unless --again is given. The table is docs/architectures.md.
+`from_pretrained`; `load` against `from_pretrained`; the dense export against both; weights and logits against the
+toy's. A result is a JSON file in --work. What has one of the same code is not run again, so that a sweep can be stopped
+and continued. The table is docs/architectures.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
+import statistics
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -29,7 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import toy_zoo
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -46,16 +52,19 @@ from vqcompress.runtime.load import load
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "architectures.md"
 RECIPES = ("fp8-tile", "smoothquant-int8", "vq-2bit")
-WORKS, REFUSED, BROKEN, FAILED = "works", "refused", "transformers itself fails", "FAILED"
+WORKS, PARTLY, REFUSED, FAILED = "works", "works without calibration alone", "refused", "FAILED"
+BROKEN = "transformers itself fails, or takes no text alone"
 # Tokens of a row and rows of the evaluation; samples of the calibration.
 SEQLEN, WINDOWS, SAMPLES = 48, 2, 4
 # Largest difference of logits, relative to the largest logit, of two ways to run the same weights in float32.
 TOLERANCE = 2e-4
-# Largest change of a weight in FP8, relative to the weight, as root mean squares: more is no rounding. Logits of random
-# mixtures and loops say little about it, since a rounding may choose other experts.
-FAR = 0.1
+# Largest change of a compressed weight, relative to it, as root mean squares: more is no rounding of this weight. Of
+# INT8, beside factors of its rows and columns, as smoothing puts them there.
+FAR = {"fp8-tile": 0.05, "smoothquant-int8": 0.05, "vq-2bit": 0.9}
+# How much farther than noise of the same size in the same weights a recipe may move the logits of a typical token.
+TIMES = 3.0
 # Limits of a type: seconds of the processor, seconds of the clock, bytes of memory.
-SECONDS, WALL, BYTES = 150, 1200, 8 * 2**30
+SECONDS, WALL, BYTES = 600, 2400, 8 * 2**30
 
 
 class Failure(Exception):
@@ -63,7 +72,7 @@ class Failure(Exception):
 
 
 class BrokenByTransformers(Exception):
-    """A toy that transformers cannot make, save, load or run, or that differs from itself after loading."""
+    """A toy that transformers cannot make, save, load or run on text, or that differs from itself after loading."""
 
 
 def plain(folder: Path) -> Any:
@@ -75,7 +84,7 @@ def plain(folder: Path) -> Any:
 @torch.inference_mode()
 def logits_of(model: Any, ids_BL: Tensor) -> Tensor:
     """Logits (B, L, V) of a model on rows of tokens."""
-    return model(ids_BL, use_cache=False).logits.float()
+    return model(input_ids=ids_BL, use_cache=False).logits.float()
 
 
 def check_same(what: str, a: Tensor, b: Tensor) -> None:
@@ -99,21 +108,23 @@ def rows(folder: Path = toy_zoo.DEMO) -> Tensor:
 
 
 def make_toy(name: str, folder: Path) -> None:
-    """Save a toy. BrokenByTransformers if transformers cannot, or loads another model."""
+    """Save a toy. BrokenByTransformers if transformers cannot run it on text alone, or loads another model."""
+    step = "cannot be made"
     try:
-        model = toy_zoo.toy_model(name)
-        ids = rows()
+        model, ids = toy_zoo.toy_model(name), rows()
+        step = "does not run on text alone"
         before = logits_of(model, ids)
+        if before.shape[:2] != ids.shape or not torch.equal(before, logits_of(model, ids)):
+            raise Failure("its logits are of other tokens than the text's, or random")
+        step = "cannot be saved and loaded"
         toy_zoo.save(model, folder)
         after = logits_of(plain(folder), ids)
+        if not after.isfinite().all():
+            raise Failure("its logits are not finite")
+        check_same("before and after", after, before)
     except Exception as error:
-        raise BrokenByTransformers(f"{type(error).__name__}: {error}") from error
-    if not after.isfinite().all():
-        raise BrokenByTransformers("its logits are not finite")
-    try:
-        check_same("a toy and the same toy, saved and loaded", after, before)
-    except Failure as error:
-        raise BrokenByTransformers(str(error)) from error
+        kind = "" if isinstance(error, Failure) else f"{type(error).__name__}: "
+        raise BrokenByTransformers(f"{step}: {kind}{error}") from error
 
 
 def check_evaluation(folder: Path, text: Path, model: Any) -> None:
@@ -126,8 +137,8 @@ def check_evaluation(folder: Path, text: Path, model: Any) -> None:
         raise Failure(f"eval: {found['nll_per_token']:.5f} per token, a plain loop {plain_nll:.5f}")
 
 
-def check_artifact(artifact: Path, toy: Path, recipe: str, text: Path) -> None:
-    """Every comparison of an artifact."""
+def check_artifact(artifact: Path, toy: Path, report: dict[str, Any], text: Path) -> tuple[float, float]:
+    """Every comparison of an artifact; returns what `check_change` does."""
     verify(str(artifact))
     ids = rows()
     model = plain(artifact)
@@ -143,19 +154,62 @@ def check_artifact(artifact: Path, toy: Path, recipe: str, text: Path) -> None:
         weight = model.get_submodule(path).weight
         weight.data = weight.data.to(torch.bfloat16).float()
     check_same("the dense export and the artifact", logits_of(plain(exported), ids), logits_of(model, ids))
-    if recipe == "fp8-tile":
-        check_rounding(toy, exported)
+    found = check_change(toy, exported, report, own, ids)
     shutil.rmtree(exported)
+    return found
 
 
-def check_rounding(toy: Path, exported: Path) -> None:
-    """Failure unless the weights of a dense export are those of the toy, rounded."""
-    after = {name: tensor for file in exported.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    for file in toy.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            change, size = (after[name].float() - tensor.float()).norm().item(), tensor.float().norm().item()
-            if not change <= FAR * size:
-                raise Failure(f"{name} changes by {change:.2g}, and its norm is {size:.2g}")
+def check_change(toy: Path, exported: Path, report: dict[str, Any], own: Tensor, ids: Tensor) -> tuple[float, float]:
+    """Failure unless the weights of a dense export are those of the toy, rounded, and the logits follow from that.
+
+    Returns how far the recipe moves the logits, and how far noise does that changes each weight of the toy as much:
+    that bounds the former. A number would not, as random mixtures choose other experts after the least change.
+    """
+    recipe, before, after = report["recipe"], tensors_of(toy), tensors_of(exported)
+    scaled = recipe == "smoothquant-int8"
+    if before.keys() != after.keys():
+        raise Failure(f"the dense export has other tensors than the toy: {sorted(before.keys() ^ after.keys())[:4]}")
+    differ = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    changes = {n: rounding(before[n].float(), after[n].float(), scaled) for n in differ if before[n].dim() > 1}
+    # Layers that were moved to correct their block's output. A report has other prefixes than files.
+    moved = {re.sub(r"^\D*", "", row["name"]) + ".weight" for row in report["targets"] if row["compensates"]}
+    rounded = {name: x for name, x in changes.items() if re.sub(r"^\D*", "", name) not in moved}
+    for name in differ:
+        if not (rounded.get(name, 0) <= FAR[recipe] if name in changes else scaled):
+            raise Failure(f"{recipe} changes {name} by {changes.get(name, math.nan):.2g} of it")
+    generator = torch.Generator().manual_seed(0)
+    for name in changes:
+        noise = torch.randn(before[name].shape, generator=generator)
+        change = rounded.get(name, statistics.median(rounded.values()))
+        before[name] = (before[name] * (1 + change * noise)).to(before[name].dtype)
+    dense, control = logits_of(plain(toy), ids), toy.with_name("control")
+    shutil.copytree(toy, control, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    save_file(before, control / "model.safetensors", {"format": "pt"})
+    found, usual = distance(own, dense), distance(logits_of(plain(control), ids), dense)
+    if not found <= TIMES * usual:
+        raise Failure(
+            f"{recipe} moves the logits by {found:.2g} of their size, and noise in the weights by {usual:.2g}"
+        )
+    return found, usual
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def distance(after: Tensor, before: Tensor) -> float:
+    """Change of the logits of the typical token, relative to them."""
+    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).median().item()
+
+
+def rounding(before: Tensor, after: Tensor, scaled: bool) -> float:
+    """Change of a weight (..., O, I), relative to it; of a scaled one, beside the best factors of rows and columns."""
+    expected = before
+    for dim in (-1, -2) * 4 if scaled else ():
+        square = expected.square().sum(dim, keepdim=True)
+        expected = expected * ((after * expected).sum(dim, keepdim=True) / square.clamp(min=1e-30))
+    return ((after - expected).norm() / expected.norm()).item()
 
 
 def diagnosis(toy: Path) -> tuple[str, dict[str, Any]]:
@@ -170,53 +224,75 @@ def diagnosis(toy: Path) -> tuple[str, dict[str, Any]]:
     return refusal, {key: facts[key] for key in ("coverage", "left_dense", "checks")}
 
 
+def try_recipes(result: dict[str, Any], folder: Path) -> None:
+    """Quantize the toy of a folder by each recipe, and compare; notes in the result what is refused."""
+    text = folder / "text.txt"
+    text.write_text((toy_zoo.DEMO / "evaluation.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    for recipe in result["recipes"]:
+        result["step"] = f"quantize {recipe}"
+        job = QuantizeOptions(str(folder / "toy"), folder / recipe, recipe, [str(text)], SAMPLES, SEQLEN, device="cpu")
+        try:
+            report = quantize(job)
+        except VQCompressError as error:
+            result["refused"][recipe] = plain_line(error, folder)
+            continue
+        result["targets"] = [target["name"] for target in report["targets"]]
+        result["step"] = f"artifact {recipe}"
+        result["moved"][recipe] = check_artifact(folder / recipe, folder / "toy", report, text)
+        shutil.rmtree(folder / recipe)
+
+
+def plain_line(error: BaseException, folder: Path) -> str:
+    """What an error says, without the path of a temporary folder."""
+    return (" ".join(str(error).split()) or type(error).__name__).replace(str(folder), "")
+
+
 def try_type(name: str, folder: Path, recipes: list[str]) -> dict[str, Any]:
     """The result of a type: its state, the reason, and the last lines of a traceback. Works in an empty folder."""
-    toy, text = folder / "toy", folder / "text.txt"
-    text.write_text((toy_zoo.DEMO / "evaluation.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
     result: dict[str, Any] = {"name": name, "class": toy_zoo.class_name(name), "step": "toy", "recipes": recipes}
+    result |= {"refused": {}, "moved": {}, "reason": ""}
     try:
-        make_toy(name, toy)
+        make_toy(name, folder / "toy")
         result["step"] = "doctor"
-        refusal, facts = diagnosis(toy)
+        refusal, facts = diagnosis(folder / "toy")
         result |= facts
-        for recipe in recipes:
-            result["step"] = f"quantize {recipe}"
-            job = QuantizeOptions(str(toy), folder / recipe, recipe, [str(text)], SAMPLES, SEQLEN, device="cpu")
-            report = quantize(job)
-            result["targets"] = [target["name"] for target in report["targets"]]
-            result["step"] = f"artifact {recipe}"
-            check_artifact(folder / recipe, toy, recipe, text)
+        try_recipes(result, folder)
+        if refused := result["refused"]:
+            reason = "; ".join(dict.fromkeys(refused.values()))
+            return {**result, "state": PARTLY if len(refused) < len(recipes) else REFUSED, "reason": reason}
         if refusal:
             result["step"] = "doctor"
             raise Failure(f"doctor refuses what works: {refusal}")
-        return {**result, "state": WORKS, "reason": ""}
+        return {**result, "state": WORKS}
     except BaseException as error:
-        state = FAILED
-        if isinstance(error, BrokenByTransformers):
-            state = BROKEN
-        elif isinstance(error, VQCompressError) and not result["step"].startswith("artifact"):
-            state = REFUSED
+        state = BROKEN if isinstance(error, BrokenByTransformers) else FAILED
         tail = [line for line in traceback.format_exc().splitlines() if "^^^" not in line and "~~~" not in line][-24:]
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = plain_line(error, folder)
         if state == FAILED and not isinstance(error, (Failure, VQCompressError)):
             reason = f"internal error: {type(error).__name__}: {reason}"
-        return {**result, "state": state, "reason": reason.replace(str(folder), ""), "traceback": tail}
+        return {**result, "state": state, "reason": reason, "traceback": tail}
 
 
-def child(name: str, work: Path, recipes: list[str]) -> None:
-    """Run a type in this process and write its result."""
+def child(name: str, work: Path, recipes: list[str], code: str) -> None:
+    """Run a type in this process and write its result. code: what `fingerprint` says."""
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with tempfile.TemporaryDirectory(dir=work) as folder:
         result = try_type(name, Path(folder), recipes)
-    result["seconds"] = round(time.process_time(), 1)
+    result |= {"seconds": round(time.process_time(), 1), "code": code}
     (work / f"{name}.json.new").write_text(json.dumps(result, indent=1))
     (work / f"{name}.json.new").replace(work / f"{name}.json")
 
 
-def run_all(names: list[str], work: Path, processes: int, recipes: list[str]) -> None:
+def fingerprint() -> str:
+    """Of the code that makes results: a result of other code is stale."""
+    files = sorted({*(ROOT / "vqcompress").rglob("*.py"), *(ROOT / "configs").iterdir(), *ROOT.glob("scripts/*zoo.py")})
+    contents = [file.read_bytes() for file in [*files, Path(__file__)]]
+    return hashlib.sha256(b"\0".join([transformers.__version__.encode(), *contents])).hexdigest()[:12]
+
+
+def run_all(names: list[str], work: Path, processes: int, recipes: list[str], code: str) -> None:
     """Run types in processes forked from this one, which has run one and so imported everything."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         try_type("llama", Path(folder), recipes)
@@ -225,7 +301,7 @@ def run_all(names: list[str], work: Path, processes: int, recipes: list[str]) ->
     while waiting or running:
         while waiting and len(running) < processes:
             name = waiting.pop(0)
-            process = context.Process(target=child, args=(name, work, recipes))
+            process = context.Process(target=child, args=(name, work, recipes, code))
             process.start()
             running[process.sentinel] = (name, process, time.monotonic() + WALL)
         ended = wait(list(running), timeout=1)
@@ -240,80 +316,94 @@ def run_all(names: list[str], work: Path, processes: int, recipes: list[str]) ->
             if process.exitcode:
                 reason = f"the process ended with {process.exitcode}; it may take {SECONDS} seconds of a processor"
                 result = {"name": name, "class": toy_zoo.class_name(name), "state": FAILED, "reason": reason}
-                (work / f"{name}.json").write_text(json.dumps(result | {"seconds": SECONDS, "step": "process"}))
+                result |= {"seconds": SECONDS, "step": "process", "recipes": recipes, "code": code}
+                (work / f"{name}.json").write_text(json.dumps(result))
             result = json.loads((work / f"{name}.json").read_text())
-            print(f"{name:28} {result['state']:10} {result['seconds']:6} s  {result['reason'][:150]}", flush=True)
+            print(f"{name:28} {result['state'][:10]:10} {result['seconds']:6} s  {result['reason'][:150]}", flush=True)
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], code: str) -> str:
     """docs/architectures.md."""
-    count = {state: sum(r["state"] == state for r in results) for state in (WORKS, REFUSED, BROKEN, FAILED)}
+    states = (FAILED, REFUSED, PARTLY, BROKEN, WORKS)
+    by_state = {state: [r for r in results if r["state"] == state] for state in states}
+    count = {state: len(found) for state, found in by_state.items()}
     able = len(results) - count[BROKEN]
-    share = f"{count[WORKS] / max(able, 1):.0%}"
-    tried = [name for name in RECIPES if all(name in r.get("recipes", RECIPES) for r in results)]
-    missing = len(toy_zoo.CLASSES) - len(results)
+    tried = [name for name in RECIPES if all(name in r.get("recipes", ()) for r in results)]
+    missing, stale = len(toy_zoo.CLASSES) - len(results), sum(r.get("code") != code for r in results)
     lines = [
         "# Architectures",
         "",
         f"Types of language models of transformers {transformers.__version__}, tried on toys with random weights:",
         f"`doctor`; {', '.join(f'`{name}`' for name in tried)}; `verify`; `eval perplexity` against a plain loop over",
         "`from_pretrained` of the artifact; `load` against `from_pretrained`; the dense export against both.",
-        f"Logits must agree within {TOLERANCE:g} of the largest. Types with a tower for images are run on text.",
-        "This page is made by",
+        f"Logits must agree within {TOLERANCE:g} of the largest. Weights must be those of the toy, rounded; and logits",
+        f"may move {TIMES:g} times as far as they do by noise of the same size in the same weights. Types with a tower",
+        "for images are run on text. This page is made by",
         "",
         "```console",
         "$ python scripts/sweep.py" + "".join(f" --recipe {name}" for name in tried if tried != list(RECIPES)),
         "```",
         "",
-        f"**{count[WORKS]} of the {able} types that transformers itself can run on text work ({share}).**",
+        f"**{count[WORKS]} of the {able} types that transformers itself can run on text work",
+        f"({count[WORKS] / max(able, 1):.1%}).** {count[PARTLY]} work with recipes alone that need no calibration,",
         f"{count[REFUSED]} are refused, with the reason below, and {count[FAILED]} fail.",
-        f"{count[BROKEN]} more cannot be made, loaded or run on text by transformers itself.",
+        f"{count[BROKEN]} others cannot be made, loaded or run on text alone by transformers itself.",
         *([f"{missing} types have not been tried yet."] if missing else []),
+        *([f"{stale} results are of an earlier state of the code."] if stale else []),
         "",
     ]
-    for state in (FAILED, REFUSED, BROKEN):
-        found = [r for r in results if r["state"] == state]
-        if found:
-            lines += [f"## {state[0].upper() + state[1:]}", "", "| type | class | reason |", "| --- | --- | --- |"]
-            lines += [f"| `{r['name']}` | {r['class']} | {cell(r)} |" for r in found] + [""]
+    for state in [state for state in states[:-1] if by_state[state]]:
+        lines += [f"## {state[0].upper() + state[1:]}", "", "| type | class | reason |", "| --- | --- | --- |"]
+        lines += [f"| `{r['name']}` | {r['class']} | {cell(r)} |" for r in by_state[state]] + [""]
     lines += [
         "## Works",
         "",
         "| type | class | share of the blocks' weights that can be compressed |",
         "| --- | --- | --- |",
     ]
-    lines += [f"| `{r['name']}` | {r['class']} | {r.get('coverage', 0):.0%} |" for r in results if r["state"] == WORKS]
+    lines += [f"| `{r['name']}` | {r['class']} | {r.get('coverage', 0):.0%} |" for r in by_state[WORKS]]
     return "\n".join(lines) + "\n"
 
 
 def cell(result: dict[str, Any]) -> str:
     """The step and the reason of a result, for a cell of a table."""
     reason = result["reason"] if len(result["reason"]) < 240 else result["reason"][:240] + " …"
-    return f"{result['step']}: {reason}".replace("|", "\\|").replace("<", "&lt;")
+    step = f"{result['step']}: " if result["state"] == FAILED else ""
+    return f"{step}{reason}".replace("|", "\\|").replace("<", "&lt;")
+
+
+def is_fresh(file: Path, recipes: list[str], code: str) -> bool:
+    """Whether a file holds a result of this code, by all of the recipes."""
+    result = json.loads(file.read_text()) if file.exists() else {}
+    return result.get("code") == code and set(recipes) <= set(result["recipes"])
 
 
 def main() -> None:
-    """Run what has no result yet and write the table of all results."""
+    """Run what has no fresh result and write the table of all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="a type, instead of all; may be repeated")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vqcompress-sweep", metavar="DIR")
     parser.add_argument("--processes", type=int, default=2, metavar="N")
-    parser.add_argument("--again", action="store_true", help="run types that have a result again")
+    parser.add_argument("--again", action="store_true", help="run types that have a fresh result again")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep results of an earlier state of the code; table says so"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="by default docs/architectures.md, without --only")
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="by default all three; may be repeated")
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
-    names = sorted(a.only or toy_zoo.CLASSES)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    recipes = a.recipe or list(RECIPES)
-    run_all([n for n in names if a.again or not (a.work / f"{n}.json").exists()], a.work, a.processes, recipes)
-    known = [a.work / f"{name}.json" for name in sorted(toy_zoo.CLASSES)]
-    results = [json.loads(file.read_text()) for file in known if file.exists()]
+    files = {name: a.work / f"{name}.json" for name in sorted(toy_zoo.CLASSES)}
+    recipes, code = a.recipe or list(RECIPES), fingerprint()
+    done = {n for n, file in files.items() if is_fresh(file, recipes, code) or (a.keep and file.exists())}
+    wanted = sorted(a.only or files)
+    run_all([name for name in wanted if a.again or name not in done], a.work, a.processes, recipes, code)
+    results = [json.loads(file.read_text()) for file in files.values() if file.exists()]
     if file := a.table or (None if a.only else TABLE):
-        file.write_text(table(results), encoding="utf-8")
-    print({state: sum(r["state"] == state for r in results) for state in (WORKS, REFUSED, BROKEN, FAILED)})
+        file.write_text(table(results, code), encoding="utf-8")
+    print(Counter(result["state"] for result in results))
 
 
 if __name__ == "__main__":

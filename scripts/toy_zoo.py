@@ -58,7 +58,7 @@ SIZES: list[tuple[str, int]] = [
     ("image_size", 28),
     ("patch_size", 14),
     (
-        ".*(hidden_size|(embed|hidden|embedding|proj|projection|input|output|adapter_in|adapter_out)_dim|embedding_size)",
+        ".*(hidden_size(_global)?|(embed|hidden|embedding|proj|projection|input|output|adapter_in|adapter_out)_dim|embedding_size)",
         128,
     ),
     ("adapter_input_size|d_model|n_embd|lru_width", 128),
@@ -85,7 +85,7 @@ def mrope(*sections: int) -> dict[str, Any]:
 FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"), DECODER),
     **dict.fromkeys(("bert-generation", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), DECODER),
-    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), DECODER),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl"), DECODER),
     "apertus1p5": {
         "vision_config": {**VQ_TOWER, "codebook_size": 16},
         "audio_config": {"codebook_dim": 128, "codebook_size": 16},
@@ -124,6 +124,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
     },
     **{name: {"text_config": mrope(8, 4, 4)} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl")},
+    **{name: {"text_config": mrope(8, 4, 4)} for name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")},
     "glm4v_moe": {
         "text_config": {"rope_parameters": mrope(4, 2, 2)["rope_parameters"] | {"partial_rotary_factor": 0.5}}
     },
@@ -138,6 +139,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [8, 32],
         "axial_pos_embds_dim": [64, 64],
     },
+    "step3p7": {
+        "text_config": {"layer_types": ATTENTIONS, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 16}
+    },
+    "xmod": {**DECODER, "default_language": "en_XX"},
     "janus": {"vq_config": VQ_TOWER},
     "muse_spark": {"audio_config": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
@@ -162,7 +167,10 @@ def class_name(name: str) -> str:
 
 def small_fields(default: PretrainedConfig) -> dict[str, Any]:
     """Arguments for the class of a default config that make a toy of it; nested configs likewise."""
-    kind, values = type(default), default.to_dict()
+    kind = type(default)
+    # A field of two names is written under one of them.
+    values = default.to_dict()
+    values |= {known: values[own] for known, own in kind.attribute_map.items() if own in values}
     spelled = {own: known for known, own in kind.attribute_map.items()}
     heads = values.get("num_attention_heads")
     found: dict[str, Any] = {}
@@ -184,14 +192,24 @@ def small_fields(default: PretrainedConfig) -> dict[str, Any]:
     found |= kinds_of_layers(values, kind)
     for name in kind.sub_configs:
         if isinstance(nested := getattr(default, name, None), PretrainedConfig):
-            found[name] = {"model_type": nested.model_type, **small_fields(nested)}
+            found[name] = {"model_type": nested.model_type, **own_values(nested), **small_fields(nested)}
     return found
+
+
+def own_values(config: PretrainedConfig) -> dict[str, Any]:
+    """Plain fields of a nested config that have other values than the class's own defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if isinstance(f.default, int | float | str)}
+    values = {name: value for name, value in vars(config).items() if name in defaults}
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def small_number(name: str, known: str, value: Any) -> Any:
     """The value of a numeric field in a toy; None to leave it as it is. known: its name in transformers' own terms."""
     if isinstance(value, bool) or not isinstance(value, int):
         return None
+    if name in ("vocab_size", "n_words"):
+        # Fewer than the tokenizer's are too few.
+        return VOCAB
     for pattern, size in SIZES:
         if re.fullmatch(pattern, known) or re.fullmatch(pattern, name):
             return size if value > size else None

@@ -257,7 +257,10 @@ def desk(
 ) -> Desk:
     monkeypatch.setattr(recipe, "packaged", lambda: quick_recipes)
     monkeypatch.chdir(tmp_path)
-    return Desk(tmp_path, toy("llama", **TOY), text, quantized)
+    model = Path(shutil.copytree(toy("llama", **TOY), tmp_path / "toy"))
+    # As the packaged model has one, which artifacts leave out.
+    (model / "README.md").write_text("A toy.")
+    return Desk(tmp_path, model, text, quantized)
 
 
 @pytest.mark.slow

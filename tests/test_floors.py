@@ -12,7 +12,7 @@ from count_lines import PACKAGE, code_lines, functions
 FLOORS = ["methods", "storage", "model", "kv_cache", "runtime", "export", "evaluate", "pipeline", "cli"]
 # Importable from every floor: they import nothing of the package, or only set up what happens later.
 OUTSIDE = {"errors", "__init__", "__main__"}
-LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS, KERNEL_ARGUMENTS = 10000, 350, 60, 8, 16
+LINES_OF_ALL, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ARGUMENTS, KERNEL_ARGUMENTS = 10200, 350, 60, 8, 16
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import call
 from toys import rewritten
 
 from vqcompress.errors import VQCompressError
@@ -67,3 +69,15 @@ def test_a_model_with_draft_layers_is_not_rotated(
     recipe = recipe_file("rotation: fold\nrules: [{match: '*', method: fp8}]")
     with pytest.raises(VQCompressError, match=PLACES["llama"]):
         quantize(QuantizeOptions(model=str(drafted("llama")), recipe=recipe, out=tmp_path / "out"))
+
+
+def test_layers_beyond_those_of_the_config_are_no_draft_layers(toy: Callable[..., Path], tmp_path: Path) -> None:
+    """As of a model whose last layers were cut off in its config alone."""
+    folder, out = Path(shutil.copytree(toy(), tmp_path / "model")), tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    result = call("quantize", folder, "-o", out, "--recipe", "fp8-tile", "--device", "cpu")
+    assert (result.exit_code, "model.layers.1: layer beyond the num_hidden_layers" in result.stdout) == (0, True)
+    assert "model.layers.1" in call("inspect", out).stdout
+    assert "draft" not in json.loads((out / "report.json").read_text())["left_dense"]["model.layers.1"]
+    assert call("verify", out).exit_code == 0

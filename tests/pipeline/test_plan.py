@@ -66,6 +66,14 @@ def test_the_largest_models_are_planned_from_their_configs(name: str, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
+def test_rows_of_the_model_itself_take_the_whole_model_in_memory(tmp_path: Path) -> None:
+    config = {**MODELS["Llama-3.1-405B"][0], "num_hidden_layers": 4, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | config))
+    plan = dry_run(QuantizeOptions(str(tmp_path), None, "smoothquant-int8", ["self"], device="cpu"))
+    # In float32, with the keys and values of 32 rows.
+    assert plan["peak_rss_bytes"] > 4 * (plan["parameters"] + 32 * 2048 * 4 * 2 * 8 * 128)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8-tile", "vq-2bit"])
 def test_no_more_memory_is_used_than_planned(recipe: str, tmp_path: Path, processes: Processes) -> None:

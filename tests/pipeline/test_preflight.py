@@ -66,3 +66,22 @@ def test_verify_runs_the_first_and_last_block(quantized: Any, tmp_path: Path) ->
     assert result.exit_code == 1
     assert "model.layers.0" in line(result)
     assert call("verify", folder, "--quick").exit_code == 0
+
+
+def test_a_calibrated_run_without_a_tokenizer_is_refused_by_plan_too(toy: Any, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(toy(), tmp_path / "model", ignore=shutil.ignore_patterns("token*")))
+    for words in (["plan", model], ["quantize", model, "-o", tmp_path / "out"]):
+        result = call(*words, "--recipe", "smoothquant-int8")
+        assert (result.exit_code, "tokenizer" in line(result)) == (1, True)
+    assert call("plan", model, "--recipe", "fp8-tile").exit_code == 0
+
+
+def test_a_run_goes_on_when_a_weight_with_nan_is_mended(toy: Any, tmp_path: Path) -> None:
+    spoil = lambda t: t.update({WEIGHT: t[WEIGHT].clone().fill_(torch.nan)})  # noqa: E731
+    model, out = rewritten(toy(layers=3), tmp_path / "model", spoil), tmp_path / "out"
+    job = ["quantize", model, "-o", out, "--recipe", "fp8-tile", "--device", "cpu"]
+    result = call(*job)
+    assert (result.exit_code, WEIGHT in result.stderr, "same command" in result.stderr) == (1, True, True)
+    shutil.copy(toy(layers=3) / "model.safetensors", model)
+    result = call(*job)
+    assert (result.exit_code, "blocks done by an earlier run: 1" in result.stderr) == (0, True), result.stderr

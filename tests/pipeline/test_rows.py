@@ -65,6 +65,17 @@ def test_a_template_that_writes_the_bos_token_adds_no_second_one(toy: Any, tmp_p
     assert torch.equal(rows == 1, (torch.arange(16) == 0).expand(len(rows), -1))
 
 
+def test_a_marker_of_turns_that_is_called_bos_stays(toy: Any, tmp_path: Path) -> None:
+    """As in SmolLM2: the tokenizer puts nothing before a text, and each turn begins with its BOS token."""
+    model = with_bos(Path(toy()), tmp_path / "toy", False, TEMPLATE)
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = "{% for m in messages %}" + tokenizer.bos_token + "{{ m.content }}{% endfor %}"
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "river"}]}) + "\n")
+    assert start_tokens(tokenizer, "auto") == []
+    assert read_text(tokenizer, str(chats)) == f"{tokenizer.bos_token}river"
+
+
 def test_where_rows_begin_is_what_the_tokenizer_does(toy: Any, starts: Path, tmp_path: Path) -> None:
     plain = AutoTokenizer.from_pretrained(toy())
     begins = AutoTokenizer.from_pretrained(starts)

@@ -137,9 +137,17 @@ OTHERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "scales alone": (lambda t: t.update({f"{Q}_scale_inv": ONE}), f"{Q}_scale_inv"),
     "int8": (lambda t: t.update({Q: t[Q].to(torch.int8)}), Q),
     "head": (lambda t: t.update({"lm_head.weight_scale": ONE}), "lm_head.weight_scale"),
-    "gptq": (lambda t: packed(t, Q, "qweight"), Q.removesuffix("weight")),
+    "gptq": (lambda t: packed(t, Q, "qweight"), "GPTQ"),
     "packed": (lambda t: packed(t, Q, "weight_packed"), Q),
-    "bitsandbytes": (lambda t: t.update({f"{Q}.absmax": ONE}), f"{Q}.absmax"),
+    "bitsandbytes": (lambda t: t.update({f"{Q}.absmax": ONE}), f"{Q}.absmax: compressed by bitsandbytes"),
+    "bitsandbytes in 4 bits": (lambda t: t.update({Q: torch.ones(2048, 1).byte(), f"{Q}.absmax": ONE}), "bitsandbytes"),
+    "mlx": (lambda t: t.update({Q: t[Q][:, :8].int(), Q.replace("weight", "biases"): ONE}), "MLX"),
+    "eagle": (lambda t: t.pop("model.embed_tokens.weight") is t.update({"fc.weight": ONE}), "fc.weight: a draft head"),
+    "medusa": (lambda t: t.clear() or t.update({"0.0.linear.weight": ONE}), "0.0.linear.weight: a draft head"),
+    "reward": (lambda t: t.update({"score.weight": t.pop("lm_head.weight")}), "score.weight: a classifier"),
+    "no head": (lambda t: t.pop("lm_head.weight"), '"tie_word_embeddings": true'),
+    "more tokens": (lambda t: t.update({"lm_head.weight": torch.ones(400, 64)}), '"vocab_size": 400'),
+    "another width": (lambda t: t.update({Q: t[Q][:8].clone()}), f"{Q} has the shape (8, 64)"),
     "lora": (lambda t: t.update({Q.replace("weight", "lora_A.default.weight"): ONE}), "q_proj.lora_A"),
     "bias": (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)}), "q_proj.bias"),
     "norm": (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}), "q_norm"),
@@ -205,6 +213,21 @@ def test_a_pickle_that_cannot_be_read_is_named(what: str, copy: Path) -> None:
     assert not (copy / "out").exists()
 
 
+def only(folder: Path, name: str) -> None:
+    """Leave nothing but the weights, under another name."""
+    (folder / SINGLE).rename(folder / name)
+    for path in folder.iterdir():
+        path.unlink() if path.name != name else None
+
+
+def moved(folder: Path, below: str) -> None:
+    """Move all into a directory of it."""
+    paths = list(folder.iterdir())
+    (folder / below).mkdir()
+    for path in paths:
+        path.rename(folder / below / path.name)
+
+
 HALVES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "pointer": (lambda f: (f / SINGLE).write_text(POINTER), SINGLE, "git lfs pull"),
     "pointer for a tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), "tokenizer.json", "git lfs pull"),
@@ -228,8 +251,22 @@ HALVES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "still under way": (lambda f: (f / SINGLE).rename(f / f"{SINGLE}.incomplete"), f"{SINGLE}.incomplete", ""),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json", "hf download"),
-    "another format": (lambda f: (f / SINGLE).rename(f / "toy.gguf"), "toy.gguf", ""),
     "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "", "merge"),
+    "weights of an adapter": (lambda f: (f / SINGLE).rename(f / "adapter_model.safetensors"), "adapter_model", "merge"),
+    "gguf": (lambda f: (f / SINGLE).rename(f / "toy.gguf"), "toy.gguf", "gguf_file"),
+    "gguf alone": (lambda f: only(f, "toy.Q4.gguf"), "toy.Q4.gguf", "gguf_file"),
+    "a variant": (lambda f: (f / SINGLE).rename(f / "model.fp16.safetensors"), "model.fp16.safetensors", "rename"),
+    "a pickled variant": (lambda f: (f / SINGLE).rename(f / "pytorch_model.fp16.bin"), "model.fp16.bin", BIN),
+    "mlx": (lambda f: (f / SINGLE).rename(f / "weights.00.safetensors"), "weights.00.safetensors", "rename"),
+    "meta": (lambda f: only(f, "consolidated.00.pth"), "consolidated.00.pth", "convert"),
+    "flax": (lambda f: (f / SINGLE).rename(f / "flax_model.msgpack"), "flax_model.msgpack", "from_flax"),
+    "tensorflow": (lambda f: (f / SINGLE).rename(f / "tf_model.h5"), "tf_model.h5", "from_tf"),
+    "onnx": (lambda f: (f / "onnx").mkdir() or (f / SINGLE).rename(f / "onnx/model.onnx"), "onnx/model.onnx", "fetch"),
+    "deepspeed": (lambda f: (f / SINGLE).rename(f / "zero_to_fp32.py"), "zero_to_fp32.py", "run"),
+    "fsdp": (lambda f: (f / "fsdp_0").mkdir() or (f / SINGLE).rename(f / "fsdp_0/__0.distcp"), "__0.distcp", "merge"),
+    "a pipeline": (lambda f: only(f, "model_index.json"), "model_index.json", "language model"),
+    "checkpoints of a training": (lambda f: moved(f, "checkpoint-5"), "checkpoint-5/config.json", "directory"),
+    "no weights": (lambda f: (f / SINGLE).unlink(), SINGLE, "hf download"),
     "a fifo": (lambda f: (f / SINGLE).unlink() or os.mkfifo(f / SINGLE), SINGLE, "plain"),
     "a fifo as config": (lambda f: (f / "config.json").unlink() or os.mkfifo(f / "config.json"), "config.json", ""),
 }
@@ -243,6 +280,12 @@ def test_half_a_download_is_said_as_what_it_is(half: str, copy: Path) -> None:
     assert (result.exit_code, str(copy) in line(result), named in line(result)) == (1, True, True), line(result)
     assert said in line(result)
     assert not (copy / "out").exists()
+
+
+def test_a_tied_model_without_its_embedding_is_not_told_to_tie(toy: Make, tmp_path: Path) -> None:
+    gone = lambda t: t.pop("model.embed_tokens.weight")  # noqa: E731
+    result = call("plan", rewritten(toy("gemma"), tmp_path / "copy", gone), *FP8)
+    assert (result.exit_code, "embed_tokens" in line(result), "tie_word" in line(result)) == (1, True, False)
 
 
 def test_shards_that_have_lost_their_index_are_read(copy: Path, toy: Make, tmp_path: Path) -> None:

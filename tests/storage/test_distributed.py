@@ -152,8 +152,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 @pytest.mark.slow
 def test_too_few_rows_for_all_are_refused(several: tuple[Any, ...]) -> None:
-    _, statuses, said = several
+    folders, statuses, said = several
     assert all(statuses[0])
+    assert not (folders[0] / "learned").exists()
     assert "1 batches of calibration rows are too few for 2 processes" in said
 
 

@@ -141,8 +141,7 @@ class RunOptions:
 
     model: Model
     recipe: Annotated[
-        str | None,
-        _recipe(metavar="NAME|FILE", help="Packaged recipe or YAML file.", autocompletion=_complete_recipe),
+        str | None, _recipe(metavar="NAME|FILE", help="Packaged recipe or YAML file.", autocompletion=_complete_recipe)
     ] = None
     target_bits: Annotated[
         float | None,

@@ -77,6 +77,7 @@ def quantized(to: Console, report: dict[str, Any], out: str, model: str) -> None
         "warning": report["uncalibrated"] and f"no calibration token reached {', '.join(report['uncalibrated'])}",
         "error": worst and f"at most {worst['relative_error']:.3g} of a weight's energy ({worst['name']})",
         "cache": report["kv_cache"] and f"{cache_line(report['kv_cache'])}; turn it on by{cached}",
+        "aside": "; ".join(f"{layer}: {report['left_dense'][layer]}" for layer in report["draft_layers"]),
         "beside": report["left_out"] and f"not copied: {', '.join(report['left_out'])}",
         "took": f"{duration(report['seconds'])}, peak memory {_memory(report)}",
     }
@@ -136,7 +137,7 @@ def inspected(to: Console, facts: dict[str, Any]) -> None:
     before = f"{size(facts['source_bytes'])} → " if facts["source_bytes"] else ""
     lines = {
         "cache": facts["kv_cache"] and cache_line(facts["kv_cache"]),
-        "drafts": ", ".join(f"{layer}: {size(count)}, dense" for layer, count in facts["draft_layers"].items()),
+        "aside": ", ".join(f"{layer}: {size(count)}, dense, not run" for layer, count in facts["draft_layers"].items()),
         "total": f"{len(facts['targets'])} targets, {_bits(facts)}",
         "size": f"{before}{size(facts['artifact_bytes'])} in {facts['files']} files",
     }

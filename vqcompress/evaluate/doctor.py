@@ -50,7 +50,8 @@ def examine(model: str) -> dict[str, Any]:
         {"name": "the blocks have weights to compress", "ok": coverage > 0, "detail": share},
     ]
     if refusal:
-        checks.append({"name": "recipes with calibration can run it", "ok": False, "detail": refusal})
+        detail = f"{refusal}; recipes without calibration, as fp8-tile, can"
+        checks.append({"name": "recipes with calibration can run it", "ok": False, "detail": detail})
     return {
         "model": model,
         "architecture": type(real.model).__name__,

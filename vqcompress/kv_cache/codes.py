@@ -88,13 +88,7 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
 
 @torch.library.custom_op("vqcompress::kv_attend", mutates_args=())
 def attend(
-    q_BQD: Tensor,
-    codes: list[Tensor],
-    books: list[Tensor],
-    angles: list[Tensor],
-    start: int,
-    end: int,
-    scaling: float,
+    q_BQD: Tensor, codes: list[Tensor], books: list[Tensor], angles: list[Tensor], start: int, end: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """`weigh` of the coded tokens from `start` on and before `end`.
 

@@ -167,13 +167,7 @@ def default_config(
 
 
 def attend(
-    q_BQD: Tensor,
-    codes: list[Tensor],
-    books: list[Tensor],
-    angles: list[Tensor],
-    start: int,
-    end: int,
-    scaling: float,
+    q_BQD: Tensor, codes: list[Tensor], books: list[Tensor], angles: list[Tensor], start: int, end: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Values (B, Q, D) and logarithms of sums of exponentials (B, Q), float32: `codes.attend` for an even G.
 

@@ -99,11 +99,7 @@ class KVLayer(CacheLayerMixin):
     """
 
     def __init__(
-        self,
-        shared: Shared,
-        quantizers: tuple[KVQuantizer, KVQuantizer],
-        rotary: nn.Module | None,
-        window: int | None,
+        self, shared: Shared, quantizers: tuple[KVQuantizer, KVQuantizer], rotary: nn.Module | None, window: int | None
     ):
         super().__init__()
         self.shared, self.quantizers, self.rotary, self.window = shared, quantizers, rotary, window

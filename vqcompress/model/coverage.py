@@ -6,9 +6,10 @@ from collections import Counter
 
 from torch import nn
 
-from vqcompress.model.drafts import draft_bytes
+from vqcompress.model.drafts import draft_bytes, draft_layers
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.targets import routing_modules
+from vqcompress.storage.targets import kind
 
 
 def dense_weights(stream: BlockStream) -> dict[str, str]:
@@ -21,8 +22,12 @@ def dense_weights(stream: BlockStream) -> dict[str, str]:
         elif module is head:
             found[f"{name}.weight"] = "the output head stays dense"
     decoded = f", decoded from {stream.source.format}" if stream.source.format else ""
+    read = {kind(name) for name in stream.checkpoint.tensors.keys() - set(stream.unread)}
     for draft, size in draft_bytes(stream).items():
-        found[draft] = f"draft layer, which the model itself does not run ({size:,} bytes{decoded})"
+        # What is built as the blocks are was a block before config.json said fewer.
+        parts = {kind(name) for name in draft_layers(stream)[draft]}
+        what = "layer beyond the num_hidden_layers of config.json" if parts <= read else "draft layer"
+        found[draft] = f"{what}, which the model itself does not run ({size:,} bytes{decoded})"
     counts: Counter[str] = Counter()
     for block, layer in zip(stream.blocks, stream.skeletons, strict=True):
         known = {f"{block.local(target)}.weight" for target in block.targets}

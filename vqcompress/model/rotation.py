@@ -87,7 +87,7 @@ class RotatedCheckpoint(DerivedCheckpoint):
         for i in structures.values():
             self._block(i)
         for layer in draft_layers(stream):
-            _refuse(f"{layer}, a draft layer that the model does not run,")
+            _refuse(f"{layer}, which the model itself does not run,")
         # A tower's projector adds to the hidden states, which no text shows.
         for name in stream.non_block_weights:
             if name not in (self._embedding, self._head) and len(self.tensors[name].shape) > 1:

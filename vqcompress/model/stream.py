@@ -186,8 +186,11 @@ class BlockStream:
 
     def _share(self, prefix: str) -> None:
         """Fill what a block shares with others, and the checkpoint stores under another name."""
-        stored, shared = self.names.tensor, self.names.tied.items()
-        wanted = {path: stored[own] for path, own in shared if path.startswith(prefix) and path not in stored}
+        stored, tied = self.names.tensor, self.names.tied
+        paths = {*tied, *tied.values()}
+        # Any one of those that share a weight may be the one that is stored.
+        holders = {tied.get(path, path): stored[path] for path in paths & stored.keys()}
+        wanted = {path: holders[tied.get(path, path)] for path in paths - stored.keys() if path.startswith(prefix)}
         found = self.source.read(set(wanted.values()))
         for path, name in wanted.items():
             module, _, parameter = path.rpartition(".")

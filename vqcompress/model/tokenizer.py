@@ -23,7 +23,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted())
     except Exception as error:  # tokenizers raise whatever their parser raises
-        raise VQCompressError(f"{path} has no tokenizer that transformers can load: {reason(error)}") from error
+        raise VQCompressError(f"{path} has no tokenizer that loads; add tokenizer*.json: {reason(error)}") from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -85,8 +85,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, source: str, end: str = "") ->
     no chats."""
     found, refused = [], []
     # What begins every row anyway, see `start_tokens`, would stand there twice if the template wrote it, too.
-    start: Any = tokenizer.convert_ids_to_tokens(start_tokens(tokenizer, "auto"))
-    begin = "".join(start) or str(tokenizer.bos_token or "")
+    begin = "".join(map(str, tokenizer.convert_ids_to_tokens(start_tokens(tokenizer, "auto"))))
     for content, where in read_documents(source):
         if isinstance(content, str):
             found.append(content + end)

@@ -13,7 +13,7 @@ from vqcompress.errors import VQCompressError, one_line
 from vqcompress.model.weights import auto_class
 from vqcompress.storage.trust import trusted
 
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
 # Fields of a config, and their largest values in a toy.
 SIZES = {"vocab_size": 512, "max_position_embeddings": 256, "n_positions": 256, "first_k_dense_replace": 1}
 SIZES |= {"vocab_size_per_layer_input": 512}
@@ -30,23 +30,20 @@ def toy_model(
 ) -> tuple[transformers.PreTrainedModel, transformers.PretrainedConfig]:
     """A small model of an architecture with random weights, and its config.
 
-    It has `least` layers, or as many as show every type of layer once. If no such model can be built, it keeps its
-    depth and vocabulary, or its widths unless narrow_only. Of a model with towers that has a class for its text alone,
-    the model has none, but the config does.
+    It has `least` layers, or as many as show every type of layer once, and one in each tower. If no such model can be
+    built, it keeps the depth of its towers, or its own and its vocabulary, or its widths unless narrow_only. Of a model
+    with towers that has a class for its text alone, the model has none, but the config does.
     """
-    for depth, widths in [(True, True), (False, True)] + [(True, False)] * (not narrow_only):
+    attempts = [(True, True, True), (True, True, False), (False, True, True)]
+    for depth, widths, towers in attempts + [(True, False, True)] * (not narrow_only):
         small = copy.deepcopy(config)
         torch.manual_seed(0)
         try:
             text = small.get_text_config()
             _shrink(text, least if depth else None, widths)
-            for name in small.sub_configs if text is not small else ():
-                tower: Any = getattr(small, name, None)
-                for field in (*LAYERS, "depth") if tower is not None and tower is not text else ():
-                    if isinstance(getattr(tower, field, None), int):
-                        setattr(tower, field, 1)
-                if tower is not text and isinstance(kinds := getattr(tower, "layer_types", None), list):
-                    tower.layer_types = kinds[:1]
+            for name in small.sub_configs if text is not small and towers else ():
+                if (tower := getattr(small, name, None)) is not None and tower is not text:
+                    _cut(tower, 1)
             # What transformers would refuse to read again.
             small = type(small).from_dict(small.to_dict())
             toy = auto_class(small).from_config(small, dtype=torch.float32, trust_remote_code=trusted()).eval()
@@ -65,11 +62,9 @@ def _shrink(config: Any, depth: int | None, widths: bool) -> None:
     """Edit a config: depth and vocabulary unless None, widths if asked for. Keeps the ratio of query to key heads."""
     types = {name: kinds for name in ("layer_types", "mlp_layer_types") if (kinds := getattr(config, name, None))}
     layers = max([depth or 2, *(1 + kinds.index(kind) for kinds in types.values() for kind in set(kinds))])
-    for name, kinds in types.items() if depth else ():
-        # Some configs compute the types from the number of layers and refuse to be set.
-        with contextlib.suppress(AttributeError):
-            setattr(config, name, kinds[:layers])
-    sizes = dict.fromkeys(LAYERS, layers) | SIZES if depth else {}
+    if depth:
+        _cut(config, layers)
+    sizes = dict(SIZES) if depth else {}
     heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     sizes |= {name: SIZES["vocab_size"] for name in config.to_dict() if depth and "vocab_size" in name}
     if widths:
@@ -84,3 +79,15 @@ def _shrink(config: Any, depth: int | None, widths: bool) -> None:
         with contextlib.suppress(RuntimeError, ValueError):
             if isinstance(value := getattr(config, name, None), int) and value > most:
                 setattr(config, name, most)
+
+
+def _cut(config: Any, layers: int) -> None:
+    """Edit a config: at most this number of layers, and as many items in lists that have one for each layer."""
+    counts = {name: n for name in LAYERS if isinstance(n := getattr(config, name, None), int)}
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and ("layer_types" in name or len(value) in counts.values()):
+            # Some configs compute the types from the number of layers and refuse to be set.
+            with contextlib.suppress(AttributeError):
+                setattr(config, name, value[:layers])
+    for name, count in counts.items():
+        setattr(config, name, min(count, layers))

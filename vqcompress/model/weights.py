@@ -7,7 +7,7 @@ transformers' own, so what loads there loads here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.storage.artifact import part_name
 from vqcompress.storage.checkpoint import TensorInfo
+from vqcompress.storage.damage import other_kind
 from vqcompress.storage.trust import reason, trusted
 
 
@@ -51,7 +52,8 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
     if known is None:
         name = next(iter(config.architectures or []), config.model_type)
-        raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads")
+        why = 'AutoModelForCausalLM loads (without a head: only with "tie_word_embeddings": true in config.json)'
+        raise VQCompressError(f"{path}: {name} is no causal language model that {why}")
     return config
 
 
@@ -173,16 +175,30 @@ class Names:
     def original(self, parameter: str) -> str:
         """The name by which checkpoints store a parameter that transformers renames, whether this one does or not."""
         path, _, name = parameter.rpartition(".")
-        renamed = apply_renamings(parameter, self._back)
-        return self.tensor.get(parameter) or (renamed if renamed != parameter else f"{self.stored_prefix(path)}.{name}")
+        if parameter in self.tensor:
+            return self.tensor[parameter]
+        if (renamed := apply_renamings(parameter, self._back)) == parameter:
+            return f"{self.stored_prefix(path)}.{name}"
+        # Read backwards, several prefixes may lead to one: the checkpoint's is that of what lies beside.
+        sibling = next((k for parent in _parents(path) for k in self.tensor if k.startswith(parent + ".")), "")
+        wrong, right = apply_renamings(sibling, self._back), self.tensor.get(sibling, "")
+        while wrong and wrong[-1:] == right[-1:]:
+            wrong, right = wrong[:-1], right[:-1]
+        return right + renamed.removeprefix(wrong) if renamed.startswith(wrong) else renamed
 
     def stored_prefix(self, prefix: str) -> str:
-        """A module's path as the checkpoint spells it, which may lack the model's prefix."""
-        for parameter, name in self.tensor.items():
-            below = parameter.removeprefix(prefix)
-            if parameter.startswith(prefix + ".") and name.endswith(below):
-                return name.removesuffix(below)
+        """A module's path as the checkpoint spells it, or what lies beside the module there."""
+        for parent in _parents(prefix):
+            for parameter, name in self.tensor.items():
+                below = parameter.removeprefix(parent)
+                if parameter.startswith(parent + ".") and name.endswith(below):
+                    return name.removesuffix(below) + prefix.removeprefix(parent)
         return prefix
+
+
+def _parents(path: str) -> Iterator[str]:
+    """A module's path and those that it lies in, the nearest first."""
+    return (path.rsplit(".", n)[0] for n in range(path.count(".") + 1))
 
 
 def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
@@ -192,6 +208,12 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
     would read beyond its end) or that no method reads (without it the weight would be another one); or, where nothing
     is packed, one that shows that the weights are not dense. Without any tensors a model can still be planned.
     """
+    for problem in _problems(model, names, tensors):
+        raise VQCompressError(f"{problem}{other_kind('tensors', tensors)}")
+
+
+def _problems(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> Iterator[str]:
+    """What `check_headers` raises."""
     asked = model.state_dict()
     packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
     for name, parameter in names.parameter.items():
@@ -199,23 +221,29 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
         # Under `weight` a packed layer may have the marker for programs that do not know the format.
         is_packed = path in packed and part not in ("weight", "bias")
         if is_packed and parameter not in asked:
-            raise VQCompressError(f"{name} is stored, but config.json does not say what for")
+            yield f"{name} is stored, but config.json does not say what for"
         found, wanted = tensors[name], asked.get(parameter)
         # Tensors that are merged into one parameter have shapes of their own.
         if wanted is None or parameter not in names.tensor:
             continue
-        if found.shape != wanted.shape or (is_packed and found.dtype != wanted.dtype):
-            stored = f"{name} is stored as {found.dtype} {found.shape}"
-            raise VQCompressError(f"{stored}, config.json asks for {wanted.dtype} {tuple(wanted.shape)}")
+        if found.shape != wanted.shape:
+            vocabulary = (getattr(model.config.get_text_config(), "vocab_size", 0), *found.shape[1:]) == wanted.shape
+            key = f'; set "vocab_size": {found.shape[0]} there if these are the right weights' if vocabulary else ""
+            yield f"{name} has the shape {found.shape}, config.json says {tuple(wanted.shape)}{key}"
+        if is_packed and found.dtype != wanted.dtype:
+            yield f"{name} is stored as {found.dtype}, config.json asks for {wanted.dtype}"
     if tensors and (missing := _missing(model, names)):
         like = (f", but {name}: save the model without its wrapper" for name in tensors if name.endswith(missing[0]))
-        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}{next(like, '')}")
+        is_head = dict(model.named_parameters()).get(missing[0]) is getattr(model.get_output_embeddings(), "weight", 0)
+        tie = ': set "tie_word_embeddings": true in config.json if the head is the embedding'
+        head = tie if is_head and not names.tied else ""
+        yield f"the checkpoint has no tensor for {missing[0]}{next(like, head)}"
     if not packed:
-        _check_dense(model, names, tensors)
+        yield from _not_dense(model, names, tensors)
 
 
-def _check_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
-    """VQCompressError naming a tensor without which, or in whose type, a module would compute something else.
+def _not_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> Iterator[str]:
+    """Each tensor, named, without which, or in whose type, a module would compute something else.
 
     Whole modules that the model lacks change nothing: draft layers, value heads, towers of other media. Nor do tensors
     that transformers ignores, which hold what a config says.
@@ -226,14 +254,14 @@ def _check_dense(model: PreTrainedModel, names: Names, tensors: dict[str, Tensor
         dtype = tensors[name].dtype
         if parameter in asked:
             if asked[parameter].is_floating_point() and (dtype.itemsize < 2 or not dtype.is_floating_point):
-                raise VQCompressError(f"{name} is stored as {dtype}, and config.json has no quantization_config for it")
+                yield f"{name} is stored as {dtype}, and config.json has no quantization_config for it"
         elif parameter not in buffers and not ignored.search(parameter):
             # A model saved without its head has names without the prefix.
             for path in (parameter, f"{model.base_model_prefix}.{parameter}"):
                 holder = _deepest(model, path)
                 if not isinstance(holder, (PreTrainedModel, nn.ModuleList, nn.ModuleDict)):
                     why = f"has no place in the model's {type(holder).__name__}"
-                    raise VQCompressError(f"{name} {why}: these are not the dense weights that config.json describes")
+                    yield f"{name} {why}: these are not the dense weights that config.json describes"
 
 
 def _deepest(module: nn.Module, path: str) -> nn.Module:

@@ -24,12 +24,17 @@ ENCODE_BYTES = 32
 HESSIAN_BYTES = 12
 # Libraries that a run loads and a plan does not: numba and matplotlib.
 LIBRARY_BYTES = 200_000_000
+# Rows that are sampled from a model at once; fixed, since the rows depend on it.
+SAMPLED_ROWS = 32
 
 
-def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, states: str) -> dict[str, Any]:
+def estimate(
+    plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, states: str, sampled: bool
+) -> dict[str, Any]:
     """JSON for `plan`, see docs/recipes.md. With a budget there is one plan for each candidate.
 
     rows, seqlen: of the calibration; 0 rows if the recipe reads no text. states: where hidden states are kept.
+    sampled: whether the model writes rows itself.
     Smoothing is taken as folded; where a fold cannot be proven, the artifact has another vector per input.
     """
     bits = [sum(stored_bits(plan.entries).values()) for plan in plans]
@@ -62,7 +67,7 @@ def estimate(plans: list[Plan], stream: BlockStream, rows: int, seqlen: int, sta
         # A compressed checkpoint is smaller than what is decoded of it.
         "source_bytes": stream.source.bytes or dense,
         "artifact_bytes": dense + untied * itemsize - replaced + int(spent) // 8 + codebooks,
-        **_memory(plan, stream, rows, seqlen, states),
+        **_memory(plan, stream, (rows, seqlen), states, sampled),
         "calibration_tokens": rows * seqlen,
         "targets": [
             {
@@ -95,8 +100,9 @@ def ends_bytes(stream: BlockStream) -> int:
     return (outside + max(blocks)) * (stream.dtype.itemsize + _itemsize(stream))
 
 
-def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str) -> dict[str, int]:
+def _memory(plan: Plan, stream: BlockStream, shape: tuple[int, int], where: str, sampled: bool) -> dict[str, int]:
     """Upper bounds on the peaks of one process, on the host and on its GPU, and the bytes of hidden states in them."""
+    rows, seqlen = shape
     on_gpu, rotated, itemsize = stream.device.type == "cuda", bool(plan.recipe.rotation), stream.dtype.itemsize
     (outside, blocks), hidden = _parameters(stream), stream.model.config.get_text_config().hidden_size
     size = max(blocks)
@@ -110,14 +116,15 @@ def _memory(plan: Plan, stream: BlockStream, rows: int, seqlen: int, where: str)
         hessians = max(_hessian_entries(plan, block) for block in plan.blocks)
         work += (size + outside + batch * (4 * width + 8 * hidden)) * itemsize + hessians * HESSIAN_BYTES
         work += states * (where == "memory")
-    whole = cache_memory(plan, stream, rows * seqlen)
+    sampling = sampling_memory(stream, shape) if sampled else 0
+    whole = max(cache_memory(plan, stream, rows * seqlen), sampling)
     if plan.recipe.tuning:
         # Two whole models in float32, gradients of one, and the activations of all layers for a batch.
         whole = max(whole, (sum(blocks) + outside) * 12 + BATCH_TOKENS * 4 * width * 4 * len(blocks))
     whole = max(whole, ends_bytes(stream))
     # Without calibration, a CPU encodes the next block while one is written.
     ahead = 1 if plan.calibrated or on_gpu else 2
-    host = ahead * read if on_gpu else max(ahead * (read + work), whole)
+    host = max(ahead * read, sampling) if on_gpu else max(ahead * (read + work), whole)
     host = peak_rss_bytes() + LIBRARY_BYTES + max(host, outside * _itemsize(stream) * (1 + 4 * rotated))
     return {"peak_rss_bytes": host, "peak_device_bytes": max(work, whole) if on_gpu else 0, "states_bytes": states}
 
@@ -140,12 +147,25 @@ def _hessian_entries(plan: Plan, block: Block) -> int:
 def _cache_channels(stream: BlockStream) -> int:
     """Channels of the keys and values of one token, in all layers."""
     config = stream.model.config.get_text_config()
+    # Gemma 4 has heads of two sizes.
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * len(stream.blocks)
+    return sum(map(_channels_of_layer, layers))
+
+
+def _channels_of_layer(config: Any) -> int:
     if latent := getattr(config, "kv_lora_rank", None):
         # Latent attention keeps what keys and values are made of, and the part of keys that is rotated by position.
-        return len(stream.blocks) * int(latent + config.qk_rope_head_dim)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return len(stream.blocks) * (getattr(config, "num_key_value_heads", None) or heads) * 2 * width
+        return int(latent + config.qk_rope_head_dim)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    return (getattr(config, "num_key_value_heads", None) or heads) * 2 * int(width)
+
+
+def sampling_memory(stream: BlockStream, shape: tuple[int, int]) -> int:
+    """A bound on the bytes to sample rows of a shape (N, L) from a model: all of it, and keys and values of a batch."""
+    outside, blocks = _parameters(stream)
+    numbers = outside + sum(blocks) + min(SAMPLED_ROWS, shape[0]) * shape[1] * _cache_channels(stream)
+    return numbers * stream.dtype.itemsize
 
 
 def cache_memory(plan: Plan, stream: BlockStream, tokens: int) -> int:

@@ -21,10 +21,10 @@ from vqcompress.model.device import check_fits, choose_device, model_dtype, rele
 from vqcompress.model.linear import decode_layers
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
-from vqcompress.model.tokenizer import fingerprint
+from vqcompress.model.tokenizer import fingerprint, load_tokenizer
 from vqcompress.pipeline.bit_allocation import allocate, choose_recipe, make_plans
 from vqcompress.pipeline.block import compress_block
-from vqcompress.pipeline.calibration import first_states
+from vqcompress.pipeline.calibration import check_batches, first_states
 from vqcompress.pipeline.context import BlockContext, generator_for
 from vqcompress.pipeline.distill import distill
 from vqcompress.pipeline.estimate import cache_memory, estimate
@@ -40,6 +40,7 @@ from vqcompress.storage.artifact import STAGED, Entry
 from vqcompress.storage.checkpoint import check_finite
 from vqcompress.storage.distributed import ALONE, process_group
 from vqcompress.storage.hidden_states import States, keep
+from vqcompress.storage.text import SELF, split_share
 from vqcompress.storage.writer import Shard, Writer
 
 NON_BLOCK = "(outside of the blocks)"
@@ -64,7 +65,10 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The sizes and memory of a run from a config alone, as JSON: see `estimate`. Writes and measures nothing."""
     stream, plans = _open(options, weights=False)
     rows = (options.samples or DEFAULT_SAMPLES) if plans[0].reads_text else 0
-    facts = estimate(plans, stream, rows, stream.source.row_length(options.seqlen), options.states)
+    if rows and stream.source.tensors:
+        load_tokenizer(stream.source.path)
+    length, given = stream.source.row_length(options.seqlen), map(split_share, options.texts or ())
+    facts = estimate(plans, stream, rows, length, options.states, rows > 0 and SELF in dict(given))
     return {"model": options.model, "seed": options.seed, **facts}
 
 
@@ -104,9 +108,10 @@ class Run:
             # Now, and not after the blocks.
             instead = "take a recipe whose cache is fp8, which learns nothing"
             check_fits(needed, self.stream.device, "to learn the codebooks of a cache", instead)
-        if self.plan.calibrated:
+        if self.rows is not None and self.plan.calibrated:
             # Before anything is written.
             self.stream.require()
+            check_batches(self.stream, self.rows)
         else:
             # No sums to exchange: each process encodes whole blocks by itself.
             self.stream.group = ALONE

@@ -17,6 +17,7 @@ from vqcompress.evaluate.read_report import named
 from vqcompress.model.device import check_fits
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.tokenizer import check_ids, cut_rows, load_tokenizer, pack, start_tokens
+from vqcompress.pipeline.estimate import SAMPLED_ROWS, sampling_memory
 from vqcompress.pipeline.options import QuantizeOptions
 from vqcompress.pipeline.plan import Progress
 from vqcompress.runtime.load import load
@@ -25,8 +26,6 @@ from vqcompress.storage.text import BUILT_IN, SELF, split_share
 DEFAULT_SAMPLES, FEWEST_SAMPLES = 128, 8
 TEMPERATURE = 1.0
 Facts = dict[str, Any]
-# Rows that are sampled at once; fixed, since the rows depend on it.
-SAMPLED_ROWS = 32
 # With fewer different tokens, statistics tell nothing about most channels.
 FEW_TOKENS = 64
 
@@ -85,8 +84,9 @@ def _sampled(stream: BlockStream, options: QuantizeOptions, shape: tuple[int, in
     (count, length), group = shape, stream.group
     rows: list[Tensor] = []
     if group.is_main:
-        needed = stream.source.numbers * stream.dtype.itemsize
-        check_fits(needed, stream.device, "--calibration self", "give a text instead")
+        # It is read on the host.
+        for device in {stream.device, torch.device("cpu")}:
+            check_fits(sampling_memory(stream, shape), device, "--calibration self", "give a text instead")
         network: Any = load(options.model, stream.device.type)
         # The model's own may penalize, stop or filter.
         network.generation_config = GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)

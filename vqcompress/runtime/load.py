@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -85,16 +86,20 @@ def load(
     return model
 
 
+DECODING = Lock()
+
+
 @dataclass(frozen=True)
 class _Slice:
     """A tensor that transformers reads when it comes to it, and puts into the type of its parameter, as it does with
-    slices of safetensors files: no second copy of the weights is in memory."""
+    slices of safetensors files: no second copy of the weights is in memory, and one tensor is decoded at a time."""
 
     source: Checkpoint
     name: str
 
     def __getitem__(self, key: Any) -> Tensor:
-        return self.source.read([self.name])[self.name][key]
+        with DECODING:  # transformers reads in several threads
+            return self.source.read([self.name])[self.name][key]
 
 
 def kv_cache_config(model: PreTrainedModel, path: Path, recipe: str) -> KVCacheSpec:

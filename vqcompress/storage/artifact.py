@@ -34,8 +34,9 @@ from torch import Tensor
 from vqcompress import methods
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
-from vqcompress.storage.checkpoint import Checkpoint, read_json, resolve, sha256
-from vqcompress.storage.companions import instead, is_safe
+from vqcompress.storage.checkpoint import SINGLE, Checkpoint, read_json, resolve, sha256
+from vqcompress.storage.companions import is_safe
+from vqcompress.storage.damage import damage
 from vqcompress.storage.output import INDEX, JOURNAL, QUANT_METHOD, SUMS
 from vqcompress.storage.published import PublishedCheckpoint, quantization_settings, without_settings
 from vqcompress.storage.recipe import KVCacheConfig
@@ -276,5 +277,5 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
         raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
     source = open_dense(path, weights)
     if weights and not source.tensors:
-        raise VQCompressError(f"{path} has no weights{instead(path)}; `vqcompress plan` works from the config alone")
+        raise VQCompressError(f"{path / SINGLE} {damage(path / SINGLE)}; `vqcompress plan` works from the config alone")
     return source

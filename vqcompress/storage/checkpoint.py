@@ -72,13 +72,13 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
     """VQCompressError naming the first tensor that holds NaN or Inf."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise VQCompressError(f"the tensor {name} holds NaN or Inf")
+            raise VQCompressError(f"the tensor {name} holds NaN or Inf: mend or fetch it, and the same command goes on")
 
 
-def stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The type that a config says its weights have; float32 if it says none that is known."""
+def stored_dtype(config: dict[str, Any], otherwise: torch.dtype = torch.float32) -> torch.dtype:
+    """The type that a config says its weights have; float32 for one that is not known. otherwise: if it says none."""
     name = config.get("dtype") or config.get("torch_dtype")
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(str(name), torch.float32)
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "None": otherwise}.get(str(name), torch.float32)
 
 
 def read_json(path: Path) -> Any:
@@ -120,8 +120,6 @@ class Checkpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").exists():
-            raise VQCompressError(f"{path} is an adapter without its model: merge it first (peft: merge_and_unload)")
         self.config: dict[str, Any] = read_json(path / "config.json")
         if not isinstance(self.config, dict):
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
@@ -149,7 +147,7 @@ class Checkpoint:
             files = sorted(set(read_json(self.path / index)["weight_map"].values()))
             outside = [file for file in files if Path(file).name != file or not self._is_inside(self.path / file)]
         except (TypeError, KeyError, AttributeError) as error:
-            raise VQCompressError(f"{self.path / index} has no weight_map of names to files") from error
+            raise VQCompressError(f"{self.path / index} has no weight_map of names to files: fetch it again") from error
         if outside:
             raise VQCompressError(f"{self.path / index} names a file outside of its directory: {outside[0]!r}")
         return self._complete(files) if any(os.path.lexists(self.path / file) for file in files) else []

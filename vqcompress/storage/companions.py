@@ -16,13 +16,11 @@ WEIGHTS = tuple(f".{end}" for end in ENDS.split())
 # What an artifact has of its own, and what describes weights that are not taken along.
 REPLACED = re.compile(
     r"config\.json|README\.md|SHA256SUMS|report\.(json|html)|recipe\.yaml|journal\.json"
-    # The texts beside the packaged model.
-    r"|(calibration|evaluation)\.txt"
-    r"|(.*/)?([^/]*\.index\.json|[^/]*quant[^/]*\.json|adapter_config\.json)"
+    # Also the texts beside the packaged model.
+    r"|(calibration|evaluation)\.txt|(.*/)?([^/]*\.index\.json|[^/]*quant[^/]*\.json|adapter_config\.json)"
 )
-UNFINISHED = (".incomplete", ".partial", ".part", ".aria2", ".crdownload")
 # Traces of programs: caches, git, downloads that broke off, compiled code.
-TRACES = re.compile(rf"\..*|__pycache__|.*(\.pyc|\.lock|{'|'.join(map(re.escape, UNFINISHED))})")
+TRACES = re.compile(r"\..*|__pycache__|.*\.(pyc|lock|incomplete|partial|part|aria2|crdownload)")
 # A larger file is no tokenizer, code or picture, whatever its name.
 LARGEST = 2**28
 
@@ -30,12 +28,6 @@ LARGEST = 2**28
 def is_safe(name: str) -> bool:
     """Whether SHA256SUMS can list a file: its name is one line, and leads nowhere else."""
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
-
-
-def instead(folder: Path) -> str:
-    """What a directory without model.safetensors or pytorch_model.bin holds, for an error; "" if nothing like it."""
-    held = [path.name for path in sorted(folder.iterdir()) if path.name.lower().endswith((*WEIGHTS, *UNFINISHED))]
-    return f" in model.safetensors or pytorch_model.bin, but {', '.join(held[:3])}" if held else ""
 
 
 def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:

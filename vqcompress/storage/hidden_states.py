@@ -119,7 +119,7 @@ class StatesOnDisk(Sequence[State]):
         return flat.view(stored.shape).to(stored.device)
 
     def _place(self, size: int, k: int) -> int:
-        """Where the first gap between all states but the k-th begins that has so many bytes; the end, if none has."""
+        """Where the first gap of `size` bytes between all states but the k-th begins; their end if there is none."""
         begin = 0
         for start, end in sorted((item.start, item.end) for n, item in enumerate(self._items) if n != k):
             if start - begin >= size:

@@ -9,7 +9,7 @@ from typing import Any
 from vqcompress.errors import VQCompressError
 
 QUANT_METHOD = "vqcompress"
-# What `quantize` and `export` write first; what else `quantize` and all exports have.
+# The file that `quantize` writes first, and the one that `export` writes first.
 JOURNAL, INDEX = "journal.json", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"
 # Stands in the index of an export, beside a list of its other files: --overwrite deletes only files of an export.

@@ -39,11 +39,11 @@ class PublishedCheckpoint(DerivedCheckpoint):
     """The dense form of a checkpoint in one of the `FORMATS`; VQCompressError naming a method that is not read.
 
     Weights are decoded when they are read, in float32 unless 16 bits hold them exactly. `tensors` gives the 16-bit
-    type in which those that stay dense are stored. format: the name of the compression.
+    type in which those that stay dense are stored: by the config, else bfloat16. format: the name of the compression.
     """
 
     def __init__(self, source: Checkpoint, settings: dict[str, Any]):
-        method = str(settings.get("quant_method"))
+        method = str(settings.get("quant_method", "a tool that config.json does not name"))
         if method not in FORMATS:
             known = ", ".join(FORMATS)
             raise VQCompressError(
@@ -59,16 +59,11 @@ class PublishedCheckpoint(DerivedCheckpoint):
         for name, info in dense.items():
             if info.dtype.itemsize == 1 and info.dtype.is_floating_point:
                 raise VQCompressError(f"{name} is stored as {info.dtype}, and no scale lies beside it")
+        dtype = stored_dtype(self.config, torch.bfloat16)
         self.tensors = dense | {
-            name: TensorInfo(source.tensors[next(iter(s.parts.values()))].file, self.dtype, s.shape)
+            name: TensorInfo(source.tensors[next(iter(s.parts.values()))].file, dtype, s.shape)
             for name, s in self._stored.items()
         }
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of dense weights: as the config says, and bfloat16 if it says none."""
-        known = self.config.get("dtype") or self.config.get("torch_dtype")
-        return stored_dtype(self.config) if known else torch.bfloat16
 
     def check_decoder(self) -> None:
         """VQCompressError if a package that decodes the format is not installed."""

@@ -18,15 +18,7 @@ from safetensors.torch import save_file
 
 from vqcompress.errors import VQCompressError
 from vqcompress.methods import PackedTensors
-from vqcompress.storage.artifact import (
-    DRAFT,
-    OURS,
-    RECIPE,
-    STAGED,
-    checksum_lines,
-    read_sums,
-    tensors_of,
-)
+from vqcompress.storage.artifact import DRAFT, OURS, RECIPE, STAGED, checksum_lines, read_sums, tensors_of
 from vqcompress.storage.checkpoint import Checkpoint, read_json, sha256
 from vqcompress.storage.distributed import ALONE, ProcessGroup
 from vqcompress.storage.locks import locked

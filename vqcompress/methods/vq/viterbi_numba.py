@@ -38,7 +38,7 @@ def _bits(_, number):  # type: ignore[no-untyped-def]  # pragma: no cover (compi
 
 
 def _search(k):  # type: ignore[no-untyped-def]
-    """The search for k bits per weight: a loop over so many ways vectorizes only if their number is a constant."""
+    """The search for k bits per weight: the loop over ways vectorizes only if their number is a constant."""
     ways = 1 << k
     low, high = np.int32(ways - 1), np.int32(-ways)
 
