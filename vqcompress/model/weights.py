@@ -31,7 +31,7 @@ from vqcompress.errors import VQCompressError
 from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.storage.artifact import part_name
-from vqcompress.storage.checkpoint import TensorInfo
+from vqcompress.storage.checkpoint import COMPUTED, TensorInfo
 from vqcompress.storage.damage import other_kind
 from vqcompress.storage.trust import reason, trusted
 
@@ -249,7 +249,7 @@ def _not_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorIn
     that transformers ignores, which hold what a config says.
     """
     asked, buffers = model.state_dict(), dict(model.named_buffers())
-    ignored = re.compile("|".join([r"inv_freq$|masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    ignored = re.compile("|".join([COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]))
     for name, parameter in names.parameter.items():
         dtype = tensors[name].dtype
         if parameter in asked:
@@ -261,7 +261,8 @@ def _not_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorIn
                 holder = _deepest(model, path)
                 if not isinstance(holder, (PreTrainedModel, nn.ModuleList, nn.ModuleDict)):
                     why = f"has no place in the model's {type(holder).__name__}"
-                    yield f"{name} {why}: these are not the dense weights that config.json describes"
+                    advice = "add the quantization_config that these weights came with, or remove the tensor"
+                    yield f"{name} {why}: these are not the dense weights that config.json describes; {advice}"
 
 
 def _deepest(module: nn.Module, path: str) -> nn.Module:
