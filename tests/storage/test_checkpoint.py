@@ -116,8 +116,9 @@ def test_pickled_weights_are_read_as_safetensors_are(sharded: bool, copy: Path, 
     assert {info.file for info in Checkpoint(copy).tensors.values()} == {SINGLE}
 
 
-Q = "model.layers.1.self_attn.q_proj.weight"
+Q, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
 ONE = torch.ones(1, 1)
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def packed(tensors: dict[str, Any], name: str, part: str) -> None:
@@ -146,7 +147,7 @@ OTHERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "medusa": (lambda t: t.clear() or t.update({"0.0.linear.weight": ONE}), "0.0.linear.weight: a draft head"),
     "reward": (lambda t: t.update({"score.weight": t.pop("lm_head.weight")}), "score.weight: a classifier"),
     "no head": (lambda t: t.pop("lm_head.weight"), '"tie_word_embeddings": true'),
-    "more tokens": (lambda t: t.update({"lm_head.weight": torch.ones(400, 64)}), '"vocab_size": 400'),
+    "more tokens": (lambda t: t.update({name: torch.ones(400, 64) for name in ENDS}), '"vocab_size": 400'),
     "another width": (lambda t: t.update({Q: t[Q][:8].clone()}), f"{Q} has the shape (8, 64)"),
     "lora": (lambda t: t.update({Q.replace("weight", "lora_A.default.weight"): ONE}), "q_proj.lora_A"),
     "bias": (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(64)}), "q_proj.bias"),
@@ -249,6 +250,14 @@ HALVES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "model-00003-of-00003.safetensors",
         "hf download",
     ),
+    "an index alone": (
+        lambda f: [(f / name).unlink() for name in shards(f)], "model-00001-of-00003.safetensors", "hf download",
+    ),
+    "no tensors": (lambda f: save_file({}, f / SINGLE), SINGLE, "no tensors"),
+    "several models": (
+        lambda f: [moved(f, "b"), (f / "a").mkdir(), (f / "a/adapter_config.json").write_text("{}")],
+        "b/config.json", "directory",
+    ),
     "still under way": (lambda f: (f / SINGLE).rename(f / f"{SINGLE}.incomplete"), f"{SINGLE}.incomplete", ""),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json", "hf download"),
     "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "", "merge"),
@@ -269,7 +278,7 @@ HALVES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no weights": (lambda f: (f / SINGLE).unlink(), SINGLE, "hf download"),
     "a fifo": (lambda f: (f / SINGLE).unlink() or os.mkfifo(f / SINGLE), SINGLE, "plain"),
     "a fifo as config": (lambda f: (f / "config.json").unlink() or os.mkfifo(f / "config.json"), "config.json", ""),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -278,14 +287,48 @@ def test_half_a_download_is_said_as_what_it_is(half: str, copy: Path) -> None:
     change(copy)
     result = call("quantize", copy, "-o", copy / "out", *FP8)
     assert (result.exit_code, str(copy) in line(result), named in line(result)) == (1, True, True), line(result)
+    # Whatever lies there, fetching is said as well.
     assert said in line(result)
+    assert "missing" not in line(result) or "hf download" in line(result)
     assert not (copy / "out").exists()
 
 
-def test_a_tied_model_without_its_embedding_is_not_told_to_tie(toy: Make, tmp_path: Path) -> None:
-    gone = lambda t: t.pop("model.embed_tokens.weight")  # noqa: E731
-    result = call("plan", rewritten(toy("gemma"), tmp_path / "copy", gone), *FP8)
-    assert (result.exit_code, "embed_tokens" in line(result), "tie_word" in line(result)) == (1, True, False)
+# A family, what is wrong with its tensors, what to name, and what has nothing to do with it.
+ADVICE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]] = {
+    "a tied embedding left out": ("gemma", lambda t: t.pop(ENDS[0]), ENDS[0], "tie_word"),
+    "a width and a score": ("llama", lambda t: t.update({Q: t[Q][:8].clone(), "score.weight": ONE}), Q, "score"),
+    "a width beside a scale": ("llama", lambda t: t.update({Q: t[Q][:8].clone(), f"{NORM}.absmax": ONE}), Q, "absmax"),
+    "no norm and a score": ("llama", lambda t: t.update({"score.weight": t.pop(NORM)}), NORM, "score"),
+    "no head beside a draft": ("llama", lambda t: t.update({"0.1.weight": t.pop(ENDS[1])}), "tie_word", "draft"),
+    "another head": ("llama", lambda t: t.update({"score.weight": t.pop(ENDS[1])}), "score.weight", "tie_word"),
+    "a compressed head": ("llama", lambda t: packed(t, ENDS[1], "qweight"), "lm_head.qweight", "tie_word"),
+    "more tokens in the head": ("llama", lambda t: t.update({ENDS[1]: torch.ones(400, 64)}), ENDS[1], "vocab_size"),
+    "more tokens at first": ("llama", lambda t: t.update({ENDS[0]: torch.ones(400, 64)}), ENDS[0], "vocab_size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_advice_is_given_only_where_it_helps(case: str, toy: Make, tmp_path: Path) -> None:
+    family, change, named, unsaid = ADVICE[case]
+    result = call("plan", rewritten(toy(family), tmp_path / "copy", change), *FP8)
+    assert (result.exit_code, named in line(result), unsaid in line(result)) == (1, True, False), line(result)
+
+
+@pytest.mark.parametrize(
+    ("missing", "stray"),
+    [
+        *((SINGLE, name) for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "optimizer_0/a.distcp")),
+        *((name, "loras/adapter_config.json") for name in (SINGLE, "config.json")),
+        *((SINGLE, name) for name in ("1_Pooling/config.json", "vision/x.pth")),
+        *(("config.json", name) for name in ("model.fp16.safetensors", "pytorch_model.fp16.bin", ".old/config.json")),
+    ],
+)
+def test_a_file_that_tells_nothing_is_not_named(missing: str, stray: str, copy: Path) -> None:
+    (copy / missing).unlink()
+    (copy / stray).parent.mkdir(exist_ok=True)
+    (copy / stray).write_text("{}")
+    said = line(call("quantize", copy, "-o", copy / "out", *FP8))
+    assert (f"{copy / missing} is missing" in said, "hf download" in said, stray in said) == (True, True, False), said
 
 
 def test_shards_that_have_lost_their_index_are_read(copy: Path, toy: Make, tmp_path: Path) -> None:

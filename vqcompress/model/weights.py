@@ -31,7 +31,7 @@ from vqcompress.errors import VQCompressError
 from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.storage.artifact import part_name
-from vqcompress.storage.checkpoint import TensorInfo
+from vqcompress.storage.checkpoint import COMPUTED, TensorInfo
 from vqcompress.storage.damage import other_kind
 from vqcompress.storage.trust import reason, trusted
 
@@ -52,8 +52,10 @@ def load_config(path: Path) -> transformers.PretrainedConfig:
         raise VQCompressError(f"transformers cannot read the config of {path}: {reason(error)}") from error
     if known is None:
         name = next(iter(config.architectures or []), config.model_type)
-        why = 'AutoModelForCausalLM loads (without a head: only with "tie_word_embeddings": true in config.json)'
-        raise VQCompressError(f"{path}: {name} is no causal language model that {why}")
+        # Without its head, a model is whole where the head is the embedding.
+        config.tie_word_embeddings = True
+        tie = ' (without a head: only with "tie_word_embeddings": true in config.json)' if auto_class(config) else ""
+        raise VQCompressError(f"{path}: {name} is no causal language model that AutoModelForCausalLM loads{tie}")
     return config
 
 
@@ -208,60 +210,61 @@ def check_headers(model: PreTrainedModel, names: Names, tensors: dict[str, Tenso
     would read beyond its end) or that no method reads (without it the weight would be another one); or, where nothing
     is packed, one that shows that the weights are not dense. Without any tensors a model can still be planned.
     """
-    for problem in _problems(model, names, tensors):
-        raise VQCompressError(f"{problem}{other_kind('tensors', tensors)}")
-
-
-def _problems(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> Iterator[str]:
-    """What `check_headers` raises."""
-    asked = model.state_dict()
+    asked, vocab = model.state_dict(), (getattr(model.config.get_text_config(), "vocab_size", 0),)
+    # These may tell of what kind the checkpoint is.
+    odd = [name for name, parameter in names.parameter.items() if parameter not in asked]
+    rows = {tensors[n].shape[:1] for n, p in names.parameter.items() if p in asked and asked[p].shape[:1] == vocab}
     packed = {path for path, m in model.named_modules() if isinstance(m, (CompressedLinear, SharedParts))}
     for name, parameter in names.parameter.items():
         path, _, part = parameter.rpartition(".")
         # Under `weight` a packed layer may have the marker for programs that do not know the format.
         is_packed = path in packed and part not in ("weight", "bias")
         if is_packed and parameter not in asked:
-            yield f"{name} is stored, but config.json does not say what for"
+            raise VQCompressError(f"{name} is stored, but config.json does not say what for")
         found, wanted = tensors[name], asked.get(parameter)
         # Tensors that are merged into one parameter have shapes of their own.
         if wanted is None or parameter not in names.tensor:
             continue
         if found.shape != wanted.shape:
-            vocabulary = (getattr(model.config.get_text_config(), "vocab_size", 0), *found.shape[1:]) == wanted.shape
-            key = f'; set "vocab_size": {found.shape[0]} there if these are the right weights' if vocabulary else ""
-            yield f"{name} has the shape {found.shape}, config.json says {tuple(wanted.shape)}{key}"
+            why = f"config.json says {tuple(wanted.shape)}{other_kind('tensors', odd, name)}"
+            # Only where the embedding and the head agree.
+            if rows == {found.shape[:1]} and wanted.shape == (*vocab, *found.shape[1:]):
+                why += f'; set "vocab_size": {found.shape[0]} there if these are the right weights'
+            raise VQCompressError(f"{name} has the shape {found.shape}, {why}")
         if is_packed and found.dtype != wanted.dtype:
-            yield f"{name} is stored as {found.dtype}, config.json asks for {wanted.dtype}"
+            raise VQCompressError(f"{name} is stored as {found.dtype}, config.json asks for {wanted.dtype}")
     if tensors and (missing := _missing(model, names)):
-        like = (f", but {name}: save the model without its wrapper" for name in tensors if name.endswith(missing[0]))
-        is_head = dict(model.named_parameters()).get(missing[0]) is getattr(model.get_output_embeddings(), "weight", 0)
-        tie = ': set "tie_word_embeddings": true in config.json if the head is the embedding'
-        head = tie if is_head and not names.tied else ""
-        yield f"the checkpoint has no tensor for {missing[0]}{next(like, head)}"
+        head = None if names.tied else getattr(model.get_output_embeddings(), "weight", None)
+        is_head = head is not None and dict(model.named_parameters()).get(missing[0]) is head
+        tie = ': set "tie_word_embeddings": true in config.json if the head is the embedding' if is_head else ""
+        like = (f", but {name}: save the model without its wrapper" for name in odd if name.endswith(missing[0]))
+        kind = other_kind("tensors", odd) or other_kind("no head" if is_head else "no body", odd)
+        raise VQCompressError(f"the checkpoint has no tensor for {missing[0]}{kind or next(like, tie)}")
     if not packed:
-        yield from _not_dense(model, names, tensors)
+        _check_dense(model, names, tensors)
 
 
-def _not_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> Iterator[str]:
-    """Each tensor, named, without which, or in whose type, a module would compute something else.
+def _check_dense(model: PreTrainedModel, names: Names, tensors: dict[str, TensorInfo]) -> None:
+    """VQCompressError naming a tensor without which, or in whose type, a module would compute something else.
 
     Whole modules that the model lacks change nothing: draft layers, value heads, towers of other media. Nor do tensors
     that transformers ignores, which hold what a config says.
     """
     asked, buffers = model.state_dict(), dict(model.named_buffers())
-    ignored = re.compile("|".join([r"inv_freq$|masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    ignored = re.compile("|".join([COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]))
     for name, parameter in names.parameter.items():
         dtype = tensors[name].dtype
         if parameter in asked:
             if asked[parameter].is_floating_point() and (dtype.itemsize < 2 or not dtype.is_floating_point):
-                yield f"{name} is stored as {dtype}, and config.json has no quantization_config for it"
+                why = f"is stored as {dtype}, and config.json has no quantization_config for it"
+                raise VQCompressError(f"{name} {why}{other_kind('tensors', tensors, name)}")
         elif parameter not in buffers and not ignored.search(parameter):
             # A model saved without its head has names without the prefix.
             for path in (parameter, f"{model.base_model_prefix}.{parameter}"):
                 holder = _deepest(model, path)
                 if not isinstance(holder, (PreTrainedModel, nn.ModuleList, nn.ModuleDict)):
-                    why = f"has no place in the model's {type(holder).__name__}"
-                    yield f"{name} {why}: these are not the dense weights that config.json describes"
+                    why = f"{name} has no place in the model's {type(holder).__name__}: these are not the dense weights"
+                    raise VQCompressError(f"{why} that config.json describes{other_kind('tensors', tensors, name)}")
 
 
 def _deepest(module: nn.Module, path: str) -> nn.Module:
@@ -285,18 +288,16 @@ def _missing(model: PreTrainedModel, names: Names) -> list[str]:
 def tie_weights(model: PreTrainedModel, names: Names) -> None:
     """Tie what a config says is tied, once loaded, unless the checkpoint has another tensor for either, as transformers
     does."""
-    stored = set(names.parameter.values())
     # It resizes biases, which inference mode forbids.
     with torch.inference_mode(False), torch.no_grad():
-        model.tie_weights(missing_keys=model.state_dict().keys() - stored, recompute_mapping=False)
+        model.tie_weights(missing_keys=model.state_dict().keys() - names.parameter.values(), recompute_mapping=False)
 
 
 def assign(model: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put tensors, under their checkpoint names, into a model's meta parameters, in the types those have."""
     mapping: Any = without_merges(model, get_model_conversion_mapping(model))
-    info, _ = convert_and_load_state_dict_in_model(
-        model, tensors, LoadStateDictConfig(weight_mapping=mapping, dtype=dtype)
-    )
+    settings = LoadStateDictConfig(weight_mapping=mapping, dtype=dtype)
+    info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
     if failed := [*info.mismatched_keys, *info.conversion_errors.items(), *info.error_msgs]:
         raise VQCompressError(f"a weight cannot be loaded: {failed[0]}")
 

@@ -34,10 +34,10 @@ from torch import Tensor
 from vqcompress import methods
 from vqcompress.errors import VQCompressError, one_line
 from vqcompress.methods import Layout, Method, PackedTensors, layout_bits
-from vqcompress.storage.checkpoint import SINGLE, Checkpoint, read_json, resolve, sha256
+from vqcompress.storage.checkpoint import Checkpoint, resolve, sha256
 from vqcompress.storage.companions import is_safe
 from vqcompress.storage.damage import damage
-from vqcompress.storage.output import INDEX, JOURNAL, QUANT_METHOD, SUMS
+from vqcompress.storage.output import INDEX, JOURNAL, QUANT_METHOD, SUMS, part_of
 from vqcompress.storage.published import PublishedCheckpoint, quantization_settings, without_settings
 from vqcompress.storage.recipe import KVCacheConfig
 from vqcompress.storage.targets import Target
@@ -218,9 +218,7 @@ class Artifact(Checkpoint):
         """Whether the directory says of itself that it is an artifact, finished or not."""
         if not (path / "config.json").is_file():
             return (path / JOURNAL).is_file()
-        config = read_json(path / "config.json")
-        config = config.get("quantization_config") if isinstance(config, dict) else None
-        return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+        return part_of(path / "config.json", "quantization_config").get("quant_method") == QUANT_METHOD
 
     def check_files(self, reports: bool = False) -> bool:
         """Compare files with SHA256SUMS; VQCompressError naming the first that differs, is missing or is not listed.
@@ -277,5 +275,6 @@ def open_checkpoint(model: str, weights: bool = True) -> Checkpoint:
         raise VQCompressError(f"{model} is a vqcompress artifact already; quantize the original checkpoint")
     source = open_dense(path, weights)
     if weights and not source.tensors:
-        raise VQCompressError(f"{path / SINGLE} {damage(path / SINGLE)}; `vqcompress plan` works from the config alone")
+        file = path / source.expected()[0]
+        raise VQCompressError(f"{file} {damage(file) or 'holds no tensors'}; `vqcompress plan` needs only config.json")
     return source

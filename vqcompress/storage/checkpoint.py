@@ -26,10 +26,8 @@ from vqcompress.storage.output import INDEX
 
 SINGLE = "model.safetensors"
 # What configs call the tokens of the longest row, and the config of their text.
-CONTEXTS = (
-    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx"),
-    *("max_seq_length", "context_length", "max_context_length"),
-)
+CONTEXTS: tuple[str, ...] = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+CONTEXTS += ("seq_length", "n_ctx", "max_seq_length", "context_length", "max_context_length")
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "decoder", "generator")
 # Bytes that are hashed at once.
 PIECE = 2**22
@@ -68,10 +66,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+# Buffers that old checkpoints store, and that models compute themselves; a mask may be -Inf.
+COMPUTED = r"inv_freq$|masked_bias$"
+
+
 def check_finite(tensors: dict[str, Tensor]) -> None:
-    """VQCompressError naming the first tensor that holds NaN or Inf."""
+    """VQCompressError naming the first tensor that holds NaN or Inf, and that a model reads."""
     for name, tensor in tensors.items():
-        if not is_finite(tensor):
+        if not is_finite(tensor) and not re.search(COMPUTED, name):
             raise VQCompressError(f"the tensor {name} holds NaN or Inf: mend or fetch it, and the same command goes on")
 
 
@@ -124,13 +126,14 @@ class Checkpoint:
         if not isinstance(self.config, dict):
             raise VQCompressError(f"{path / 'config.json'} is not a JSON object")
         self.tensors: dict[str, TensorInfo] = {}
-        for file in self._files():
-            found = self.header(path / file)
+        for file in self.expected():
+            found = self.header(path / file) if os.path.lexists(path / file) else {}
             if twice := sorted(found.keys() & self.tensors.keys()):
                 raise VQCompressError(f"{twice[0]} is in {self.tensors[twice[0]].file} and in {file} of {path}")
             self.tensors |= found
 
-    def _files(self) -> list[str]:
+    def expected(self) -> list[str]:
+        """The files that hold the tensors, or should; VQCompressError if some are missing, but not all."""
         for single, index in STORED:
             # Before an index, as transformers has it: both load the same. A dead link is found, and then named.
             if os.path.lexists(self.path / single):
@@ -139,10 +142,10 @@ class Checkpoint:
                 return self._indexed(index)
             if shards := self._unindexed(single):
                 return shards
-        return []
+        return [SINGLE]
 
     def _indexed(self, index: str) -> list[str]:
-        """The shards that an index names; none if none is there, which is enough to plan."""
+        """The shards that an index names."""
         try:
             files = sorted(set(read_json(self.path / index)["weight_map"].values()))
             outside = [file for file in files if Path(file).name != file or not self._is_inside(self.path / file)]
@@ -150,7 +153,7 @@ class Checkpoint:
             raise VQCompressError(f"{self.path / index} has no weight_map of names to files: fetch it again") from error
         if outside:
             raise VQCompressError(f"{self.path / index} names a file outside of its directory: {outside[0]!r}")
-        return self._complete(files) if any(os.path.lexists(self.path / file) for file in files) else []
+        return self._complete(files)
 
     def _is_inside(self, file: Path) -> bool:
         """Whether a file lies in the directory, links followed, or among the blobs of the hub's cache it is part of."""
@@ -167,9 +170,9 @@ class Checkpoint:
         return self._complete(names)
 
     def _complete(self, shards: list[str]) -> list[str]:
-        """The shards, VQCompressError if one is missing."""
+        """The shards, VQCompressError if one is missing, unless all are: that is enough to plan."""
         missing = [shard for shard in shards if not os.path.lexists(self.path / shard)]
-        if missing:
+        if 0 < len(missing) < len(shards):
             some = f"{len(missing)} of {len(shards)} shards are missing"
             raise VQCompressError(f"{some}: {self.path / missing[0]} {damage(self.path / missing[0])}")
         return shards

@@ -9,19 +9,19 @@ from pathlib import Path
 
 # Files that a program reads: empty ones, and pages of a web server under their names, are no such files.
 READ = (".json", ".safetensors", ".bin", ".model", ".tiktoken")
-# Names of weights that are read, and so no sign of another kind.
+# Names of weights that are read, and so no sign of another kind; and where such signs are.
 OWN = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
+SIGNS = ("*", "*/*.gguf", "*/*.onnx", "*/*.distcp", "[!.]*/config.json", "snapshots/*/config.json")
 
 
 def damage(file: Path) -> str:
     """What is wrong with a file, and what to do, as the rest of a sentence; "" if nothing shows from outside."""
     fetch = f"fetch it (`hf download REPO --local-dir {shlex.quote(str(file.parent))}`)"
     if not file.exists():
-        paths = (p for some in ("*", "*/*", "snapshots/*/*") for p in sorted(file.parent.glob(some)))
-        names = [p.relative_to(file.parent).as_posix() for p in paths if not OWN.fullmatch(p.name)]
-        # Without one of these, a directory may be a checkpoint of another kind.
-        other = other_kind("files", names) if file.name in ("config.json", "model.safetensors") else ""
-        return f"is {'a link to nothing' if file.is_symlink() else 'missing'}{other or f': {fetch}'}"
+        paths = (p.relative_to(file.parent).as_posix() for some in SIGNS for p in sorted(file.parent.glob(some)))
+        other = other_kind(file.name, [path for path in paths if not OWN.fullmatch(path)])
+        # Both: what lies there may be of another kind, or have nothing to do with it.
+        return f"is {'a link to nothing' if file.is_symlink() else 'missing'}{other and other + '; or'}: {fetch}"
     if not file.is_file():
         return "is no plain file"
     with file.open("rb") as stream:
@@ -32,13 +32,14 @@ def damage(file: Path) -> str:
     return f"is {'a web page, not the file itself' if start else 'empty'}: {fetch}" if broken else ""
 
 
-def other_kind(table: str, names: Iterable[str]) -> str:
-    """The first of the names that damage.yaml knows, and what it says, as the end of a sentence; "" if it knows none.
+def other_kind(table: str, names: Iterable[str], beside: str = "") -> str:
+    """The first of the names that a table of damage.yaml knows, and what it says, as the end of a sentence; "" if none.
 
-    table: `files` or `tensors`.
+    table: its name; one that is not there knows no names. beside: a tensor, to look only at names of its module.
     """
     # Help need not wait for it.
     import yaml
 
-    known, given = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[table], list(names)
-    return next((f" ({n}: {what})" for key, what in known.items() for n in given if re.search(key, n, re.I)), "")
+    known = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).get(table, {}).items()
+    given = [name for name in names if name.startswith(beside[: beside.rfind(".") + 1])]
+    return next((f" ({n}: {what})" for key, what in known for n in given if re.search(key, n, re.I)), "")

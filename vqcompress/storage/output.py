@@ -25,10 +25,10 @@ def check_output(out: Path, overwrite: bool, first: str) -> None:
         raise VQCompressError(f"cannot make the directory {out}: a file has that name")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if first == JOURNAL:
-        settings = _part(out / "config.json", "quantization_config")
+        settings = part_of(out / "config.json", "quantization_config")
         begun, finished = JOURNAL in names, SUMS in names and settings.get("quant_method") == QUANT_METHOD
     else:
-        finished = _part(out / INDEX, "metadata").get("written_by") == WRITER
+        finished = part_of(out / INDEX, "metadata").get("written_by") == WRITER
         begun = finished and "config.json" not in names
     # Killed during its very first write, a command leaves only a part of that file.
     if not (begun or finished) and names - {f"{first}.partial"}:
@@ -37,7 +37,7 @@ def check_output(out: Path, overwrite: bool, first: str) -> None:
         raise VQCompressError(f"{out} already holds a result; choose another directory or give --overwrite")
 
 
-def _part(path: Path, key: str) -> dict[str, Any]:
+def part_of(path: Path, key: str) -> dict[str, Any]:
     """The object under a key of a JSON file; an empty one if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get(key)
