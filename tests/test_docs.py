@@ -59,7 +59,7 @@ SMALLER = {
 }
 # Commands that are only parsed or checked, and why.
 NOT_RUN = {
-    r"bash scripts/(quickstart|venv|test|bench_gpu)\.sh": "takes minutes, makes a venv, or needs a GPU",
+    r"bash scripts/(quickstart|real|venv|test|bench_gpu)\.sh": "takes minutes, makes a venv, or needs a GPU",
     r"python scripts/\w+\.py": "takes minutes; its own parser must accept the options",
     r"torchrun |accelerate launch ": "several processes; tests/test_distributed.py runs some",
     r"vqcompress .*(ORG/NAME|--push-to-hub|--install-completion)": "needs the hub or GPUs, or changes the shell",
@@ -154,8 +154,8 @@ def check(line: str, patch: pytest.MonkeyPatch) -> None:
         parse(words[3:])
     elif words[0] == "python" and words[1].startswith("scripts/"):
         parse_script(words[1:], patch)
-    elif words[:2] == ["bash", "scripts/quickstart.sh"]:
-        parse_script(["scripts/quickstart.py", *words[2:]], patch)
+    elif words[0] == "bash" and words[1] in ("scripts/quickstart.sh", "scripts/real.sh"):
+        parse_script([words[1].replace(".sh", ".py"), *words[2:]], patch)
     elif words[0] == "bash":
         assert all((ROOT / word).is_file() for word in words[1:] if "/" in word), line
     elif words[0] == "pip":

@@ -214,7 +214,7 @@ def recipes(debug: options.Debug = False) -> None:
     Example: vqcompress recipes
     """
     for name, path in packaged().items():
-        console().print(f"{name:16}  {description(path)}")
+        console().print(f"{name:19}  {description(path)}")
 
 
 def set_up_memory() -> None:

@@ -17,7 +17,7 @@ def packaged() -> dict[str, Path]:
     installed = Path(__file__).parent.parent / "configs"
     # In a checkout `configs/` lies beside the package; a wheel carries it inside.
     folder = installed if installed.is_dir() else Path(__file__).parent.parent.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def check_choice(name: str | None, target_bits: float | None, kv_cache: str | None) -> None:
