@@ -11,8 +11,10 @@ import pytest
 import sweep
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from vqcompress.errors import VQCompressError
+from vqcompress.export import export
 from vqcompress.model.rotation import RotatedCheckpoint
 from vqcompress.model.stream import BlockStream
 from vqcompress.pipeline.context import generator_for
@@ -152,3 +154,16 @@ def test_a_plan_counts_the_heads_of_each_layer(tmp_path: Path) -> None:
     sweep.toy_zoo.save(sweep.toy_zoo.toy_model("gemma4_text"), tmp_path)
     options = QuantizeOptions(str(tmp_path), None, "smoothquant-int8", ["self"], 4, 32, device="cpu")
     assert dry_run(options)["peak_rss_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_masks_that_old_checkpoints_store_are_no_weights(tmp_path: Path) -> None:
+    """GPT-2 as it was published: no prefix, and in each block a mask of -Inf that transformers ignores."""
+    toy, out = tmp_path / "toy", tmp_path / "out"
+    sweep.toy_zoo.save(sweep.toy_zoo.toy_model("gpt2"), toy)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(toy / "model.safetensors").items()}
+    save_file(tensors | {"h.0.attn.masked_bias": torch.tensor(-torch.inf)}, toy / "model.safetensors")
+    quantize(QuantizeOptions(str(toy), out, "fp8-tile", device="cpu"))
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert info["unexpected_keys"] <= {"h.0.attn.masked_bias"}
+    assert export(str(out), "dense", tmp_path / "dense", verify=True)

@@ -23,6 +23,7 @@ from vqcompress.model.linear import decode_layers
 from vqcompress.model.stream import BlockStream
 from vqcompress.model.weights import auto_class, load_config
 from vqcompress.storage.artifact import Artifact
+from vqcompress.storage.checkpoint import COMPUTED
 from vqcompress.storage.trust import trusted
 
 TOKENS = 256
@@ -84,7 +85,10 @@ def compare(
     vocabulary, length = stream.model.config.get_text_config().vocab_size, min(TOKENS, source.row_length(None))
     ids_BL = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     ours = _logits(stream, ids_BL, compressed if reader.rounds else ()).double().log_softmax(-1)
-    theirs = _read(out, reader, ids_BL, [f"{layer}." for layer in draft_layers(stream)]).double().log_softmax(-1)
+    # What the model does not read of the original either.
+    unread = [*stream.unread, *(name for name in stream.source.tensors if re.search(COMPUTED, name))]
+    unread += [f"{layer}." for layer in draft_layers(stream)]
+    theirs = _read(out, reader, ids_BL, unread).double().log_softmax(-1)
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     if not divergence <= reader.bound:
         raise VQCompressError(f"{out} differs from {source.path}: mean KL divergence {divergence:.4f} > {reader.bound}")

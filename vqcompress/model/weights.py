@@ -31,7 +31,7 @@ from vqcompress.errors import VQCompressError
 from vqcompress.model.experts import without_merges
 from vqcompress.model.linear import CompressedLinear, SharedParts
 from vqcompress.storage.artifact import part_name
-from vqcompress.storage.checkpoint import TensorInfo
+from vqcompress.storage.checkpoint import COMPUTED, TensorInfo
 from vqcompress.storage.damage import other_kind
 from vqcompress.storage.trust import reason, trusted
 
@@ -251,7 +251,7 @@ def _check_dense(model: PreTrainedModel, names: Names, tensors: dict[str, Tensor
     that transformers ignores, which hold what a config says.
     """
     asked, buffers = model.state_dict(), dict(model.named_buffers())
-    ignored = re.compile("|".join([r"inv_freq$|masked_bias$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    ignored = re.compile("|".join([COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]))
     for name, parameter in names.parameter.items():
         dtype = tensors[name].dtype
         if parameter in asked:

@@ -82,9 +82,10 @@ class VQCompressQuantizer(HfQuantizer):
         if not entries:
             return
         # transformers would report the marker tensor, which is for programs without vqcompress, as unexpected.
-        first = entries[0].target.name
+        # The checkpoint's names may lack the model's prefix, or have one that the model's lack.
+        first = entries[0].target.name.removeprefix(f"{model.base_model_prefix}.")
         names = (HINT, rf"{re.escape(first)}\.weight", rf"{re.escape(first.rsplit('.', 2)[0])}\.\w+")
-        # The checkpoint's names may have a prefix that the model's lack. Of fused experts the third name fits.
+        # Of fused experts the third name fits.
         markers = {rf"(^|\.){name}$" for name in names}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *markers}
 
