@@ -21,7 +21,7 @@ def damage(file: Path) -> str:
         paths = (p.relative_to(file.parent).as_posix() for some in SIGNS for p in sorted(file.parent.glob(some)))
         other = other_kind(file.name, [path for path in paths if not OWN.fullmatch(path)])
         # Both: what lies there may be of another kind, or have nothing to do with it.
-        return f"is {'a link to nothing' if file.is_symlink() else 'missing'}{other and other + '; or'}: {fetch}"
+        return f"is {'a link to nothing' if file.is_symlink() else 'missing'}{f'{other}; or' if other else ':'} {fetch}"
     if not file.is_file():
         return "is no plain file"
     with file.open("rb") as stream:
