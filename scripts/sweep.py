@@ -171,9 +171,9 @@ def check_change(toy: Path, exported: Path, report: dict[str, Any], own: Tensor,
         raise Failure(f"the dense export has other tensors than the toy: {sorted(before.keys() ^ after.keys())[:4]}")
     differ = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     changes = {n: rounding(before[n].float(), after[n].float(), scaled) for n in differ if before[n].dim() > 1}
-    # Layers that were moved to correct their block's output. A report has other prefixes than files.
-    moved = {re.sub(r"^\D*", "", row["name"]) + ".weight" for row in report["targets"] if row["compensates"]}
-    rounded = {name: x for name, x in changes.items() if re.sub(r"^\D*", "", name) not in moved}
+    # Layers that were moved to correct their block's output. A report has the model's names, a file its own.
+    moved = {_place(row["name"] + ".weight") for row in report["targets"] if row["compensates"]}
+    rounded = {name: x for name, x in changes.items() if _place(name) not in moved}
     for name in differ:
         if not (rounded.get(name, 0) <= FAR[recipe] if name in changes else scaled):
             raise Failure(f"{recipe} changes {name} by {changes.get(name, math.nan):.2g} of it")
@@ -191,6 +191,11 @@ def check_change(toy: Path, exported: Path, report: dict[str, Any], own: Tensor,
             f"{recipe} moves the logits by {found:.2g} of their size, and noise in the weights by {usual:.2g}"
         )
     return found, usual
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The number of a weight's block, and the end of its name: what the model and its files spell alike."""
+    return re.sub(r"^\D*(\d*).*", r"\1", name), ".".join(name.split(".")[-3:])
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def test_types_that_differ_work(name: str, tmp_path: Path) -> None:
 
 # Nested defaults that differ from those of their class; angles in sections; a window that the config leaves open; a
 # vocabulary of bytes; sizes under another name.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paligemma", "qwen2_vl", "step3p7", "reformer", "inkling_mm_model"])
 def test_the_zoo_makes_toys_that_transformers_runs(name: str, tmp_path: Path) -> None:
     sweep.make_toy(name, tmp_path)
@@ -118,7 +119,7 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", ["zamba", *(pytest.param(name, marks=pytest.mark.slow) for name in [*HELD][1:])])
 def test_weights_without_a_tensor_of_their_own_stay_dense(name: str, tmp_path: Path) -> None:
     """Shared by blocks; made of two tensors; stored under a name without `weight`."""
     sweep.toy_zoo.save(sweep.toy_zoo.toy_model(name), tmp_path)
