@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,14 @@ def test_what_an_export_leaves_dense_rounds_no_activations(quantized: Make, tmp_
     )
     assert any(name.endswith("up_proj") for name in made["left_dense"])
     assert made["verified"]["mean_kl_divergence"] < 1e-6
+
+
+def test_a_reader_that_rounds_otherwise_may_differ_as_two_roundings_do(quantized: Make, tmp_path: Path) -> None:
+    source, reader = Artifact(quantized("int8-plain")), FORMATS["compressed-tensors"].READER
+    export(str(source.path), "compressed-tensors", tmp_path / "out")
+    stream = BlockStream(source, torch.device("cpu"), torch.float32)
+    found = compare(stream, source, tmp_path / "out", replace(reader, bound=0.0), source.entries.keys())
+    assert 0 < found["mean_kl_divergence"] <= found["bound"] < reader.bound
 
 
 @pytest.mark.slow

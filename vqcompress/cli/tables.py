@@ -185,7 +185,7 @@ def exported(to: Console, facts: dict[str, Any], out: str) -> None:
     _dense(to, facts["left_dense"])
     if "verified" in facts:
         read = facts["verified"]
-        loss = f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact (at most {read['bound']:g})"
+        loss = f"mean KL divergence {read['mean_kl_divergence']:.2g} from the artifact (at most {read['bound']:.2g})"
         over = f"{read['tokens']} random tokens, activations {read['activations']}"
         to.print(f"verified: loads in {read['reader']}; {loss} over {over}")
     to.print(f"next    {facts['next']}", soft_wrap=True)
