@@ -63,6 +63,8 @@ TOLERANCE = 2e-4
 FAR = {"fp8-tile": 0.05, "smoothquant-int8": 0.05, "vq-2bit": 0.9}
 # How much farther than noise of the same size in the same weights a recipe may move the logits of a typical token.
 TIMES = 3.0
+# What torch says where it lost its threads.
+LOST = "Invalid thread pool"
 # Limits of a type: seconds of the processor, seconds of the clock, bytes of memory.
 SECONDS, WALL, BYTES = 600, 2400, 8 * 2**30
 
@@ -377,10 +379,12 @@ def cell(result: dict[str, Any]) -> str:
     return f"{step}{reason}".replace("|", "\\|").replace("<", "&lt;")
 
 
-def is_fresh(file: Path, recipes: list[str], code: str) -> bool:
-    """Whether a file holds a result of this code, by all of the recipes."""
-    result = json.loads(file.read_text()) if file.exists() else {}
-    return result.get("code") == code and set(recipes) <= set(result["recipes"])
+def is_done(file: Path, recipes: list[str], code: str, keep: bool) -> bool:
+    """Whether a file holds a result by all of the recipes, of this code unless `keep`."""
+    result = json.loads(file.read_text()) if file.exists() else {"reason": LOST}
+    # Now and then torch loses its threads in a forked process, which says nothing of a type.
+    known = LOST not in result["reason"] and set(recipes) <= set(result["recipes"])
+    return known and (keep or result.get("code") == code)
 
 
 def main() -> None:
@@ -402,7 +406,7 @@ def main() -> None:
     torch.set_num_threads(1)
     files = {name: a.work / f"{name}.json" for name in sorted(toy_zoo.CLASSES)}
     recipes, code = a.recipe or list(RECIPES), fingerprint()
-    done = {n for n, file in files.items() if is_fresh(file, recipes, code) or (a.keep and file.exists())}
+    done = {name for name, file in files.items() if is_done(file, recipes, code, a.keep)}
     wanted = sorted(a.only or files)
     run_all([name for name in wanted if a.again or name not in done], a.work, a.processes, recipes, code)
     results = [json.loads(file.read_text()) for file in files.values() if file.exists()]

@@ -85,11 +85,15 @@ def test_a_wrong_weight_that_all_readers_agree_about_is_found(
 
 
 def test_a_result_of_other_code_is_made_again(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"code": sweep.fingerprint(), "recipes": ["fp8-tile"]}))
-    assert sweep.is_fresh(tmp_path / "a.json", ["fp8-tile"], sweep.fingerprint())
-    assert not sweep.is_fresh(tmp_path / "a.json", ["vq-2bit"], sweep.fingerprint())
-    assert not sweep.is_fresh(tmp_path / "a.json", ["fp8-tile"], "another")
-    assert not sweep.is_fresh(tmp_path / "b.json", ["fp8-tile"], sweep.fingerprint())
+    code, file = sweep.fingerprint(), tmp_path / "a.json"
+    file.write_text(json.dumps({"code": code, "recipes": ["fp8-tile"], "reason": ""}))
+    assert sweep.is_done(file, ["fp8-tile"], code, keep=False)
+    assert not sweep.is_done(file, ["vq-2bit"], code, keep=True)
+    assert not sweep.is_done(file, ["fp8-tile"], "another", keep=False)
+    assert sweep.is_done(file, ["fp8-tile"], "another", keep=True)
+    assert not sweep.is_done(tmp_path / "b.json", ["fp8-tile"], code, keep=True)
+    file.write_text(json.dumps({"code": code, "recipes": ["fp8-tile"], "reason": f"toy: {sweep.LOST}"}))
+    assert not sweep.is_done(file, ["fp8-tile"], code, keep=True)
 
 
 def test_every_type_has_a_class() -> None:
