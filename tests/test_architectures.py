@@ -28,9 +28,9 @@ from vqcompress.storage.recipe import parse
 # Plain; transposed layers; a layer class of its own; ALiBi; learned positions and ReLU; a tower; latent attention and
 # experts; fused experts with biases; a state space; a hybrid of that with attention; layers of several kinds.
 # A block that text skips; queries, keys and values stored as one tensor; blocks that answer lists; blocks that share
-# weights; a weight that transformers makes of two.
+# weights; a weight that transformers makes of two; a layer that reads two inputs.
 TYPES = ["llama", "gpt2", "falcon", "bloom", "opt", "gemma3", "deepseek_v3", "gpt_oss", "mamba2", "jamba"]
-TYPES += ["gemma4_text", "mllama", "sarvam_moe", "openai-gpt", "zamba2", "minimax_m3_vl"]
+TYPES += ["gemma4_text", "mllama", "sarvam_moe", "openai-gpt", "zamba2", "minimax_m3_vl", "zaya"]
 
 
 @pytest.mark.slow

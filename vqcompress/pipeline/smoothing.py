@@ -95,6 +95,9 @@ class Smoother:
                 f"{self.block.name}: {', '.join(readers)} read one input, so their rules need the same smoothing"
             )
         consumers = list(entrance.consumers) if producer else [path for path in readers if asked[path]]
+        # A layer that reads two inputs (Zaya: also that of the token before) has room for the factors of one.
+        if self.rewrites.columns.keys() & set(consumers):
+            return
         targets = [path for path in readers if path in consumers]
         # Factors of a tensor that stays dense, in its 16-bit type, are powers of two.
         rounded = producer is not None and (
